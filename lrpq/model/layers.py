@@ -1,0 +1,52 @@
+"""What can be quantized: linear layers, the input sites they read and the groups that serving kernels fuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearSpec:
+    """One linear layer inside a decoder block."""
+
+    name: str
+    """Module name in the whole model, e.g. ``model.layers.3.self_attn.q_proj``; its weight is ``name + '.weight'``."""
+    block: int
+    """Index of the decoder block."""
+    d_out: int
+    d_in: int
+    input_site: str
+    """Name of the input inside the block (``qkv``, ``o``, ``gate_up``, ``down``); its members share one Hessian."""
+    fused_group: str
+    """Modules with the same fused group share one choice of bits, e.g. ``model.layers.3.qkv``."""
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights."""
+        return self.d_out * self.d_in
+
+    @property
+    def kind(self) -> str:
+        """Last part of the name, e.g. ``q_proj``: the layer type in reports."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Choice:
+    """A bit width and the number of columns that share a scale."""
+
+    bits: int
+    group_size: int
+    """Columns per scale; -1 is one scale a row (per channel)."""
+
+    def groups(self, d_in: int) -> int:
+        """Number of scales in a row of ``d_in`` columns."""
+        return 1 if self.group_size == -1 else d_in // self.group_size
+
+    def fits(self, d_in: int) -> bool:
+        """Whether the group size divides the width."""
+        return self.group_size == -1 or d_in % self.group_size == 0
+
+    def __str__(self) -> str:
+        """Short text such as ``4b/g64`` or ``4b/channel``."""
+        return f"{self.bits}b/" + ("channel" if self.group_size == -1 else f"g{self.group_size}")

@@ -1,0 +1,177 @@
+"""A model on disk: config.json and safetensors, single file or sharded, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+from lrpq.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+INDEX = "model.safetensors.index.json"
+READABLE = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+
+
+def resolve_model(model: str) -> Path:
+    """Return the local folder of ``model``: a folder, or a hub id whose files are fetched to the hub's cache.
+
+    Raises:
+        ModelError: the folder or the hub repository does not exist or cannot be reached.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"model {model!r}: no such folder; give a folder of safetensors or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=DOWNLOADED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {model!r}: neither a local folder nor a hub model that can be reached ({reason}); "
+            "check the name, or give a local folder"
+        ) from error
+
+
+class ModelSource:
+    """Tensors and configuration of a model folder; nothing is read before it is asked for.
+
+    Opening checks every shard's header against its length, so a truncated shard is named before any work begins.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ModelError(f"model {str(folder)!r}: no such folder")
+        self.config: PreTrainedConfig = _read_config(self.folder)
+        self._shard_of = _locate_tensors(self.folder)
+        self._handles: dict[str, Any] = {}
+        self._checked: set[str] = set()
+        for shard in sorted(set(self._shard_of.values())):
+            present = set(self._handle(shard).keys())
+            missing = [n for n, s in self._shard_of.items() if s == shard and n not in present]
+            if missing:
+                raise ModelError(f"shard {self.folder / shard}: tensor {missing[0]} is in the index but not in the file")
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._shard_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor, from the header.
+
+        Raises:
+            ModelError: the dtype is not a floating-point type that can be quantized from.
+        """
+        stored = self._slice(name).get_dtype()
+        known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        if stored not in known:
+            raise ModelError(
+                f"tensor {name} in {self.folder}: stored as {stored}; expected F32, F16 or BF16 weights "
+                "(an already quantized model cannot be compressed: give the original)"
+            )
+        return known[stored]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes a tensor takes in its file."""
+        count = 1
+        for side in self.shape(name):
+            count *= side
+        return count * torch.empty((), dtype=self.dtype(name)).element_size()
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor to host memory in its stored dtype, checked to be finite the first time.
+
+        Raises:
+            ModelError: no such tensor, a damaged shard, or NaN or infinity among the values.
+        """
+        shard = self._shard(name)
+        self.dtype(name)
+        try:
+            tensor: Tensor = self._handle(shard).get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            raise ModelError(f"shard {self.folder / shard}: cannot read {name} ({error}); fetch the file again") from error
+        if name not in self._checked:
+            if not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise ModelError(f"tensor {name} in {self.folder / shard}: {bad} values are NaN or infinite")
+            self._checked.add(name)
+        return tensor
+
+    def _shard(self, name: str) -> str:
+        if name not in self._shard_of:
+            raise ModelError(f"model {self.folder}: tensor {name} is missing; the checkpoint is incomplete")
+        return self._shard_of[name]
+
+    def _slice(self, name: str) -> Any:
+        return self._handle(self._shard(name)).get_slice(name)
+
+    def _handle(self, shard: str) -> Any:
+        if shard not in self._handles:
+            path = self.folder / shard
+            try:
+                self._handles[shard] = safe_open(path, framework="pt", device="cpu")
+            except FileNotFoundError as error:
+                raise ModelError(f"shard {path}: named in {INDEX} but missing; fetch the model again") from error
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"shard {path}: truncated or corrupt ({error}); fetch the file again") from error
+        return self._handles[shard]
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"model {folder}: no config.json; expected a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - whatever the configuration's own parser raises is a bad configuration
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path}: not a configuration transformers can read ({reason})") from error
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"model {folder}: already quantized; give the original model")
+    return config
+
+
+def _locate_tensors(folder: Path) -> dict[str, str]:
+    """Map tensor name -> file name, from the index or from the single file."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            located = {str(name): str(shard) for name, shard in weight_map.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index}: not a safetensors index ({error!r})") from error
+        for shard in set(located.values()):
+            if Path(shard).name != shard:
+                raise ModelError(f"{index}: shard name {shard!r} leaves the model folder")
+        return located
+    files = sorted(p.name for p in folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"model {folder}: no *.safetensors; convert the model to safetensors first")
+    if len(files) > 1:
+        raise ModelError(f"model {folder}: {len(files)} safetensors files but no {INDEX}; fetch the index")
+    path = folder / files[0]
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            return dict.fromkeys(handle.keys(), files[0])
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"shard {path}: truncated or corrupt ({error}); fetch the file again") from error

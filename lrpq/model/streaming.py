@@ -1,0 +1,268 @@
+"""BlockStream: a model whose decoder blocks are in memory one at a time.
+
+The model is built on the meta device. What a block is called with (masks, rotary tables, positions) is recorded by
+running the model's own forward with every block replaced by a recorder, so no architecture's forward is written again.
+While one block computes, the next one's weights are read by a background thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lrpq.errors import ModelError
+from lrpq.model.families import family_of
+from lrpq.model.layers import LinearSpec
+from lrpq.model.safetensors_source import ModelSource
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+Overrides = Mapping[str, Tensor]
+"""Module name -> weight [d_out, d_in] that replaces the one on disk."""
+
+
+class BlockStream:
+    """A causal language model of which at most one decoder block has its weights in memory.
+
+    Args:
+        source: where the weights are.
+        dtype: dtype of weights and activations.
+        device: where blocks compute.
+        attention: name of the attention implementation registered with transformers.
+        prefetch: read the next block while this one computes (host memory then holds two blocks' weights).
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        attention: str = "sdpa",
+        prefetch: bool = True,
+    ) -> None:
+        self.source = source
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.prefetch = prefetch
+        self.architecture, self.family = family_of(source.config)
+        with torch.device("meta"):
+            self.model: Any = AutoModelForCausalLM.from_config(
+                source.config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+        self.model.eval().requires_grad_(False)
+        self.tied_head = bool(source.config.tie_word_embeddings)
+        _rebuild_buffers(self.model, self.device)
+        self.blocks: nn.ModuleList = cast("nn.ModuleList", self.model.get_submodule(self.family.blocks))
+        self.specs: tuple[LinearSpec, ...] = tuple(self._linear_specs())
+        self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    def block_specs(self, block: int) -> tuple[LinearSpec, ...]:
+        """Linear layers of one block, in the order of execution."""
+        return tuple(s for s in self.specs if s.block == block)
+
+    def sites(self, block: int) -> dict[str, tuple[LinearSpec, ...]]:
+        """Input site -> linear layers that read it, in the order of execution."""
+        found: dict[str, list[LinearSpec]] = {}
+        for spec in self.block_specs(block):
+            found.setdefault(spec.input_site, []).append(spec)
+        return {site: tuple(members) for site, members in found.items()}
+
+    def local_name(self, spec: LinearSpec) -> str:
+        """Module name inside its block, e.g. ``self_attn.q_proj``."""
+        return spec.name.removeprefix(f"{self.family.blocks}.{spec.block}.")
+
+    def weight(self, spec: LinearSpec) -> Float[Tensor, "d_out d_in"]:
+        """Read one layer's weights as stored, as float32 on the computing device."""
+        return self.source.read(f"{spec.name}.weight").to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def embed(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t hidden"]:
+        """Input of the first block. Also records what each block is called with for this shape of batch."""
+        with self._materialised(self.family.outside):
+            recorded: list[dict[str, Any]] = []
+            with _recording(self.blocks, recorded):
+                try:
+                    self.model(input_ids=tokens.to(self.device), use_cache=False, logits_to_keep=1)
+                except _Recorded as stop:
+                    hidden = stop.hidden
+            self._calls[tuple(tokens.shape)] = recorded  # type: ignore[index]
+        return hidden
+
+    def call_arguments(self, block: int, shape: tuple[int, int]) -> dict[str, Any]:
+        """Keyword arguments of one block's forward for a batch of ``shape`` (sequences, tokens).
+
+        Raises:
+            KeyError: no batch of this shape has been embedded yet.
+        """
+        return self._calls[shape][block]
+
+    def run(self, module: nn.Module, block: int, hidden: Float[Tensor, "n t hidden"]) -> Float[Tensor, "n t hidden"]:
+        """Forward of a materialised block."""
+        output = module(hidden, **self.call_arguments(block, (hidden.shape[0], hidden.shape[1])))
+        return cast("Tensor", output[0] if isinstance(output, tuple) else output)
+
+    def stream(
+        self, order: Sequence[int], overrides: Mapping[int, Overrides] | None = None
+    ) -> Iterator[tuple[int, nn.Module]]:
+        """Yield (index, block) with weights in memory; the weights are gone when the next one is asked for.
+
+        Args:
+            order: indices of blocks, in the order in which they are wanted.
+            overrides: per block, weights that replace those on disk.
+        """
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            upcoming: Future[dict[str, Tensor]] | None = None
+            for position, index in enumerate(order):
+                weights = upcoming.result() if upcoming is not None else self._read_block(index)
+                upcoming = None
+                if self.prefetch and position + 1 < len(order):
+                    upcoming = reader.submit(self._read_block, order[position + 1])
+                with self._with_weights(index, weights, (overrides or {}).get(index, {})) as block:
+                    del weights
+                    yield index, block
+
+    @contextmanager
+    def block(self, index: int, overrides: Overrides | None = None) -> Iterator[nn.Module]:
+        """One block with weights in memory for the length of the context."""
+        with self._with_weights(index, self._read_block(index), overrides or {}) as block:
+            yield block
+
+    @contextmanager
+    def swapped(self, module: nn.Module, weights: Overrides) -> Iterator[None]:
+        """Replace some layers' weights of a materialised block for the length of the context."""
+        originals: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            for name, weight in weights.items():
+                local = name.removeprefix(f"{self.family.blocks}.").split(".", 1)[1]
+                parameter = module.get_submodule(local).get_parameter("weight")
+                originals.append((parameter, parameter.data))
+                parameter.data = weight.to(parameter.device, parameter.dtype)
+            yield
+        finally:
+            for parameter, original in originals:
+                parameter.data = original
+
+    @contextmanager
+    def head(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Final norm and language-model head, with weights in memory for the length of the context."""
+        with self._materialised((self.family.norm, self.family.head)):
+            yield self.model.get_submodule(self.family.norm), self.model.get_submodule(self.family.head)
+
+    def _linear_specs(self) -> Iterator[LinearSpec]:
+        for index, block in enumerate(self.blocks):
+            for site, members in self.family.sites.items():
+                for member in members:
+                    linear = block.get_submodule(member)
+                    if not isinstance(linear, nn.Linear):
+                        raise ModelError(f"{self.family.blocks}.{index}.{member}: expected nn.Linear, got {type(linear)}")
+                    name = f"{self.family.blocks}.{index}.{member}"
+                    expected, stored = (linear.out_features, linear.in_features), self.source.shape(f"{name}.weight")
+                    if stored != expected:
+                        raise ModelError(f"tensor {name}.weight: shape {stored}, config.json asks for {expected}")
+                    yield LinearSpec(
+                        name=name,
+                        block=index,
+                        d_out=expected[0],
+                        d_in=expected[1],
+                        input_site=site,
+                        fused_group=f"{self.family.blocks}.{index}.{site}",
+                    )
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        prefix = f"{self.family.blocks}.{index}."
+        return {name: self._read(prefix + name) for name in self.blocks[index].state_dict()}
+
+    def _read(self, name: str) -> Tensor:
+        return self.source.read(name).to(self.device, self.dtype)
+
+    @contextmanager
+    def _with_weights(self, index: int, weights: dict[str, Tensor], overrides: Overrides) -> Iterator[nn.Module]:
+        block = self.blocks[index]
+        prefix = f"{self.family.blocks}.{index}."
+        for name, weight in overrides.items():
+            weights[name.removeprefix(prefix) + ".weight"] = weight.to(self.device, self.dtype)
+        try:
+            _assign(block, weights)
+            yield block
+        finally:
+            block.to("meta")
+
+    @contextmanager
+    def _materialised(self, modules: Sequence[str]) -> Iterator[None]:
+        try:
+            for path in modules:
+                module = self.model.get_submodule(path)
+                prefix = path
+                if path == self.family.head and f"{path}.weight" not in self.source and self.tied_head:
+                    prefix = self.family.outside[0]
+                _assign(module, {name: self._read(f"{prefix}.{name}") for name in module.state_dict()})
+            yield
+        finally:
+            for path in modules:
+                self.model.get_submodule(path).to("meta")
+
+
+class _Recorded(Exception):  # noqa: N818 - control flow, not an error
+    """Raised by the last recorder: the rest of the forward is not needed."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+@contextmanager
+def _recording(blocks: nn.ModuleList, recorded: list[dict[str, Any]]) -> Iterator[None]:
+    """Replace every block's forward by one that records its keyword arguments and passes its input on."""
+
+    def recorder(last: bool) -> Any:
+        def forward(hidden: Tensor, **arguments: Any) -> Tensor:
+            recorded.append({k: v for k, v in arguments.items() if k != "past_key_values"})
+            if last:
+                raise _Recorded(hidden)
+            return hidden
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        block.forward = recorder(index == len(blocks) - 1)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _assign(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    module.load_state_dict(weights, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def _rebuild_buffers(model: nn.Module, device: torch.device) -> None:
+    """Give real values to buffers that are computed, not stored (rotary frequencies).
+
+    Raises:
+        ModelError: a buffer's module cannot be rebuilt from the configuration.
+    """
+    for path, module in list(model.named_modules()):
+        computed = [n for n in module._non_persistent_buffers_set if getattr(module, n) is not None]
+        if not computed:
+            continue
+        config = getattr(module, "config", None)
+        if config is None:
+            raise ModelError(f"module {path}: buffer {computed[0]} is computed and cannot be rebuilt without its config")
+        rebuilt = type(module)(config).to(device)
+        for name in computed:
+            setattr(module, name, getattr(rebuilt, name))
