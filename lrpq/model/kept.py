@@ -50,9 +50,9 @@ class KeptInputs:
             self.held_bytes -= tensor.numel() * tensor.element_size()
             return tensor
         path = self._path(key)
-        tensor = load_file(path)["x"].clone()
+        spilled: Tensor = load_file(path)["x"].clone()
         path.unlink()
-        return tensor
+        return spilled
 
     def close(self) -> None:
         """Forget everything and remove the spill folder."""

@@ -98,7 +98,7 @@ class BlockStream:
                     self.model(input_ids=tokens.to(self.device), use_cache=False, logits_to_keep=1)
                 except _Recorded as stop:
                     hidden = stop.hidden
-            self._calls[tuple(tokens.shape)] = recorded  # type: ignore[index]
+            self._calls[tokens.shape[0], tokens.shape[1]] = recorded
         return hidden
 
     def call_arguments(self, block: int, shape: tuple[int, int]) -> dict[str, Any]:

@@ -1,0 +1,187 @@
+"""Calibration and evaluation windows: read, cut, stored under their key."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from flows.config import CompressConfig, EvaluationConfig, RunConfig, evaluation_source
+from flows.run import Run, step
+from lrpq.errors import ConfigError, ModelError
+from lrpq.model.safetensors_source import ModelSource
+from tasks.calibration.load import load_windows
+from tasks.calibration.overlap import overlap_warning
+from tasks.calibration.sources import TextSource, parse_source
+from tasks.calibration.stored import read_windows, write_windows
+from tasks.calibration.windows import Placement, Windows
+from tasks.store.objects import ObjectStore
+
+STAGE = "calibrate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWindows:
+    """Windows in the store."""
+
+    key: str
+    digest: str
+    """sha256 of the tokens."""
+    num_windows: int
+    source: str
+
+
+def calibration_windows(run: Run, config: RunConfig, *, model: Path, fingerprint: str) -> StoredWindows:
+    """The run's calibration windows, drawn at random from the source by the run's seed."""
+    asked = config.calibration
+    return _windows(
+        run,
+        model=model,
+        fingerprint=fingerprint,
+        source=asked.source,
+        num_windows=asked.num_windows,
+        length=asked.length,
+        seed=config.seed,
+        placement="random",
+        text_column=asked.text_column,
+        label=STAGE,
+    )
+
+
+def evaluation_windows(
+    run: Run, config: CompressConfig, *, model: Path, fingerprint: str, calibration: StoredWindows
+) -> StoredWindows:
+    """Windows spread over the evaluation text; warns where the text was calibrated on."""
+    asked = config.evaluation
+    found = _windows(
+        run,
+        model=model,
+        fingerprint=fingerprint,
+        source=_measured_source(asked, calibration=config.run.calibration.source),
+        num_windows=asked.num_windows,
+        length=asked.length,
+        seed=config.run.seed,
+        placement="spread",
+        text_column=None,
+        label="evaluation text",
+    )
+    warning = overlap_warning(_as_windows(run.store, calibration), _as_windows(run.store, found))
+    if warning is not None:
+        run.warn(warning)
+    return found
+
+
+def evaluation_only_windows(store: ObjectStore, config: EvaluationConfig, *, model: Path) -> StoredWindows:
+    """Windows for measuring a checkpoint outside of a run."""
+    if config.source is None:
+        raise ConfigError("no evaluation text: give --evaluation SOURCE, e.g. text:FILE")
+    windows = _load(
+        model,
+        source=config.source,
+        num_windows=config.num_windows,
+        length=config.length,
+        seed=0,
+        placement="spread",
+        text_column=None,
+    )
+    key = f"evaluations/windows/{windows.digest[:24]}.parquet"
+    write_windows(store, key, windows.tokens)
+    return StoredWindows(key=key, digest=windows.digest, num_windows=windows.num_windows, source=windows.source)
+
+
+def _measured_source(config: EvaluationConfig, *, calibration: str) -> str:
+    source = evaluation_source(config, calibration=calibration)
+    if source is None:
+        raise ConfigError("no evaluation text: evaluation is switched off")
+    return source
+
+
+def _windows(run: Run, *, model: Path, fingerprint: str, label: str, **asked: Any) -> StoredWindows:
+    folder = run.folder(
+        STAGE,
+        inputs={"model": fingerprint},
+        parameters={**asked, "text": _text_digest(asked["source"])},
+        code=["tasks.calibration.load"],
+    )
+    key = folder.object("windows.parquet")
+    extra = run.stored(folder, label)
+    if extra is None:
+        with run.timed(label, 1, "text"):
+            windows = step(label, lambda: _load(model, **asked))
+            write_windows(run.store, key, windows.tokens)
+            run.progress.advance(label)
+        if windows.missing_windows:
+            run.warn(
+                f"{windows.source}: the text holds {windows.num_windows} windows of {windows.length} tokens, "
+                f"{windows.asked_windows} were asked for"
+            )
+        extra = run.finish(
+            folder,
+            label,
+            {
+                "digest": windows.digest,
+                "num_windows": windows.num_windows,
+                "source": windows.source,
+                "documents": windows.num_documents,
+                "tokens_in_text": windows.stream_tokens,
+            },
+        )
+    return StoredWindows(
+        key=key, digest=extra["digest"], num_windows=int(extra["num_windows"]), source=extra["source"]
+    )
+
+
+def _load(
+    model: Path,
+    *,
+    source: str,
+    num_windows: int,
+    length: int,
+    seed: int,
+    placement: Placement,
+    text_column: str | None,
+) -> Windows:
+    config = ModelSource(model).config
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ConfigError(f"windows of {length} tokens: the model reads at most {longest}; give a shorter length")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"model {model}: its tokenizer cannot be loaded ({reason})") from error
+    return load_windows(
+        parse_source(source),
+        tokenizer,
+        num_windows=num_windows,
+        length=length,
+        seed=seed,
+        placement=placement,
+        text_column=text_column,
+        vocab_size=config.vocab_size,
+        model_dir=model,
+    )
+
+
+def _text_digest(source: str) -> str:
+    """Identity of a local text, so that an edited file is read again; empty for anything else."""
+    parsed = parse_source(source)
+    if isinstance(parsed, TextSource) and Path(parsed.location).is_file():
+        return hashlib.sha256(Path(parsed.location).read_bytes()).hexdigest()
+    return ""
+
+
+def _as_windows(store: ObjectStore, stored: StoredWindows) -> Windows:
+    tokens = read_windows(store, stored.key)
+    return Windows(
+        tokens=tokens,
+        source=stored.source,
+        documents_digest=stored.digest,
+        num_documents=0,
+        stream_tokens=tokens.numel(),
+        asked_windows=len(tokens),
+        exhausted=False,
+    )

@@ -1,0 +1,177 @@
+"""What a person reads in the end: budget, bits per layer type, quality side by side, seconds per stage."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from flows.progress import shown_seconds
+
+NOTHING_COMPUTED = "nothing to compute: every stage was found in the store"
+UNQUANTIZED_BITS = 16
+WRITING_STAGES = frozenset({"assemble"})
+"""Stages that copy what the store holds: they compute nothing."""
+DEGRADATIONS: Mapping[str, str] = {
+    "not_positive_definite": "Hessians were not positive definite and got more damping",
+    "dead_inputs": "inputs were never active; their weights were set to zero",
+    "correction_rejected": "corrections made a block worse and were left out",
+    "correction_rejected_rows": "rows of weights were left uncorrected, for the correction made them worse",
+}
+"""Counter of the manifest -> what it counts; others are shown by their names."""
+TOTALS = frozenset({"rows"})
+"""Counters that only say of how many."""
+
+
+def print_closing(manifest: Mapping[str, Any], console: Console) -> None:
+    """Print the closing tables of a compression; what the manifest lacks is left out."""
+    console.print(Group(*_closing(manifest)))
+
+
+def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
+    """Print perplexity and KL divergence of what was measured."""
+    console.print(quality_table(evaluation, sizes={}))
+
+
+def computed_nothing(manifest: Mapping[str, Any]) -> bool:
+    """Whether every stage was found in the store."""
+    if "computed_nothing" in manifest:
+        return bool(manifest["computed_nothing"])
+    stages = set(manifest.get("seconds", {})) - WRITING_STAGES
+    return bool(stages) and stages <= set(manifest.get("reused", ()))
+
+
+def _closing(manifest: Mapping[str, Any]) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text(f"{manifest.get('model', '')}  run {manifest.get('run_id', '')}", style="bold")]
+    if budget := manifest.get("budget"):
+        parts.append(Text(budget_line(budget)))
+    if modules := manifest.get("modules"):
+        parts.append(bits_table(modules, kept=manifest.get("kept_16bit", ())))
+    parts.append(quality_table(manifest.get("evaluation", {}), sizes=manifest.get("bytes", {})))
+    if seconds := manifest.get("seconds"):
+        parts.append(seconds_table(seconds, reused=manifest.get("reused", ())))
+    for counter, count in manifest.get("degraded", {}).items():
+        if count and counter not in TOTALS:
+            parts.append(Text(f"degraded: {count} {DEGRADATIONS.get(counter, counter)}", style="yellow"))
+    parts += [Text(f"warning: {text}", style="yellow") for text in manifest.get("warnings", ())]
+    if computed_nothing(manifest):
+        parts.append(Text(NOTHING_COMPUTED, style="bold green"))
+    return parts
+
+
+def budget_line(budget: Mapping[str, Any]) -> str:
+    """Say what was asked for, what was reached and how far from the best possible it may be."""
+    if budget.get("asked_bytes") is not None:
+        asked = f"budget {shown_bytes(budget['asked_bytes'])}"
+    else:
+        asked = f"budget {budget['asked_bits']:g} bits a weight"
+    parts = [asked]
+    if budget.get("reached_bits") is not None:
+        parts.append(f"reached {budget['reached_bits']:.4f} bits")
+    if budget.get("reached_bytes") is not None:
+        parts.append(shown_bytes(budget["reached_bytes"]))
+    if budget.get("predicted_kl_nats") is not None:
+        parts.append(f"expected loss {budget['predicted_kl_nats']:.4g} nats a token")
+    if budget.get("bound_nats") is not None:
+        parts.append(f"at least {budget['bound_nats']:.4g} under this budget")
+    if budget.get("gap") is not None:
+        parts.append(f"gap {budget['gap']:.2%}")
+    return ", ".join(parts)
+
+
+def bits_table(modules: Sequence[Mapping[str, Any]], *, kept: Sequence[str] = ()) -> Table:
+    """Layer type x bits -> number of modules, and the mean of all-in bits over the type's weights.
+
+    ``kept`` names modules left at 16 bits that are not among ``modules``.
+    """
+    counts: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    storage: dict[str, int] = defaultdict(int)
+    weights: dict[str, int] = defaultdict(int)
+    for module in modules:
+        counts[module["kind"]][int(module["bits"])] += 1
+        storage[module["kind"]] += int(module["storage_bits"])
+        weights[module["kind"]] += int(module["num_weights"])
+    listed = {module["name"] for module in modules}
+    for name in kept:
+        if name not in listed:
+            counts[name.rsplit(".", 1)[-1]][UNQUANTIZED_BITS] += 1
+    widths = sorted({bits for kind in counts.values() for bits in kind})
+    table = Table(title="modules by layer type and bits", title_justify="left")
+    table.add_column("layer type")
+    for bits in widths:
+        table.add_column(f"{bits}", justify="right")
+    table.add_column("all-in bits", justify="right")
+    for kind, by_bits in counts.items():
+        mean = f"{storage[kind] / weights[kind]:.3f}" if weights[kind] else f"{UNQUANTIZED_BITS}"
+        table.add_row(kind, *(str(by_bits[bits] or "") for bits in widths), mean)
+    totals = (str(sum(kind[bits] for kind in counts.values())) for bits in widths)
+    all_weights = sum(weights.values())
+    mean = f"{sum(storage.values()) / all_weights:.3f}" if all_weights else ""
+    table.add_section()
+    table.add_row("all", *totals, mean)
+    return table
+
+
+def quality_table(evaluation: Mapping[str, Any], *, sizes: Mapping[str, Any]) -> Table:
+    """Original, uniform control and lrpq side by side: bytes, perplexity, KL divergence, agreement."""
+    control = evaluation.get("control")
+    columns: list[tuple[str, Mapping[str, Any], Any]] = [
+        ("original", evaluation.get("reference", {}), sizes.get("original"))
+    ]
+    if control:
+        columns.append((str(control.get("label", "control")), control, None))
+    ours = "checkpoint" if "checkpoint" in evaluation else "lrpq"
+    columns.append((ours, evaluation.get(ours, {}), sizes.get("compressed")))
+    table = Table(title="quality", title_justify="left")
+    table.add_column("")
+    for name, _, _ in columns:
+        table.add_column(name, justify="right")
+    rows: list[tuple[str, list[str]]] = [
+        ("bytes", ["" if size is None else shown_bytes(size) for _, _, size in columns]),
+        ("all-in bits", [_number(scores, "all_in_bits", ".3f") for _, scores, _ in columns]),
+        ("perplexity", [_number(scores, "perplexity", ".3f") for _, scores, _ in columns]),
+        ("KL (nats a token)", [_divergence(scores) for _, scores, _ in columns]),
+        ("same top token", [_number(scores, "top1", ".2%") for _, scores, _ in columns]),
+    ]
+    for name, cells in rows:
+        if any(cells):
+            table.add_row(name, *cells)
+    return table
+
+
+def seconds_table(seconds: Mapping[str, float], *, reused: Sequence[str]) -> Table:
+    """Seconds per stage; what was found in the store is marked."""
+    table = Table(title="time", title_justify="left")
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    table.add_column("")
+    for stage, spent in seconds.items():
+        found = stage in reused
+        table.add_row(stage, f"{spent:.1f}", "reused" if found else shown_seconds(spent) if spent >= 60 else "")
+    table.add_section()
+    table.add_row("all", f"{sum(seconds.values()):.1f}", "")
+    return table
+
+
+def shown_bytes(number: float) -> str:
+    """Text such as ``913 B`` or ``40.20 GB`` (powers of 1000, as budgets are written)."""
+    size = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def _number(scores: Mapping[str, Any], name: str, form: str) -> str:
+    value = scores.get(name)
+    return "" if value is None else format(value, form)
+
+
+def _divergence(scores: Mapping[str, Any]) -> str:
+    error = _number(scores, "kl_standard_error", ".4f")
+    return _number(scores, "kl_nats", ".4f") + (f" +- {error}" if error else "")

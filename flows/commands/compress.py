@@ -1,0 +1,95 @@
+"""``lrpq compress``: the main job."""
+
+from __future__ import annotations
+
+from flows.boundary import resumable
+from flows.commands import options as o
+
+
+def compress(
+    model: o.Model = None,
+    *,
+    budget: o.Budget = None,
+    budget_bytes: o.BudgetBytes = None,
+    output: o.Output = None,
+    calibration: o.Calibration = None,
+    calibration_windows: o.CalibrationWindows = None,
+    length: o.CalibrationLength = None,
+    text_column: o.TextColumn = None,
+    evaluation: o.Evaluation = None,
+    evaluation_windows: o.EvaluationWindows = None,
+    evaluation_length: o.EvaluationLength = None,
+    relevance: o.Relevance = None,
+    bits: o.Bits = None,
+    group_size: o.GroupSize = None,
+    keep: o.Keep = None,
+    target: o.Target = None,
+    tensor_parallel: o.TensorParallel = None,
+    solver: o.Solver = None,
+    refine: o.Refine = None,
+    control: o.Control = None,
+    evaluate: o.Evaluate = None,
+    store: o.Store = None,
+    run_id: o.RunId = None,
+    seed: o.Seed = None,
+    dtype: o.Dtype = None,
+    threads: o.Threads = None,
+    workers: o.Workers = None,
+    device: o.Device = None,
+    address: o.Address = None,
+    overwrite: o.Overwrite = None,
+    config: o.ConfigFile = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Compress MODEL to a hard budget.
+
+    --budget 3.25 bounds the bits of a weight, --budget-bytes 40GB the whole checkpoint. The same command again
+    continues where an interrupted one stopped.
+    """
+    from flows.config import default_run_id
+    from flows.config_file import load_config
+
+    overrides = o.nested(
+        {
+            "run.model": model,
+            "run.calibration.source": calibration,
+            "run.calibration.num_windows": calibration_windows,
+            "run.calibration.length": length,
+            "run.calibration.text_column": text_column,
+            "run.candidates.bits": o.whole_numbers(bits, flag="--bits"),
+            "run.candidates.group_sizes": o.whole_numbers(group_size, flag="--group-size"),
+            "run.relevance": relevance,
+            "run.seed": seed,
+            "run.dtype": dtype,
+            "run.threads": threads,
+            "plan.budget_bits": budget,
+            "plan.budget_bytes": budget_bytes,
+            "plan.keep": keep or None,
+            "plan.target": target,
+            "plan.tensor_parallel": tensor_parallel,
+            "plan.solver": solver,
+            "plan.refine": refine,
+            "evaluation.source": evaluation,
+            "evaluation.num_windows": evaluation_windows,
+            "evaluation.length": evaluation_length,
+            "evaluation.control": control,
+            "evaluation.enabled": evaluate,
+            "cluster.workers": workers,
+            "cluster.device": device,
+            "cluster.address": address,
+            "output": output,
+            "overwrite": overwrite,
+            "store": store,
+            "run_id": run_id,
+        }
+    )
+    asked = load_config(config, overrides)
+    with resumable(asked.run_id or default_run_id(asked.run)):
+        from flows.commands.reporting import reported
+        from flows.preflight import preflight
+
+        with reported(as_json=as_json) as report:
+            preflight(asked)
+            from flows.compress import run_compress
+
+            report.closing(run_compress(asked, report.progress))

@@ -1,0 +1,101 @@
+"""Options of the commands: flag, help and default come from the field of the configuration that they set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from flows.config import PER_CHANNEL, CompressConfig
+from flows.config_file import fields_of, flag_of
+from lrpq.errors import ConfigError
+
+_FIELDS = {".".join(path): field for path, field in fields_of(CompressConfig)}
+
+
+def option(path: str) -> Any:
+    """Describe the option of a field, such as ``run.seed``."""
+    field = _FIELDS[path]
+    flag = flag_of(field)
+    if flag is None:
+        raise KeyError(f"{path} has no option")
+    default = field.default
+    shown = None
+    if default not in (None, ()) and not field.is_required() and field.default_factory is None:
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    shown = flag.name if default is True and flag.off else shown
+    text = " ".join((field.description or "").split())
+    text += f" [default: {shown}]" if shown not in (None, "False") else ""
+    if not flag.name.startswith("--"):
+        return typer.Argument(help=text, metavar=flag.name, show_default=False)
+    names = [f"{flag.name}/{flag.off}" if flag.off else flag.name]
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return typer.Option(*names, help=text, metavar="|".join(choices) or None, show_default=False)
+
+
+Model = Annotated[str | None, option("run.model")]
+Calibration = Annotated[str | None, option("run.calibration.source")]
+CalibrationWindows = Annotated[int | None, option("run.calibration.num_windows")]
+CalibrationLength = Annotated[int | None, option("run.calibration.length")]
+TextColumn = Annotated[str | None, option("run.calibration.text_column")]
+Bits = Annotated[str | None, option("run.candidates.bits")]
+GroupSize = Annotated[str | None, option("run.candidates.group_sizes")]
+Relevance = Annotated[str | None, option("run.relevance")]
+Seed = Annotated[int | None, option("run.seed")]
+Dtype = Annotated[str | None, option("run.dtype")]
+Threads = Annotated[int | None, option("run.threads")]
+Budget = Annotated[float | None, option("plan.budget_bits")]
+BudgetBytes = Annotated[str | None, option("plan.budget_bytes")]
+Keep = Annotated[list[str] | None, option("plan.keep")]
+Target = Annotated[str | None, option("plan.target")]
+TensorParallel = Annotated[int | None, option("plan.tensor_parallel")]
+Solver = Annotated[str | None, option("plan.solver")]
+Refine = Annotated[str | None, option("plan.refine")]
+Evaluation = Annotated[str | None, option("evaluation.source")]
+EvaluationWindows = Annotated[int | None, option("evaluation.num_windows")]
+EvaluationLength = Annotated[int | None, option("evaluation.length")]
+Control = Annotated[bool | None, option("evaluation.control")]
+Evaluate = Annotated[bool | None, option("evaluation.enabled")]
+Workers = Annotated[int | None, option("cluster.workers")]
+Device = Annotated[str | None, option("cluster.device")]
+Address = Annotated[str | None, option("cluster.address")]
+Output = Annotated[Path | None, option("output")]
+Overwrite = Annotated[bool | None, option("overwrite")]
+Store = Annotated[str | None, option("store")]
+RunId = Annotated[str | None, option("run_id")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML or JSON file of settings; options override it.", metavar="FILE"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress as JSON lines on stderr.")]
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn ``{"run.seed": 1}`` into ``{"run": {"seed": 1}}``, without what was not given."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        if value is None:
+            continue
+        *sections, name = path.split(".")
+        below = tree
+        for section in sections:
+            below = below.setdefault(section, {})
+        below[name] = str(value) if isinstance(value, Path) else value
+    return tree
+
+
+def whole_numbers(text: str | None, *, flag: str) -> list[int] | None:
+    """Read ``2,3,4``; for group sizes ``channel`` is one scale a row.
+
+    Raises:
+        ConfigError: not a list of whole numbers.
+    """
+    if text is None:
+        return None
+    items = [item.strip() for item in text.split(",")]
+    try:
+        return [PER_CHANNEL if item == "channel" and flag == "--group-size" else int(item) for item in items]
+    except ValueError:
+        raise ConfigError(f"{flag} {text!r}: expected whole numbers with commas between them, such as 2,3,4") from None

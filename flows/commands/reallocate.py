@@ -1,0 +1,96 @@
+"""``lrpq reallocate``: another budget from the stored candidates of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flows.boundary import resumable
+from flows.commands import options as o
+
+
+def reallocate(
+    run: Annotated[str, typer.Argument(help="Run id; `lrpq runs` lists them.", metavar="RUN")],
+    *,
+    budget: o.Budget = None,
+    budget_bytes: o.BudgetBytes = None,
+    output: o.Output = None,
+    keep: o.Keep = None,
+    target: o.Target = None,
+    tensor_parallel: o.TensorParallel = None,
+    solver: o.Solver = None,
+    refine: o.Refine = None,
+    evaluation: o.Evaluation = None,
+    evaluation_windows: o.EvaluationWindows = None,
+    evaluation_length: o.EvaluationLength = None,
+    control: o.Control = None,
+    evaluate: o.Evaluate = None,
+    store: o.Store = None,
+    workers: o.Workers = None,
+    device: o.Device = None,
+    address: o.Address = None,
+    overwrite: o.Overwrite = None,
+    as_json: o.AsJson = False,
+) -> None:
+    """Give RUN another budget.
+
+    --refine stitch takes seconds; sequential, the default, is better.
+    """
+    from flows.config import ClusterConfig, EvaluationConfig, PlanConfig, check_run_id, default_store
+    from flows.config_file import absolute_store, checked
+    from lrpq.errors import ConfigError
+
+    check_run_id(run)
+    given = o.nested(
+        {
+            "plan.budget_bits": budget,
+            "plan.budget_bytes": budget_bytes,
+            "plan.keep": keep or None,
+            "plan.target": target,
+            "plan.tensor_parallel": tensor_parallel,
+            "plan.solver": solver,
+            "plan.refine": refine,
+            "evaluation.source": evaluation,
+            "evaluation.num_windows": evaluation_windows,
+            "evaluation.length": evaluation_length,
+            "evaluation.control": control,
+            "evaluation.enabled": evaluate,
+            "cluster.workers": workers,
+            "cluster.device": device,
+            "cluster.address": address,
+        }
+    )
+    sections = {name: given.get(name, {}) for name in ("plan", "evaluation", "cluster")}
+    plan = checked(PlanConfig, sections["plan"], options=sections["plan"], section=("plan",))
+    measured = checked(
+        EvaluationConfig, sections["evaluation"], options=sections["evaluation"], section=("evaluation",)
+    )
+    cluster = checked(ClusterConfig, sections["cluster"], options=sections["cluster"], section=("cluster",))
+    if output is None:
+        raise ConfigError("no output: give --output DIR")
+    folder = output.expanduser().absolute()
+    where = absolute_store(store or default_store())
+    with resumable():
+        from flows.commands.reporting import reported
+        from flows.preflight import check_store, check_text, preflight_output
+
+        with reported(as_json=as_json) as report:
+            preflight_output(folder, overwrite=bool(overwrite), run_id=run, plan=plan)
+            if measured.enabled and measured.source is not None:
+                check_text(measured.source)
+            check_store(where)
+            from flows.compress import run_reallocate
+
+            report.closing(
+                run_reallocate(
+                    store=where,
+                    run_id=run,
+                    plan=plan,
+                    evaluation=measured,
+                    cluster=cluster,
+                    output=folder,
+                    overwrite=bool(overwrite),
+                    progress=report.progress,
+                )
+            )

@@ -1,0 +1,356 @@
+"""One compression: the stages from calibration windows to an evaluated checkpoint, in order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flows.calibrate import calibration_windows, evaluation_windows
+from flows.config import CompressConfig, RunConfig, default_run_id
+from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
+from flows.progress import Progress
+from flows.run import Run, step
+from flows.stages import (
+    choices_json,
+    count_degradations,
+    modules_json,
+    run_candidates,
+    run_evaluate,
+    run_profile,
+    run_refine,
+)
+from lrpq import __version__
+from lrpq.allocate.budget import BudgetBits, BudgetBytes
+from lrpq.allocate.plan import Plan
+from lrpq.allocate.problem import CostRow
+from lrpq.checkpoint.plan import planned_size
+from lrpq.errors import ConfigError
+from lrpq.model.layers import Choice
+from lrpq.model.safetensors_source import ModelSource, resolve_model
+from lrpq.model.streaming import BlockStream
+from tasks import allocate, assemble, candidates, evaluate, profile, refine
+from tasks.artifacts import StageFolder
+from tasks.assemble import AssembleJob
+from tasks.candidates import CandidatesJob
+from tasks.cluster import Pool, open_pool, resolve_device
+from tasks.evaluate import CheckpointCodes, EvaluateJob, StoredCodes, Variant
+from tasks.model_identity import model_fingerprint
+from tasks.profile import ProfileJob
+from tasks.refine import RefineJob
+from tasks.store.manifest import claim_run
+from tasks.store.opened import open_store
+from tasks.streams import DTYPES, StreamJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What all stages need: the jobs up to the candidates."""
+
+    stream: BlockStream
+    stream_job: StreamJob
+    profile: ProfileJob
+    candidates: CandidatesJob
+
+
+class Compression:
+    """One compression; methods in the order in which they run."""
+
+    def __init__(self, config: CompressConfig, progress: Progress) -> None:
+        self.config = config
+        self.model = resolve_model(config.run.model)
+        self.source = ModelSource(self.model)
+        self.fingerprint = model_fingerprint(self.model)
+        self.dtype = resolve_dtype(config.run, self.source)
+        self.stream = BlockStream(self.source, dtype=DTYPES[self.dtype])
+        self.run_id = config.run_id or default_run_id(config.run)
+        store = open_store(config.store)
+        claim_run(store, self.run_id, json.loads(config.run.model_dump_json()))
+        self.run_state = Run(
+            store=store,
+            run_id=self.run_id,
+            progress=progress,
+            device=resolve_device(config.cluster.device),
+            threads=config.run.threads,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """All stages; the manifest."""
+        cluster = self.config.cluster
+        with open_pool(
+            device=cluster.device, workers=cluster.workers, threads=self.config.run.threads, address=cluster.address
+        ) as pool:
+            prepared = self._prepare(len(pool))
+            run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
+            rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
+            plan, plan_folder, control = self._allocate(rows, prepared)
+            return self._finish(pool, prepared, rows, plan, plan_folder, control)
+
+    def _prepare(self, num_workers: int) -> Prepared:
+        run, config = self.run_state, self.config.run
+        windows = calibration_windows(run, config, model=self.model, fingerprint=self.fingerprint)
+        self.calibration = windows
+        num_shards = min(config.shards, windows.num_windows)
+        stream_job = StreamJob(
+            model=str(self.model),
+            dtype=self.dtype,
+            store=self.config.store,
+            windows=windows.key,
+            num_shards=num_shards,
+            micro_batch=config.micro_batch,
+            num_workers=num_workers,
+        )
+        folder = run.folder(
+            profile.STAGE,
+            inputs={"model": self.fingerprint, "windows": windows.digest},
+            parameters={
+                "relevance": config.relevance,
+                "floor": config.relevance_floor,
+                "seed": config.seed,
+                "dtype": self.dtype,
+                "num_shards": num_shards,
+                "micro_batch": config.micro_batch,
+            },
+            code=["tasks.profile"],
+        )
+        profile_job = ProfileJob(
+            stream=stream_job,
+            folder=folder,
+            relevance=config.relevance,
+            floor=config.relevance_floor,
+            seed=config.seed,
+        )
+        choices = tuple(
+            Choice(bits=bits, group_size=size)
+            for bits in config.candidates.bits
+            for size in config.candidates.group_sizes
+        )
+        candidates_job = CandidatesJob(
+            profile=profile_job,
+            folder=run.folder(
+                candidates.STAGE,
+                inputs={"profile": folder.key},
+                parameters={"choices": [str(c) for c in choices], "damping": config.candidates.damping},
+                code=["tasks.candidates"],
+            ),
+            choices=choices,
+            damping=config.candidates.damping,
+        )
+        return Prepared(
+            stream=self.stream, stream_job=stream_job, profile=profile_job, candidates=candidates_job
+        )
+
+    def _allocate(self, rows: list[dict[str, Any]], prepared: Prepared) -> tuple[Plan, StageFolder, Plan | None]:
+        """The plan under the budget, and the uniform control at the width nearest to what it reaches."""
+        run, wanted = self.run_state, self.config.plan
+        folder = run.folder(
+            "allocate",
+            inputs={"candidates": prepared.candidates.folder.key},
+            parameters=json.loads(wanted.model_dump_json(exclude={"refine", "correction"})),
+            code=["tasks.allocate"],
+        )
+        cost_rows = allocate.cost_rows(rows, self.stream.specs)
+        with run.timed("allocate", 1, "plan"):
+            budget = self._budget(cost_rows, prepared)
+            problem = allocate.pose(
+                cost_rows,
+                budget=budget,
+                keep=wanted.keep,
+                target=wanted.target,
+                tensor_parallel=wanted.tensor_parallel,
+            )
+            plan = step("allocate", lambda: allocate.solve(problem, solver=wanted.solver))
+            control = None
+            if self.config.evaluation.enabled and self.config.evaluation.control:
+                control = allocate.control(problem, at_bits=plan.average_bits)
+            run.progress.advance("allocate")
+        if not run.store.exists(folder.manifest):
+            run.finish(folder, "allocate", {"choices": choices_json(plan.choices), "cost_nats": plan.cost_nats})
+        if not plan.binding:
+            run.warn("the budget is larger than every module at its best choice needs; it is not used up")
+        return plan, folder, control
+
+    def _budget(self, cost_rows: list[CostRow], prepared: Prepared) -> BudgetBits | BudgetBytes:
+        wanted = self.config.plan
+        if wanted.budget_bits is not None:
+            return BudgetBits(bits=wanted.budget_bits)
+        if wanted.budget_bytes is None:
+            raise ConfigError("no budget: give --budget BITS or --budget-bytes SIZE")
+        # All but codes and scales: from the layout with every module at its widest choice, whose headers are longest.
+        # Modules that stay at 16 bits are counted by the problem itself.
+        widest: dict[str, Choice] = {}
+        for row in sorted(cost_rows, key=lambda row: row.storage_bits):
+            if row.choice is not None:
+                widest[row.module.name] = row.choice
+        return BudgetBytes(
+            total_bytes=wanted.budget_bytes, fixed_bytes=planned_size(self.source, widest).fixed_bytes
+        )
+
+    def _finish(
+        self,
+        pool: Pool,
+        prepared: Prepared,
+        rows: list[dict[str, Any]],
+        plan: Plan,
+        plan_folder: StageFolder,
+        control: Plan | None,
+    ) -> dict[str, Any]:
+        run, wanted = self.run_state, self.config.plan
+        codes: StageFolder | CandidatesJob = prepared.candidates
+        degraded = count_degradations(rows)
+        if wanted.refine == "sequential":
+            job = self._refine_job(prepared, plan, weighted=True, strength=wanted.correction)
+            counts = run_refine(run, pool, job, self.stream, label="refine")
+            degraded |= {"correction_rejected_rows": counts["rejected_rows"], "rows": counts["rows"]}
+            codes = job.folder
+        quantized = {name: choice for name, choice in plan.choices.items() if choice is not None}
+        manifest = self._manifest(rows, plan, degraded)
+        key = _content_key(codes, plan)
+        manifest["content_key"] = key
+        reached = self._assemble(pool, codes, quantized, manifest, key)
+        manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
+        manifest["bytes"] = {"original": _model_bytes(self.model), "compressed": reached["total_bytes"]}
+        if self.config.evaluation.enabled:
+            manifest["evaluation"] = self._evaluate(pool, prepared, control, key)
+        manifest |= {"seconds": run.seconds, "reused": run.reused, "warnings": run.warnings}
+        manifest["computed_nothing"] = _computed_nothing(run)
+        write_manifest_file(self.config.output / MANIFEST, manifest)
+        return manifest
+
+    def _refine_job(self, prepared: Prepared, plan: Plan, *, weighted: bool, strength: float) -> RefineJob:
+        run, config = self.run_state, self.config.run
+        folder = run.folder(
+            refine.STAGE,
+            inputs={
+                "model": prepared.profile.folder.key if weighted else self.fingerprint,
+                "windows": prepared.stream_job.windows,
+            },
+            parameters={
+                "choices": choices_json(plan.choices),
+                "strength": strength,
+                "damping": config.candidates.damping,
+                "dtype": self.dtype,
+                "num_shards": prepared.stream_job.num_shards,
+                "micro_batch": config.micro_batch,
+            },
+            code=["tasks.refine"],
+        )
+        return RefineJob(
+            stream=prepared.stream_job,
+            folder=folder,
+            token_weights=prepared.profile.folder if weighted else None,
+            choices=plan.choices,
+            strength=strength,
+            damping=config.candidates.damping,
+        )
+
+    def _assemble(
+        self,
+        pool: Pool,
+        codes: StageFolder | CandidatesJob,
+        quantized: Mapping[str, Choice],
+        manifest: Mapping[str, Any],
+        key: str,
+    ) -> Mapping[str, Any]:
+        """Write the checkpoint, unless the very same one lies in the output folder already."""
+        run, output = self.run_state, self.config.output
+        present = read_manifest_file(output / MANIFEST)
+        if present is not None and present.get("content_key") == key and "size" in present:
+            run.reused.append(assemble.STAGE)
+            run.seconds[assemble.STAGE] = 0.0
+            run.progress.done(assemble.STAGE, seconds=0.0, reused=True)
+            size: Mapping[str, Any] = present["size"]
+        else:
+            job = AssembleJob(
+                model=str(self.model),
+                store=self.config.store,
+                output=str(output.absolute()),
+                overwrite=self.config.overwrite,
+                codes=codes,
+                choices=quantized,
+                specs=self.stream.specs,
+                manifest=manifest,
+            )
+            with run.timed(assemble.STAGE, 1, "checkpoint"):
+                size = step("assemble", lambda: pool.get([pool.submit(0, assemble.assemble, job)])[0])
+                run.progress.advance(assemble.STAGE)
+        manifest["size"] = dict(size)  # type: ignore[index]
+        return size
+
+    def _evaluate(self, pool: Pool, prepared: Prepared, control: Plan | None, key: str) -> dict[str, Any]:
+        run, config = self.run_state, self.config.evaluation
+        windows = evaluation_windows(
+            run, self.config, model=self.model, fingerprint=self.fingerprint, calibration=self.calibration
+        )
+        variants: dict[str, Variant] = {"lrpq": CheckpointCodes(path=str(self.config.output.absolute()))}
+        inputs = {"windows": windows.digest, "lrpq": key, "model": self.fingerprint}
+        if control is not None:
+            job = self._refine_job(prepared, control, weighted=False, strength=0.0)
+            run_refine(run, pool, job, self.stream, label="control")
+            variants["control"] = StoredCodes(folder=job.folder, choices=control.choices)
+            inputs["control"] = job.folder.key
+        stream_job = replace(
+            prepared.stream_job, windows=windows.key, num_shards=windows.num_windows, micro_batch=1
+        )
+        folder = run.folder(
+            evaluate.STAGE, inputs=inputs, parameters={"dtype": self.dtype}, code=["tasks.evaluate"]
+        )
+        found = run_evaluate(run, pool, EvaluateJob(stream=stream_job, variants=variants), folder)
+        result: dict[str, Any] = {
+            "source": windows.source,
+            "windows": windows.num_windows,
+            "length": config.length,
+            **found["summary"],
+        }
+        if control is not None:
+            uniform = next(choice for choice in control.choices.values() if choice is not None)
+            result["control"] |= {"label": f"uniform GPTQ {uniform}", "all_in_bits": control.average_bits}
+        return result
+
+    def _manifest(self, rows: list[dict[str, Any]], plan: Plan, degraded: Mapping[str, int]) -> dict[str, Any]:
+        wanted = self.config.plan
+        return {
+            "lrpq": __version__,
+            "run_id": self.run_id,
+            "model": self.config.run.model,
+            "configuration": json.loads(self.config.model_dump_json(exclude={"store", "output"})),
+            "environment": self.run_state.environment,
+            "budget": {
+                "asked_bits": wanted.budget_bits,
+                "asked_bytes": wanted.budget_bytes,
+                "predicted_kl_nats": plan.cost_nats,
+                "bound_nats": plan.bound_nats,
+                "gap": plan.gap,
+                "method": plan.method.value,
+            },
+            "modules": modules_json(self.stream.specs, plan.choices, rows),
+            "kept_16bit": list(plan.names_at_16),
+            "kept_because": dict(plan.left_at_16),
+            "degraded": dict(degraded),
+        }
+
+
+def resolve_dtype(config: RunConfig, source: ModelSource) -> str:
+    """The dtype asked for; by default bfloat16 for a bfloat16 model, else float32."""
+    if config.dtype != "auto":
+        return config.dtype
+    stored = source.dtype(next(name for name in source.names() if name.endswith("weight")))
+    return "bfloat16" if str(stored) == "torch.bfloat16" else "float32"
+
+
+def _content_key(codes: StageFolder | CandidatesJob, plan: Plan) -> str:
+    """Names the checkpoint's content: where its codes come from and which of them it takes."""
+    origin = codes.key if isinstance(codes, StageFolder) else codes.folder.key
+    return hashlib.sha256(json.dumps([origin, choices_json(plan.choices)], sort_keys=True).encode()).hexdigest()
+
+
+def _computed_nothing(run: Run) -> bool:
+    """Whether every stage that computes was found in the store."""
+    return all(label in run.reused or label == "allocate" for label in run.seconds)
+
+
+def _model_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,0 +1,304 @@
+"""What a user may ask for: one frozen model a section, the same names in a file, as options and in results.
+
+A file (TOML or JSON) has the sections ``[run]``, ``[run.calibration]``, ``[run.candidates]``, ``[plan]``,
+``[evaluation]`` and ``[cluster]``; ``output``, ``overwrite``, ``store`` and ``run_id`` stand above them. A
+field that is also an option of the command line names it (``Flag``), and its docstring is the option's help.
+Types are strict: the text "3" is no number, and neither is true; a list passes for a tuple.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lrpq.allocate.budget import UNQUANTIZED_BITS, BudgetBits, parse_bytes
+from lrpq.allocate.keep import parse_keep
+from lrpq.allocate.targets import Target, check_tensor_parallel
+from lrpq.errors import BudgetError, ConfigError
+from lrpq.notation import SCALE_BITS
+from tasks.store.documents import canonical_text, sha256_text
+
+DEFAULT_CALIBRATION = "hub:Salesforce/wikitext:wikitext-2-raw-v1:train"
+COUNTERPARTS: Mapping[str, str] = {
+    "pydoc:calibrate": "pydoc:evaluate",
+    "pydoc:evaluate": "pydoc:calibrate",
+    DEFAULT_CALIBRATION: "hub:Salesforce/wikitext:wikitext-2-raw-v1:test",
+}
+"""Calibration source -> text of the same kind that shares nothing with it."""
+BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
+PER_CHANNEL = -1
+GROUP_SIZES = (32, 64, 128, PER_CHANNEL)
+RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+SLUG_CHARS = 55  # leaves room for "-" and 8 digits in a run id
+MAX_SEED = 2**63 - 1  # what torch.Generator takes
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """The option of the command line that sets a field."""
+
+    name: str
+    """Such as ``--budget``; the name of the argument for ``MODEL``."""
+    off: str = ""
+    """The option that sets it to false, such as ``--no-control``."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, strict, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+def _chosen(value: tuple[int, ...], known: tuple[int, ...]) -> tuple[int, ...]:
+    """Known values, each once, in one order: how they were written must not make another run."""
+    for item in value:
+        if item not in known:
+            raise ValueError(f"{item} is not one of {', '.join(map(str, known))}")
+    return tuple(item for item in known if item in value)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+WindowLength = Annotated[int, Field(ge=2)]
+"""Tokens; the first one predicts the second."""
+
+
+class CalibrationConfig(Section):
+    """The text whose tokens decide what is relevant."""
+
+    source: Annotated[str, Flag("--calibration")] = DEFAULT_CALIBRATION
+    """Calibration text: hub:DATASET[:CONFIG[:SPLIT]], text:FILE_OR_URL, parquet:FILE_OR_URL, pydoc:calibrate
+    or self (sampled from the model)."""
+    num_windows: Annotated[Positive, Flag("--calibration-windows")] = 128
+    """Calibration windows (sequences)."""
+    length: Annotated[WindowLength, Flag("--length")] = 2048
+    """Tokens of a calibration window, at most the model's max_position_embeddings."""
+    text_column: Annotated[str | None, Flag("--text-column")] = None
+    """Column that holds the text of a hub or Parquet source; found by itself if not given."""
+
+
+class CandidateConfig(Section):
+    """The choices that GPTQ prepares for every layer."""
+
+    bits: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--bits")] = BIT_WIDTHS
+    """Code widths to choose from (bits per weight)."""
+    group_sizes: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--group-size")] = (64,)
+    """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Added to the diagonal of a Hessian (share of the diagonal's mean)."""
+
+    @field_validator("bits")
+    @classmethod
+    def _known_bits(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _chosen(value, BIT_WIDTHS)
+
+    @field_validator("group_sizes")
+    @classmethod
+    def _known_group_sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _chosen(value, GROUP_SIZES)
+
+    def smallest_bits(self) -> float:
+        """All-in bits per weight of the smallest choice, where its group size divides the row."""
+        if PER_CHANNEL in self.group_sizes:
+            return float(min(self.bits))
+        return min(self.bits) + SCALE_BITS / max(self.group_sizes)
+
+
+class RunConfig(Section):
+    """What the stored profile and candidates depend on; a run id stands for one of these."""
+
+    model: Annotated[str, Field(min_length=1), Flag("MODEL")]
+    """Hub id, or folder of safetensors."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    candidates: CandidateConfig = CandidateConfig()
+    relevance: Annotated[Literal["fisher", "lrp", "cp-lrp", "blend"], Flag("--relevance")] = "blend"
+    """Where token weights come from (LRP is patented; fisher avoids it)."""
+    relevance_floor: Share = 0.03
+    """Weight that every token gets (share of the mean weight)."""
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED), Flag("--seed")] = 0
+    """Seed of the sampled windows and labels."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Flag("--dtype")] = "auto"
+    """Weights and activations while computing."""
+    shards: Positive = 8
+    """Parts that the calibration windows are cut into, whatever the number of workers."""
+    micro_batch: Positive = 4
+    """Windows computed at once (sequences)."""
+    threads: Annotated[Positive, Flag("--threads")] = 1
+    """Threads of a worker (cores); part of a result's identity."""
+
+
+class PlanConfig(Section):
+    """The budget, and what may be chosen under it."""
+
+    budget_bits: Annotated[float | None, Flag("--budget")] = None
+    """Hard limit on codes, scales and zero points (bits per quantized weight)."""
+    budget_bytes: Annotated[int | None, Flag("--budget-bytes")] = None
+    """Hard limit on the whole checkpoint (bytes, or a text such as 40GB)."""
+    keep: Annotated[tuple[str, ...], Field(strict=False), Flag("--keep")] = ()
+    """PATTERN=BITS: bits of the modules that match; 16 leaves them as they are."""
+    target: Annotated[Literal["transformers", "vllm"], Flag("--target")] = "transformers"
+    """Runtime that must run the checkpoint."""
+    tensor_parallel: Annotated[Positive, Flag("--tensor-parallel")] = 1
+    """GPUs that share a layer (with --target vllm)."""
+    solver: Annotated[Literal["exact", "lagrangian"], Flag("--solver")] = "exact"
+    """How the bits are allocated."""
+    refine: Annotated[Literal["sequential", "stitch"], Flag("--refine")] = "sequential"
+    """sequential: quantize again behind the quantized prefix; stitch: the stored candidates (seconds, lower
+    quality)."""
+    correction: Share = 0.5
+    """Strength a of the weight correction before quantizing (share; 0 is none)."""
+
+    @field_validator("budget_bytes", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("keep")
+    @classmethod
+    def _keep_rules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(parse_keep(rule)) for rule in value)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PlanConfig:
+        if self.budget_bits is None and self.budget_bytes is None:
+            raise ConfigError("no budget: give --budget BITS or --budget-bytes SIZE")
+        if self.budget_bits is not None and self.budget_bytes is not None:
+            raise ConfigError("two budgets: give either --budget BITS or --budget-bytes SIZE, not both")
+        if self.budget_bits is not None:
+            BudgetBits(bits=self.budget_bits)
+        if self.budget_bytes is not None and self.budget_bytes <= 0:
+            raise BudgetError(f"budget of {self.budget_bytes} bytes: expected a positive number")
+        check_tensor_parallel(Target(self.target), self.tensor_parallel)
+        return self
+
+
+class EvaluationConfig(Section):
+    """What the result is measured on."""
+
+    source: Annotated[str | None, Flag("--evaluation")] = None
+    """Text to measure on, written as for --calibration; that text's counterpart if not given."""
+    num_windows: Annotated[Positive, Flag("--evaluation-windows")] = 32
+    """Windows that are measured (sequences)."""
+    length: Annotated[WindowLength, Flag("--evaluation-length")] = 512
+    """Tokens of an evaluation window."""
+    control: Annotated[bool, Flag("--control", "--no-control")] = True
+    """Also measure uniform GPTQ at the nearest width."""
+    enabled: Annotated[bool, Flag("--evaluate", "--no-evaluate")] = True
+    """Measure perplexity and KL divergence."""
+
+
+class ClusterConfig(Section):
+    """Where it is computed; changes no result."""
+
+    workers: Annotated[Positive | None, Flag("--workers")] = None
+    """Worker processes; one a core or GPU if not given."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Flag("--device")] = "auto"
+    """Where layers are computed."""
+    address: Annotated[str | None, Flag("--address")] = None
+    """Ray cluster to use; one is started here if not given."""
+
+
+def cache_folder() -> Path:
+    """``lrpq`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lrpq"
+
+
+def default_store() -> str:
+    """``LRPQ_STORE``, or a folder in the user's cache."""
+    return os.environ.get("LRPQ_STORE") or str(cache_folder() / "store")
+
+
+class CompressConfig(Section):
+    """One compression."""
+
+    run: RunConfig
+    plan: PlanConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    output: Annotated[Path, Flag("--output")]
+    """Folder for the checkpoint."""
+    overwrite: Annotated[bool, Flag("--overwrite")] = False
+    """Replace an earlier checkpoint of lrpq in the output folder."""
+    store: Annotated[str, Field(default_factory=default_store), Flag("--store")]
+    """Folder or s3://bucket/prefix for what is computed on the way; $LRPQ_STORE if not given."""
+    run_id: Annotated[str | None, Flag("--run-id")] = None
+    """Name of the run in the store; made from the model and its settings if not given."""
+
+    @field_validator("run_id")
+    @classmethod
+    def _valid_run_id(cls, value: str | None) -> str | None:
+        return value if value is None else check_run_id(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CompressConfig:
+        widths = self.run.candidates.bits
+        for rule in map(parse_keep, self.plan.keep):
+            if rule.bits != UNQUANTIZED_BITS and rule.bits not in widths:
+                raise ConfigError(
+                    f"keep rule '{rule}': {rule.bits} bits are not among the choices (--bits); use "
+                    f"{', '.join(map(str, widths))} or {UNQUANTIZED_BITS}"
+                )
+        smallest = self.run.candidates.smallest_bits()
+        if self.plan.budget_bits is not None and self.plan.budget_bits < smallest:
+            raise BudgetError(
+                f"budget of {self.plan.budget_bits:g} bits is impossible with these choices; the smallest "
+                f"possible is {smallest:g} bits ({min(widths)}-bit codes and their scales); raise --budget "
+                "or allow narrower choices"
+            )
+        evaluation_source(self.evaluation, calibration=self.run.calibration.source)
+        return self
+
+
+def evaluation_source(evaluation: EvaluationConfig, *, calibration: str) -> str | None:
+    """Return the source to measure on; None if nothing is measured.
+
+    Raises:
+        ConfigError: none given, and the calibration text has no counterpart.
+    """
+    if not evaluation.enabled:
+        return None
+    found = evaluation.source or COUNTERPARTS.get(calibration)
+    if found is None:
+        raise ConfigError(
+            f"no text to measure on: calibration text {calibration!r} has no counterpart; give --evaluation "
+            "SOURCE (such as text:FILE) or --no-evaluate"
+        )
+    return found
+
+
+def check_run_id(run_id: str) -> str:
+    """Return the run id.
+
+    Raises:
+        ConfigError: not a run id.
+    """
+    if not RUN_ID.fullmatch(run_id):
+        raise ConfigError(
+            f"run id {run_id!r}: expected up to 64 of a-z 0-9 . _ - that begin with a letter or digit, "
+            "such as smollm2-wiki"
+        )
+    return run_id
+
+
+def default_run_id(run: RunConfig) -> str:
+    """Name a configuration: the model's base name and 8 digits over all of it (``smollm2-135m-0f3a9c11``).
+
+    The budget is no part of it, so that another budget finds the candidates.
+    """
+    base = os.path.basename(run.model.rstrip("/"))
+    slug = re.sub(r"[^a-z0-9._-]+", "-", base.lower()).strip("._-")[:SLUG_CHARS] or "model"
+    return f"{slug}-{sha256_text(canonical_text(run.model_dump(mode='json')))[:8]}"

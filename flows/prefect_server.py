@@ -1,0 +1,240 @@
+"""One Prefect server for the length of a run: the configured one, or one of our own on the loopback address.
+
+Without it every flow starts Prefect's temporary in-process server: the same work then took twice as long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows import server_guard
+from flows.boundary import one_line, redacted
+from flows.config import cache_folder
+from lrpq.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 180.0
+"""Longest wait for a server: it takes 7 s on a free machine, 14 s with a new database, more on a busy one."""
+STOP_SECONDS = server_guard.STOP_SECONDS + 5
+REQUEST_SECONDS = 5.0
+DRAIN_SECONDS = 5.0
+POLL_SECONDS = 0.1
+ATTEMPTS = 3
+"""Ports tried: another process may take the free one between the look and the start."""
+KEPT_LOGS = 5
+
+PRIVATE: Mapping[str, str] = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+
+
+def quiet_prefect() -> None:
+    """Set what Prefect reads when it is imported: no telemetry, warnings only. Call before importing it."""
+    for name, value in {**PRIVATE, "PREFECT_LOGGING_LEVEL": "WARNING"}.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def prefect_api() -> Iterator[str]:
+    """Yield the URL of a Prefect API that answers; flows run inside use it.
+
+    If PREFECT_API_URL is set (in the environment or a profile), that is the one. Otherwise a server is
+    started; it ends with the context, on exceptions and Ctrl-C too, and if this process is killed
+    (server_guard). Its runs stay in Prefect's own database: ``prefect server start`` shows them later.
+
+    Raises:
+        ConfigError: the configured server does not answer, or none could be started (its log is named).
+    """
+    quiet_prefect()
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    configured = PREFECT_API_URL.value()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_failures_left_to_the_caller())
+        if configured is not None:
+            _check_configured(str(configured))
+            yield str(configured)
+            return
+        url = stack.enter_context(_own_server(cache_folder() / "logs"))
+        # The environment is for processes started inside, the settings for this one.
+        stack.enter_context(_environment({"PREFECT_API_URL": url, **_direct()}))
+        stack.enter_context(temporary_settings({PREFECT_API_URL: url}))
+        stack.callback(_send_what_waits)
+        yield url
+
+
+@contextmanager
+def _own_server(log_folder: Path) -> Iterator[str]:
+    log = _new_log(log_folder)
+    for attempt in range(1, ATTEMPTS + 1):
+        port = _free_port()
+        guard = _start(port, log)
+        try:
+            if _wait_until_healthy(guard, port, log):
+                yield f"http://{LOOPBACK}:{port}/api"
+                return
+        finally:
+            _stop(guard)
+        if attempt == ATTEMPTS or "is already in use" not in log.read_text(errors="replace"):
+            break
+    raise ConfigError(f"the Prefect server ended while it started: {_last_line(log)}; its log is {log}")
+
+
+def _start(port: int, log: Path) -> subprocess.Popen[bytes]:
+    server = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)]
+    # -I: the guard needs nothing from the current folder or the user's site-packages
+    command = [sys.executable, "-I", server_guard.__file__, *server]
+    with log.open("ab") as output:
+        return subprocess.Popen(  # noqa: S603 -- fixed command, no shell
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **PRIVATE},
+        )
+
+
+def _wait_until_healthy(guard: subprocess.Popen[bytes], port: int, log: Path) -> bool:
+    """Wait for the server; False if it ended."""
+    deadline = time.monotonic() + START_SECONDS
+    while guard.poll() is None:
+        if _answers(f"http://{LOOPBACK}:{port}/api/health") and guard.poll() is None:
+            return True
+        if time.monotonic() > deadline:
+            raise ConfigError(f"the Prefect server did not answer within {START_SECONDS:.0f} s; its log is {log}")
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def _stop(guard: subprocess.Popen[bytes]) -> None:
+    """Close the guard's pipe, which ends the server; whatever is left of its group is killed."""
+    if guard.stdin is not None:
+        guard.stdin.close()
+    try:
+        guard.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # also if Ctrl-C is pressed again while waiting
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(guard.pid, signal.SIGKILL)
+        guard.wait()
+
+
+def _answers(url: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know our loopback
+    try:
+        with opener.open(url, timeout=REQUEST_SECONDS) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _check_configured(url: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+    if error is not None:
+        reason = one_line(str(error) or type(error).__name__, max_chars=200)
+        raise ConfigError(
+            f"the Prefect server at PREFECT_API_URL {redacted(url)} does not answer ({reason}); start it, "
+            "correct the URL, or unset PREFECT_API_URL to have one started here"
+        )
+
+
+def _send_what_waits() -> None:
+    """Have Prefect's background threads send logs and states while the server still listens."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    EventsWorker.drain_all(timeout=DRAIN_SECONDS)
+    APILogWorker.drain_all(timeout=DRAIN_SECONDS)
+
+
+@contextmanager
+def _failures_left_to_the_caller() -> Iterator[None]:
+    """Keep the tracebacks of failed flow and task runs off the console: the caller gets the exception itself.
+
+    They still go to the Prefect server. Not done where the user has set a level of logging other than ours.
+    """
+    import prefect.main  # noqa: F401 -- sets up the handlers
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    if os.environ.get("PREFECT_LOGGING_LEVEL") != "WARNING":
+        yield
+        return
+    consoles = [h for h in logging.getLogger().handlers if isinstance(h, PrefectConsoleHandler)]
+    for console in consoles:
+        console.addFilter(_is_no_failed_run)
+    try:
+        yield
+    finally:
+        for console in consoles:
+            console.removeFilter(_is_no_failed_run)
+
+
+def _is_no_failed_run(record: logging.LogRecord) -> bool:
+    of_a_run = record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
+    return not (of_a_run and record.levelno >= logging.ERROR)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _direct() -> dict[str, str]:
+    """Variables that keep HTTP clients from asking a proxy for our loopback address."""
+    if not any(os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")):
+        return {}
+    names = ("no_proxy", "NO_PROXY")
+    return {name: ",".join(filter(None, [os.environ.get(name), LOOPBACK])) for name in names}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _new_log(folder: Path) -> Path:
+    """Path of a new log; of the older ones the last few are kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        old = sorted(folder.glob("prefect-server-*.log"))
+        for path in old[: -(KEPT_LOGS - 1)]:
+            path.unlink(missing_ok=True)
+        log = folder / f"prefect-server-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+        log.touch(mode=0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the log of the Prefect server to {folder} ({error.strerror}); make it writable, "
+            "or set XDG_CACHE_HOME"
+        ) from error
+    return log
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return one_line(lines[-1], max_chars=200) if lines else "it wrote nothing"

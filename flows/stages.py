@@ -1,0 +1,194 @@
+"""The stages of a compression, in order: each a loop over blocks of calls to the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from flows.run import Run, step
+from lrpq.errors import QuantizationError
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.streaming import BlockStream
+from tasks import candidates, evaluate, profile, refine
+from tasks.artifacts import StageFolder
+from tasks.candidates import CandidatesJob
+from tasks.cluster import Pool
+from tasks.evaluate import EvaluateJob
+from tasks.profile import ProfileJob
+from tasks.refine import RefineJob
+
+BLOCKS_IN_FLIGHT = 2
+"""Blocks whose sums may wait in the object store to be merged: bounds its memory."""
+MAX_DAMPED_SHARE = 0.1
+"""Share of sites whose Hessian may need more damping than asked for before the stage is a failure."""
+
+
+def site_names(stream: BlockStream) -> dict[int, list[str]]:
+    """Block -> its input sites."""
+    return {block: list(stream.sites(block)) for block in range(stream.num_blocks)}
+
+
+def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Mapping[str, Any]:
+    """Forward and backward sweep; one task run a block of the backward sweep."""
+    label = profile.STAGE
+    done = run.stored(job.folder, label)
+    if done is not None:
+        return done
+    with run.timed(label, 2 * num_blocks + 1):
+        pool.each(profile.begin, job)
+        waiting = [(block, pool.each_refs(profile.forward, block)) for block in range(num_blocks)]
+        for block, references in waiting:
+            step(f"profile · forward · block {block}", partial(pool.get, references))
+            run.progress.advance(label, f"forward, block {block}")
+        losses = step("profile · labels", lambda: pool.each(profile.seed_gradients))
+        run.progress.advance(label, "labels")
+        storing: list[tuple[int, Any]] = []
+        curvature: dict[str, float] = {}
+
+        def collect(block: int, reference: Any) -> None:
+            curvature.update(step(f"profile · block {block}", lambda: pool.get([reference])[0]))
+            run.progress.advance(label, f"backward, block {block}")
+
+        for block in range(num_blocks - 1, -1, -1):
+            parts = pool.each_refs(profile.backward, block)
+            storing.append((block, pool.submit(block % len(pool), profile.store_block, job, block, *parts)))
+            if len(storing) >= BLOCKS_IN_FLIGHT:
+                collect(*storing.pop(0))
+        for item in storing:
+            collect(*item)
+        spilled = sum(result["spilled_bytes"] for result in pool.each(profile.end))
+    nats, tokens = (sum(column) for column in zip(*losses, strict=True))
+    extra = {"sampled_nll_nats": nats / tokens, "num_tokens": tokens, "spilled_bytes": spilled, "curvature": curvature}
+    return run.finish(job.folder, label, extra)
+
+
+def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream) -> list[dict[str, Any]]:
+    """Every module at every choice; returns the cost rows."""
+    label = candidates.STAGE
+    sites = site_names(stream)
+    if run.stored(job.folder, label) is None:
+        missing = list(candidates.missing_sites(job, sites))
+        with run.timed(label, len(missing), "site"):
+            specs = {block: stream.sites(block) for block in sites}
+            ends = pool.map(
+                candidates.quantize_site, [(job, block, site, specs[block][site]) for block, site in missing]
+            )
+            left = {block: sum(b == block for b, _ in missing) for block in sites}
+
+            def wait_for(block: int) -> None:
+                while left[block]:
+                    position, _ = next(ends)
+                    left[missing[position][0]] -= 1
+                    run.progress.advance(label, f"block {missing[position][0]}, {missing[position][1]}")
+
+            for block in sites:
+                step(f"candidates · block {block}", partial(wait_for, block))
+        rows = candidates.read_costs(job, sites)
+        run.finish(job.folder, label, count_degradations(rows))
+        return rows
+    return candidates.read_costs(job, sites)
+
+
+def count_degradations(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Count sites whose damping had to be raised and inputs that never fire.
+
+    Raises:
+        QuantizationError: too many Hessians were not positive definite.
+    """
+    by_module = {row["name"]: row for row in rows}
+    damped = [name for name, row in by_module.items() if row["damping_steps"]]
+    if len(damped) > MAX_DAMPED_SHARE * len(by_module):
+        raise QuantizationError(
+            f"{len(damped)} of {len(by_module)} modules have Hessians that are not positive definite (first: "
+            f"{damped[0]}); calibrate on more tokens or raise --damping"
+        )
+    return {
+        "not_positive_definite": len(damped),
+        "dead_inputs": sum(row["dead_inputs"] for row in by_module.values()),
+    }
+
+
+def run_refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, *, label: str) -> Mapping[str, Any]:
+    """Walk the blocks, quantizing each behind the quantized prefix. Modules already in the store are not redone."""
+    done = run.stored(job.folder, label)
+    if done is not None:
+        return done
+    counts = dict.fromkeys(refine.COUNTS, 0)
+    with run.timed(label, stream.num_blocks):
+        pool.each(refine.begin, job)
+        for block in range(stream.num_blocks):
+            found = step(f"{label} · block {block}", partial(_refine_block, run, pool, job, stream, block))
+            counts = {field: counts[field] + found[field] for field in counts}
+            run.progress.advance(label, f"block {block}")
+        pool.each(refine.end)
+    return run.finish(job.folder, label, counts)
+
+
+def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, block: int) -> dict[str, int]:
+    pool.each_refs(refine.enter, job, block)
+    quantized: list[Any] = []
+    for site in stream.sites(block).values():
+        members = [spec for spec in site if job.choices[spec.name] is not None]
+        missing = [spec for spec in members if not run.store.exists(job.folder.module(spec.name))]
+        parts = pool.each_refs(refine.products, block, site, *quantized) if missing else []
+        new: dict[str, Any] = {}
+        for spec in members:
+            worker = len(new) % len(pool)
+            if spec in missing:
+                new[spec.name] = pool.submit(worker, refine.quantize, job, spec, *parts)
+            else:
+                new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
+        quantized += new.values()
+    pool.get(pool.each_refs(refine.advance, block, *quantized))
+    return refine.read_counts(run.store, job.folder, [s for s in stream.block_specs(block) if job.choices[s.name]])
+
+
+def run_evaluate(run: Run, pool: Pool, job: EvaluateJob, folder: StageFolder) -> Mapping[str, Any]:
+    """Perplexity and KL divergence of all variants on the same windows."""
+    label = evaluate.STAGE
+    done = run.stored(folder, label)
+    if done is not None:
+        return done
+    with run.timed(label, 1, "pass"):
+        parts = step("evaluate", lambda: pool.each(evaluate.score, job))
+        run.progress.advance(label)
+    scores = evaluate.merged_scores(parts)
+    summaries = {name: asdict(evaluate.summarize(rows)) for name, rows in scores.items()}
+    extra = {"summary": summaries, "windows": {n: [asdict(r) for r in rows] for n, rows in scores.items()}}
+    return run.finish(folder, label, extra)
+
+
+def choices_json(choices: Mapping[str, Choice | None]) -> dict[str, Any]:
+    """Choices as JSON: module -> [bits, group size] or null."""
+    return {name: None if c is None else [c.bits, c.group_size] for name, c in choices.items()}
+
+
+def choices_of(stored: Mapping[str, Any]) -> dict[str, Choice | None]:
+    """Inverse of ``choices_json``."""
+    return {n: None if c is None else Choice(bits=int(c[0]), group_size=int(c[1])) for n, c in stored.items()}
+
+
+def modules_json(
+    specs: Sequence[LinearSpec], choices: Mapping[str, Choice | None], rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row a module for the manifest: what it got and what that was expected to cost."""
+    costs = {(row["name"], row["bits"], row["group_size"]): row for row in rows}
+    found = []
+    for spec in specs:
+        choice = choices[spec.name]
+        row = None if choice is None else costs[spec.name, choice.bits, choice.group_size]
+        found.append(
+            {
+                "name": spec.name,
+                "kind": spec.kind,
+                "block": spec.block,
+                "bits": 16 if choice is None else choice.bits,
+                "group_size": None if choice is None else choice.group_size,
+                "num_weights": spec.num_weights,
+                "storage_bits": 16 * spec.num_weights if row is None else row["storage_bits"],
+                "cost_nats": 0.0 if row is None else row["cost_nats"],
+            }
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Writing and proving the mixed-precision checkpoint."""

@@ -1,0 +1,247 @@
+"""Writing the mixed-precision checkpoint: planned to the byte, streamed, published whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lrpq.checkpoint.compressed_tensors import natural_key, quantization_config
+from lrpq.checkpoint.layout import INDEX_FILE, index_text, open_shard
+from lrpq.checkpoint.plan import (
+    MAX_SHARD_BYTES,
+    WEIGHT,
+    CheckpointSize,
+    TensorSource,
+    plan_checkpoint,
+    planned_size,
+)
+from lrpq.checkpoint.publish import MANIFEST, check_output, published_folder
+from lrpq.errors import CheckpointError, ConfigError, ModelError
+from lrpq.model.layers import Choice
+from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.packing import pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = [
+    "CheckpointSize",
+    "CodeLoader",
+    "TensorSource",
+    "codes_of",
+    "linear_modules",
+    "manifest_text",
+    "planned_size",
+    "write_checkpoint",
+]
+
+# What loading and using the model needs besides weights. A model card describes the original and is left out;
+# so is code, which would ask for trust_remote_code.
+CARRIED = (
+    "tokenizer*.json",
+    "tokenizer*.model*",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+CodeLoader = Callable[[str], QuantizedWeight | None]
+"""Module name -> its codes, loaded when asked for; None where there are none."""
+
+
+def write_checkpoint(
+    source: TensorSource,
+    output: Path,
+    *,
+    quantized: CodeLoader,
+    choices: Mapping[str, Choice],
+    manifest: Mapping[str, Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    prove: Callable[[Path], object] | None = None,
+) -> CheckpointSize:
+    """Write the checkpoint to ``output``, which appears complete or not at all.
+
+    Tensors are streamed: one copied tensor, or one module's codes and their packed form, are in memory.
+    The bytes of everything but ``lrpq.json`` follow from the source, the codes and the choices alone.
+
+    Args:
+        source: the original; its tensors that are not quantized are copied as they are.
+        output: a new or empty folder.
+        quantized: gives the codes of a module in ``choices``; called once for each, in natural order.
+        choices: module name -> bits and group size; modules that are not named stay dense.
+        manifest: contents of ``lrpq.json``.
+        max_shard_bytes: bytes of tensors in a file; a larger module has a file of its own.
+        overwrite: replace a checkpoint that lies at ``output`` once the new one is complete.
+        prove: called with the complete folder before it is published; what it raises leaves ``output`` untouched.
+
+    Raises:
+        ConfigError: the output is taken, the disk is too small, or a choice does not fit its module.
+        ModelError: a module to quantize is not a linear layer of the source.
+        CheckpointError: codes are missing, are not what the choices say, cannot be stored, or writing failed.
+    """
+    output = output.resolve()
+    original = source.folder.resolve()
+    if output == original or output in original.parents:
+        raise ConfigError(
+            f"output {output}: holds the original model, which would be lost; give another folder"
+        )
+    check_output(output, overwrite=overwrite)
+    plan = plan_checkpoint(source, choices, max_shard_bytes=max_shard_bytes)
+    texts = {"config.json": _config_text(source, choices), MANIFEST: manifest_text(manifest)}
+    if len(plan.shards) > 1:
+        num_parameters = sum(math.prod(source.shape(name)) for name in source.names())
+        texts[INDEX_FILE] = index_text(plan.shards, num_parameters=num_parameters)
+    with published_folder(output, overwrite=overwrite) as folder:
+        free = shutil.disk_usage(folder).free
+        if free < plan.size.total_bytes:
+            raise ConfigError(
+                f"output {output}: {free:,} bytes are free, the checkpoint takes {plan.size.total_bytes:,}; "
+                "free some or give a folder on another disk"
+            )
+        for shard in plan.shards:
+            with open_shard(folder, shard) as writer:
+                for unit in shard.units:
+                    first = unit[0].name
+                    if first in plan.modules:
+                        module = plan.modules[first]
+                        shape = source.shape(module + WEIGHT)
+                        weight = codes_of(module, quantized, choice=choices[module], shape=shape)
+                        for kind, values in pack(weight).items():
+                            writer.write(f"{module}.{kind}", values)
+                    else:
+                        writer.write(first, source.read(first))
+        try:
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            for path in carried_files(source.folder):
+                (folder / path).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source.folder / path, folder / path)
+        except OSError as error:
+            raise CheckpointError(f"{output}: cannot be written ({error})") from error
+        if prove is not None:
+            prove(folder)
+    return plan.size
+
+
+def codes_of(
+    module: str, quantized: CodeLoader, *, choice: Choice, shape: tuple[int, ...]
+) -> QuantizedWeight:
+    """Load the codes of a module and check that the format can hold them without loss.
+
+    Raises:
+        CheckpointError: there are none, they are of another choice or shape, asymmetric, outside the range of
+            their bits (packing would spill them into their neighbours), or a scale is not finite.
+    """
+    weight = quantized(module)
+    if weight is None:
+        raise CheckpointError(
+            f"module {module}: has the choice {choice} but no codes; quantize it or leave it out"
+        )
+    if weight.choice != choice:
+        raise CheckpointError(f"module {module}: codes are {weight.choice} but the choice is {choice}")
+    if tuple(weight.codes.shape) != tuple(shape) or weight.codes.dtype != torch.int8:
+        raise CheckpointError(
+            f"module {module}: codes are {weight.codes.dtype} {list(weight.codes.shape)}; "
+            f"expected {torch.int8} {list(shape)}"
+        )
+    if weight.zero_points is not None:
+        raise CheckpointError(
+            f"module {module}: has zero points, which do not load again; use the symmetric grid"
+        )
+    low, high = (int(bound) for bound in weight.codes.aminmax())
+    if low < -(1 << (choice.bits - 1)) or high >= 1 << (choice.bits - 1):
+        raise CheckpointError(f"module {module}: codes from {low} to {high} do not fit {choice.bits} bits")
+    if not bool(torch.isfinite(weight.scales).all()):
+        raise CheckpointError(f"module {module}: a scale is NaN or infinite; quantize the module again")
+    return weight
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """Contents of ``lrpq.json``.
+
+    Raises:
+        ConfigError: a value is not JSON, such as NaN, which no strict reader accepts.
+    """
+    try:
+        return json.dumps(dict(manifest), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{MANIFEST}: {error}; expected text, finite numbers, lists and mappings"
+        ) from error
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """Files of the original, relative to its folder, that the checkpoint takes over unchanged."""
+    found = {
+        path.relative_to(folder) for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()
+    }
+    return sorted(found)
+
+
+def linear_modules(config: PreTrainedConfig) -> list[str]:
+    """Names of all linear layers of a model, the head included; no weights are allocated.
+
+    Raises:
+        ModelError: the configuration is not one of a causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(config))
+    except ValueError as error:
+        raise ModelError(
+            f"model type {config.model_type!r}: not a causal language model transformers knows"
+        ) from error
+    return sorted((name for name, m in model.named_modules() if isinstance(m, nn.Linear)), key=natural_key)
+
+
+def _config_text(source: TensorSource, choices: Mapping[str, Choice]) -> str:
+    linears = linear_modules(source.config)
+    other = sorted(set(choices) - set(linears), key=natural_key)
+    if other:
+        raise ModelError(
+            f"module {other[0]}: is not a linear layer of {source.folder}; only those can be quantized"
+        )
+    path = source.folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    if getattr(source.config, "dtype", None) is None:
+        # transformers would then take the type of the first tensor in the file, which may now be a bf16 scale
+        config["dtype"] = _main_dtype(source)
+    config["quantization_config"] = quantization_config(choices, ignore=set(linears) - set(choices))
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _main_dtype(source: TensorSource) -> str:
+    """Name of the floating-point type that most weights are stored in."""
+    counts: Counter[str] = Counter()
+    for name in source.names():
+        if source.dtype(name).is_floating_point:
+            counts[str(source.dtype(name)).removeprefix("torch.")] += math.prod(source.shape(name))
+    return counts.most_common(1)[0][0]

@@ -1,0 +1,146 @@
+"""The ``compressed-tensors`` description of a mixed-precision model: which module has which bits and groups.
+
+Format ``pack-quantized``, symmetric: a quantized module ``m`` has, instead of ``m.weight``,
+
+    m.weight_packed  int32 [d_out, ceil(d_in * bits / 32)]   codes, without gaps, each row padded to 32 bits
+    m.weight_scale   bf16  [d_out, groups]
+    m.weight_shape   int64 [2]                               d_out, d_in
+
+Every module is named by an anchored pattern: a catch-all such as ``Linear`` would let the first group of the
+configuration win for all. Linear layers that are listed nowhere are an error in vLLM, so what stays dense is
+listed too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from lrpq.checkpoint.layout import StoredTensor
+from lrpq.errors import ConfigError
+from lrpq.model.layers import Choice
+
+METHOD = "compressed-tensors"
+FORMAT = "pack-quantized"
+PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
+WORD_BITS = 32
+SUPPORTED_BITS = range(2, 9)  # a sign and at least one more bit; the packer's upper limit
+
+
+def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sort key that puts ``layers.2`` before ``layers.10``."""
+    return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split("."))
+
+
+def check_choice(module: str, choice: Choice, d_in: int) -> None:
+    """Refuse a choice that the format cannot store.
+
+    Raises:
+        ConfigError: bits outside 2..8, a group size that is not positive or that does not divide ``d_in``.
+    """
+    if choice.bits not in SUPPORTED_BITS:
+        raise ConfigError(
+            f"module {module}: {choice.bits} bits cannot be packed; expected 2 to 8 "
+            "(leave a module out to keep it dense)"
+        )
+    if choice.group_size != -1 and choice.group_size < 1:
+        raise ConfigError(
+            f"module {module}: group size {choice.group_size}; expected a positive one, or -1 for channels"
+        )
+    if not choice.fits(d_in):
+        raise ConfigError(
+            f"module {module}: group size {choice.group_size} does not divide its {d_in} inputs; "
+            "choose one that does, or -1 (one scale a row)"
+        )
+
+
+def stored_tensors(module: str, *, d_out: int, d_in: int, choice: Choice) -> tuple[StoredTensor, ...]:
+    """Names, dtypes and shapes of the tensors that hold a quantized module.
+
+    Raises:
+        ConfigError: the format cannot store the choice.
+    """
+    check_choice(module, choice, d_in)
+    words = -(-d_in * choice.bits // WORD_BITS)
+    return (
+        StoredTensor(name=f"{module}.{PACKED}", dtype=torch.int32, shape=(d_out, words)),
+        StoredTensor(name=f"{module}.{SCALE}", dtype=torch.bfloat16, shape=(d_out, choice.groups(d_in))),
+        StoredTensor(name=f"{module}.{SHAPE}", dtype=torch.int64, shape=(2,)),
+    )
+
+
+def quantization_config(choices: Mapping[str, Choice], *, ignore: Iterable[str] = ()) -> dict[str, Any]:
+    """Describe the quantized modules for ``config.json``; the same choices give the same text in any order.
+
+    Args:
+        choices: module name -> bits and group size, without the modules that stay dense.
+        ignore: names of the linear modules that stay dense, the head among them.
+
+    Raises:
+        ConfigError: no module is quantized, one is both quantized and ignored, or its bits cannot be packed.
+    """
+    ignored = sorted(set(ignore), key=natural_key)
+    both = [name for name in ignored if name in choices]
+    if both:
+        raise ConfigError(f"module {both[0]}: both quantized and ignored; expected one of the two")
+    if not choices:
+        raise ConfigError(
+            "no module is quantized: the checkpoint would equal the original; give at least one choice"
+        )
+    members: dict[Choice, list[str]] = {}
+    for name in sorted(choices, key=natural_key):
+        check_choice(
+            name, choices[name], d_in=max(choices[name].group_size, 1)
+        )  # widths are checked with the shapes
+        members.setdefault(choices[name], []).append(name)
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "ignore": ignored,
+        "config_groups": {
+            f"group_{i}": {
+                "format": FORMAT,
+                "targets": _targets(members[choice]),
+                "weights": _weights(choice),
+            }
+            for i, choice in enumerate(sorted(members))
+        },
+    }
+
+
+def _weights(choice: Choice) -> dict[str, Any]:
+    by_channel = choice.group_size == -1
+    return {
+        "num_bits": choice.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if by_channel else "group",
+        "group_size": None if by_channel else choice.group_size,
+        "dynamic": False,
+    }
+
+
+def _targets(names: Iterable[str]) -> list[str]:
+    """Anchored patterns that match exactly ``names``: one for all the layers of a kind.
+
+    One pattern a module would be exact too, but Python keeps 512 compiled patterns and the loader tries every
+    pattern on every module: with the 560 linear layers of a 70B model each try would compile anew.
+    """
+    layers: dict[tuple[str, str], list[str]] = {}
+    targets: list[str] = []
+    for name in names:
+        parts = name.split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if index is None:
+            targets.append(f"re:^{re.escape(name)}$")
+        else:
+            around = (".".join([*parts[:index], ""]), ".".join(["", *parts[index + 1 :]]))
+            layers.setdefault(around, []).append(parts[index])
+    for (before, after), indices in layers.items():
+        numbers = indices[0] if len(indices) == 1 else f"(?:{'|'.join(indices)})"
+        targets.append(f"re:^{re.escape(before)}{numbers}{re.escape(after)}$")
+    return sorted(targets)

@@ -1,0 +1,1 @@
+"""Perplexity and KL divergence to the original, block by block."""

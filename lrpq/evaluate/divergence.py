@@ -1,0 +1,118 @@
+"""Perplexity and KL divergence of quantized variants to the original, all streamed block by block together.
+
+Every block is read once; the original and all variants go through it one after the other. Scores are kept per window,
+so that standard errors and paired differences can be computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrpq.errors import CheckpointError
+from lrpq.model.streaming import BlockStream
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+ORIGINAL = "reference"
+BlockWeights = Callable[[int], Mapping[str, Tensor]]
+"""Block index -> the variant's dense weights by module name; modules that are not named keep the original's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowScore:
+    """Scores of one window of one variant, means over its predicted tokens."""
+
+    nll_nats: float
+    """Negative log-likelihood of the text."""
+    kl_nats: float
+    """KL(original || variant)."""
+    top1: float
+    """Share of positions where both models' likeliest tokens agree."""
+
+
+@torch.no_grad()
+def score_windows(
+    stream: BlockStream,
+    windows: Int[Tensor, "windows length"],
+    variants: Mapping[str, BlockWeights],
+    *,
+    micro_batch: int = 1,
+    on_block: Callable[[int], None] = lambda block: None,
+) -> dict[str, list[WindowScore]]:
+    """Score the original (under the name "reference") and every variant on every window.
+
+    Args:
+        stream: the original model.
+        windows: token ids; the first token of a window is context only.
+        variants: name -> weights.
+        micro_batch: windows computed at once.
+        on_block: called after each block.
+
+    Raises:
+        CheckpointError: a variant gives logits that are not finite.
+    """
+    batches = list(windows.split(micro_batch))
+    embedded = [stream.embed(batch) for batch in batches]
+    hidden = {name: list(embedded) for name in (ORIGINAL, *variants)}
+    for index, block in stream.stream(range(stream.num_blocks)):
+        hidden[ORIGINAL] = [stream.run(block, index, h) for h in hidden[ORIGINAL]]
+        for name, weights in variants.items():
+            with stream.swapped(block, weights(index)):
+                hidden[name] = [stream.run(block, index, h) for h in hidden[name]]
+        on_block(index)
+    scores: dict[str, list[WindowScore]] = {name: [] for name in hidden}
+    with stream.head() as (norm, head):
+        for position, batch in enumerate(batches):
+            for row, tokens in enumerate(batch.to(stream.device)):
+
+                def log_probabilities(name: str, position: int = position, row: int = row) -> Float[Tensor, "t vocab"]:
+                    logits: Tensor = head(norm(hidden[name][position][row : row + 1]))[0, :-1]
+                    return logits.float().log_softmax(-1)
+
+                original = log_probabilities(ORIGINAL)
+                for name in hidden:
+                    scores[name].append(_window_score(name, original, log_probabilities(name), tokens[1:]))
+    return scores
+
+
+def _window_score(name: str, p: Float[Tensor, "t vocab"], q: Float[Tensor, "t vocab"], y: Tensor) -> WindowScore:
+    if not bool(torch.isfinite(q).all()):
+        raise CheckpointError(f"variant {name}: logits are not finite on the evaluation text")
+    return WindowScore(
+        nll_nats=float(torch.nn.functional.nll_loss(q, y)),
+        kl_nats=float((p.exp() * (p - q)).sum(-1).mean()),
+        top1=float((p.argmax(-1) == q.argmax(-1)).float().mean()),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Scores over all windows."""
+
+    perplexity: float
+    kl_nats: float
+    """Mean over windows, nats per token."""
+    kl_standard_error: float | None
+    """Of the mean over windows; None with one window."""
+    top1: float
+
+
+def summarize(scores: Sequence[WindowScore]) -> Summary:
+    """Means over windows, with the standard error of the KL divergence."""
+    n = len(scores)
+    kl = [s.kl_nats for s in scores]
+    mean = math.fsum(kl) / n
+    deviation = math.sqrt(math.fsum((k - mean) ** 2 for k in kl) / (n - 1)) if n > 1 else None
+    return Summary(
+        perplexity=math.exp(math.fsum(s.nll_nats for s in scores) / n),
+        kl_nats=mean,
+        kl_standard_error=None if deviation is None else deviation / math.sqrt(n),
+        top1=math.fsum(s.top1 for s in scores) / n,
+    )

@@ -1,0 +1,1 @@
+"""Grids, Hessians, GPTQ, round-to-nearest and bit packing."""

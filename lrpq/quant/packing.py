@@ -1,0 +1,58 @@
+"""The packed form of codes in a checkpoint (compressed-tensors' ``pack-quantized``) and its exact size."""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
+from torch import Tensor
+
+from lrpq.errors import CheckpointError, QuantizationError
+from lrpq.model.layers import Choice
+from lrpq.notation import SCALE_BITS
+from lrpq.quant.grid import QuantizedWeight, code_range
+
+_WORD_BITS = 32
+
+
+def pack(quantized: QuantizedWeight) -> dict[str, Tensor]:
+    """Tensors of one layer as the checkpoint names them.
+
+    ``weight_packed`` int32 [d_out, ceil(d_in bits / 32)]: rows are packed densely, code 0 in the lowest bits,
+    each code stored with an offset of 2^(bits-1); ``weight_scale`` bfloat16 [d_out, groups]; ``weight_shape``
+    int64 [2].
+
+    Raises QuantizationError for an asymmetric grid, which transformers cannot load.
+    """
+    code_range(quantized.choice.bits)
+    if quantized.zero_points is not None:
+        raise QuantizationError(
+            "zero points cannot be packed: transformers does not load them; use a symmetric grid"
+        )
+    return {
+        "weight_packed": pack_to_int32(quantized.codes, quantized.choice.bits),
+        "weight_scale": quantized.scales.contiguous(),
+        "weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64),
+    }
+
+
+def unpack(tensors: dict[str, Tensor], choice: Choice) -> QuantizedWeight:
+    """Inverse of ``pack``. Raises CheckpointError where the tensors' shapes do not belong to the choice."""
+    d_out, d_in = (int(n) for n in tensors["weight_shape"])
+    packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+    expected = (d_out, _words(d_in, choice.bits)), (d_out, choice.groups(d_in))
+    if (tuple(packed.shape), tuple(scales.shape)) != expected:
+        raise CheckpointError(
+            f"packed weight {tuple(packed.shape)} with scales {tuple(scales.shape)} is no {choice} layer of"
+            f" {d_out} x {d_in}: expected {expected[0]} and {expected[1]}"
+        )
+    codes = unpack_from_int32(packed, choice.bits, torch.Size((d_out, d_in)))
+    return QuantizedWeight(codes=codes.contiguous(), scales=scales, choice=choice)
+
+
+def storage_bits(d_out: int, d_in: int, choice: Choice) -> int:
+    """Bits of ``weight_packed`` and ``weight_scale`` in the file: rows are padded to whole 32-bit words."""
+    return d_out * (_words(d_in, choice.bits) * _WORD_BITS + choice.groups(d_in) * SCALE_BITS)
+
+
+def _words(d_in: int, bits: int) -> int:
+    return -(-d_in * bits // _WORD_BITS)

@@ -1,0 +1,156 @@
+"""Two streams through the blocks: the original model's, and that of the already quantized prefix.
+
+For a site with inputs x (original) and xq (quantized prefix) and token weights s, a shard adds up
+
+    C = sum_t s_t xq_t xq_t^T        D = sum_t s_t (x_t - xq_t) xq_t^T
+
+which is all that correction, GPTQ and the guard need (quant/correction.py). Sites are visited in the order of the
+forward, so the inputs of a site already carry the errors of the quantized sites before it in the same block.
+
+Cost in forward passes F of the blocks: every site's inputs are recomputed up to the site in both streams and both
+streams then advance, about 5 F for four sites; without correction the original stream is not needed, about 2.5 F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lrpq.model.layers import LinearSpec
+from lrpq.model.streaming import BlockStream
+from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
+from lrpq.shards import Node, fold
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteProducts:
+    """Sums of one site over some shards."""
+
+    hessian: HessianSum
+    """C with its sum of weights."""
+    shift: Float[Tensor, "d_in d_in"] | None
+    """D (float32), or None where nothing is corrected."""
+
+
+def merge_products(left: SiteProducts, right: SiteProducts) -> SiteProducts:
+    """Sum of two disjoint sets of shards."""
+    shift = None if left.shift is None or right.shift is None else left.shift + right.shift
+    return SiteProducts(hessian=merge(left.hessian, right.hessian), shift=shift)
+
+
+class RefineSweep:
+    """Streams of some shards.
+
+    Args:
+        stream: the original model.
+        shards: shard index -> tokens.
+        num_shards: shards of the whole run (the shape of the merge tree).
+        micro_batch: windows computed at once; part of the result's identity.
+        with_shift: also carry the original stream and add up D.
+    """
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        shards: Mapping[int, Int[Tensor, "windows length"]],
+        *,
+        num_shards: int,
+        micro_batch: int,
+        with_shift: bool,
+    ) -> None:
+        self.stream = stream
+        self.shards = shards
+        self.num_shards = num_shards
+        self.micro_batch = micro_batch
+        self.with_shift = with_shift
+        self._original: dict[int, list[Tensor]] = {}
+        self._quantized: dict[int, list[Tensor]] = {}
+
+    def embed(self) -> None:
+        """Compute the first block's inputs: the same in both streams."""
+        for shard, tokens in self.shards.items():
+            inputs = [self.stream.embed(batch) for batch in tokens.split(self.micro_batch)]
+            self._quantized[shard] = inputs
+            if self.with_shift:
+                self._original[shard] = list(inputs)
+
+    @torch.no_grad()
+    def products(
+        self,
+        block: int,
+        module: nn.Module,
+        site: tuple[LinearSpec, ...],
+        token_weights: Mapping[int, Float[Tensor, "..."]] | None,
+        quantized: Mapping[str, Tensor],
+    ) -> dict[Node, SiteProducts]:
+        """Sums of one site, complete subtrees of this worker's shards already merged.
+
+        Args:
+            block: index of the block.
+            module: the block with its original weights.
+            site: the layers that read the site.
+            token_weights: shard -> s [windows * length], or None for ones.
+            quantized: module name -> weights of the sites before this one in the block.
+        """
+        reader = module.get_submodule(self.stream.local_name(site[0]))
+        parts: dict[Node, SiteProducts] = {}
+        for shard, batches in self._quantized.items():
+            hessian = empty_hessian(site[0].d_in, self.stream.device)
+            shift = torch.zeros_like(hessian.xx) if self.with_shift else None
+            offset = 0
+            for position, hidden in enumerate(batches):
+                with self.stream.swapped(module, quantized):
+                    xq = self._inputs_of(reader, block, module, hidden).flatten(0, -2)
+                s = torch.ones(len(xq), device=xq.device)
+                if token_weights is not None:
+                    s = token_weights[shard][offset : offset + len(xq)].to(xq.device, torch.float32)
+                offset += len(xq)
+                hessian = accumulate(hessian, xq, s)
+                if shift is not None:
+                    x = self._inputs_of(reader, block, module, self._original[shard][position]).flatten(0, -2)
+                    difference = x.float() - xq.float()
+                    shift.addmm_((difference * s[:, None]).T, xq.float())
+            parts[0, shard] = SiteProducts(hessian=hessian, shift=shift)
+            parts = fold(parts, self.num_shards, merge_products)
+        return parts
+
+    @torch.no_grad()
+    def advance(self, block: int, module: nn.Module, quantized: Mapping[str, Tensor]) -> None:
+        """Move both streams behind the block."""
+        for batches in self._original.values():
+            for position, hidden in enumerate(batches):
+                batches[position] = self.stream.run(module, block, hidden)
+        with self.stream.swapped(module, quantized):
+            for batches in self._quantized.values():
+                for position, hidden in enumerate(batches):
+                    batches[position] = self.stream.run(module, block, hidden)
+
+    def _inputs_of(self, reader: nn.Module, block: int, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Input of ``reader`` in the block's forward, which goes no further."""
+
+        def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            raise _Reached(arguments[0])
+
+        handle = reader.register_forward_pre_hook(stop)
+        try:
+            self.stream.run(module, block, hidden)
+        except _Reached as reached:
+            return reached.value
+        finally:
+            handle.remove()
+        raise RuntimeError(f"block {block}: its forward never reaches {reader}")
+
+
+class _Reached(Exception):  # noqa: N818 - control flow, not an error
+    """Carries the input of the layer at which a forward was stopped."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value

@@ -1,0 +1,173 @@
+"""The two streaming sweeps of the profile: forward (keep block inputs), then backward (recompute, accumulate).
+
+Memory: one block's weights, one micro-batch's graph, one block's sums a level of the merge tree, and the kept inputs.
+Cost in forward passes F over the same tokens: forward F, recompute F, one backward pass to activations about F each:
+3 F for Fisher alone, 4 F with LRP, Hessians apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lrpq.model.kept import KeptInputs
+from lrpq.model.streaming import BlockStream
+from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
+from lrpq.relevance.attribute import Relevance, block_backward, head_gradient, sequence_generator, token_weights
+from lrpq.relevance.rules import Pass, PassSwitch
+from lrpq.shards import Node, fold
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSums:
+    """What one block's calibration adds up to, over some shards."""
+
+    hessians: Mapping[str, HessianSum]
+    """Input site -> relevance-weighted Hessian sums."""
+    curvature: Mapping[str, Float[Tensor, " d_out"]]
+    """Module name -> sum over tokens of g_tj^2 (float64), g the true gradient in nats per unit of output."""
+    num_tokens: int
+
+
+def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
+    """Sum of two disjoint sets of shards."""
+    return BlockSums(
+        hessians={site: merge(left.hessians[site], right.hessians[site]) for site in left.hessians},
+        curvature={name: left.curvature[name] + right.curvature[name] for name in left.curvature},
+        num_tokens=left.num_tokens + right.num_tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """Some consecutive calibration windows."""
+
+    index: int
+    first_window: int
+    """Index of its first window in the whole calibration set: labels are drawn by window, not by worker."""
+    tokens: Int[Tensor, "windows length"]
+
+
+class ProfileSweep:
+    """Profile of some shards: ``embed``; ``forward`` for every block; ``seed_gradients``; ``backward``, last block first.
+
+    Args:
+        stream: the model.
+        shards: the windows this worker is responsible for.
+        num_shards: shards of the whole run (the shape of the merge tree).
+        relevance: which token weights.
+        floor: share of the mean weight that every token gets.
+        seed: seed of the label sampling.
+        micro_batch: windows computed at once; part of the result's identity.
+        kept: where block inputs are kept.
+    """
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        shards: Sequence[Shard],
+        *,
+        num_shards: int,
+        relevance: Relevance,
+        floor: float,
+        seed: int,
+        micro_batch: int,
+        kept: KeptInputs,
+    ) -> None:
+        self.stream = stream
+        self.shards = shards
+        self.num_shards = num_shards
+        self.relevance = relevance
+        self.floor = floor
+        self.seed = seed
+        self.micro_batch = micro_batch
+        self.kept = kept
+        self.switch = PassSwitch()
+        self._hidden: dict[tuple[int, int], Tensor] = {}
+        self._upstream: dict[tuple[int, int], Mapping[Pass, Tensor]] = {}
+
+    def embed(self) -> None:
+        """Compute the first block's inputs."""
+        for shard in self.shards:
+            for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
+                self._hidden[shard.index, position] = self.stream.embed(tokens)
+
+    @torch.no_grad()
+    def forward(self, block: int, module: nn.Module) -> None:
+        """Keep the inputs of one block and compute its outputs."""
+        for (shard, position), hidden in self._hidden.items():
+            self.kept.put((block, shard, position), hidden)
+            self._hidden[shard, position] = self.stream.run(module, block, hidden)
+
+    def seed_gradients(self) -> tuple[float, int]:
+        """Gradients at the last block's output; returns the summed loss of the sampled labels (nats) and their number."""
+        total_nats, num_tokens = 0.0, 0
+        with self.stream.head() as (norm, head):
+            for shard in self.shards:
+                for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
+                    first = shard.first_window + position * self.micro_batch
+                    gradients, nats = head_gradient(
+                        norm,
+                        head,
+                        self._hidden.pop((shard.index, position)),
+                        generators=[sequence_generator(self.seed, first + i) for i in range(len(tokens))],
+                        switch=self.switch,
+                        passes=self.relevance.passes,
+                    )
+                    self._upstream[shard.index, position] = gradients
+                    total_nats += nats
+                    num_tokens += tokens.numel()
+        return total_nats, num_tokens
+
+    def backward(self, block: int, module: nn.Module) -> tuple[dict[Node, BlockSums], dict[int, dict[str, Tensor]]]:
+        """Backward through one block.
+
+        Returns:
+            Sums by node of the merge tree (complete subtrees of this worker's shards already merged), and per shard and
+            site the token weights, float32 [windows * length].
+        """
+        parts: dict[Node, BlockSums] = {}
+        weights: dict[int, dict[str, Tensor]] = {}
+        for shard in self.shards:
+            parts[0, shard.index], weights[shard.index] = self._shard_backward(block, module, shard)
+            parts = fold(parts, self.num_shards, merge_block_sums)
+        return parts, weights
+
+    def _shard_backward(
+        self, block: int, module: nn.Module, shard: Shard
+    ) -> tuple[BlockSums, dict[str, Tensor]]:
+        specs = self.stream.sites(block)
+        sites = {
+            site: [(spec.name, module.get_submodule(self.stream.local_name(spec))) for spec in members]
+            for site, members in specs.items()
+        }
+        hessians = {site: empty_hessian(members[0].d_in, self.stream.device) for site, members in specs.items()}
+        curvature = {spec.name: torch.zeros(spec.d_out, dtype=torch.float64) for spec in self.stream.block_specs(block)}
+        weights: dict[str, list[Tensor]] = {site: [] for site in sites}
+        for position in range(len(shard.tokens.split(self.micro_batch))):
+            hidden = self.kept.take((block, shard.index, position))
+            result = block_backward(
+                module,
+                self.stream.call_arguments(block, (hidden.shape[0], hidden.shape[1])),
+                hidden,
+                self._upstream[shard.index, position],
+                sites,
+                switch=self.switch,
+            )
+            self._upstream[shard.index, position] = result.gradients
+            for site, members in sites.items():
+                stats = [result.modules[name] for name, _ in members]
+                s = token_weights(stats, self.relevance, site=f"{block}.{site}", floor=self.floor)
+                hessians[site] = accumulate(hessians[site], result.inputs[site], s)
+                weights[site].append(s.float().cpu())
+            for name, stats_of in result.modules.items():
+                curvature[name] += stats_of.channel_sums.cpu()
+        sums = BlockSums(hessians=hessians, curvature=curvature, num_tokens=shard.tokens.numel())
+        return sums, {site: torch.cat(parts) for site, parts in weights.items()}

@@ -1,0 +1,116 @@
+"""Candidates: every module at every choice of (bits, group size), and what each would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.safetensors_source import ModelSource
+from lrpq.quant.gptq import factorize, gptq, predicted_cost
+from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.hessian import normalized
+from lrpq.quant.packing import pack, storage_bits, unpack
+from tasks.artifacts import StageFolder
+from tasks.cluster import WorkerState
+from tasks.profile import ProfileJob, read_curvature, read_hessian
+from tasks.store.objects import ObjectStore
+from tasks.store.opened import open_store
+from tasks.store.tables import read_table, write_table
+from tasks.store.tensors import read_tensors, write_tensors
+
+STAGE = "candidates"
+COST_UNITS = {
+    "cost_nats": "nats per token",
+    "storage_bits": "bits",
+    "damping_steps": "1",
+    "dead_inputs": "1",
+    "bits": "bits per code",
+    "group_size": "columns per scale, -1 is all",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidatesJob:
+    """Parameters of the stage; the same on every worker."""
+
+    profile: ProfileJob
+    folder: StageFolder
+    choices: tuple[Choice, ...]
+    damping: float
+    """Share of the mean diagonal that is added to it."""
+
+
+def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str, specs: tuple[LinearSpec, ...]) -> bool:
+    """Quantize the modules of one site at every choice that fits and store codes and costs.
+
+    Returns:
+        Whether anything was computed: False if the site's costs (written last) are in the store already.
+    """
+    store = open_store(job.profile.stream.store)
+    costs_key = job.folder.site("costs", block, site, "parquet")
+    if store.exists(costs_key):
+        return False
+    device, label = torch.device(state.device), specs[0].fused_group
+    source = ModelSource(Path(job.profile.stream.model))
+    H = normalized(read_hessian(job.profile, block, site), name=label).to(device)
+    curvature = read_curvature(job.profile, block, [spec.name for spec in specs])
+    factor = factorize(H, damping=job.damping, name=label)
+    choices = [choice for choice in job.choices if choice.fits(specs[0].d_in)]
+    tensors: dict[str, torch.Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    for spec in specs:
+        W = source.read(f"{spec.name}.weight").to(device, torch.float32)
+        candidates = gptq(W, factor, choices, name=spec.name)
+        costs = predicted_cost(W, candidates, H, curvature[spec.name].to(device))
+        for candidate, cost in zip(candidates, costs, strict=True):
+            tensors |= {f"{spec.name}|{candidate.choice}|{k}": v.cpu() for k, v in pack(candidate).items()}
+            rows.append(
+                {
+                    "name": spec.name,
+                    "block": block,
+                    "bits": candidate.choice.bits,
+                    "group_size": candidate.choice.group_size,
+                    "storage_bits": storage_bits(spec.d_out, spec.d_in, candidate.choice),
+                    "cost_nats": float(cost),
+                    "damping_steps": factor.num_damping_steps,
+                    "dead_inputs": factor.num_dead,
+                }
+            )
+    write_tensors(store, job.folder.site("codes", block, site, "safetensors"), tensors, {})
+    write_table(store, costs_key, pa.Table.from_pylist(rows), units=COST_UNITS, kind="costs")
+    return True
+
+
+def read_costs(job: CandidatesJob, sites: Mapping[int, list[str]]) -> list[dict[str, Any]]:
+    """Cost rows of all modules: name, bits, group_size, storage_bits, cost_nats, damping_steps, dead_inputs."""
+    store = open_store(job.profile.stream.store)
+    return [
+        row
+        for block, names in sites.items()
+        for site in names
+        for row in read_table(store, job.folder.site("costs", block, site, "parquet"), "costs").to_pylist()
+    ]
+
+
+def read_candidate(store: ObjectStore, job: CandidatesJob, spec: LinearSpec, choice: Choice) -> QuantizedWeight:
+    """Codes of one module at one choice."""
+    prefix = f"{spec.name}|{choice}|"
+    key = job.folder.site("codes", spec.block, spec.input_site, "safetensors")
+    parts = ("weight_packed", "weight_scale", "weight_shape")
+    found = read_tensors(store, key, [prefix + part for part in parts])
+    return unpack({part: found[prefix + part] for part in parts}, choice)
+
+
+def missing_sites(job: CandidatesJob, sites: Mapping[int, list[str]]) -> Iterator[tuple[int, str]]:
+    """Sites without stored costs."""
+    store = open_store(job.profile.stream.store)
+    for block, names in sites.items():
+        for site in names:
+            if not store.exists(job.folder.site("costs", block, site, "parquet")):
+                yield block, site

@@ -1,0 +1,45 @@
+"""What a worker needs, from the model's widths and the cluster: one pure function, so that it can be planned and tested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerShape:
+    """Resources of every worker, and how many workers there are."""
+
+    num_workers: int
+    num_cpus: float
+    """Cores a worker reserves."""
+    num_gpus: float
+    kept_bytes: int
+    """Memory a worker may fill with kept block inputs before it spills to disk."""
+
+
+def worker_shape(
+    *, device: str, requested: int | None, threads: int, cluster_cpus: float, cluster_gpus: float, free_bytes: int
+) -> WorkerShape:
+    """One worker a GPU, or one for every ``threads`` cores on a CPU; a quarter of the free memory holds kept inputs.
+
+    Args:
+        device: "cpu" or "cuda".
+        requested: number of workers the user asked for, or None.
+        threads: intra-op threads of a worker.
+        cluster_cpus: cores of the cluster.
+        cluster_gpus: GPUs of the cluster.
+        free_bytes: free host memory of the smallest node.
+    """
+    if device == "cuda":
+        available = max(int(cluster_gpus), 1)
+        workers = available if requested is None else requested
+        share = min(1.0, cluster_gpus / workers)
+        cpus = min(float(threads), cluster_cpus / workers)
+    else:
+        available = max(int(cluster_cpus // threads), 1)
+        workers = available if requested is None else requested
+        share = 0.0
+        cpus = min(float(threads), cluster_cpus / workers)
+    return WorkerShape(
+        num_workers=workers, num_cpus=cpus, num_gpus=share, kept_bytes=max(free_bytes // 4 // workers, 1 << 28)
+    )

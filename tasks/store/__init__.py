@@ -1,0 +1,1 @@
+"""Where intermediates live: written once, addressed by content, verified on read."""

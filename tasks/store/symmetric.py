@@ -1,0 +1,254 @@
+"""Symmetric float32 matrices (Hessians) as Parquet: tiles of the upper triangle, streamed.
+
+One row a tile of 512 x 512, in the order (0,0), (0,1), ..., (1,1), ...; edge tiles and the lower half of the
+tiles on the diagonal are zeros. A row group holds tiles of one matrix only, so a reader of one matrix reads
+nothing else. Every tile has its own checksum; the names, widths and scalars of all matrices are in the
+metadata, under the checksum of schema.py. Memory beyond the matrix itself: about three row groups, whatever
+its width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from lrpq.errors import StoreError
+from tasks.store.documents import canonical_text, plain_json
+from tasks.store.objects import ObjectRecord, ObjectStore, publish_recorded
+from tasks.store.schema import described, metadata_of, opened, parquet_file, sealed, verify
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy.typing import NDArray
+
+TILE = 512
+TILES_PER_GROUP = 60
+"""Tiles of 2^20 bytes, so that a row group stays below 64 MB."""
+KIND = "symmetric"
+_MATRICES = "lrpq.matrices"
+_MAX_GROUP_BYTES = 64_000_000
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("tile_row", pa.int32(), nullable=False),
+        pa.field("tile_column", pa.int32(), nullable=False),
+        pa.field("sha256", pa.binary(32), nullable=False),
+        pa.field(
+            "values", pa.list_(pa.field("element", pa.float32(), nullable=False), TILE * TILE), nullable=False
+        ),
+    ]
+)
+# Measured on 60 tiles of normal numbers, one core: zstd on split byte streams 250 MB/s written, 550 read, 16%
+# smaller; uncompressed 110 to 350 written. The padding zeros vanish.
+_WRITER = {
+    "compression": "zstd",
+    "use_dictionary": ["name"],
+    "column_encoding": {"values.list.element": "BYTE_STREAM_SPLIT"},
+    "write_statistics": False,
+    "write_page_checksum": True,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SymmetricIndex:
+    """What an object of symmetric matrices holds."""
+
+    widths: Mapping[str, int]
+    """Width of every matrix, in the order of the object."""
+    scalars: Mapping[str, Mapping[str, float]]
+    """Named numbers that belong to a matrix, such as its token count."""
+
+
+def write_symmetric(
+    store: ObjectStore,
+    key: str,
+    matrices: Mapping[str, Float[Tensor, "d d"]],
+    scalars: Mapping[str, Mapping[str, float]] | None = None,
+    *,
+    unit: str = "1",
+) -> ObjectRecord:
+    """Publish symmetric float32 matrices of any device; only their upper triangles are looked at.
+
+    ``unit`` is that of the values. The mapping is asked for one matrix at a time, twice (width, values), so
+    it may load them lazily. The same content gives the same bytes.
+
+    Returns length and checksum of the object that is stored now, for the manifest.
+
+    Raises:
+        StoreError: not a square float32 matrix, scalars of no matrix or not finite, a failed write.
+    """
+    widths = {name: _width(key, name, matrices[name]) for name in sorted(matrices)}
+    numbers = {name: dict((scalars or {}).get(name, {})) for name in widths}
+    if unknown := sorted((scalars or {}).keys() - widths.keys()):
+        raise StoreError(f"cannot write {key}: scalars of {unknown[0]!r}, which is none of its matrices")
+    for name, items in numbers.items():
+        for item, value in items.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise StoreError(
+                    f"cannot write {key}: scalar {item!r} of {name!r} is {value!r}, expected a finite number"
+                )
+    index = [{"name": name, "width": width, "scalars": numbers[name]} for name, width in widths.items()]
+    rows = sum(_num_tiles(width) for width in widths.values())
+    metadata = described(_SCHEMA, kind=KIND, rows=rows, units={"values": unit})
+    metadata[_MATRICES] = canonical_text(plain_json(index, where=key))
+    schema = sealed(_SCHEMA, metadata)
+
+    def write(file: BinaryIO) -> None:
+        with pq.ParquetWriter(file, schema, **_WRITER) as writer:
+            for name, width in widths.items():
+                matrix = matrices[name]
+                for group in _groups(width):
+                    writer.write_table(_group_table(schema, name, matrix, group), row_group_size=len(group))
+
+    return publish_recorded(store, key, write)
+
+
+def symmetric_index(store: ObjectStore, key: str) -> SymmetricIndex:
+    """Names, widths and scalars; no matrix is read.
+
+    Raises:
+        StoreError: no such object, or it is truncated, changed or foreign.
+    """
+    with opened(store, key) as file:
+        return _index(parquet_file(file))
+
+
+def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tensor, "d d"], dict[str, float]]:
+    """One matrix (float32, CPU, exactly symmetric) and its scalars.
+
+    Only the matrix's own row groups are read, and every tile is verified.
+
+    Raises:
+        StoreError: no such object, no such matrix, or the object is truncated, changed or foreign.
+    """
+    with opened(store, key) as file:
+        parquet = parquet_file(file)
+        index = _index(parquet)
+        if name not in index.widths:
+            raise StoreError(f"{key} in {store.url} has no matrix {name!r}: it has {', '.join(index.widths)}")
+        width = index.widths[name]
+        first = 0
+        for other, other_width in index.widths.items():
+            if other == name:
+                break
+            first += sum(1 for _ in _groups(other_width))
+        matrix = torch.zeros(width, width)
+        for offset, group in enumerate(_groups(width)):
+            shape = parquet.metadata.row_group(first + offset)
+            if shape.num_rows != len(group) or shape.total_byte_size > _MAX_GROUP_BYTES:
+                raise ValueError(f"row group {first + offset} does not fit matrix {name!r}")
+            _place_group(
+                parquet.read_row_group(first + offset, use_threads=False), name, group, matrix.numpy()
+            )
+        return matrix, dict(index.scalars[name])
+
+
+def _width(key: str, name: str, matrix: Tensor) -> int:
+    if (
+        matrix.ndim != 2
+        or matrix.shape[0] != matrix.shape[1]
+        or matrix.dtype != torch.float32
+        or not len(matrix)
+    ):
+        raise StoreError(
+            f"cannot write {key}: {name!r} is {matrix.dtype} {list(matrix.shape)}, "
+            "expected a square float32 matrix"
+        )
+    return len(matrix)
+
+
+def _groups(width: int) -> Iterator[list[tuple[int, int]]]:
+    """Tile positions of each row group."""
+    count = -(-width // TILE)
+    group: list[tuple[int, int]] = []
+    for row in range(count):
+        for column in range(row, count):
+            group.append((row, column))
+            if len(group) == TILES_PER_GROUP:
+                yield group
+                group = []
+    if group:
+        yield group
+
+
+def _num_tiles(width: int) -> int:
+    count = -(-width // TILE)
+    return count * (count + 1) // 2
+
+
+def _group_table(schema: pa.Schema, name: str, matrix: Tensor, group: list[tuple[int, int]]) -> pa.Table:
+    values = np.zeros((len(group), TILE, TILE), dtype=np.float32)
+    for place, (row, column) in zip(values, group, strict=True):
+        block = (
+            matrix[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE].detach().cpu().numpy()
+        )
+        place[: block.shape[0], : block.shape[1]] = np.triu(block) if row == column else block
+    digests = [_digest(name, position, tile) for position, tile in zip(group, values, strict=True)]
+    return pa.table(
+        [
+            pa.array([name] * len(group), pa.string()),
+            pa.array([row for row, _ in group], pa.int32()),
+            pa.array([column for _, column in group], pa.int32()),
+            pa.array(digests, pa.binary(32)),
+            pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=schema.field("values").type),
+        ],
+        schema=schema,
+    )
+
+
+def _place_group(
+    table: pa.Table, name: str, group: list[tuple[int, int]], matrix: NDArray[np.float32]
+) -> None:
+    table = table.combine_chunks()
+    names, rows = table.column("name").to_pylist(), table.column("tile_row").to_pylist()
+    columns, digests = table.column("tile_column").to_pylist(), table.column("sha256").to_pylist()
+    values = table.column("values").chunk(0).flatten().to_numpy().reshape(-1, TILE, TILE)
+    if (
+        names != [name] * len(group)
+        or list(zip(rows, columns, strict=True)) != group
+        or len(values) != len(group)
+    ):
+        raise ValueError(f"the tiles of matrix {name!r} are not those expected")
+    for (row, column), digest, tile in zip(group, digests, values, strict=True):
+        if _digest(name, (row, column), tile) != digest:
+            raise ValueError(
+                f"the checksum of tile ({row}, {column}) of matrix {name!r} does not fit its values"
+            )
+        above = matrix[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
+        part = tile[: above.shape[0], : above.shape[1]]
+        above[:] = part
+        if row == column:
+            lower = np.tril_indices(len(part), -1)
+            above[lower] = part.T[lower]  # copied, not added: adding would turn -0.0 into 0.0
+        else:
+            matrix[column * TILE : (column + 1) * TILE, row * TILE : (row + 1) * TILE] = part.T
+
+
+def _digest(name: str, position: tuple[int, int], tile: NDArray[np.float32]) -> bytes:
+    digest = hashlib.sha256(f"{len(name)} {name} {position[0]} {position[1]};".encode())
+    digest.update(np.ascontiguousarray(tile).data)
+    return digest.digest()
+
+
+def _index(parquet: pq.ParquetFile) -> SymmetricIndex:
+    schema = parquet.schema_arrow
+    metadata = metadata_of(schema, kind=KIND)
+    verify(schema, metadata)
+    # Verified, so of our own making: the conversions cannot fail.
+    entries = json.loads(metadata[_MATRICES])
+    widths = {str(entry["name"]): int(entry["width"]) for entry in entries}
+    groups = sum(1 for width in widths.values() for _ in _groups(width))
+    if parquet.metadata.num_row_groups != groups or metadata["lrpq.rows"] != str(parquet.metadata.num_rows):
+        raise ValueError(f"it has {parquet.metadata.num_row_groups} row groups, expected {groups}")
+    return SymmetricIndex(widths=widths, scalars={entry["name"]: entry["scalars"] for entry in entries})

@@ -1,0 +1,243 @@
+"""Manifests say what is there; a run id stands for one configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lrpq.errors import RunMismatch, StoreError
+from tasks.store.documents import JSON, document_bytes, parse_document
+from tasks.store.manifest import (
+    StageManifest,
+    claim_run,
+    list_runs,
+    read_manifest,
+    read_run,
+    utc_now,
+    write_manifest,
+)
+from tasks.store.objects import ObjectRecord, ObjectStore, open_store, publish_recorded
+
+Values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    return open_store(str(tmp_path))
+
+
+def manifest(objects: dict[str, ObjectRecord], **changes: object) -> StageManifest:
+    base = StageManifest(
+        stage="hessians",
+        key="k" * 64,
+        inputs={"tokens": "t"},
+        parameters={"damping": 0.01, "bits": [2, 3]},
+        environment={"torch": "2.13.0"},
+        code="c",
+        objects=objects,
+        seconds=1.25,
+        created="2026-11-22T06:30:00+00:00",
+        extra={"degraded": 0},
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def test_a_manifest_comes_back(store: ObjectStore) -> None:
+    record = publish_recorded(store, "r/h/a.bin", lambda file: file.write(b"abc") and None)
+    written = manifest({"r/h/a.bin": record})
+    assert write_manifest(store, "r/h/manifest.json", written)
+    assert read_manifest(store, "r/h/manifest.json") == written
+
+
+def test_the_first_manifest_stays(store: ObjectStore) -> None:
+    assert write_manifest(store, "m.json", manifest({}))
+    assert not write_manifest(store, "m.json", manifest({}, seconds=9.0))
+    assert read_manifest(store, "m.json").seconds == 1.25
+
+
+@pytest.mark.parametrize("name", ["gone.bin", "short.bin"])
+def test_a_manifest_cannot_name_what_is_not_there(store: ObjectStore, name: str) -> None:
+    publish_recorded(store, "short.bin", lambda file: file.write(b"ab") and None)
+    with pytest.raises(StoreError, match=name.replace(".", r"\.")):
+        write_manifest(store, "m.json", manifest({name: ObjectRecord(num_bytes=3, sha256="0" * 64)}))
+    assert not store.exists("m.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extra": {"loss": [1.0, math.nan]}}, r"extra\.loss\[1\] is nan"),
+        ({"parameters": {"a": math.inf}}, r"parameters\.a is inf"),
+        ({"parameters": {"a": {1, 2}}}, r"parameters\.a is a set"),
+        ({"seconds": math.nan}, "seconds is nan"),
+        ({"seconds": -1.0}, "duration is -1.0"),
+        ({"created": "2026-11-22T06:30:00"}, "not UTC"),
+        ({"created": "2026-11-22T06:30:00+01:00"}, "not UTC"),
+        ({"created": "yesterday"}, "yesterday"),
+        ({"stage": None}, "wrong type"),
+        ({"inputs": {"tokens": 3}}, "inputs are not all text"),
+        ({"environment": {"torch": None}}, "environment are not all text"),
+    ],
+)
+def test_a_manifest_no_reader_would_take_is_not_written(
+    store: ObjectStore, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(StoreError, match=message) as caught:
+        write_manifest(store, "m.json", manifest({}, **changes))
+    assert "\n" not in str(caught.value)
+    assert not store.exists("m.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("objects", {"a": {"bytes": -1, "sha256": "0" * 64}}),
+        ("objects", {"a": {"bytes": 1, "sha256": "0" * 63}}),
+        ("objects", {"a": {"bytes": 1, "sha256": "G" * 64}}),
+        ("objects", {"a": {"bytes": "1", "sha256": "0" * 64}}),
+        ("objects", []),
+        ("seconds", "1"),
+        ("key", 1),
+        ("extra", None),
+    ],
+)
+def test_a_reader_checks_types_even_where_the_checksum_fits(store: ObjectStore, name: str, value: JSON) -> None:
+    write_manifest(store, "m.json", manifest({}))
+    with store.open("m.json") as file:
+        body = parse_document(file.read(), "stage-manifest")
+    content = document_bytes("stage-manifest", {**body, name: value})
+    store.publish("bad.json", lambda file: file.write(content) and None)
+    with pytest.raises(StoreError, match=r"^bad\.json in .*; delete it and run again$"):
+        read_manifest(store, "bad.json")
+
+
+def test_the_time_is_utc() -> None:
+    assert datetime.fromisoformat(utc_now()).utcoffset() == timedelta(0)
+
+
+@given(st.dictionaries(st.text(), Values, max_size=4))
+def test_documents_come_back_and_the_same_content_gives_the_same_bytes(body: dict[str, JSON]) -> None:
+    raw = document_bytes("kind", body)
+    assert raw == document_bytes("kind", dict(reversed(body.items())))
+    found = parse_document(raw, "kind")
+    assert json.dumps(found, sort_keys=True) == json.dumps(body, sort_keys=True)
+    with pytest.raises(ValueError, match="kind"):
+        parse_document(raw, "other")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"null", b"[]", b"{}", b"{", b"\xff", b"NaN", b'{"a":1e999}', b'{"a":1,"a":1}', b'{"a":-Infinity}', b"[" * 100_000, b'{"a":' * 9999,
+     b'{"a":' + b"9" * 10_000 + b"}"],
+)  # fmt: skip
+def test_what_is_no_document_is_one_error(store: ObjectStore, raw: bytes) -> None:
+    store.publish("m.json", lambda file: file.write(raw) and None)
+    with pytest.raises(StoreError, match=r"^m\.json in .*; delete it and run again$") as caught:
+        read_manifest(store, "m.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_continues_with_its_configuration_only(store: ObjectStore) -> None:
+    stored = {"model": "m", "budget": 3.25, "calibration": {"seed": 1, "files": ["a", "b"]}, "gone": None}
+    claim_run(store, "run-1", stored)
+    claim_run(store, "run-1", dict(reversed(stored.items())))
+    assert read_run(store, "run-1") == stored
+    asked = {"model": "m", "budget": 4.25, "calibration": {"seed": 2, "files": ["a"]}, "new": "line\nbreak"}
+    with pytest.raises(RunMismatch) as caught:
+        claim_run(store, "run-1", asked)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"run run-1 in {store.url} has another configuration: ")
+    for part in [
+        "budget: stored 3.25, asked 4.25;",
+        'calibration.files: stored ["a", "b"], asked ["a"];',
+        "calibration.seed: stored 1, asked 2;",
+        "gone: stored null, asked nothing;",
+        r'new: stored nothing, asked "line\nbreak";',
+    ]:
+        assert part in message
+    assert "model" not in message
+    assert read_run(store, "run-1") == stored
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "same"),
+    [
+        (3, 3.0, True),
+        ([1, {"a": 2.0}], [1.0, {"a": 2}], True),
+        ((1, 2), [1, 2], True),
+        (1, True, False),
+        (0.0, False, False),
+        ([True], [1], False),
+        ("3", 3, False),
+        (None, False, False),
+        ({}, None, False),
+        ({}, [], False),
+        ({"a": {}}, {"a": {"b": None}}, False),
+        (0.1 + 0.2, 0.3, False),
+        ([[1], {"a": 1}], [[1], {"a": 2}], False),
+    ],
+)
+def test_numbers_compare_by_value_and_everything_else_exactly(
+    store: ObjectStore, stored: JSON, asked: JSON, same: bool
+) -> None:
+    claim_run(store, "r", {"x": stored})
+    if same:
+        claim_run(store, "r", {"x": asked})
+    else:
+        with pytest.raises(RunMismatch, match="x.*: stored .*, asked "):
+            claim_run(store, "r", {"x": asked})
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@given(configuration=st.dictionaries(st.text(), Values, max_size=4))
+def test_every_configuration_matches_itself(store: ObjectStore, configuration: dict[str, JSON]) -> None:
+    store.delete("r/run.json")
+    claim_run(store, "r", configuration)
+    claim_run(store, "r", json.loads(json.dumps(configuration)))
+
+
+def test_of_racing_claims_one_configuration_wins(store: ObjectStore) -> None:
+    barrier = threading.Barrier(8)
+
+    def attempt(number: int) -> bool:
+        barrier.wait(timeout=10)
+        try:
+            claim_run(store, "r", {"budget": number})
+        except RunMismatch:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(attempt, range(8)))
+    assert won.count(True) == 1
+    assert read_run(store, "r") == {"budget": won.index(True)}
+
+
+@pytest.mark.parametrize("run_id", ["", "a/b", "..", "/a", "a b", "~temporary"])
+def test_a_run_id_is_one_name(store: ObjectStore, run_id: str) -> None:
+    for call in (lambda: claim_run(store, run_id, {}), lambda: read_run(store, run_id)):
+        with pytest.raises(StoreError, match="is not a"):
+            call()
+
+
+def test_runs_are_the_folders_with_a_configuration(store: ObjectStore) -> None:
+    assert list_runs(store) == []
+    for run_id in ["b", "a"]:
+        claim_run(store, run_id, {"x": 1})
+    store.publish("other/stage/run.json", lambda file: file.write(b"{}") and None)
+    store.publish("run.json", lambda file: file.write(b"{}") and None)
+    assert list_runs(store) == ["a", "b"]
