@@ -74,9 +74,7 @@ def rows(size: Size, *, seed: int) -> Iterator[CostRow]:
     for module in linears(size):
         scale = module.num_weights * math.exp(random_source.gauss(0.0, 1.5)) * 1e-9
         for choice in CHOICES:
-            storage = module.num_weights * choice.bits + SCALE_BITS * module.d_out * choice.groups(
-                module.d_in
-            )
+            storage = module.num_weights * choice.bits + SCALE_BITS * module.d_out * choice.groups(module.d_in)
             finer = 1.0 if choice.group_size == 128 else 0.85
             noise = math.exp(random_source.gauss(0.0, 0.05))
             yield CostRow(

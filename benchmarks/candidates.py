@@ -69,9 +69,7 @@ def start_worker() -> None:
     for site in SITES:
         d_in = site.d_in
         mixing = torch.eye(d_in) + torch.randn(d_in, d_in, generator=generator) / d_in**0.5
-        X = torch.randn(2 * d_in, d_in, generator=generator) @ mixing + torch.randn(
-            2 * d_in, 1, generator=generator
-        )
+        X = torch.randn(2 * d_in, d_in, generator=generator) @ mixing + torch.randn(2 * d_in, 1, generator=generator)
         W = 0.02 * torch.randn(site.d_out, d_in, generator=generator)
         inputs[site.name] = W, X.T @ X / len(X), torch.rand(site.d_out, generator=generator)
 
@@ -106,12 +104,8 @@ def matmul_rates(seconds: float, size: int = 1536) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--blocks", type=int, default=3, help=f"decoder blocks to run, scaled to {MODEL_BLOCKS}"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each"
-    )
+    parser.add_argument("--blocks", type=int, default=3, help=f"decoder blocks to run, scaled to {MODEL_BLOCKS}")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
 

@@ -129,9 +129,7 @@ def _windows(run: Run, *, model: Path, fingerprint: str, label: str, **asked: An
                 "tokens_in_text": windows.stream_tokens,
             },
         )
-    return StoredWindows(
-        key=key, digest=extra["digest"], num_windows=int(extra["num_windows"]), source=extra["source"]
-    )
+    return StoredWindows(key=key, digest=extra["digest"], num_windows=int(extra["num_windows"]), source=extra["source"])
 
 
 def _load(

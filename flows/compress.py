@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
@@ -96,9 +97,7 @@ def run_evaluate(
     store, model = default_store(), resolve_model(reference)
     dtype = resolve_dtype(RunConfig(model=reference), ModelSource(model))
     windows = evaluation_only_windows(open_store(store), evaluation, model=model)
-    with open_pool(
-        device=cluster.device, workers=cluster.workers, threads=1, address=cluster.address
-    ) as pool:
+    with open_pool(device=cluster.device, workers=cluster.workers, threads=1, address=cluster.address) as pool:
         job = EvaluateJob(
             stream=StreamJob(
                 model=str(model),
@@ -111,9 +110,11 @@ def run_evaluate(
             ),
             variants={"checkpoint": CheckpointCodes(path=str(checkpoint.absolute()))},
         )
+        started = time.monotonic()
         progress.stage(evaluate.STAGE, 1, "pass")
         scores = evaluate.merged_scores(pool.each(evaluate.score, job))
         progress.advance(evaluate.STAGE)
+        progress.done(evaluate.STAGE, seconds=time.monotonic() - started, reused=False)
     return {
         "checkpoint": str(checkpoint),
         "reference": reference,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,9 @@ from flows.stages import (
     run_refine,
 )
 from lrpq import __version__
-from lrpq.allocate.budget import BudgetBits, BudgetBytes
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
 from lrpq.checkpoint.plan import planned_size
-from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource, resolve_model
 from lrpq.model.streaming import BlockStream
@@ -44,6 +42,9 @@ from tasks.refine import RefineJob
 from tasks.store.manifest import claim_run
 from tasks.store.opened import open_store
 from tasks.streams import DTYPES, StreamJob
+
+NOT_STORED = frozenset({"allocate", assemble.STAGE})
+"""Stages done again in every run: seconds of arithmetic on stored costs, and copying stored codes to the output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +110,7 @@ class Compression:
             parameters={
                 "relevance": config.relevance,
                 "floor": config.relevance_floor,
+                "power": config.relevance_power,
                 "seed": config.seed,
                 "dtype": self.dtype,
                 "num_shards": num_shards,
@@ -121,6 +123,7 @@ class Compression:
             folder=folder,
             relevance=config.relevance,
             floor=config.relevance_floor,
+            power=config.relevance_power,
             seed=config.seed,
         )
         choices = tuple(
@@ -128,20 +131,20 @@ class Compression:
             for bits in config.candidates.bits
             for size in config.candidates.group_sizes
         )
+        self._pose(allocate.rows_without_costs(self.stream.specs, choices))  # what is wrong with the plan shows here
         candidates_job = CandidatesJob(
             profile=profile_job,
             folder=run.folder(
                 candidates.STAGE,
                 inputs={"profile": folder.key},
-                parameters={"choices": [str(c) for c in choices], "damping": config.candidates.damping},
+                parameters={"choices": [str(c) for c in choices], "damping": config.candidates.damping, "grid": config.candidates.grid},
                 code=["tasks.candidates"],
             ),
             choices=choices,
             damping=config.candidates.damping,
+            grid=config.candidates.grid,
         )
-        return Prepared(
-            stream=self.stream, stream_job=stream_job, profile=profile_job, candidates=candidates_job
-        )
+        return Prepared(stream=self.stream, stream_job=stream_job, profile=profile_job, candidates=candidates_job)
 
     def _allocate(self, rows: list[dict[str, Any]], prepared: Prepared) -> tuple[Plan, StageFolder, Plan | None]:
         """The plan under the budget, and the uniform control at the width nearest to what it reaches."""
@@ -154,18 +157,11 @@ class Compression:
         )
         cost_rows = allocate.cost_rows(rows, self.stream.specs)
         with run.timed("allocate", 1, "plan"):
-            budget = self._budget(cost_rows, prepared)
-            problem = allocate.pose(
-                cost_rows,
-                budget=budget,
-                keep=wanted.keep,
-                target=wanted.target,
-                tensor_parallel=wanted.tensor_parallel,
-            )
-            plan = step("allocate", lambda: allocate.solve(problem, solver=wanted.solver))
+            posed = self._pose(cost_rows)
+            plan = step("allocate", lambda: allocate.solve(posed.problem, solver=wanted.solver))
             control = None
             if self.config.evaluation.enabled and self.config.evaluation.control:
-                control = allocate.control(problem, at_bits=plan.average_bits)
+                control = allocate.control(posed.unlimited, at_bits=plan.average_bits)
             run.progress.advance("allocate")
         if not run.store.exists(folder.manifest):
             run.finish(folder, "allocate", {"choices": choices_json(plan.choices), "cost_nats": plan.cost_nats})
@@ -173,20 +169,16 @@ class Compression:
             run.warn("the budget is larger than every module at its best choice needs; it is not used up")
         return plan, folder, control
 
-    def _budget(self, cost_rows: list[CostRow], prepared: Prepared) -> BudgetBits | BudgetBytes:
+    def _pose(self, rows: list[CostRow]) -> allocate.Posed:
         wanted = self.config.plan
-        if wanted.budget_bits is not None:
-            return BudgetBits(bits=wanted.budget_bits)
-        if wanted.budget_bytes is None:
-            raise ConfigError("no budget: give --budget BITS or --budget-bytes SIZE")
-        # All but codes and scales: from the layout with every module at its widest choice, whose headers are longest.
-        # Modules that stay at 16 bits are counted by the problem itself.
-        widest: dict[str, Choice] = {}
-        for row in sorted(cost_rows, key=lambda row: row.storage_bits):
-            if row.choice is not None:
-                widest[row.module.name] = row.choice
-        return BudgetBytes(
-            total_bytes=wanted.budget_bytes, fixed_bytes=planned_size(self.source, widest).fixed_bytes
+        return allocate.pose(
+            rows,
+            self.source,
+            budget_bits=wanted.budget_bits,
+            budget_bytes=wanted.budget_bytes,
+            keep=wanted.keep,
+            target=wanted.target,
+            tensor_parallel=wanted.tensor_parallel,
         )
 
     def _finish(
@@ -210,6 +202,9 @@ class Compression:
         manifest = self._manifest(rows, plan, degraded)
         key = _content_key(codes, plan)
         manifest["content_key"] = key
+        # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
+        size = planned_size(self.source, quantized)
+        manifest["size"] = {**asdict(size), "average_bits": size.average_bits}
         reached = self._assemble(pool, codes, quantized, manifest, key)
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
         manifest["bytes"] = {"original": _model_bytes(self.model), "compressed": reached["total_bytes"]}
@@ -232,6 +227,8 @@ class Compression:
                 "choices": choices_json(plan.choices),
                 "strength": strength,
                 "damping": config.candidates.damping,
+                "correction_damping": self.config.plan.correction_damping,
+                "grid": config.candidates.grid,
                 "dtype": self.dtype,
                 "num_shards": prepared.stream_job.num_shards,
                 "micro_batch": config.micro_batch,
@@ -245,6 +242,8 @@ class Compression:
             choices=plan.choices,
             strength=strength,
             damping=config.candidates.damping,
+            correction_damping=self.config.plan.correction_damping,
+            grid=config.candidates.grid,
         )
 
     def _assemble(
@@ -277,7 +276,6 @@ class Compression:
             with run.timed(assemble.STAGE, 1, "checkpoint"):
                 size = step("assemble", lambda: pool.get([pool.submit(0, assemble.assemble, job)])[0])
                 run.progress.advance(assemble.STAGE)
-        manifest["size"] = dict(size)  # type: ignore[index]
         return size
 
     def _evaluate(self, pool: Pool, prepared: Prepared, control: Plan | None, key: str) -> dict[str, Any]:
@@ -292,12 +290,8 @@ class Compression:
             run_refine(run, pool, job, self.stream, label="control")
             variants["control"] = StoredCodes(folder=job.folder, choices=control.choices)
             inputs["control"] = job.folder.key
-        stream_job = replace(
-            prepared.stream_job, windows=windows.key, num_shards=windows.num_windows, micro_batch=1
-        )
-        folder = run.folder(
-            evaluate.STAGE, inputs=inputs, parameters={"dtype": self.dtype}, code=["tasks.evaluate"]
-        )
+        stream_job = replace(prepared.stream_job, windows=windows.key, num_shards=windows.num_windows, micro_batch=1)
+        folder = run.folder(evaluate.STAGE, inputs=inputs, parameters={"dtype": self.dtype}, code=["tasks.evaluate"])
         found = run_evaluate(run, pool, EvaluateJob(stream=stream_job, variants=variants), folder)
         result: dict[str, Any] = {
             "source": windows.source,
@@ -349,7 +343,7 @@ def _content_key(codes: StageFolder | CandidatesJob, plan: Plan) -> str:
 
 def _computed_nothing(run: Run) -> bool:
     """Whether every stage that computes was found in the store."""
-    return all(label in run.reused or label == "allocate" for label in run.seconds)
+    return all(label in run.reused or label in NOT_STORED for label in run.seconds)
 
 
 def _model_bytes(folder: Path) -> int:

@@ -99,6 +99,9 @@ class CandidateConfig(Section):
     """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the diagonal of a Hessian (share of the diagonal's mean)."""
+    grid: Literal["signed", "symmetric"] = "signed"
+    """signed lets a scale be negative, so that the extra negative code serves the side that needs it: the same
+    bytes, less error; symmetric keeps every scale positive."""
 
     @field_validator("bits")
     @classmethod
@@ -128,6 +131,8 @@ class RunConfig(Section):
     """Where token weights come from (LRP is patented; fisher avoids it)."""
     relevance_floor: Share = 0.03
     """Weight that every token gets (share of the mean weight)."""
+    relevance_power: Share = 0.5
+    """Exponent of the token weights; 0 weighs all tokens alike."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED), Flag("--seed")] = 0
     """Seed of the sampled windows and labels."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], Flag("--dtype")] = "auto"
@@ -160,6 +165,8 @@ class PlanConfig(Section):
     quality)."""
     correction: Share = 0.5
     """Strength a of the weight correction before quantizing (share; 0 is none)."""
+    correction_damping: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """Added to the diagonal of the matrix the correction inverts (share of the diagonal's mean)."""
 
     @field_validator("budget_bytes", mode="before")
     @classmethod

@@ -86,32 +86,49 @@ def checked(
     Raises:
         ConfigError: one line for the first mistake, unknown keys first.
     """
+    for location in _unknown_keys(model, values):
+        place = "" if file is None else f"{file}: "
+        raise ConfigError(place + _unknown_key(model, location, section))
     try:
         # As JSON, so that strict means JSON's types: a list is a tuple, a text a path, but "3" is no number.
         return model.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        mistakes = sorted(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-        first = mistakes[0]
-        location = tuple(part for part in first["loc"] if isinstance(part, str))
+        mistakes = error.errors(include_url=False)
+        location = tuple(part for part in mistakes[0]["loc"] if isinstance(part, str))
         given = _has(options or {}, location)
         place = "" if file is None or given else f"{file}: "
         more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(place + _unknown_key(model, location, section) + more) from None
-        raise ConfigError(place + _wrong_value(model, location, section, dict(first), given) + more) from None
+        raise ConfigError(place + _wrong_value(model, location, section, dict(mistakes[0]), given) + more) from None
 
 
 def fields_of(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
     """Yield the path and the description of every field, sections included."""
     for name, field in model.model_fields.items():
         yield (*above, name), field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fields_of(field.annotation, (*above, name))
+        if (inner := _section_of(field)) is not None:
+            yield from fields_of(inner, (*above, name))
 
 
 def flag_of(field: FieldInfo) -> Flag | None:
     """Return the field's option on the command line."""
     return next((item for item in field.metadata if isinstance(item, Flag)), None)
+
+
+def _unknown_keys(
+    model: type[BaseModel], values: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    """Yield the keys that no field has. Before anything is checked: a misspelt section looks like a missing one."""
+    for key, value in values.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            yield (*above, key)
+        elif isinstance(value, Mapping) and (inner := _section_of(field)) is not None:
+            yield from _unknown_keys(inner, value, (*above, key))
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _unknown_key(model: type[Section], location: tuple[str, ...], section: Sequence[str]) -> str:

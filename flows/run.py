@@ -40,7 +40,7 @@ class Run:
     def folder(
         self, stage: str, *, inputs: Mapping[str, str], parameters: Mapping[str, Any], code: Sequence[str]
     ) -> StageFolder:
-        """Folder of a stage: its key covers inputs, parameters, environment and the syntax of the code that makes it."""
+        """Folder of a stage: its key covers inputs, parameters, environment and the syntax of its code."""
         environment = self.environment
         digest = code_digest(*code)
         key = artifact_key(stage, inputs=inputs, parameters=parameters, code=digest, environment=environment)
@@ -69,7 +69,7 @@ class Run:
         self.progress.done(label, seconds=self.seconds[label], reused=False)
 
     def finish(self, folder: StageFolder, label: str, extra: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Write the stage's manifest, last of all its objects; returns what is in the store (a racing run may have won)."""
+        """Write the stage's manifest, last of all its objects; returns the stored one (a racing run may have won)."""
         identity = self._stages[folder.key]
         manifest = StageManifest(
             stage=folder.stage,

@@ -127,7 +127,7 @@ def run_refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, *, lab
 
 
 def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, block: int) -> dict[str, int]:
-    pool.each_refs(refine.enter, job, block)
+    pool.each(refine.enter, job, block)  # waits: a block that cannot be read is an error here, not a later one
     quantized: list[Any] = []
     for site in stream.sites(block).values():
         members = [spec for spec in site if job.choices[spec.name] is not None]

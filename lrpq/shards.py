@@ -10,6 +10,7 @@ A node without a right sibling (the number of shards need not be a power of two)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -50,7 +51,7 @@ def root(parts: Mapping[Node, T], num_shards: int, merge: Callable[[T, T], T]) -
 def assign(num_shards: int, num_workers: int) -> list[range]:
     """Contiguous ranges of shards, one a worker, as equal as possible; contiguous, so that subtrees are whole."""
     bounds = [num_shards * w // num_workers for w in range(num_workers + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def split(num_windows: int, num_shards: int) -> list[range]:

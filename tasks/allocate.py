@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lrpq.allocate.baselines import nearest_uniform
-from lrpq.allocate.budget import Budget
+from lrpq.allocate.budget import UNQUANTIZED_BITS, Budget, BudgetBits, BudgetBytes
 from lrpq.allocate.keep import parse_keep
 from lrpq.allocate.knapsack import solve_exact, solve_lagrangian
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow, Problem, build_problem
 from lrpq.allocate.targets import Target
+from lrpq.checkpoint.plan import TensorSource, planned_size
+from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice, LinearSpec
+from lrpq.notation import BITS_PER_BYTE
+from lrpq.quant.packing import storage_bits
 
 SOLVERS = {"exact": solve_exact, "lagrangian": solve_lagrangian}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posed:
+    """What a plan's configuration asks for."""
+
+    problem: Problem
+    unlimited: Problem
+    """Without limit and without rules for single modules, except those that leave them at 16 bits."""
 
 
 def cost_rows(rows: Iterable[Mapping[str, Any]], specs: Sequence[LinearSpec]) -> list[CostRow]:
@@ -31,17 +46,65 @@ def cost_rows(rows: Iterable[Mapping[str, Any]], specs: Sequence[LinearSpec]) ->
     ]
 
 
+def rows_without_costs(specs: Sequence[LinearSpec], choices: Sequence[Choice]) -> list[CostRow]:
+    """Rows of all candidates before there are any: their storage, and no cost.
+
+    Posing a problem from them finds what is wrong with a plan before anything is computed.
+
+    Raises:
+        ConfigError: no group size divides the width of a module; it is named.
+    """
+    for spec in specs:
+        if not any(choice.fits(spec.d_in) for choice in choices):
+            asked = ", ".join(str(size) for size in sorted({choice.group_size for choice in choices}))
+            raise ConfigError(
+                f"{spec.name}: no group size asked for ({asked}) divides its {spec.d_in} inputs; add one that "
+                "does to --group-size, or channel (one scale a row)"
+            )
+    return [
+        CostRow(
+            module=spec,
+            choice=choice,
+            storage_bits=storage_bits(spec.d_out, spec.d_in, choice),
+            cost_nats=0.0,
+        )
+        for spec in specs
+        for choice in choices
+        if choice.fits(spec.d_in)
+    ]
+
+
 def pose(
-    rows: Sequence[CostRow], *, budget: Budget, keep: Sequence[str], target: str, tensor_parallel: int
-) -> Problem:
-    """The allocation problem of a plan's configuration."""
-    return build_problem(
-        rows,
-        budget=budget,
-        keep=[parse_keep(rule) for rule in keep],
-        target=Target(target),
-        tensor_parallel=tensor_parallel,
+    rows: Sequence[CostRow],
+    source: TensorSource,
+    *,
+    budget_bits: float | None,
+    budget_bytes: int | None,
+    keep: Sequence[str],
+    target: str,
+    tensor_parallel: int,
+) -> Posed:
+    """The allocation problem of a plan's configuration.
+
+    Raises:
+        ConfigError: a keep rule matches nothing or contradicts another, or nothing is left to quantize.
+        BudgetError: the budget is impossible; the smallest possible one is named.
+    """
+    rules = [parse_keep(rule) for rule in keep]
+    posed = partial(build_problem, rows, target=Target(target), tensor_parallel=tensor_parallel)
+    # Which modules stay at 16 bits decides what a budget in bytes has to pay for besides.
+    unlimited = posed(
+        budget=BudgetBits(bits=UNQUANTIZED_BITS),
+        keep=[rule for rule in rules if rule.bits == UNQUANTIZED_BITS],
     )
+    budget: Budget
+    if budget_bits is not None:
+        budget = BudgetBits(bits=budget_bits)
+    elif budget_bytes is not None:
+        budget = BudgetBytes(total_bytes=budget_bytes, fixed_bytes=_fixed_bytes(rows, unlimited, source))
+    else:
+        raise ConfigError("no budget: give --budget BITS or --budget-bytes SIZE")
+    return Posed(problem=posed(budget=budget, keep=rules), unlimited=unlimited)
 
 
 def solve(problem: Problem, *, solver: str) -> Plan:
@@ -49,6 +112,20 @@ def solve(problem: Problem, *, solver: str) -> Plan:
     return SOLVERS[solver](problem)
 
 
-def control(problem: Problem, *, at_bits: float) -> Plan:
-    """Uniform widths nearest to the bits that were reached."""
-    return nearest_uniform(problem, at_bits=at_bits)
+def control(unlimited: Problem, *, at_bits: float) -> Plan:
+    """Uniform widths nearest to the bits that were reached, whatever single modules were asked to keep."""
+    return nearest_uniform(unlimited, at_bits=at_bits)
+
+
+def _fixed_bytes(rows: Sequence[CostRow], unlimited: Problem, source: TensorSource) -> int:
+    """Bytes of the checkpoint besides codes, scales and what the problem counts for modules left at 16 bits.
+
+    From the layout with every module at its widest choice, whose headers are longest. Modules that are left are copied
+    as they are stored, which in a float32 model takes 32 bits a weight; the problem counts 16 of them.
+    """
+    left = {item.module.name for item in unlimited.left}
+    widest: dict[str, Choice] = {}
+    for row in sorted(rows, key=lambda row: row.storage_bits):
+        if row.choice is not None and row.module.name not in left:
+            widest[row.module.name] = row.choice
+    return planned_size(source, widest).fixed_bytes - unlimited.sizes.left_bits // BITS_PER_BYTE

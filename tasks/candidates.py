@@ -13,7 +13,7 @@ import torch
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.quant.gptq import factorize, gptq, predicted_cost
-from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import pack, storage_bits, unpack
 from tasks.artifacts import StageFolder
@@ -44,6 +44,8 @@ class CandidatesJob:
     choices: tuple[Choice, ...]
     damping: float
     """Share of the mean diagonal that is added to it."""
+    grid: str
+    """``signed`` or ``symmetric``, see quant/grid.py."""
 
 
 def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str, specs: tuple[LinearSpec, ...]) -> bool:
@@ -66,7 +68,7 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
     rows: list[dict[str, Any]] = []
     for spec in specs:
         W = source.read(f"{spec.name}.weight").to(device, torch.float32)
-        candidates = gptq(W, factor, choices, name=spec.name)
+        candidates = gptq(W, factor, choices, grid=Grid(job.grid), name=spec.name)
         costs = predicted_cost(W, candidates, H, curvature[spec.name].to(device))
         for candidate, cost in zip(candidates, costs, strict=True):
             tensors |= {f"{spec.name}|{candidate.choice}|{k}": v.cpu() for k, v in pack(candidate).items()}

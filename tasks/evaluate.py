@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lrpq.checkpoint.stored import StoredCheckpoint
+from lrpq.errors import CheckpointError
 from lrpq.evaluate.divergence import WindowScore, score_windows, summarize
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.streaming import BlockStream
+from lrpq.quant.grid import QuantizedWeight
 from tasks.artifacts import StageFolder
 from tasks.cluster import WorkerState
 from tasks.refine import read_refined
@@ -51,13 +54,20 @@ class EvaluateJob:
 
 def score(state: WorkerState, job: EvaluateJob) -> dict[int, dict[str, list[dict[str, float]]]]:
     """Score this worker's shards; returns shard -> variant -> one row a window."""
+    shards = [shard for shard in my_shards(state, job.stream) if len(shard.tokens)]
+    if not shards:
+        return {}
     stream = open_stream(state, job.stream)
+    variants = {name: _weights(stream, job.stream.store, v) for name, v in job.variants.items()}
+    # All shards in one pass over the blocks. Windows are scored one by one, so how they are shared out changes nothing.
+    windows = torch.cat([shard.tokens for shard in shards])
+    found = score_windows(stream, windows, variants, micro_batch=job.stream.micro_batch)
     scores: dict[int, dict[str, list[dict[str, float]]]] = {}
-    for shard in my_shards(state, job.stream):
-        if len(shard.tokens):
-            variants = {name: _weights(stream, job.stream.store, v) for name, v in job.variants.items()}
-            found = score_windows(stream, shard.tokens, variants, micro_batch=job.stream.micro_batch)
-            scores[shard.index] = {name: [asdict(s) for s in rows] for name, rows in found.items()}
+    start = 0
+    for shard in shards:
+        stop = start + len(shard.tokens)
+        scores[shard.index] = {name: [asdict(s) for s in rows[start:stop]] for name, rows in found.items()}
+        start = stop
     return scores
 
 
@@ -74,12 +84,13 @@ def merged_scores(parts: list[dict[int, dict[str, list[dict[str, float]]]]]) -> 
 def _weights(stream: BlockStream, store_url: str, variant: Variant) -> Callable[[int], dict[str, Tensor]]:
     if isinstance(variant, CheckpointCodes):
         checkpoint = StoredCheckpoint(Path(variant.path))
+        _check_belongs(checkpoint, stream)
 
         def from_checkpoint(block: int) -> dict[str, Tensor]:
             return {
                 spec.name: weight.dequantize(stream.dtype)
                 for spec in stream.block_specs(block)
-                if (weight := checkpoint.codes(spec.name)) is not None
+                if (weight := _codes_of(checkpoint, spec)) is not None
             }
 
         return from_checkpoint
@@ -97,3 +108,24 @@ def _weights(stream: BlockStream, store_url: str, variant: Variant) -> Callable[
         }
 
     return from_store
+
+
+def _check_belongs(checkpoint: StoredCheckpoint, stream: BlockStream) -> None:
+    """Refuse a checkpoint of another model: what it does not name would be scored as the original."""
+    known = {spec.name for spec in stream.specs}
+    foreign = [name for name in checkpoint.modules() if name not in known]
+    if foreign:
+        raise CheckpointError(
+            f"module {foreign[0]} in {checkpoint.folder}: is none of {stream.source.folder}; give the model that the "
+            "checkpoint was made from"
+        )
+
+
+def _codes_of(checkpoint: StoredCheckpoint, spec: LinearSpec) -> QuantizedWeight | None:
+    weight = checkpoint.codes(spec.name)
+    if weight is not None and tuple(weight.codes.shape) != (spec.d_out, spec.d_in):
+        raise CheckpointError(
+            f"module {spec.name} in {checkpoint.folder}: has shape {tuple(weight.codes.shape)}, the original "
+            f"{(spec.d_out, spec.d_in)}; give the model that the checkpoint was made from"
+        )
+    return weight

@@ -22,8 +22,8 @@ from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.cluster import WorkerState
 from tasks.store.opened import open_store
-from tasks.store.tables import write_table
 from tasks.store.symmetric import read_symmetric, write_symmetric
+from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
 from tasks.streams import StreamJob, concatenated, my_shards, open_stream
 
@@ -40,6 +40,8 @@ class ProfileJob:
     relevance: str
     floor: float
     """Share of the mean token weight that every token gets."""
+    power: float
+    """Exponent of the token weights."""
     seed: int
 
 
@@ -52,6 +54,7 @@ def begin(state: WorkerState, job: ProfileJob) -> int:
         num_shards=job.stream.num_shards,
         relevance=Relevance(job.relevance),
         floor=job.floor,
+        power=job.power,
         seed=job.seed,
         micro_batch=job.stream.micro_batch,
         kept=KeptInputs(memory_bytes=state.kept_bytes),
@@ -152,6 +155,4 @@ def read_hessian(job: ProfileJob, block: int, site: str) -> HessianSum:
 
 def read_curvature(job: ProfileJob, block: int, names: list[str]) -> dict[str, Tensor]:
     """Output curvature c [d_out] (float64) of some modules of a block."""
-    return read_tensors(
-        open_store(job.stream.store), job.folder.block("curvature", block, "safetensors"), names
-    )
+    return read_tensors(open_store(job.stream.store), job.folder.block("curvature", block, "safetensors"), names)

@@ -14,7 +14,7 @@ import torch
 
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
-from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.packing import pack, unpack
 from lrpq.refine.quantize import Refined, quantize_refined
 from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
@@ -24,7 +24,7 @@ from tasks.cluster import WorkerState
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
-from tasks.streams import DTYPES, StreamJob, my_shards, open_stream, shard_slices
+from tasks.streams import StreamJob, my_shards, open_stream, shard_slices
 
 STAGE = "refine"
 COUNTS = ("rejected_rows", "rows", "damping_steps", "dead_inputs")
@@ -43,6 +43,11 @@ class RefineJob:
     strength: float
     """Of the correction, 0 to 1."""
     damping: float
+    """Of GPTQ, share of the mean diagonal."""
+    correction_damping: float
+    """Of the correction, share of the mean diagonal."""
+    grid: str
+    """``signed`` or ``symmetric``, see quant/grid.py."""
 
 
 def begin(state: WorkerState, job: RefineJob) -> None:
@@ -73,9 +78,7 @@ def enter(state: WorkerState, job: RefineJob, block: int) -> None:
         key = job.token_weights.block("token-weights", block, "safetensors")
         by_site = read_tensors(open_store(job.stream.store), key)
         length = next(iter(sweep.shards.values())).shape[1] if sweep.shards else 1
-        slices = shard_slices(
-            next(iter(by_site.values())).numel() // length, length, job.stream.num_shards
-        )
+        slices = shard_slices(next(iter(by_site.values())).numel() // length, length, job.stream.num_shards)
         state.held["weights"] = {
             site: {shard: s[slices[shard]] for shard in sweep.shards} for site, s in by_site.items()
         }
@@ -121,7 +124,14 @@ def quantize(state: WorkerState, job: RefineJob, spec: LinearSpec, *parts: Any) 
         raise RuntimeError(f"module {spec.name} is not quantized")
     W = ModelSource(Path(job.stream.model)).read(f"{spec.name}.weight").to(state.device, torch.float32)
     refined = quantize_refined(
-        W, merged, choice, strength=job.strength, damping=job.damping, name=spec.name
+        W,
+        merged,
+        choice,
+        strength=job.strength,
+        damping=job.damping,
+        correction_damping=job.correction_damping,
+        grid=Grid(job.grid),
+        name=spec.name,
     )
     write_refined(open_store(job.stream.store), job.folder, spec.name, refined)
     return spec.name, _on_host(refined.weight)
@@ -167,5 +177,3 @@ def _dense(sweep: RefineSweep, quantized: tuple[tuple[str, QuantizedWeight], ...
 
 def _on_host(weight: QuantizedWeight) -> QuantizedWeight:
     return QuantizedWeight(codes=weight.codes.cpu(), scales=weight.scales.cpu(), choice=weight.choice)
-
-

@@ -1,4 +1,4 @@
-"""What a worker needs, from the model's widths and the cluster: one pure function, so that it can be planned and tested."""
+"""What a worker needs, from the cluster's size: one pure function, so that it can be planned and tested."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ def evaluate(
     evaluation: o.Evaluation = None,
     evaluation_windows: o.EvaluationWindows = None,
     evaluation_length: o.EvaluationLength = None,
-    store: o.Store = None,
     workers: o.Workers = None,
     device: o.Device = None,
     address: o.Address = None,
@@ -29,7 +28,7 @@ def evaluate(
     Perplexity of both, and the KL divergence of the compressed model to the original in nats per token.
     """
     from flows.config import ClusterConfig, EvaluationConfig, default_store
-    from flows.config_file import absolute_model, absolute_store, checked
+    from flows.config_file import absolute_model, checked
 
     given = o.nested(
         {
@@ -44,14 +43,13 @@ def evaluate(
     texts, where = given.get("evaluation", {}), given.get("cluster", {})
     measured = checked(EvaluationConfig, texts, options=texts, section=("evaluation",))
     cluster = checked(ClusterConfig, where, options=where, section=("cluster",))
-    kept = absolute_store(store or default_store())
     with resumable():
         from flows.commands.reporting import reported
         from flows.preflight import check_store, preflight_evaluation
 
         with reported(as_json=as_json) as report:
             preflight_evaluation(checkpoint, reference, measured)
-            check_store(kept)
+            check_store(default_store())
             from flows.compress import run_evaluate
 
             report.evaluation(
@@ -60,7 +58,6 @@ def evaluate(
                     reference=absolute_model(reference),
                     evaluation=measured,
                     cluster=cluster,
-                    store=kept,
                     progress=report.progress,
                 )
             )

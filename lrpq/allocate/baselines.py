@@ -43,9 +43,7 @@ def nearest_uniform(problem: Problem, *, at_bits: float | None = None) -> Plan:
     if not choices:
         raise ConfigError("no uniform plan: no choice is common to all groups; drop the keep rules")
     wanted = (
-        Fraction(problem.capacity_bits)
-        if at_bits is None
-        else Fraction(repr(float(at_bits))) * problem.num_weights
+        Fraction(problem.capacity_bits) if at_bits is None else Fraction(repr(float(at_bits))) * problem.num_weights
     )
 
     def distance(choice: Choice) -> Fraction:
@@ -102,9 +100,7 @@ def _mean_score(group: Group, scores: Mapping[str, float]) -> float:
         raise ConfigError(f"{missing[0]}: no importance score")
     for member in group.members:
         if not math.isfinite(scores[member.name]):
-            raise QuantizationError(
-                f"{member.name}: importance score is {scores[member.name]}; expected finite"
-            )
+            raise QuantizationError(f"{member.name}: importance score is {scores[member.name]}; expected finite")
     return math.fsum(scores[member.name] for member in group.members) / len(group.members)
 
 

@@ -55,9 +55,7 @@ class BudgetBits:
         if not math.isfinite(self.bits) or self.bits <= 0:
             raise BudgetError(f"budget of {self.bits} bits: expected a positive number of bits per weight")
         if self.bits > UNQUANTIZED_BITS:
-            raise BudgetError(
-                f"budget of {self.bits:g} bits is above {UNQUANTIZED_BITS}, the unquantized size"
-            )
+            raise BudgetError(f"budget of {self.bits:g} bits is above {UNQUANTIZED_BITS}, the unquantized size")
 
     def capacity_bits(self, sizes: Sizes) -> int:
         """Return floor(bits * weights), with ``bits`` read as the decimal number the user wrote.

@@ -126,9 +126,7 @@ def _steps(useful: Sequence[Sequence[Option]]) -> list[_Step]:
             hull.append(option)
         for start, end in itertools.pairwise(hull):
             steps.append(
-                _Step(
-                    group=index, to=end, bits=end.storage_bits - start.storage_bits, slope=_slope(start, end)
-                )
+                _Step(group=index, to=end, bits=end.storage_bits - start.storage_bits, slope=_slope(start, end))
             )
     return sorted(steps, key=lambda step: (-step.slope, step.group))
 
@@ -243,9 +241,7 @@ class _Model:
     constant: float
     start: list[float]
 
-    def solve(
-        self, capacity: float, *, time_limit_s: float, absolute_gap: float
-    ) -> tuple[list[int], float, bool]:
+    def solve(self, capacity: float, *, time_limit_s: float, absolute_gap: float) -> tuple[list[int], float, bool]:
         """Return the columns that are 1, the lower bound and whether time ran out."""
         size = len(self.costs)
         rows = {group: row for row, group in enumerate(dict.fromkeys(self.groups), start=1)}

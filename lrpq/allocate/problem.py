@@ -114,9 +114,7 @@ def plan_of(
         cost_nats=cost_nats,
         bound_nats=min(bound_nats, cost_nats),
         bound_bits=problem.capacity_bits if bound_bits is None else bound_bits,
-        binding=any(
-            pick.cost_nats > options[-1].cost_nats for pick, options in zip(picks, useful, strict=True)
-        ),
+        binding=any(pick.cost_nats > options[-1].cost_nats for pick, options in zip(picks, useful, strict=True)),
         num_dominated=sum(
             len(group.options) - len(options) for group, options in zip(problem.groups, useful, strict=True)
         ),
@@ -209,9 +207,7 @@ def _rule_of_group(members: Sequence[LinearSpec], kept: Mapping[str, KeepRule]) 
     return found[1] if found else None
 
 
-def _refusals(
-    members: Sequence[LinearSpec], choice: Choice, target: Target, tensor_parallel: int
-) -> list[str]:
+def _refusals(members: Sequence[LinearSpec], choice: Choice, target: Target, tensor_parallel: int) -> list[str]:
     found = []
     for member in members:
         why = refusal(member, choice, target=target, tensor_parallel=tensor_parallel)
@@ -235,9 +231,7 @@ def _refused_by_target(
     return first
 
 
-def _kept_options(
-    options: Sequence[Option], *, rule: KeepRule, members: Sequence[LinearSpec]
-) -> list[Option]:
+def _kept_options(options: Sequence[Option], *, rule: KeepRule, members: Sequence[LinearSpec]) -> list[Option]:
     chosen = [option for option in options if option.choice is not None and option.choice.bits == rule.bits]
     if not chosen:
         bits = sorted({option.choice.bits for option in options if option.choice is not None})

@@ -48,9 +48,7 @@ def check_tensor_parallel(target: Target, tensor_parallel: int) -> None:
     if tensor_parallel < 1:
         raise ConfigError(f"--tensor-parallel {tensor_parallel}: expected a number of GPUs, 1 or more")
     if tensor_parallel > 1 and target is not Target.VLLM:
-        raise ConfigError(
-            f"--tensor-parallel {tensor_parallel} has no effect with --target {target.value}; use vllm"
-        )
+        raise ConfigError(f"--tensor-parallel {tensor_parallel} has no effect with --target {target.value}; use vllm")
 
 
 def width_per_gpu(spec: LinearSpec, *, tensor_parallel: int) -> tuple[int, int] | None:
@@ -106,9 +104,7 @@ def refusal(spec: LinearSpec, choice: Choice, *, target: Target, tensor_parallel
     return None if choice.fits(d_in) else f"d_in {d_in}{where} is no multiple of {choice.group_size}"
 
 
-def allowed_choices(
-    spec: LinearSpec, target: Target, tensor_parallel: int = 1
-) -> Callable[[Choice | None], bool]:
+def allowed_choices(spec: LinearSpec, target: Target, tensor_parallel: int = 1) -> Callable[[Choice | None], bool]:
     """Return a filter that is true for the choices the target runs; 16 bits (None) runs everywhere."""
     check_tensor_parallel(target, tensor_parallel)
 

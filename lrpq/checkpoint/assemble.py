@@ -107,9 +107,7 @@ def write_checkpoint(
     output = output.resolve()
     original = source.folder.resolve()
     if output == original or output in original.parents:
-        raise ConfigError(
-            f"output {output}: holds the original model, which would be lost; give another folder"
-        )
+        raise ConfigError(f"output {output}: holds the original model, which would be lost; give another folder")
     check_output(output, overwrite=overwrite)
     plan = plan_checkpoint(source, choices, max_shard_bytes=max_shard_bytes)
     texts = {"config.json": _config_text(source, choices), MANIFEST: manifest_text(manifest)}
@@ -148,9 +146,7 @@ def write_checkpoint(
     return plan.size
 
 
-def codes_of(
-    module: str, quantized: CodeLoader, *, choice: Choice, shape: tuple[int, ...]
-) -> QuantizedWeight:
+def codes_of(module: str, quantized: CodeLoader, *, choice: Choice, shape: tuple[int, ...]) -> QuantizedWeight:
     """Load the codes of a module and check that the format can hold them without loss.
 
     Raises:
@@ -159,9 +155,7 @@ def codes_of(
     """
     weight = quantized(module)
     if weight is None:
-        raise CheckpointError(
-            f"module {module}: has the choice {choice} but no codes; quantize it or leave it out"
-        )
+        raise CheckpointError(f"module {module}: has the choice {choice} but no codes; quantize it or leave it out")
     if weight.choice != choice:
         raise CheckpointError(f"module {module}: codes are {weight.choice} but the choice is {choice}")
     if tuple(weight.codes.shape) != tuple(shape) or weight.codes.dtype != torch.int8:
@@ -170,9 +164,7 @@ def codes_of(
             f"expected {torch.int8} {list(shape)}"
         )
     if weight.zero_points is not None:
-        raise CheckpointError(
-            f"module {module}: has zero points, which do not load again; use the symmetric grid"
-        )
+        raise CheckpointError(f"module {module}: has zero points, which do not load again; use the symmetric grid")
     low, high = (int(bound) for bound in weight.codes.aminmax())
     if low < -(1 << (choice.bits - 1)) or high >= 1 << (choice.bits - 1):
         raise CheckpointError(f"module {module}: codes from {low} to {high} do not fit {choice.bits} bits")
@@ -190,16 +182,12 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
     try:
         return json.dumps(dict(manifest), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{MANIFEST}: {error}; expected text, finite numbers, lists and mappings"
-        ) from error
+        raise ConfigError(f"{MANIFEST}: {error}; expected text, finite numbers, lists and mappings") from error
 
 
 def carried_files(folder: Path) -> list[Path]:
     """Files of the original, relative to its folder, that the checkpoint takes over unchanged."""
-    found = {
-        path.relative_to(folder) for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()
-    }
+    found = {path.relative_to(folder) for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
 
 
@@ -213,9 +201,7 @@ def linear_modules(config: PreTrainedConfig) -> list[str]:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(config))
     except ValueError as error:
-        raise ModelError(
-            f"model type {config.model_type!r}: not a causal language model transformers knows"
-        ) from error
+        raise ModelError(f"model type {config.model_type!r}: not a causal language model transformers knows") from error
     return sorted((name for name, m in model.named_modules() if isinstance(m, nn.Linear)), key=natural_key)
 
 
@@ -223,9 +209,7 @@ def _config_text(source: TensorSource, choices: Mapping[str, Choice]) -> str:
     linears = linear_modules(source.config)
     other = sorted(set(choices) - set(linears), key=natural_key)
     if other:
-        raise ModelError(
-            f"module {other[0]}: is not a linear layer of {source.folder}; only those can be quantized"
-        )
+        raise ModelError(f"module {other[0]}: is not a linear layer of {source.folder}; only those can be quantized")
     path = source.folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -87,14 +87,10 @@ def quantization_config(choices: Mapping[str, Choice], *, ignore: Iterable[str] 
     if both:
         raise ConfigError(f"module {both[0]}: both quantized and ignored; expected one of the two")
     if not choices:
-        raise ConfigError(
-            "no module is quantized: the checkpoint would equal the original; give at least one choice"
-        )
+        raise ConfigError("no module is quantized: the checkpoint would equal the original; give at least one choice")
     members: dict[Choice, list[str]] = {}
     for name in sorted(choices, key=natural_key):
-        check_choice(
-            name, choices[name], d_in=max(choices[name].group_size, 1)
-        )  # widths are checked with the shapes
+        check_choice(name, choices[name], d_in=max(choices[name].group_size, 1))  # widths are checked with the shapes
         members.setdefault(choices[name], []).append(name)
     return {
         "quant_method": METHOD,

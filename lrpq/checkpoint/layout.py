@@ -113,9 +113,7 @@ class ShardWriter:
         """
         planned = self._missing.pop(name, None)
         if planned is None:
-            raise CheckpointError(
-                f"{self._shard.file_name}: tensor {name} is written twice or was not planned"
-            )
+            raise CheckpointError(f"{self._shard.file_name}: tensor {name} is written twice or was not planned")
         if values.dtype != planned.dtype or tuple(values.shape) != planned.shape:
             raise CheckpointError(
                 f"tensor {name}: is {values.dtype} {list(values.shape)}; "
@@ -133,9 +131,7 @@ class ShardWriter:
             CheckpointError: a planned tensor was not written.
         """
         if self._missing:
-            raise CheckpointError(
-                f"{self._shard.file_name}: tensor {next(iter(self._missing))} was never written"
-            )
+            raise CheckpointError(f"{self._shard.file_name}: tensor {next(iter(self._missing))} was never written")
 
 
 @contextmanager
@@ -146,9 +142,7 @@ def open_shard(folder: Path, shard: Shard) -> Iterator[ShardWriter]:
         CheckpointError: a tensor was missing, the file cannot be written, or this machine is big-endian.
     """
     if sys.byteorder != "little":
-        raise CheckpointError(
-            "safetensors files are little-endian and this machine is not; write on another one"
-        )
+        raise CheckpointError("safetensors files are little-endian and this machine is not; write on another one")
     try:
         handle = FileIO(folder / shard.file_name, "w")
     except OSError as error:

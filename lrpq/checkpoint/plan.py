@@ -105,15 +105,11 @@ def plan_checkpoint(
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
     if not choices:
-        raise ConfigError(
-            "no module is quantized: the checkpoint would equal the original; give at least one choice"
-        )
+        raise ConfigError("no module is quantized: the checkpoint would equal the original; give at least one choice")
     names = sorted(source.names(), key=natural_key)
     absent = set(choices) - {name.removesuffix(WEIGHT) for name in names if name.endswith(WEIGHT)}
     if absent:
-        raise ModelError(
-            f"module {min(absent)}: has no weight in {source.folder}; name modules of this model only"
-        )
+        raise ModelError(f"module {min(absent)}: has no weight in {source.folder}; name modules of this model only")
     units: list[tuple[StoredTensor, ...]] = []
     copied: list[str] = []
     modules: dict[str, str] = {}

@@ -35,9 +35,7 @@ def published_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
-        raise ConfigError(
-            f"output {output}: cannot be created ({error.strerror}); give another folder"
-        ) from error
+        raise ConfigError(f"output {output}: cannot be created ({error.strerror}); give another folder") from error
     try:
         _lock(lock, partial, output)
         _clear(partial)
@@ -81,9 +79,7 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
         raise ConfigError(f"output {output}: is a mount point; name a folder inside it")
     if any(output.iterdir()):
         if not overwrite:
-            raise ConfigError(
-                f"output {output}: is not empty; give another folder or allow it to be overwritten"
-            )
+            raise ConfigError(f"output {output}: is not empty; give another folder or allow it to be overwritten")
         if not (output / MANIFEST).is_file():
             raise ConfigError(
                 f"output {output}: is not empty and holds no {MANIFEST}, so it is not a checkpoint of ours "

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lrpq.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE
 from lrpq.checkpoint.layout import INDEX_FILE
+from lrpq.checkpoint.plan import WEIGHT
 from lrpq.errors import CheckpointError
 from lrpq.model.layers import Choice
 from lrpq.quant.grid import QuantizedWeight
@@ -33,15 +34,26 @@ class StoredCheckpoint:
                 self._file_of.update(dict.fromkeys(handle.keys(), path))
 
     def choice(self, module: str) -> Choice | None:
-        """Bits and group size of a module; None where it is not quantized."""
+        """Bits and group size of a module; None where it is not quantized.
+
+        Raises:
+            CheckpointError: the module is in none of the files, or has codes of no known choice.
+        """
         if f"{module}.{PACKED}" not in self._file_of:
+            if f"{module}{WEIGHT}" not in self._file_of:
+                raise CheckpointError(
+                    f"module {module}: has neither codes nor a weight in {self.folder}; the checkpoint is incomplete "
+                    "or of another model"
+                )
             return None
         for pattern, choice in self._groups:
             if pattern.fullmatch(module):
                 return choice
-        raise CheckpointError(
-            f"module {module} in {self.folder}: has packed codes but no group in config.json"
-        )
+        raise CheckpointError(f"module {module} in {self.folder}: has packed codes but no group in config.json")
+
+    def modules(self) -> list[str]:
+        """Names of all quantized modules, sorted."""
+        return sorted(name.removesuffix(f".{PACKED}") for name in self._file_of if name.endswith(f".{PACKED}"))
 
     def codes(self, module: str) -> QuantizedWeight | None:
         """Codes and scales of a module; None where it is not quantized."""
@@ -52,9 +64,7 @@ class StoredCheckpoint:
         for part in (PACKED, SCALE, SHAPE):
             name = f"{module}.{part}"
             if name not in self._file_of:
-                raise CheckpointError(
-                    f"tensor {name}: is in no file of {self.folder}; the checkpoint is incomplete"
-                )
+                raise CheckpointError(f"tensor {name}: is in no file of {self.folder}; the checkpoint is incomplete")
             with self._opened(self._file_of[name]) as handle:
                 parts[part] = handle.get_tensor(name)
         return unpack(parts, choice)
@@ -91,9 +101,7 @@ def _config_groups(folder: Path) -> list[tuple[re.Pattern[str], Choice]]:
             choice = Choice(bits=int(weights["num_bits"]), group_size=size)
             groups += [(re.compile(target.removeprefix("re:")), choice) for target in group["targets"]]
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder}: no config.json; expected a folder written by lrpq compress"
-        ) from error
+        raise CheckpointError(f"{folder}: no config.json; expected a folder written by lrpq compress") from error
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise CheckpointError(f"{path}: not the configuration of a packed checkpoint ({error!r})") from error
     return groups

@@ -137,9 +137,7 @@ def _compare_files(output: Path, source: TensorSource, plan: CheckpointPlan) -> 
                         shape = source.shape(name.removesuffix(f".{SHAPE}") + WEIGHT)
                         _compare(f"tensor {name} in {path}", tensor, torch.tensor(shape))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: truncated or damaged ({error}); write the checkpoint again"
-            ) from error
+            raise CheckpointError(f"{path}: truncated or damaged ({error}); write the checkpoint again") from error
     missing = sorted(set(planned) - set(found))
     if missing:
         raise CheckpointError(f"{output}: tensor {missing[0]} is in none of its files")
@@ -157,14 +155,10 @@ def _reloaded_logits(
 ) -> tuple[Float[Tensor, "1 T vocab"], torch.dtype]:
     """Load the checkpoint, run it (the first forward decompresses) and check the quantized weights."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            output, local_files_only=True, output_loading_info=True
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(output, local_files_only=True, output_loading_info=True)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if report.get(kind):
-                raise CheckpointError(
-                    f"{output}: loading reports {kind.replace('_', ' ')}: {min(report[kind])}"
-                )
+                raise CheckpointError(f"{output}: loading reports {kind.replace('_', ' ')}: {min(report[kind])}")
         logits: Tensor = model.eval()(input_ids).logits
     except LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

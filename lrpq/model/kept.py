@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Key = tuple[int, ...]
@@ -18,8 +19,10 @@ Key = tuple[int, ...]
 class KeptInputs:
     """Tensors by key, each taken once. Those beyond ``memory_bytes`` are spilled to a folder of its own.
 
+    Kept in host memory whatever device they come from, and given back on that device.
+
     Args:
-        memory_bytes: how much stays in memory.
+        memory_bytes: how much stays in host memory.
         folder: where the spill folder is made; the system's temporary folder by default.
     """
 
@@ -29,10 +32,13 @@ class KeptInputs:
         self.spilled_bytes = 0
         self._parent = folder
         self._held: dict[Key, Tensor] = {}
+        self._devices: dict[Key, torch.device] = {}
         self._spill: tempfile.TemporaryDirectory[str] | None = None
 
     def put(self, key: Key, tensor: Tensor) -> None:
         """Keep a tensor; it must not be changed afterwards."""
+        self._devices[key] = tensor.device
+        tensor = tensor.cpu()
         size = tensor.numel() * tensor.element_size()
         if self.held_bytes + size <= self.memory_bytes:
             self._held[key] = tensor
@@ -45,18 +51,20 @@ class KeptInputs:
 
     def take(self, key: Key) -> Tensor:
         """Return a tensor and forget it."""
+        device = self._devices.pop(key)
         if key in self._held:
             tensor = self._held.pop(key)
             self.held_bytes -= tensor.numel() * tensor.element_size()
-            return tensor
+            return tensor.to(device)
         path = self._path(key)
         spilled: Tensor = load_file(path)["x"].clone()
         path.unlink()
-        return spilled
+        return spilled.to(device)
 
     def close(self) -> None:
         """Forget everything and remove the spill folder."""
         self._held.clear()
+        self._devices.clear()
         self.held_bytes = 0
         if self._spill is not None:
             self._spill.cleanup()

@@ -63,7 +63,9 @@ class ModelSource:
             present = set(self._handle(shard).keys())
             missing = [n for n, s in self._shard_of.items() if s == shard and n not in present]
             if missing:
-                raise ModelError(f"shard {self.folder / shard}: tensor {missing[0]} is in the index but not in the file")
+                raise ModelError(
+                    f"shard {self.folder / shard}: tensor {missing[0]} is in the index but not in the file"
+                )
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -109,7 +111,9 @@ class ModelSource:
         try:
             tensor: Tensor = self._handle(shard).get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
-            raise ModelError(f"shard {self.folder / shard}: cannot read {name} ({error}); fetch the file again") from error
+            raise ModelError(
+                f"shard {self.folder / shard}: cannot read {name} ({error}); fetch the file again"
+            ) from error
         if name not in self._checked:
             if not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
@@ -143,7 +147,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise ModelError(f"model {folder}: no config.json; expected a Hugging Face model folder")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - whatever the configuration's own parser raises is a bad configuration
+    except Exception as error:  # whatever the configuration's own parser raises is a bad configuration
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{path}: not a configuration transformers can read ({reason})") from error
     if getattr(config, "quantization_config", None):

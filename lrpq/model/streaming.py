@@ -167,7 +167,9 @@ class BlockStream:
                 for member in members:
                     linear = block.get_submodule(member)
                     if not isinstance(linear, nn.Linear):
-                        raise ModelError(f"{self.family.blocks}.{index}.{member}: expected nn.Linear, got {type(linear)}")
+                        raise ModelError(
+                            f"{self.family.blocks}.{index}.{member}: expected nn.Linear, got {type(linear)}"
+                        )
                     name = f"{self.family.blocks}.{index}.{member}"
                     expected, stored = (linear.out_features, linear.in_features), self.source.shape(f"{name}.weight")
                     if stored != expected:
@@ -215,7 +217,7 @@ class BlockStream:
                 self.model.get_submodule(path).to("meta")
 
 
-class _Recorded(Exception):  # noqa: N818 - control flow, not an error
+class _Recorded(Exception):  # control flow, not an error
     """Raised by the last recorder: the rest of the forward is not needed."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -262,7 +264,9 @@ def _rebuild_buffers(model: nn.Module, device: torch.device) -> None:
             continue
         config = getattr(module, "config", None)
         if config is None:
-            raise ModelError(f"module {path}: buffer {computed[0]} is computed and cannot be rebuilt without its config")
+            raise ModelError(
+                f"module {path}: buffer {computed[0]} is computed and cannot be rebuilt without its config"
+            )
         rebuilt = type(module)(config).to(device)
         for name in computed:
             setattr(module, name, getattr(rebuilt, name))

@@ -44,9 +44,7 @@ def correct(
     change = torch.cholesky_solve((W @ D).T, factor.L).T
     corrected = torch.add(W, change, alpha=strength)
     if not bool(torch.isfinite(corrected.sum(dtype=torch.float64))):
-        raise QuantizationError(
-            f"{name}: its correction is not finite; check the inputs behind the quantized prefix"
-        )
+        raise QuantizationError(f"{name}: its correction is not finite; check the inputs behind the quantized prefix")
     return corrected
 
 

@@ -130,9 +130,7 @@ def gptq(
             f"{name}: {d_in} inputs but a Hessian of {len(factor.order)}; pass its own input's factor"
         )
     if not choices or (scales is not None and len(scales) != len(choices)):
-        raise QuantizationError(
-            f"{name}: give at least one choice, and one tensor of scales for each or none at all"
-        )
+        raise QuantizationError(f"{name}: give at least one choice, and one tensor of scales for each or none at all")
     check_finite(W, "weight", name=name)
     widths = [group_width(choice, d_in, name=name) for choice in choices]
     Wt = W.T.to(factor.R.dtype).contiguous()
@@ -171,9 +169,7 @@ class _Sweep(NamedTuple):
     errors: Tensor  # D = W - Q
 
 
-def _sweep(
-    W: Tensor, factor: Factor, S: Tensor, bounds: Tensor, run: int, *, Z: Tensor | None, leaf: int
-) -> _Sweep:
+def _sweep(W: Tensor, factor: Factor, S: Tensor, bounds: Tensor, run: int, *, Z: Tensor | None, leaf: int) -> _Sweep:
     """The column loop over W [d_in, rows] in sweep order, for all choices (scales S [runs, choices, rows]).
 
     The matrix is kept transposed, so that a column of W is contiguous. Halving: round the left half,
@@ -182,9 +178,7 @@ def _sweep(
     """
     d_in, num_rows = W.shape
     shape = (d_in, S.shape[1], num_rows)
-    T = W.new_empty(shape).copy_(
-        W.unsqueeze(1)
-    )  # targets: updated in place, so always in memory of their own
+    T = W.new_empty(shape).copy_(W.unsqueeze(1))  # targets: updated in place, so always in memory of their own
     D = torch.empty_like(T)
     codes = torch.empty(shape, dtype=torch.int8, device=W.device)
     leaf_codes = T.new_empty(min(leaf, d_in), *shape[1:])
@@ -194,9 +188,7 @@ def _sweep(
     w, t, d, q, s = W.unbind(0), T.unbind(0), D.unbind(0), leaf_codes.unbind(0), S.contiguous().unbind(0)
     z = None if Z is None else Z.contiguous().unbind(0)
     group = (factor.order // run).tolist()
-    bands = [
-        factor.R.diagonal(i).tolist() for i in range(1, min(leaf, d_in))
-    ]  # bands[i - 1][k] = R[k, k + i]
+    bands = [factor.R.diagonal(i).tolist() for i in range(1, min(leaf, d_in))]  # bands[i - 1][k] = R[k, k + i]
     flat_T, flat_D = T.view(d_in, -1), D.view(d_in, -1)
 
     def round_columns(first: int, last: int) -> None:

@@ -104,8 +104,7 @@ def group_width(choice: Choice, d_in: int, *, name: str = "layer") -> int:
     if not choice.fits(d_in) or choice.group_size == 0:
         valid = [g for g in (16, 32, 64, 128, 256) if d_in % g == 0]
         raise QuantizationError(
-            f"{name}: group size {choice.group_size} does not divide its {d_in} inputs;"
-            f" choose one of {valid} or -1"
+            f"{name}: group size {choice.group_size} does not divide its {d_in} inputs; choose one of {valid} or -1"
         )
     return d_in if choice.group_size == -1 else choice.group_size
 
@@ -153,18 +152,14 @@ def search_scales_transposed(
     weights = importance.to(Wt).view(d_in // width, 1, width)
     scales = torch.empty(d_in // width, d_out, dtype=torch.bfloat16, device=Wt.device)
     for groups, rows in _chunks(W):
-        scales[groups, rows] = _search_chunk(W[groups, :, rows], weights[groups], choice.bits, grid).squeeze(
-            1
-        )
+        scales[groups, rows] = _search_chunk(W[groups, :, rows], weights[groups], choice.bits, grid).squeeze(1)
     return scales.T.contiguous()
 
 
 def zero_points(W: Float[Tensor, "d_out d_in"], choice: Choice) -> Int8[Tensor, "d_out groups"]:
     """Signed code that stands for zero on the asymmetric grid: set by the group's range alone."""
     d_out, d_in = W.shape
-    lowest, steps = _asymmetric_range(
-        W.reshape(d_out, d_in // group_width(choice, d_in), -1), choice.bits, dim=-1
-    )
+    lowest, steps = _asymmetric_range(W.reshape(d_out, d_in // group_width(choice, d_in), -1), choice.bits, dim=-1)
     return _asymmetric_zero(lowest, steps, choice.bits).squeeze(-1).to(torch.int8)
 
 
@@ -178,9 +173,7 @@ def absmax_scales(W: Float[Tensor, "d_out d_in"], choice: Choice) -> BFloat16[Te
 def check_finite(tensor: Tensor, what: str, *, name: str) -> None:
     """Raise QuantizationError naming the layer if a value is NaN or infinite."""
     if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):  # a sum of finite fp32 cannot overflow fp64
-        raise QuantizationError(
-            f"{name}: its {what} is not finite; check the source model and the calibration"
-        )
+        raise QuantizationError(f"{name}: its {what} is not finite; check the source model and the calibration")
 
 
 def _chunks(W: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -52,9 +52,7 @@ class DampedCholesky:
 
 def empty_hessian(d_in: int, device: torch.device | str = "cpu") -> HessianSum:
     """Sum over no tokens."""
-    return HessianSum(
-        xx=torch.zeros(d_in, d_in, dtype=torch.float32, device=device), weight_sum=0.0, num_tokens=0
-    )
+    return HessianSum(xx=torch.zeros(d_in, d_in, dtype=torch.float32, device=device), weight_sum=0.0, num_tokens=0)
 
 
 def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tensor, "*tokens"]) -> HessianSum:
@@ -71,9 +69,7 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
     X = X.reshape(-1, d_in).float()
     s = s.reshape(-1)
     if len(s) != len(X):
-        raise QuantizationError(
-            f"{len(s)} token weights for {len(X)} tokens of width {d_in}: give one a token"
-        )
+        raise QuantizationError(f"{len(s)} token weights for {len(X)} tokens of width {d_in}: give one a token")
     if not bool(((s >= 0) & torch.isfinite(s)).all()):
         raise QuantizationError(
             "token weights must be finite and not negative; take the relevance's magnitude or square"
@@ -91,9 +87,7 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
 
 def merge(a: HessianSum, b: HessianSum) -> HessianSum:
     """Sum over the tokens of both, in new memory."""
-    return HessianSum(
-        xx=a.xx + b.xx, weight_sum=a.weight_sum + b.weight_sum, num_tokens=a.num_tokens + b.num_tokens
-    )
+    return HessianSum(xx=a.xx + b.xx, weight_sum=a.weight_sum + b.weight_sum, num_tokens=a.num_tokens + b.num_tokens)
 
 
 def merge_tree(parts: Sequence[HessianSum]) -> HessianSum:
@@ -117,9 +111,7 @@ def merge_tree(parts: Sequence[HessianSum]) -> HessianSum:
 def normalized(sums: HessianSum, *, name: str = "layer") -> Float[Tensor, "d_in d_in"]:
     """H = sum s x x^T / sum s, symmetric, in new memory. Raises QuantizationError if all weights are zero."""
     if not sums.weight_sum > 0:
-        raise QuantizationError(
-            f"{name}: its {sums.num_tokens} calibration tokens have no weight; check the relevance"
-        )
+        raise QuantizationError(f"{name}: its {sums.num_tokens} calibration tokens have no weight; check the relevance")
     return mirror(replace(sums, xx=sums.xx / sums.weight_sum)).xx
 
 
@@ -134,9 +126,7 @@ def mirror(sums: HessianSum) -> HessianSum:
     return sums
 
 
-def damped_cholesky(
-    H: Float[Tensor, "d_in d_in"], *, damping: float = 0.01, name: str = "layer"
-) -> DampedCholesky:
+def damped_cholesky(H: Float[Tensor, "d_in d_in"], *, damping: float = 0.01, name: str = "layer") -> DampedCholesky:
     """Factor H + damping mean(diag H) I, the mean over live inputs, without changing H.
 
     A matrix that is not positive definite gets ten times the damping, up to five times; every step is
@@ -147,9 +137,7 @@ def damped_cholesky(
         raise QuantizationError(f"{name}: damping must not be negative, got {damping}")
     diagonal = H.diagonal()
     if not bool(torch.isfinite(H.sum(dtype=torch.float64))):
-        raise QuantizationError(
-            f"{name}: its Hessian is not finite; check the calibration inputs and the relevance"
-        )
+        raise QuantizationError(f"{name}: its Hessian is not finite; check the calibration inputs and the relevance")
     dead = diagonal == 0
     num_dead = int(dead.sum())
     mean = float(diagonal.sum(dtype=torch.float64)) / max(1, len(diagonal) - num_dead)
@@ -162,6 +150,5 @@ def damped_cholesky(
         if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
             return DampedCholesky(L=L, damping=relative * mean, num_damping_steps=step, num_dead=num_dead)
     raise QuantizationError(
-        f"{name}: its Hessian is not positive definite even with damping {relative:g};"
-        " use more calibration tokens"
+        f"{name}: its Hessian is not positive definite even with damping {relative:g}; use more calibration tokens"
     )

@@ -25,9 +25,7 @@ def pack(quantized: QuantizedWeight) -> dict[str, Tensor]:
     """
     code_range(quantized.choice.bits)
     if quantized.zero_points is not None:
-        raise QuantizationError(
-            "zero points cannot be packed: transformers does not load them; use a symmetric grid"
-        )
+        raise QuantizationError("zero points cannot be packed: transformers does not load them; use a symmetric grid")
     return {
         "weight_packed": pack_to_int32(quantized.codes, quantized.choice.bits),
         "weight_scale": quantized.scales.contiguous(),

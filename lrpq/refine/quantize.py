@@ -10,7 +10,7 @@ import torch
 from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
 from lrpq.quant.gptq import factorize, gptq
-from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import normalized
 from lrpq.refine.sweep import SiteProducts
 
@@ -38,7 +38,9 @@ def quantize_refined(
     choice: Choice,
     *,
     strength: float,
-    damping: float,
+    damping: float = 0.01,
+    correction_damping: float = 0.1,
+    grid: Grid = Grid.SIGNED,
     name: str,
 ) -> Refined:
     """GPTQ on the inputs of the quantized prefix, after a correction towards the original outputs.
@@ -52,22 +54,25 @@ def quantize_refined(
         products: C and D of its input site, all shards merged.
         choice: bits and group size.
         strength: a in the formula; 0 corrects nothing.
-        damping: share of the mean diagonal of C, in the correction and in GPTQ.
+        damping: share of the mean diagonal of C that GPTQ adds to it.
+        correction_damping: the same for the correction, which needs more: it fits d_in numbers a row to the
+            calibration tokens, and a held-out text pays for what it fits of their noise (docs/log.md).
+        grid: signed or symmetric.
         name: module name for errors.
     """
     C = normalized(products.hessian, name=name).to(W.device)
     factor = factorize(C, damping=damping, name=name)
     if products.shift is None or strength == 0.0:
         return Refined(
-            weight=gptq(W, factor, [choice], name=name)[0],
+            weight=gptq(W, factor, [choice], grid=grid, name=name)[0],
             rejected_rows=0,
             rows=W.shape[0],
             damping_steps=factor.num_damping_steps,
             dead_inputs=factor.num_dead,
         )
     D = products.shift.to(W.device) / products.hessian.weight_sum
-    corrected = correct(W, D, C, strength=strength, damping=damping, name=name)
-    both = gptq(torch.cat([W, corrected]), factor, [choice], name=name)[0]
+    corrected = correct(W, D, C, strength=strength, damping=correction_damping, name=name)
+    both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
     d_out = W.shape[0]
     Q = both.dequantize(torch.float32)
     worse = target_error(W, Q[d_out:], C, D) > target_error(W, Q[:d_out], C, D)

@@ -87,7 +87,7 @@ class RefineSweep:
         block: int,
         module: nn.Module,
         site: tuple[LinearSpec, ...],
-        token_weights: Mapping[int, Float[Tensor, "..."]] | None,
+        token_weights: Mapping[int, Float[Tensor, " windows*length"]] | None,
         quantized: Mapping[str, Tensor],
     ) -> dict[Node, SiteProducts]:
         """Sums of one site, complete subtrees of this worker's shards already merged.
@@ -148,7 +148,7 @@ class RefineSweep:
         raise RuntimeError(f"block {block}: its forward never reaches {reader}")
 
 
-class _Reached(Exception):  # noqa: N818 - control flow, not an error
+class _Reached(Exception):  # control flow, not an error
     """Carries the input of the layer at which a forward was stopped."""
 
     def __init__(self, value: Tensor) -> None:

@@ -206,14 +206,21 @@ def block_backward(
 
 
 def token_weights(
-    modules: Sequence[ModuleStats], relevance: Relevance, *, site: str, floor: float = DEFAULT_FLOOR
+    modules: Sequence[ModuleStats],
+    relevance: Relevance,
+    *,
+    site: str,
+    floor: float = DEFAULT_FLOOR,
+    power: float = 1.0,
 ) -> Tensor:
     """Weights s_t [tokens] of a site's tokens in H = sum_t s_t x_t x_t^T: fp32 (fp64 for fp64), non-negative.
 
     Of one module, s_t = mean_j g_tj^2 of the pass. The absolute scale is kept: it says what a token counts
     against those of other micro-batches. BLEND is sqrt(s^fisher s^lrp) of each module, rescaled so that its
     mean over the micro-batch is the Fisher's (the scale of the LRP pass cancels). The site's s is the plain
-    average over its modules; ``floor`` times its mean over the micro-batch is then added. NONE: ones.
+    average over its modules; ``floor`` times its mean over the micro-batch is then added, and the sum is raised to
+    ``power``. Below 1 the power flattens the weights: with few tokens, sharp ones fit the codes to the calibration
+    text. NONE: ones.
 
     Raises:
         QuantizationError: the weights are not finite, or all zero, which no Hessian can use.
@@ -221,7 +228,7 @@ def token_weights(
     if relevance is Relevance.NONE:
         return torch.ones_like(modules[0].token_sums[Pass.FISHER])
     weights = torch.stack([_module_weights(stats, relevance) for stats in modules]).mean(dim=0)
-    weights = weights + floor * weights.mean()
+    weights = (weights + floor * weights.mean()).pow(power)
     if not (bool(torch.isfinite(weights).all()) and bool(weights.sum() > 0)):
         raise QuantizationError(
             f"site {site}: the {relevance.value} weights of its tokens are not finite or all zero; expected "

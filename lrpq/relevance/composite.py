@@ -107,9 +107,7 @@ def rms_norm_unit_offset(module: Any, switch: PassSwitch) -> Mapping[str, object
 def layer_norm(module: nn.LayerNorm, switch: PassSwitch) -> Mapping[str, object]:
     """Constant standard deviation."""
     if len(module.normalized_shape) != 1:
-        raise ModelError(
-            f"LayerNorm over {module.normalized_shape}: expected one axis; no rule for more is known"
-        )
+        raise ModelError(f"LayerNorm over {module.normalized_shape}: expected one axis; no rule for more is known")
 
     def forward(x: Tensor) -> Tensor:
         y: Tensor = rules.layer_norm(x, module.weight, module.bias, module.eps, switch)
@@ -171,9 +169,7 @@ def apply_rules(
     replaced: list[tuple[nn.Module, str, object]] = []
     try:
         # All attributes are found before the first is set: a rule may keep the module's original forward.
-        patches = [
-            (module, _patch(name, module, switch, composite)) for name, module in block.named_modules()
-        ]
+        patches = [(module, _patch(name, module, switch, composite)) for name, module in block.named_modules()]
         for module, patch in patches:
             for attribute, value in patch.items():
                 replaced.append((module, attribute, module.__dict__.get(attribute, _ABSENT)))
@@ -203,7 +199,5 @@ def _patch(
             "use relevance fisher, which needs no rules"
         )
     if "forward" in module.__dict__:
-        raise ModelError(
-            f"the forward of {where} is already replaced on the instance: expected the class's own"
-        )
+        raise ModelError(f"the forward of {where} is already replaced on the instance: expected the class's own")
     return {_SWITCH: switch, **rule(module, switch)}

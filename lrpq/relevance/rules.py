@@ -90,9 +90,7 @@ class _Route(torch.autograd.Function):
         return (g, None, None) if ctx.switch.current is Pass.FISHER else (None, g, None)
 
 
-def route(
-    y_true: Float[Tensor, "*dims"], y_rule: Float[Tensor, "*dims"], switch: PassSwitch
-) -> Float[Tensor, "*dims"]:
+def route(y_true: Float[Tensor, "*dims"], y_rule: Float[Tensor, "*dims"], switch: PassSwitch) -> Float[Tensor, "*dims"]:
     """Return ``y_true``; the gradient goes to ``y_true`` in the FISHER pass, to ``y_rule`` in the others."""
     return cast(Tensor, _Route.apply(y_true, y_rule, switch))  # type: ignore[no-untyped-call]
 
@@ -189,9 +187,7 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rms_norm(
-    x: Float[Tensor, "... h"], weight: Tensor, epsilon: float, switch: PassSwitch
-) -> Float[Tensor, "... h"]:
+def rms_norm(x: Float[Tensor, "... h"], weight: Tensor, epsilon: float, switch: PassSwitch) -> Float[Tensor, "... h"]:
     """``weight * x / rms(x)`` with a constant rms; order of operations and casts of LlamaRMSNorm."""
     x_wide = x.to(_norm_dtype(x.dtype))
     scale = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + epsilon)

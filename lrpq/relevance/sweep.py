@@ -56,7 +56,7 @@ class Shard:
 
 
 class ProfileSweep:
-    """Profile of some shards: ``embed``; ``forward`` for every block; ``seed_gradients``; ``backward``, last block first.
+    """Profile of some shards: ``embed``; ``forward`` of each block; ``seed_gradients``; ``backward``, last block first.
 
     Args:
         stream: the model.
@@ -64,6 +64,7 @@ class ProfileSweep:
         num_shards: shards of the whole run (the shape of the merge tree).
         relevance: which token weights.
         floor: share of the mean weight that every token gets.
+        power: exponent of the token weights.
         seed: seed of the label sampling.
         micro_batch: windows computed at once; part of the result's identity.
         kept: where block inputs are kept.
@@ -77,6 +78,7 @@ class ProfileSweep:
         num_shards: int,
         relevance: Relevance,
         floor: float,
+        power: float,
         seed: int,
         micro_batch: int,
         kept: KeptInputs,
@@ -86,6 +88,7 @@ class ProfileSweep:
         self.num_shards = num_shards
         self.relevance = relevance
         self.floor = floor
+        self.power = power
         self.seed = seed
         self.micro_batch = micro_batch
         self.kept = kept
@@ -107,7 +110,7 @@ class ProfileSweep:
             self._hidden[shard, position] = self.stream.run(module, block, hidden)
 
     def seed_gradients(self) -> tuple[float, int]:
-        """Gradients at the last block's output; returns the summed loss of the sampled labels (nats) and their number."""
+        """Gradients at the last block's output; returns the sampled labels' summed loss (nats) and their number."""
         total_nats, num_tokens = 0.0, 0
         with self.stream.head() as (norm, head):
             for shard in self.shards:
@@ -140,9 +143,7 @@ class ProfileSweep:
             parts = fold(parts, self.num_shards, merge_block_sums)
         return parts, weights
 
-    def _shard_backward(
-        self, block: int, module: nn.Module, shard: Shard
-    ) -> tuple[BlockSums, dict[str, Tensor]]:
+    def _shard_backward(self, block: int, module: nn.Module, shard: Shard) -> tuple[BlockSums, dict[str, Tensor]]:
         specs = self.stream.sites(block)
         sites = {
             site: [(spec.name, module.get_submodule(self.stream.local_name(spec))) for spec in members]
@@ -164,7 +165,7 @@ class ProfileSweep:
             self._upstream[shard.index, position] = result.gradients
             for site, members in sites.items():
                 stats = [result.modules[name] for name, _ in members]
-                s = token_weights(stats, self.relevance, site=f"{block}.{site}", floor=self.floor)
+                s = token_weights(stats, self.relevance, site=f"{block}.{site}", floor=self.floor, power=self.power)
                 hessians[site] = accumulate(hessians[site], result.inputs[site], s)
                 weights[site].append(s.float().cpu())
             for name, stats_of in result.modules.items():

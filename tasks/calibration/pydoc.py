@@ -62,8 +62,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _key(paragraph: str) -> str | None:
-    """The paragraph without its indentation and line breaks; None where it is too short to identify a "
-    "text."""
+    """The paragraph without its indentation and line breaks; None where it is too short to identify a text."""
     words = " ".join(paragraph.split())
     return words if len(words) >= SHARED_CHARS else None
 

@@ -1,5 +1,4 @@
-"""Parquet files whose rows are token windows already: used as they are, without BOS, template or "
-"tokenizer."""
+"""Parquet files whose rows are token windows already: used as they are, without BOS, template or tokenizer."""
 
 from __future__ import annotations
 

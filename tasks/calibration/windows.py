@@ -136,8 +136,7 @@ def tokens_digest(tokens: Int64[Tensor, "num_windows length"]) -> str:
 
 
 def check_request(*, num_windows: int, length: int, placement: str) -> None:
-    """Raise ConfigError unless the counts are positive, a window holds two tokens and the placement is "
-    "known."""
+    """Raise ConfigError unless the counts are positive, a window holds two tokens and the placement is known."""
     if num_windows < 1 or length < 2:
         raise ConfigError(f"{num_windows} windows of {length} tokens: expected at least 1 window of at least 2 tokens")
     if placement not in ("random", "spread", "first"):

@@ -42,9 +42,7 @@ def code_digest(*modules: str, packages: Sequence[str] = FIRST_PARTY) -> str:
         parsed[name] = _parse(path.read_bytes(), name, path.name == "__init__.py")
         pending += [part for imported in parsed[name].imports for part in _with_parents(imported)]
     if missing := [name for name in modules if name not in parsed]:
-        raise ConfigError(
-            f"no module {missing[0]!r} in {', '.join(packages)}: the code of a stage must be one of them"
-        )
+        raise ConfigError(f"no module {missing[0]!r} in {', '.join(packages)}: the code of a stage must be one of them")
     digest = hashlib.sha256()
     for name in sorted(parsed):
         digest.update(f"{name} {parsed[name].digest}\n".encode())
@@ -118,11 +116,7 @@ def _dump(node: object) -> Iterator[str]:
 
 
 def _is_docstring(node: object) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _imports(node: ast.AST, package: str) -> Iterator[str]:

@@ -36,9 +36,7 @@ def plain_json(value: object, *, where: str = "value") -> JSON:
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise StoreError(
-                f"{where} is {value!r}: JSON holds finite numbers only; leave it out or use null"
-            )
+            raise StoreError(f"{where} is {value!r}: JSON holds finite numbers only; leave it out or use null")
         return float(value)
     if isinstance(value, Mapping):
         for key in value:
@@ -47,9 +45,7 @@ def plain_json(value: object, *, where: str = "value") -> JSON:
         return {key: plain_json(item, where=f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain_json(item, where=f"{where}[{index}]") for index, item in enumerate(value)]
-    raise StoreError(
-        f"{where} is a {type(value).__name__}: expected null, bool, int, float, str, list or dict"
-    )
+    raise StoreError(f"{where} is a {type(value).__name__}: expected null, bool, int, float, str, list or dict")
 
 
 def canonical_text(value: JSON) -> str:

@@ -94,9 +94,7 @@ def _exact(value: JSON) -> JSON:
     if isinstance(value, Mapping):
         for name in value:
             if name.startswith("$"):
-                raise StoreError(
-                    f"parameter {name!r}: names must not start with '$', which marks exact numbers"
-                )
+                raise StoreError(f"parameter {name!r}: names must not start with '$', which marks exact numbers")
         return {name: _exact(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_exact(item) for item in value]

@@ -146,9 +146,7 @@ class LocalStore:
                 return
             finally:
                 target.unlink(missing_ok=True)
-        raise StoreError(
-            f"the store {self.url} links over existing files: use a folder on another file system"
-        )
+        raise StoreError(f"the store {self.url} links over existing files: use a folder on another file system")
 
     def _sweep(self) -> None:
         """Remove what killed processes left behind."""

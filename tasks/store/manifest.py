@@ -60,9 +60,7 @@ def write_manifest(store: ObjectStore, key: str, manifest: StageManifest) -> boo
     """
     for name, record in manifest.objects.items():
         if (num_bytes := store.size(name)) != record.num_bytes:
-            raise StoreError(
-                f"manifest {key} names {name} with {record.num_bytes} bytes, {store.url} has {num_bytes}"
-            )
+            raise StoreError(f"manifest {key} names {name} with {record.num_bytes} bytes, {store.url} has {num_bytes}")
     body: dict[str, JSON] = {
         "stage": manifest.stage,
         "key": manifest.key,
@@ -71,8 +69,7 @@ def write_manifest(store: ObjectStore, key: str, manifest: StageManifest) -> boo
         "environment": dict(manifest.environment),
         "code": manifest.code,
         "objects": {
-            name: {"bytes": record.num_bytes, "sha256": record.sha256}
-            for name, record in manifest.objects.items()
+            name: {"bytes": record.num_bytes, "sha256": record.sha256} for name, record in manifest.objects.items()
         },
         "seconds": float(manifest.seconds),
         "created": manifest.created,

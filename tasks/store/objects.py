@@ -92,9 +92,7 @@ def open_store(url: str) -> ObjectStore:
 
     scheme, separator, _ = url.partition("://")
     if not url or "\0" in url:
-        raise ConfigError(
-            f"the store URL {url!r} is empty or not a path: give a folder or s3://bucket/prefix"
-        )
+        raise ConfigError(f"the store URL {url!r} is empty or not a path: give a folder or s3://bucket/prefix")
     if not separator:
         return LocalStore.open_tested(Path(url), url=url)
     if scheme == "file":
@@ -106,9 +104,7 @@ def open_store(url: str) -> ObjectStore:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         prefix = prefix.rstrip("/")
         if not _BUCKET.match(bucket) or len(prefix) > _MAX_PREFIX:
-            raise ConfigError(
-                f"the store URL {url!r} is not valid: expected s3://bucket/prefix, a short prefix"
-            )
+            raise ConfigError(f"the store URL {url!r} is not valid: expected s3://bucket/prefix, a short prefix")
         try:
             check_key(prefix, folder=True)
         except StoreError as error:
@@ -116,9 +112,7 @@ def open_store(url: str) -> ObjectStore:
         if importlib.util.find_spec("s3fs") is None:
             raise ConfigError(f"the store {url} needs the package s3fs: install lrpq[s3]")
         return S3Store.open_tested(bucket, prefix, url=url)
-    raise ConfigError(
-        f"the store URL {url!r} has an unknown scheme: give a folder, file:// or s3://bucket/prefix"
-    )
+    raise ConfigError(f"the store URL {url!r} has an unknown scheme: give a folder, file:// or s3://bucket/prefix")
 
 
 def check_key(key: str, *, folder: bool = False) -> tuple[str, ...]:

@@ -44,9 +44,7 @@ PARSE_ERRORS: tuple[type[Exception], ...] = (
 
 def damaged(store: ObjectStore, key: str, why: str) -> StoreError:
     """The error for an object that is truncated, changed or foreign."""
-    return StoreError(
-        f"{key} in {store.url} is damaged or not what it should be: {why}; delete it and run again"
-    )
+    return StoreError(f"{key} in {store.url} is damaged or not what it should be: {why}; delete it and run again")
 
 
 @contextmanager
@@ -75,9 +73,7 @@ def described(schema: pa.Schema, *, kind: str, rows: int, units: Mapping[str, st
         if _holds_floats(field.type) and field.name not in known:
             raise StoreError(f"column {field.name!r} of {kind} has no unit: name one ('1' for a pure number)")
     if unknown := sorted(known.keys() - set(schema.names)):
-        raise StoreError(
-            f"units of {kind} name {unknown}, which are not columns: the columns are {schema.names}"
-        )
+        raise StoreError(f"units of {kind} name {unknown}, which are not columns: the columns are {schema.names}")
     return {
         "lrpq.schema": str(SCHEMA_VERSION),
         "lrpq.kind": kind,
@@ -170,9 +166,7 @@ def _absorb(digest: Any, array: pa.Array, name: str) -> None:
     elif pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
         digest.update(_numbers(array.drop_null()))
     else:
-        raise ValueError(
-            f"column {name!r} is of type {kind}; the store holds numbers, booleans, text, bytes and lists"
-        )
+        raise ValueError(f"column {name!r} is of type {kind}; the store holds numbers, booleans, text, bytes and lists")
 
 
 def _chunks(array: pa.Array) -> Iterator[bytes]:

@@ -3,8 +3,8 @@
 One row a tile of 512 x 512, in the order (0,0), (0,1), ..., (1,1), ...; edge tiles and the lower half of the
 tiles on the diagonal are zeros. A row group holds tiles of one matrix only, so a reader of one matrix reads
 nothing else. Every tile has its own checksum; the names, widths and scalars of all matrices are in the
-metadata, under the checksum of schema.py. Memory beyond the matrix itself: about three row groups, whatever
-its width.
+metadata, under the checksum of schema.py. Memory beyond the matrix itself: about five row groups (300 MB),
+whatever its width.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ _SCHEMA = pa.schema(
         pa.field("tile_row", pa.int32(), nullable=False),
         pa.field("tile_column", pa.int32(), nullable=False),
         pa.field("sha256", pa.binary(32), nullable=False),
-        pa.field(
-            "values", pa.list_(pa.field("element", pa.float32(), nullable=False), TILE * TILE), nullable=False
-        ),
+        pa.field("values", pa.list_(pa.field("element", pa.float32(), nullable=False), TILE * TILE), nullable=False),
     ]
 )
 # Measured on 60 tiles of normal numbers, one core: zstd on split byte streams 250 MB/s written, 550 read, 16%
@@ -148,22 +146,14 @@ def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tenso
             shape = parquet.metadata.row_group(first + offset)
             if shape.num_rows != len(group) or shape.total_byte_size > _MAX_GROUP_BYTES:
                 raise ValueError(f"row group {first + offset} does not fit matrix {name!r}")
-            _place_group(
-                parquet.read_row_group(first + offset, use_threads=False), name, group, matrix.numpy()
-            )
+            _place_group(parquet.read_row_group(first + offset, use_threads=False), name, group, matrix.numpy())
         return matrix, dict(index.scalars[name])
 
 
 def _width(key: str, name: str, matrix: Tensor) -> int:
-    if (
-        matrix.ndim != 2
-        or matrix.shape[0] != matrix.shape[1]
-        or matrix.dtype != torch.float32
-        or not len(matrix)
-    ):
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.dtype != torch.float32 or not len(matrix):
         raise StoreError(
-            f"cannot write {key}: {name!r} is {matrix.dtype} {list(matrix.shape)}, "
-            "expected a square float32 matrix"
+            f"cannot write {key}: {name!r} is {matrix.dtype} {list(matrix.shape)}, expected a square float32 matrix"
         )
     return len(matrix)
 
@@ -190,9 +180,7 @@ def _num_tiles(width: int) -> int:
 def _group_table(schema: pa.Schema, name: str, matrix: Tensor, group: list[tuple[int, int]]) -> pa.Table:
     values = np.zeros((len(group), TILE, TILE), dtype=np.float32)
     for place, (row, column) in zip(values, group, strict=True):
-        block = (
-            matrix[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE].detach().cpu().numpy()
-        )
+        block = matrix[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE].detach().cpu().numpy()
         place[: block.shape[0], : block.shape[1]] = np.triu(block) if row == column else block
     digests = [_digest(name, position, tile) for position, tile in zip(group, values, strict=True)]
     return pa.table(
@@ -207,24 +195,16 @@ def _group_table(schema: pa.Schema, name: str, matrix: Tensor, group: list[tuple
     )
 
 
-def _place_group(
-    table: pa.Table, name: str, group: list[tuple[int, int]], matrix: NDArray[np.float32]
-) -> None:
+def _place_group(table: pa.Table, name: str, group: list[tuple[int, int]], matrix: NDArray[np.float32]) -> None:
     table = table.combine_chunks()
     names, rows = table.column("name").to_pylist(), table.column("tile_row").to_pylist()
     columns, digests = table.column("tile_column").to_pylist(), table.column("sha256").to_pylist()
     values = table.column("values").chunk(0).flatten().to_numpy().reshape(-1, TILE, TILE)
-    if (
-        names != [name] * len(group)
-        or list(zip(rows, columns, strict=True)) != group
-        or len(values) != len(group)
-    ):
+    if names != [name] * len(group) or list(zip(rows, columns, strict=True)) != group or len(values) != len(group):
         raise ValueError(f"the tiles of matrix {name!r} are not those expected")
     for (row, column), digest, tile in zip(group, digests, values, strict=True):
         if _digest(name, (row, column), tile) != digest:
-            raise ValueError(
-                f"the checksum of tile ({row}, {column}) of matrix {name!r} does not fit its values"
-            )
+            raise ValueError(f"the checksum of tile ({row}, {column}) of matrix {name!r} does not fit its values")
         above = matrix[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
         part = tile[: above.shape[0], : above.shape[1]]
         above[:] = part

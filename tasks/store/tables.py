@@ -54,9 +54,7 @@ def write_table(
             f"cannot write {key}: the columns of {kind} make no table for the store: {one_line(error)}"
         ) from error
     if len(set(table.column_names)) != table.num_columns or not table.num_columns:
-        raise StoreError(
-            f"cannot write {key}: {kind} needs columns with different names, got {table.column_names}"
-        )
+        raise StoreError(f"cannot write {key}: {kind} needs columns with different names, got {table.column_names}")
     metadata = described(table.schema, kind=kind, rows=table.num_rows, units=units)
     schema = sealed(table.schema, metadata, values=values)
 

@@ -96,13 +96,9 @@ def read_tensors(store: ObjectStore, key: str, names: Iterable[str] | None = Non
         _check_layout(entries, size - start)
         wanted = sorted(entries) if names is None else list(names)
         if missing := [name for name in wanted if name not in entries]:
-            raise StoreError(
-                f"{key} in {store.url} has no tensor {missing[0]!r}: it has {_some(sorted(entries))}"
-            )
+            raise StoreError(f"{key} in {store.url} has no tensor {missing[0]!r}: it has {_some(sorted(entries))}")
         digests = _metadata(header)
-        return {
-            name: _read(file, start, name, entries[name], digests.get(f"sha256:{name}")) for name in wanted
-        }
+        return {name: _read(file, start, name, entries[name], digests.get(f"sha256:{name}")) for name in wanted}
 
 
 def read_metadata(store: ObjectStore, key: str) -> dict[str, str]:
@@ -119,23 +115,14 @@ def read_metadata(store: ObjectStore, key: str) -> dict[str, str]:
 def _header(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, JSON]:
     for name, text in metadata.items():
         if not isinstance(name, str) or not isinstance(text, str) or name.startswith(_OURS):
-            raise StoreError(
-                f"cannot write {key}: metadata {name!r} must be text under a name not starting {_OURS}"
-            )
+            raise StoreError(f"cannot write {key}: metadata {name!r} must be text under a name not starting {_OURS}")
     header: dict[str, JSON] = {}
     full = {**metadata, "lrpq.schema": str(SCHEMA_VERSION), "lrpq.creator": f"lrpq {lrpq.__version__}"}
     offset = 0
     for name in _order(tensors):
         tensor = tensors[name]
-        if (
-            tensor.dtype not in _NAMES
-            or tensor.layout != torch.strided
-            or tensor.is_meta
-            or name == _METADATA
-        ):
-            raise StoreError(
-                f"cannot write {key}: safetensors holds no {tensor.layout} {tensor.dtype} named {name!r}"
-            )
+        if tensor.dtype not in _NAMES or tensor.layout != torch.strided or tensor.is_meta or name == _METADATA:
+            raise StoreError(f"cannot write {key}: safetensors holds no {tensor.layout} {tensor.dtype} named {name!r}")
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
@@ -197,9 +184,7 @@ class _Entry:
 
 def _entry(name: str, entry: JSON) -> _Entry:
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if (
-            dtype in _DTYPES
-        ):
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if dtype in _DTYPES:
             sizes = tuple(size for size in shape if isinstance(size, int) and size >= 0)
             if len(sizes) == len(shape):
                 return _Entry(dtype=_DTYPES[dtype], shape=sizes, begin=begin, end=end)

@@ -171,9 +171,7 @@ def test_mixed_checkpoint_reloads_exactly_and_is_as_large_as_planned(
     )
     stored = all_tensors(output)
     assert size.metadata_bits == 128 * len(MIXED)
-    codes_and_scales = sum(
-        t.nbytes for n, t in stored.items() if n.endswith(("weight_packed", "weight_scale"))
-    )
+    codes_and_scales = sum(t.nbytes for n, t in stored.items() if n.endswith(("weight_packed", "weight_scale")))
     assert size.fixed_bytes == size.total_bytes - codes_and_scales
     assert ("lm_head.weight" in stored) == (not tied)
     assert (output / "model.safetensors").is_file()
@@ -181,9 +179,7 @@ def test_mixed_checkpoint_reloads_exactly_and_is_as_large_as_planned(
 
 def test_average_bits_is_what_an_independent_reader_of_the_files_finds(tmp_path: Path) -> None:
     source = make_source(tmp_path / "in", hidden=72)
-    choices = {
-        n: Choice(bits=(3, 5, 6)[i % 3], group_size=(-1, 24, 36)[i % 3]) for i, n in enumerate(MODULES)
-    }
+    choices = {n: Choice(bits=(3, 5, 6)[i % 3], group_size=(-1, 24, 36)[i % 3]) for i, n in enumerate(MODULES)}
     load = make_codes(source, choices)
     size = write_checkpoint(source, tmp_path / "out", quantized=load, choices=choices, manifest={})
     bits = weights = 0
@@ -198,18 +194,14 @@ def test_average_bits_is_what_an_independent_reader_of_the_files_finds(tmp_path:
     assert size.num_quantized_weights == weights
     # rows of 72 codes do not end on a word: the padding is in the figure
     assert size.average_bits > sum(choices[n].bits for n in MODULES) / len(MODULES)
-    assert (
-        verify_checkpoint(tmp_path / "out", source, quantized=load, choices=choices).max_abs_difference == 0.0
-    )
+    assert verify_checkpoint(tmp_path / "out", source, quantized=load, choices=choices).max_abs_difference == 0.0
 
 
 def test_sharded_output_is_named_indexed_and_exact(tmp_path: Path) -> None:
     source = make_source(tmp_path / "in")
     load = make_codes(source, MIXED)
     limit = 20_000
-    size = write_checkpoint(
-        source, tmp_path / "out", quantized=load, choices=MIXED, manifest={}, max_shard_bytes=limit
-    )
+    size = write_checkpoint(source, tmp_path / "out", quantized=load, choices=MIXED, manifest={}, max_shard_bytes=limit)
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     count = len(files)
     assert count > 3
@@ -222,18 +214,14 @@ def test_sharded_output_is_named_indexed_and_exact(tmp_path: Path) -> None:
         tensors = load_file(tmp_path / "out" / name)
         assert sum(t.nbytes for t in tensors.values()) <= limit
         assert {n for n, file in index["weight_map"].items() if file == name} == set(tensors)
-    assert (
-        verify_checkpoint(tmp_path / "out", source, quantized=load, choices=MIXED).max_abs_difference == 0.0
-    )
+    assert verify_checkpoint(tmp_path / "out", source, quantized=load, choices=MIXED).max_abs_difference == 0.0
 
 
 def test_same_content_gives_the_same_bytes_whatever_the_order_and_the_source_files(tmp_path: Path) -> None:
     one, many = make_source(tmp_path / "one"), make_source(tmp_path / "many", sharded=True)
     reordered = dict(sorted(MIXED.items(), reverse=True))
     write_checkpoint(one, tmp_path / "a", quantized=make_codes(one, MIXED), choices=MIXED, manifest={"at": 1})
-    write_checkpoint(
-        many, tmp_path / "b", quantized=make_codes(many, MIXED), choices=reordered, manifest={"at": 2}
-    )
+    write_checkpoint(many, tmp_path / "b", quantized=make_codes(many, MIXED), choices=reordered, manifest={"at": 2})
     names = {p.name for p in (tmp_path / "a").iterdir()}
     assert names == {p.name for p in (tmp_path / "b").iterdir()}
     differing = {n for n in names if (tmp_path / "a" / n).read_bytes() != (tmp_path / "b" / n).read_bytes()}
@@ -243,9 +231,7 @@ def test_same_content_gives_the_same_bytes_whatever_the_order_and_the_source_fil
 def test_everything_a_user_needs_is_carried_over(tmp_path: Path) -> None:
     source = make_source(tmp_path / "in")
     manifest = {"budget_bits": 3.25, "name": "größer"}
-    write_checkpoint(
-        source, tmp_path / "out", quantized=make_codes(source, MIXED), choices=MIXED, manifest=manifest
-    )
+    write_checkpoint(source, tmp_path / "out", quantized=make_codes(source, MIXED), choices=MIXED, manifest=manifest)
     carried = {
         "tokenizer.json",
         "tokenizer_config.json",
@@ -327,9 +313,7 @@ class TestDamageIsFound:
 
         with pytest.raises(CheckpointError, match=r"logits differ from the dense .* at token"):
             verify_checkpoint(output, source, quantized=load, choices=MIXED, dense_logits=original)
-        loose = verify_checkpoint(
-            output, source, quantized=load, choices=MIXED, dense_logits=original, tolerance=1e3
-        )
+        loose = verify_checkpoint(output, source, quantized=load, choices=MIXED, dense_logits=original, tolerance=1e3)
         assert 0 < loose.max_abs_difference < 1e3
         with pytest.raises(CheckpointError, match="logits"):
             verify_checkpoint(
@@ -446,9 +430,7 @@ class TestWhatCannotBeStoredIsRefused:
             ({"zero_points": torch.zeros(64, 2, dtype=torch.int8)}, "zero points"),
         ],
     )
-    def test_codes(
-        self, source: ModelSource, tmp_path: Path, change: dict[str, object], message: str
-    ) -> None:
+    def test_codes(self, source: ModelSource, tmp_path: Path, change: dict[str, object], message: str) -> None:
         choices = {MODULES[0]: Choice(bits=4, group_size=32)}
         good = make_codes(source, choices)(MODULES[0])
         fields = {

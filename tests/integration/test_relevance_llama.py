@@ -64,9 +64,7 @@ SITES = {
 def build(family: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     register_attention()
     torch.manual_seed(0)
-    model = (
-        AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation=attention).to(dtype).eval()
-    )
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation=attention).to(dtype).eval()
     with torch.no_grad():  # norms start as ones or zeros, biases as zeros: make every factor count
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -99,8 +97,7 @@ def captured(model: Any) -> list[tuple[Tensor, dict[str, Any]]]:
     blocks, norm = parts(model)
     calls: list[tuple[Tensor, dict[str, Any]]] = []
     hooks = [
-        b.register_forward_pre_hook(lambda _, a, k: calls.append((a[0], dict(k))), with_kwargs=True)
-        for b in blocks
+        b.register_forward_pre_hook(lambda _, a, k: calls.append((a[0], dict(k))), with_kwargs=True) for b in blocks
     ]
     hooks.append(norm.register_forward_pre_hook(lambda _, a: calls.append((a[0], {}))))
     with torch.no_grad():
@@ -110,9 +107,7 @@ def captured(model: Any) -> list[tuple[Tensor, dict[str, Any]]]:
     return calls
 
 
-def sweep(
-    model: Any, passes: tuple[Pass, ...], **head: Any
-) -> tuple[list[dict[Pass, Tensor]], list[BlockBackward]]:
+def sweep(model: Any, passes: tuple[Pass, ...], **head: Any) -> tuple[list[dict[Pass, Tensor]], list[BlockBackward]]:
     """Gradients at every block's input and at the last output (in this order), and every block's result."""
     switch = PassSwitch()
     blocks, norm = parts(model)
@@ -131,9 +126,7 @@ def sweep(
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "lrpq"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", list(CONFIGS))
-def test_patched_logits_are_the_original_ones_bit_for_bit(
-    family: str, dtype: torch.dtype, attention: str
-) -> None:
+def test_patched_logits_are_the_original_ones_bit_for_bit(family: str, dtype: torch.dtype, attention: str) -> None:
     model = build(family, dtype, attention)
     reference = build(family, dtype, "sdpa" if attention == "lrpq" else attention)
     with torch.no_grad():
@@ -160,16 +153,12 @@ def test_registered_attention_keeps_the_sliding_window() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", list(CONFIGS))
-def test_fisher_pass_of_a_patched_block_is_plain_autograd_bit_for_bit(
-    family: str, dtype: torch.dtype
-) -> None:
+def test_fisher_pass_of_a_patched_block_is_plain_autograd_bit_for_bit(family: str, dtype: torch.dtype) -> None:
     model, switch = build(family, dtype), PassSwitch()
     for block, (hidden, call_args) in zip(parts(model)[0], captured(model)[:-1], strict=True):
         g = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
 
-        def run(
-            block: nn.Module = block, hidden: Tensor = hidden, args: Any = call_args, g: Tensor = g
-        ) -> Tensor:
+        def run(block: nn.Module = block, hidden: Tensor = hidden, args: Any = call_args, g: Tensor = g) -> Tensor:
             leaf = hidden.clone().requires_grad_()
             output = block(leaf, **args)
             return torch.autograd.grad(output[0] if isinstance(output, tuple) else output, leaf, g)[0]
@@ -213,13 +202,9 @@ def test_sweep_gives_the_true_gradients_of_the_whole_model_and_their_squared_sum
                 squares = g.flatten(0, 1).square()
                 module = result.modules[name]
                 assert module.d_out == y.shape[-1]
-                torch.testing.assert_close(
-                    module.token_sums[Pass.FISHER], squares.sum(1), rtol=1e-10, atol=1e-24
-                )
+                torch.testing.assert_close(module.token_sums[Pass.FISHER], squares.sum(1), rtol=1e-10, atol=1e-24)
                 torch.testing.assert_close(module.channel_sums, squares.sum(0), rtol=1e-10, atol=1e-24)
-                torch.testing.assert_close(
-                    result.inputs[site], x.flatten(0, 1).detach(), rtol=1e-10, atol=1e-13
-                )
+                torch.testing.assert_close(result.inputs[site], x.flatten(0, 1).detach(), rtol=1e-10, atol=1e-13)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -252,9 +237,7 @@ def test_head_gradient_is_that_of_the_cross_entropy_whatever_the_chunk() -> None
     labels = torch.randint(VOCAB, (N, T), generator=torch.Generator().manual_seed(4))
     labels[1, -2:] = IGNORED_LABEL
     leaf = last.clone().requires_grad_()
-    loss = functional.cross_entropy(
-        model.lm_head(norm(leaf)).flatten(0, 1), labels.flatten(), reduction="sum"
-    )
+    loss = functional.cross_entropy(model.lm_head(norm(leaf)).flatten(0, 1), labels.flatten(), reduction="sum")
     (expected,) = torch.autograd.grad(loss, leaf)
     for chunk in (1, 4, T, 100):
         gradients, nats = head_gradient(
@@ -329,9 +312,7 @@ def test_cp_lrp_conserves_the_logit_at_every_block_and_plain_gradients_do_not(se
 
 @pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize("seed", list(SEEDS))
-def test_lrp_conserves_the_logit_but_for_the_softmax_residuals(
-    seed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lrp_conserves_the_logit_but_for_the_softmax_residuals(seed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """R(block input) = R(block output) - residual, the residual written out from q, k, v and the gradient."""
     calls: list[dict[str, Any]] = []
     kernel = functional.scaled_dot_product_attention
@@ -401,9 +382,7 @@ def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def same(a: Mapping[str, dict[str, Any]], b: Mapping[str, dict[str, Any]]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[m].keys() == b[m].keys() and all(a[m][k] is b[m][k] for k in a[m]) for m in a
-    )
+    return a.keys() == b.keys() and all(a[m].keys() == b[m].keys() and all(a[m][k] is b[m][k] for k in a[m]) for m in a)
 
 
 def test_scope_patches_one_block_and_restores_it_even_after_an_error() -> None:

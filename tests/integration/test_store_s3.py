@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,9 +23,10 @@ import pytest
 import torch
 
 from lrpq.errors import RunMismatch, StoreError
-from tasks.store import s3
+from tasks.store import s3_files
 from tasks.store.manifest import claim_run, list_runs, read_run
 from tasks.store.objects import ObjectStore, open_store, publish_recorded, record_of
+from tasks.store.s3_client import S3Client
 from tasks.store.tables import read_table, write_table
 from tasks.store.tensors import read_symmetric, read_tensors, write_symmetric, write_tensors
 
@@ -109,7 +110,10 @@ def store(credentials: None, request: pytest.FixtureRequest) -> ObjectStore:
 
 
 def put(store: ObjectStore, key: str, content: bytes) -> bool:
-    return store.publish(key, lambda file: file.write(content) and None)
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    return store.publish(key, write)
 
 
 def test_objects_come_back_and_are_never_changed(store: ObjectStore) -> None:
@@ -140,15 +144,15 @@ def test_an_open_object_can_be_read_anywhere(store: ObjectStore) -> None:
             file.seek(-1)
 
 
-def test_listing(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = ["a/run.json", "b/1.bin", "b/2.bin", "b/c/3.bin", "top.bin"]
+def test_listing(store: ObjectStore) -> None:
+    keys = ["a-b/1.bin", "a/run.json", "b/1.bin", "b/2.bin", "b/c/3.bin", "top.bin"]
     for key in reversed(keys):
         put(store, key, b"x")
     assert list(store.list()) == keys  # and no probe
     assert list(store.list("b")) == ["b/1.bin", "b/2.bin", "b/c/3.bin"]
     assert list(store.list("b/c")) == ["b/c/3.bin"]
     assert list(store.list("nothing")) == []
-    assert list(store.folders()) == ["a", "b"]
+    assert list(store.folders()) == ["a", "a-b", "b"]
     assert list(store.folders("b")) == ["c"]
     with pytest.raises(StoreError, match="not a valid key"):
         list(store.list("../other"))
@@ -157,15 +161,13 @@ def test_listing(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_long_listing_has_several_pages(store: ObjectStore) -> None:
     keys = [f"many/{index:04d}.bin" for index in range(1005)]
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(lambda key: store._put(key, b""), keys))  # type: ignore[attr-defined]
+        assert all(pool.map(lambda key: store.client.put(key, b""), keys))  # type: ignore[attr-defined]
     assert list(store.list("many")) == keys
 
 
-@pytest.mark.parametrize("num_bytes", [1000, 11_000_000])
-def test_of_racing_writers_one_wins(
-    store: ObjectStore, num_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)  # the smallest part S3 takes: the longer object has three
+@pytest.mark.parametrize("num_bytes", [1000, 6_000_000])
+def test_of_racing_writers_one_wins(store: ObjectStore, num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_files, "PART_BYTES", 5 * 2**20)  # the smallest part S3 takes: the longer object has two
     barrier = threading.Barrier(8)
 
     def attempt(number: int) -> bool:
@@ -183,12 +185,20 @@ def test_of_racing_writers_one_wins(
     assert list(store.list()) == ["race.bin"]
 
 
+def test_a_claim_that_a_dead_writer_left_is_taken_over(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_files, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3_files, "CLAIM_SECONDS", 0.5)
+    client: S3Client = store.client  # type: ignore[attr-defined]
+    assert client.put("~claims/a.bin", b"")
+    assert put(store, "a.bin", b"x" * 6_000_000)
+    assert store.size("a.bin") == 6_000_000
+    assert client.size("~claims/a.bin") is None
+
+
 @pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_objects_around_the_length_of_a_part(
-    store: ObjectStore, extra: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_objects_around_the_length_of_a_part(store: ObjectStore, extra: int, monkeypatch: pytest.MonkeyPatch) -> None:
     part = 5 * 2**20
-    monkeypatch.setattr(s3, "PART_BYTES", part)
+    monkeypatch.setattr(s3_files, "PART_BYTES", part)
     content = os.urandom(2 * part + extra)
 
     def write(file: BinaryIO) -> None:
@@ -201,7 +211,7 @@ def test_objects_around_the_length_of_a_part(
 
 
 def test_a_writer_that_fails_midway_leaves_nothing(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3_files, "PART_BYTES", 5 * 2**20)
 
     def write(file: BinaryIO) -> None:
         file.write(b"x" * 11_000_000)
@@ -210,8 +220,8 @@ def test_a_writer_that_fails_midway_leaves_nothing(store: ObjectStore, monkeypat
     with pytest.raises(RuntimeError, match="bug"):
         store.publish("a.bin", write)
     assert not store.exists("a.bin")
-    bucket = store.files.call_s3("list_multipart_uploads", Bucket=BUCKET)  # type: ignore[attr-defined]
-    assert not [upload for upload in bucket.get("Uploads", ()) if store.prefix in upload["Key"]]  # type: ignore[attr-defined]
+    bucket = store.client.files.call_s3("list_multipart_uploads", Bucket=BUCKET)  # type: ignore[attr-defined]
+    assert not [upload for upload in bucket.get("Uploads", ()) if store.client.prefix in upload["Key"]]  # type: ignore[attr-defined]
 
 
 def test_tables_tensors_and_matrices(store: ObjectStore) -> None:
@@ -275,8 +285,8 @@ def test_credentials_that_turn_wrong_are_one_clear_line(
 ) -> None:
     put(store, "a.bin", b"x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    store.files.connect(refresh=True)  # type: ignore[attr-defined]
-    calls = [
+    store.client.files.connect(refresh=True)  # type: ignore[attr-defined]
+    calls: list[Callable[[], object]] = [
         lambda: store.exists("a.bin"),
         lambda: put(store, "b.bin", b"x"),
         lambda: store.open("a.bin"),
@@ -284,22 +294,24 @@ def test_credentials_that_turn_wrong_are_one_clear_line(
         lambda: store.delete("a.bin"),
     ]
     for call in calls:
-        with pytest.raises(StoreError, match="in s3://.* failed: ") as caught:
+        with pytest.raises(StoreError, match=r"in s3://.* failed: ") as caught:
             call()
         assert "\n" not in str(caught.value)
 
 
 def test_no_server_is_one_clear_line(credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
-    with pytest.raises(StoreError, match="^cannot write to the store s3://nobody/x: EndpointConnectionError") as caught:
+    with pytest.raises(
+        StoreError, match=r"^cannot write to the store s3://nobody/x: EndpointConnectionError"
+    ) as caught:
         open_store("s3://nobody/x")
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_ignores_the_condition_is_refused(
-    credentials: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_ignores_the_condition_is_refused(credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Careless(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # answers "Expect: 100-continue"
+
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             assert self.headers["If-None-Match"] == "*"

@@ -74,8 +74,7 @@ def brute_force(problem: Problem, capacity_bits: int) -> float:
 def check_totals(problem: Problem, plan: Plan) -> None:
     """The plan's totals are those of its choices, and within the capacity in integers."""
     picked = [
-        next(o for o in group.options if o.choice == plan.choices[group.members[0].name])
-        for group in problem.groups
+        next(o for o in group.options if o.choice == plan.choices[group.members[0].name]) for group in problem.groups
     ]
     assert plan.storage_bits == sum(option.storage_bits for option in picked)
     assert plan.cost_nats == math.fsum(option.cost_nats for option in picked)
@@ -165,9 +164,7 @@ def test_frontier_is_convex_and_each_point_is_the_best_of_its_size(problem: Prob
     assert all(slope > 0 for slope in slopes)
     # differences of totals carry the rounding of the largest total
     rounding = 1e-13 * points[0][1]
-    for before, after, left, middle, right in zip(
-        slopes, slopes[1:], points, points[1:], points[2:], strict=False
-    ):
+    for before, after, left, middle, right in zip(slopes, slopes[1:], points, points[1:], points[2:], strict=False):
         slack = rounding / (middle[0] - left[0]) + rounding / (right[0] - middle[0])
         assert after <= before + slack
 
@@ -187,9 +184,7 @@ def rows_of(modules: Sequence[LinearSpec], draw_cost: random.Random) -> list[Cos
 
 @MANY
 @given(st.integers(0, 2**32), st.integers(1, 6), st.floats(3.0, 9.0))
-def test_fused_members_share_and_the_order_of_rows_changes_nothing(
-    seed: int, num_groups: int, bits: float
-) -> None:
+def test_fused_members_share_and_the_order_of_rows_changes_nothing(seed: int, num_groups: int, bits: float) -> None:
     source = random.Random(seed)
     modules = [
         linear(index, block=0, group=f"fused{index % num_groups}", d_out=8 * source.randint(1, 4))

@@ -41,9 +41,7 @@ def test_the_leaf_size_does_not_change_the_codes(d_out: int, d_in: int, seed: in
 
 @few
 @given(**shapes, pick=st.sampled_from(ALL_BITS))
-def test_several_choices_in_one_sweep_equal_each_alone(
-    d_out: int, d_in: int, seed: int, pick: Choice
-) -> None:
+def test_several_choices_in_one_sweep_equal_each_alone(d_out: int, d_in: int, seed: int, pick: Choice) -> None:
     W, H = layer(d_out, d_in, seed)
     factor = factorize(H)
     together = gptq(W, factor, ALL_BITS)
@@ -85,9 +83,7 @@ def test_diagonal_hessian_gives_round_to_nearest(d_out: int, d_in: int, seed: in
 
 @few
 @given(**shapes, act_order=st.booleans())
-def test_internal_loss_is_the_damped_quadratic_form(
-    d_out: int, d_in: int, seed: int, act_order: bool
-) -> None:
+def test_internal_loss_is_the_damped_quadratic_form(d_out: int, d_in: int, seed: int, act_order: bool) -> None:
     """sum_k ((t_k - q_k) R_kk)^2 = dW H_damped dW^T, and the errors kept by the sweep are W - Q."""
     W, H = layer(d_out, d_in, seed)
     factor = factorize(H, damping=0.05, act_order=act_order)
@@ -155,9 +151,7 @@ def inputs(kind: str, d_in: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("grid", list(Grid))
-@pytest.mark.parametrize(
-    "kind", ["outliers", "constant", "rank one", "dead", "all dead", "tiny", "few tokens"]
-)
+@pytest.mark.parametrize("kind", ["outliers", "constant", "rank one", "dead", "all dead", "tiny", "few tokens"])
 def test_difficult_inputs_stay_finite_and_deterministic(kind: str, grid: Grid) -> None:
     X = inputs(kind, 64)
     H = normalized(accumulate(empty_hessian(64), X, torch.ones(len(X))))

@@ -42,9 +42,7 @@ def site(seed: int, scale: float = 1.0, only: Pass | None = None) -> list[Module
 
 @quick
 @given(seeds, st.sampled_from([1e-12, 1e-4, 3.0, 1e6]), st.sampled_from(WEIGHTED))
-def test_scaling_all_gradients_leaves_the_relative_weights(
-    seed: int, scale: float, relevance: Relevance
-) -> None:
+def test_scaling_all_gradients_leaves_the_relative_weights(seed: int, scale: float, relevance: Relevance) -> None:
     plain = token_weights(site(seed), relevance, site="qkv")
     scaled = token_weights(site(seed, scale), relevance, site="qkv")
     torch.testing.assert_close(scaled, plain * scale, rtol=1e-5, atol=0)  # the absolute scale is kept
@@ -72,9 +70,7 @@ def test_blend_is_the_geometric_mean_with_the_fishers_mean(seed: int) -> None:
 
 @quick
 @given(seeds, st.sampled_from(WEIGHTED), st.floats(0.0, 1.0))
-def test_weights_are_non_negative_finite_and_at_least_the_floor(
-    seed: int, relevance: Relevance, floor: float
-) -> None:
+def test_weights_are_non_negative_finite_and_at_least_the_floor(seed: int, relevance: Relevance, floor: float) -> None:
     bare = token_weights(site(seed), relevance, site="down", floor=0.0)
     weights = token_weights(site(seed), relevance, site="down", floor=floor)
     assert torch.isfinite(weights).all()
@@ -157,9 +153,7 @@ def test_labels_follow_the_softmax() -> None:
 
 def test_sampled_labels_give_a_gradient_of_mean_zero() -> None:
     # What sets the true Fisher apart from the empirical one: E[softmax - onehot] = 0 under the model itself.
-    logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(
-        50_000, -1
-    )
+    logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).expand(50_000, -1)
     sampled = nll_seed(logits, sample_labels(logits, sequence_generator(1, 0))).mean(0)
     fixed = nll_seed(logits, torch.zeros(50_000, dtype=torch.int64)).mean(0)
     assert sampled.abs().max() < 0.01
@@ -221,9 +215,7 @@ def test_rules_never_change_values_and_fisher_is_plain_autograd(seed: int, dtype
     plain = [t.clone().requires_grad_() for t in (z, up)]
     ruled = [t.clone().requires_grad_() for t in (z, up)]
     y_plain = torch.nn.functional.silu(plain[0]) * plain[1]
-    y_ruled = rules.half_product(
-        rules.identity_rule(torch.nn.functional.silu, ruled[0], switch), ruled[1], switch
-    )
+    y_ruled = rules.half_product(rules.identity_rule(torch.nn.functional.silu, ruled[0], switch), ruled[1], switch)
     assert torch.equal(y_plain, y_ruled)
     for a, b in zip(gradients(y_plain, *plain), gradients(y_ruled, *ruled), strict=True):
         assert torch.equal(a, b)

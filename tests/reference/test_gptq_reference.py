@@ -224,9 +224,7 @@ def test_correction_solves_the_damped_least_squares_problem() -> None:
     assert torch.allclose(correct(W, D, C, damping=damping), expected, atol=1e-10)
     shared = damped_cholesky(C, damping=damping)
     assert torch.allclose(correct(W, D, C, cholesky=shared), expected, atol=1e-10)
-    assert torch.allclose(
-        correct(W.float(), D.float(), C.float(), damping=damping).double(), expected, atol=1e-4
-    )
+    assert torch.allclose(correct(W.float(), D.float(), C.float(), damping=damping).double(), expected, atol=1e-4)
 
     def explicit(Q: torch.Tensor) -> torch.Tensor:
         return ((X @ W.T - Xq @ Q.T).square() * s.unsqueeze(1)).sum(0) / s.sum()
@@ -245,8 +243,6 @@ def test_scales_are_searched_with_the_hessian_given() -> None:
     choice = Choice(bits=3, group_size=32)
     other = torch.diag(torch.linspace(0.01, 3, 64))
     assert torch.equal(gptq(W, factorize(H), [choice])[0].scales, search_scales(W, H.diagonal(), choice))
-    assert torch.equal(
-        gptq(W, factorize(H), [choice], H=other)[0].scales, search_scales(W, other.diagonal(), choice)
-    )
+    assert torch.equal(gptq(W, factorize(H), [choice], H=other)[0].scales, search_scales(W, other.diagonal(), choice))
     given = search_scales(W, torch.ones(64), choice)
     assert torch.equal(gptq(W, factorize(H), [choice], scales=[given])[0].scales, given)

@@ -43,9 +43,7 @@ def close(a: Tensor, b: Tensor, rtol: float = 1e-12) -> None:
 
 def test_stabilize_is_signed_and_sends_zero_to_plus_epsilon() -> None:
     z = torch.tensor([-2.0, -1e-12, -0.0, 0.0, 1e-12, 2.0], dtype=torch.float64)
-    expected = torch.tensor(
-        [-2.0 - 1e-9, -1e-12 - 1e-9, 1e-9, 1e-9, 1e-12 + 1e-9, 2.0 + 1e-9], dtype=torch.float64
-    )
+    expected = torch.tensor([-2.0 - 1e-9, -1e-12 - 1e-9, 1e-9, 1e-9, 1e-12 + 1e-9, 2.0 + 1e-9], dtype=torch.float64)
     assert torch.equal(rules.stabilize(z), expected)
 
 
@@ -181,9 +179,7 @@ def attention_relevance(
     pattern = torch.softmax(scores.masked_fill(~causal, -torch.inf), -1)
     r_v = v * (pattern.transpose(-1, -2) @ (r_out_per_unit / 2))
     r_pattern = pattern * ((r_out_per_unit / 2) @ v.transpose(-1, -2))
-    r_scores = scores * (
-        r_pattern - pattern * r_pattern.sum(-1, keepdim=True)
-    )  # 0 where masked: pattern is 0
+    r_scores = scores * (r_pattern - pattern * r_pattern.sum(-1, keepdim=True))  # 0 where masked: pattern is 0
     per_unit = r_scores / (2 * scores)
     r_q = q * (per_unit @ k) * scaling
     r_k = k * (per_unit.transpose(-1, -2) @ q) * scaling

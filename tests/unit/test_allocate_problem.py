@@ -185,9 +185,7 @@ def test_keep_at_16_leaves_the_module_out_of_the_average() -> None:
 
 
 def test_keep_on_one_fused_member_holds_for_all() -> None:
-    plan = solve_exact(
-        build_problem(rows(), budget=BudgetBits(bits=4.0), keep=keep("*.0.*v_proj=8", "*.1.*k_proj=16"))
-    )
+    plan = solve_exact(build_problem(rows(), budget=BudgetBits(bits=4.0), keep=keep("*.0.*v_proj=8", "*.1.*k_proj=16")))
     for name in ("q_proj", "k_proj", "v_proj"):
         assert plan.choices[f"model.layers.0.self_attn.{name}"] == Choice(bits=8, group_size=64)
         assert plan.choices[f"model.layers.1.self_attn.{name}"] is None
@@ -195,9 +193,7 @@ def test_keep_on_one_fused_member_holds_for_all() -> None:
 
 def test_keep_rules_refused() -> None:
     budget = BudgetBits(bits=4.0)
-    with pytest.raises(
-        ConfigError, match=r"matches no module; near names: .*model\.layers\.1\.mlp\.down_proj"
-    ):
+    with pytest.raises(ConfigError, match=r"matches no module; near names: .*model\.layers\.1\.mlp\.down_proj"):
         build_problem(rows(), budget=budget, keep=keep("model.layers.1.mlp.down=8"))
     with pytest.raises(ConfigError, match=r"no 5-bit candidate; available: 2, 3, 4, 8 or 16"):
         build_problem(rows(), budget=budget, keep=keep("*.o_proj=5"))
@@ -288,9 +284,7 @@ def test_vllm_names_what_it_leaves_at_16_bits() -> None:
     # SmolLM2-135M's widths: 576 is no multiple of 128, so only down_proj (d_in 1536) runs quantized
     shapes = {"self_attn.o_proj": (576, 576, "o"), "mlp.down_proj": (576, 1536, "down")}
     modules = [
-        LinearSpec(
-            name=f"model.layers.0.{path}", block=0, d_out=o, d_in=i, input_site=site, fused_group=f"0.{site}"
-        )
+        LinearSpec(name=f"model.layers.0.{path}", block=0, d_out=o, d_in=i, input_site=site, fused_group=f"0.{site}")
         for path, (o, i, site) in shapes.items()
     ]
     given = [row(module, bits) for module in modules for bits in BITS]
@@ -301,15 +295,12 @@ def test_vllm_names_what_it_leaves_at_16_bits() -> None:
         "model.layers.0.self_attn.o_proj": None,
     }
     assert plan.left_at_16 == {
-        "model.layers.0.self_attn.o_proj": "vllm: model.layers.0.self_attn.o_proj: "
-        "d_in 576 is no multiple of 128"
+        "model.layers.0.self_attn.o_proj": "vllm: model.layers.0.self_attn.o_proj: d_in 576 is no multiple of 128"
     }
     with pytest.raises(BudgetError, match=r"smallest possible is 4\.2500 bits"):
         build_problem(given, budget=BudgetBits(bits=3.0), target=Target.VLLM)
     with pytest.raises(ConfigError, match=r"no module may be quantized.*d_in 576"):
-        build_problem(
-            [r for r in given if r.module.kind == "o_proj"], budget=BudgetBits(bits=5.0), target=Target.VLLM
-        )
+        build_problem([r for r in given if r.module.kind == "o_proj"], budget=BudgetBits(bits=5.0), target=Target.VLLM)
 
 
 def test_vllm_leaves_a_fused_group_as_a_whole() -> None:

@@ -66,9 +66,7 @@ def dynamic_programming(problem: Problem) -> float:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_exact_matches_dynamic_programming(seed: int) -> None:
-    problem = random_problem(
-        seed, groups=30, options=6, largest_bits=60, share=random.Random(seed).uniform(0.02, 0.7)
-    )
+    problem = random_problem(seed, groups=30, options=6, largest_bits=60, share=random.Random(seed).uniform(0.02, 0.7))
     best = dynamic_programming(problem)
     exact = solve_exact(problem, relative_gap=1e-9)
     assert exact.method is Method.EXACT
@@ -213,9 +211,7 @@ def test_nearest_uniform_is_to_the_budget_unless_told() -> None:
     assert nearest_uniform(problem).average_bits == 4.25
     rows = measured()
     only = [row for row in rows if row.module.block or row.choice == Choice(bits=8, group_size=64)]
-    mixed = build_problem(
-        [r for r in only if r.module.block == 0 or r.choice.bits != 8], budget=BudgetBits(bits=5.0)
-    )
+    mixed = build_problem([r for r in only if r.module.block == 0 or r.choice.bits != 8], budget=BudgetBits(bits=5.0))
     with pytest.raises(ConfigError, match="no choice is common"):
         nearest_uniform(mixed)
 

@@ -14,9 +14,7 @@ def spec(d_out: int, d_in: int, site: str = "qkv") -> LinearSpec:
 
 
 def every_choice() -> list[Choice]:
-    return [
-        Choice(bits=bits, group_size=size) for bits in range(1, 10) for size in (-1, 16, 32, 64, 128, 256)
-    ]
+    return [Choice(bits=bits, group_size=size) for bits in range(1, 10) for size in (-1, 16, 32, 64, 128, 256)]
 
 
 def test_transformers_runs_2_to_8_bits_in_groups_that_divide_the_row() -> None:
@@ -56,9 +54,7 @@ def test_vllm_runs_what_marlin_runs() -> None:
     ],
 )
 def test_tensor_parallel_cuts_the_right_side(site: str, d_out: int, d_in: int, gpus: int, runs: bool) -> None:
-    found = refusal(
-        spec(d_out, d_in, site), Choice(bits=4, group_size=128), target=Target.VLLM, tensor_parallel=gpus
-    )
+    found = refusal(spec(d_out, d_in, site), Choice(bits=4, group_size=128), target=Target.VLLM, tensor_parallel=gpus)
     assert (found is None) == runs
 
 

@@ -112,6 +112,4 @@ def test_linear_modules_are_the_projections_and_the_head(tied: bool) -> None:
     names = linear_modules(config)
     assert len(names) == 11 * 7 + 1
     assert names[0] == "lm_head"
-    assert [n for n in names if n.endswith("q_proj")] == [
-        f"model.layers.{i}.self_attn.q_proj" for i in range(11)
-    ]
+    assert [n for n in names if n.endswith("q_proj")] == [f"model.layers.{i}.self_attn.q_proj" for i in range(11)]

@@ -22,9 +22,7 @@ def importance_of(d_in: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(d_in, generator=torch.Generator().manual_seed(seed)).mul(1.5).exp()
 
 
-def group_errors(
-    W: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor, choice: Choice
-) -> torch.Tensor:
+def group_errors(W: torch.Tensor, scales: torch.Tensor, importance: torch.Tensor, choice: Choice) -> torch.Tensor:
     """sum_j importance_j (w_j - q_j)^2 of every group, written out in float64."""
     groups = scales.shape[1]
     w = W.double().view(len(W), groups, -1)
@@ -38,14 +36,10 @@ def group_errors(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("grid", [Grid.SYMMETRIC, Grid.SIGNED])
-def test_dequantize_equals_compressed_tensors(
-    bits: int, dtype: torch.dtype, group_size: int, grid: Grid
-) -> None:
+def test_dequantize_equals_compressed_tensors(bits: int, dtype: torch.dtype, group_size: int, grid: Grid) -> None:
     choice = Choice(bits=bits, group_size=group_size)
     quantized = round_to_nearest(weights(24, 96), choice, importance=importance_of(96), grid=grid)
-    strategy = (
-        {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
-    )
+    strategy = {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
     args = QuantizationArgs(num_bits=bits, type="int", symmetric=True, dynamic=False, **strategy)
     theirs = library_dequantize(x_q=quantized.codes, scale=quantized.scales.to(dtype), args=args)
     assert theirs.dtype == dtype
@@ -115,9 +109,7 @@ def test_zeros_get_a_finite_scale_and_stay_zero(bits: int, grid: Grid) -> None:
     W = weights(6, 128)
     W[:3, :64] = 0
     W[5] = 0
-    quantized = round_to_nearest(
-        W, Choice(bits=bits, group_size=64), importance=importance_of(128), grid=grid
-    )
+    quantized = round_to_nearest(W, Choice(bits=bits, group_size=64), importance=importance_of(128), grid=grid)
     assert torch.isfinite(quantized.scales).all()
     assert (quantized.scales != 0).all()
     assert (quantized.scales[5] == 1).all()
@@ -159,9 +151,7 @@ def test_asymmetric_grid_uses_the_whole_range() -> None:
     assert torch.equal(asymmetric.zero_points, zero_points(W, choice))
     assert (asymmetric.zero_points == -8).all()
     error = (asymmetric.dequantize() - W).square().sum()
-    assert (
-        error < 0.5 * (round_to_nearest(W, choice, importance=torch.ones(64)).dequantize() - W).square().sum()
-    )
+    assert error < 0.5 * (round_to_nearest(W, choice, importance=torch.ones(64)).dequantize() - W).square().sum()
 
 
 def test_rtn_with_absmax_scales_is_the_library_default() -> None:
@@ -184,9 +174,7 @@ def test_ragged_shapes() -> None:
 
 
 def test_errors_name_the_layer_and_the_way_out() -> None:
-    with pytest.raises(
-        QuantizationError, match=r"q_proj: group size 128 does not divide its 576.*\[16, 32, 64\]"
-    ):
+    with pytest.raises(QuantizationError, match=r"q_proj: group size 128 does not divide its 576.*\[16, 32, 64\]"):
         search_scales(weights(2, 576), torch.ones(576), Choice(bits=4, group_size=128), name="q_proj")
     with pytest.raises(QuantizationError, match="9 bits"):
         search_scales(weights(2, 64), torch.ones(64), Choice(bits=9, group_size=64))

@@ -48,9 +48,7 @@ def test_round_trip_and_layout(bits: int, d_in: int) -> None:
 @pytest.mark.parametrize("group_size", [64, -1])
 def test_compressed_tensors_reads_our_codes(bits: int, group_size: int) -> None:
     quantized = random_codes(bits, 5, 192, group_size)
-    strategy = (
-        {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
-    )
+    strategy = {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
     args = QuantizationArgs(num_bits=bits, type="int", symmetric=True, dynamic=False, **strategy)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     loaded = PackedQuantizationCompressor.decompress(pack(quantized), scheme)
@@ -63,9 +61,7 @@ def test_compressed_tensors_reads_negative_scales(bits: int) -> None:
     choice = Choice(bits=bits, group_size=64)
     quantized = round_to_nearest(W, choice, importance=torch.ones(128), grid=Grid.SIGNED)
     assert (quantized.scales < 0).any()
-    args = QuantizationArgs(
-        num_bits=bits, type="int", symmetric=True, dynamic=False, strategy="group", group_size=64
-    )
+    args = QuantizationArgs(num_bits=bits, type="int", symmetric=True, dynamic=False, strategy="group", group_size=64)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     loaded = PackedQuantizationCompressor.decompress(pack(quantized), scheme)
     assert torch.equal(loaded["weight"], quantized.dequantize(torch.bfloat16))
@@ -76,9 +72,7 @@ def test_compressed_tensors_reads_negative_scales(bits: int) -> None:
 def test_storage_bits_is_the_size_in_the_file(bits: int, d_in: int, group_size: int) -> None:
     quantized = random_codes(bits, 5, d_in, group_size)
     in_file = load(save(pack(quantized)))
-    stored = sum(
-        in_file[name].numel() * in_file[name].element_size() for name in ("weight_packed", "weight_scale")
-    )
+    stored = sum(in_file[name].numel() * in_file[name].element_size() for name in ("weight_packed", "weight_scale"))
     assert storage_bits(5, d_in, quantized.choice) == 8 * stored
 
 

@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tasks.store.code import _parse, code_digest
 from tasks.store.documents import JSON
 from tasks.store.keys import artifact_key, environment_fingerprint
 
-BASE = {
+BASE: dict[str, Any] = {
     "inputs": {"tokens": "k1"},
     "parameters": {"damping": 0.01, "bits": [2, 3], "name": None},
     "code": "c",
@@ -29,8 +30,10 @@ BASE = {
 
 Values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text().filter(lambda name: not name.startswith("$")), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text().filter(lambda name: not name.startswith("$")), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -80,12 +83,25 @@ def test_keys_are_equal_if_and_only_if_the_parameters_are(a: JSON, b: JSON) -> N
 
 
 def test_numbers_that_print_alike_make_different_keys() -> None:
-    values = [1, 1.0, True, "1", "1.0", 0.1 + 0.2, 0.3, 0.0, -0.0, "0x1.0000000000000p+0", [1], math.nextafter(1.0, 2.0)]
-    assert len({key_of(value) for value in values}) == len(values)
+    values: list[JSON] = [
+        1,
+        1.0,
+        True,
+        "1",
+        "1.0",
+        0.1 + 0.2,
+        0.3,
+        0.0,
+        -0.0,
+        "0x1.0000000000000p+0",
+        [1],
+        math.nextafter(1.0, 2.0),
+    ]
+    assert len(set(map(key_of, values))) == len(values)
 
 
 def test_the_order_of_mappings_does_not_count_and_that_of_lists_does() -> None:
-    items = [("a", 1), ("b", 2.5), ("c", {"x": 1, "y": 2})]
+    items: list[tuple[str, JSON]] = [("a", 1), ("b", 2.5), ("c", {"x": 1, "y": 2})]
     assert len({key_of(dict(order)) for order in itertools.permutations(items)}) == 1
     assert key_of([1, 2]) != key_of([2, 1])
     assert key_of((1, 2)) == key_of([1, 2])
@@ -114,6 +130,7 @@ FILES = {
         from firstparty.core import gptq
         from .sub import near  # a comment
         import json
+        import firstparty.deep.leaf
 
         def run(x: int) -> int:
             """Doc."""
@@ -127,8 +144,17 @@ FILES = {
     "core/types_only.py": "VALUE = 1",
     "core/dynamic.py": "VALUE = 1",
     "core/star.py": "VALUE = 1",
-    "lazy.py": "import importlib\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from firstparty.core import types_only\n"
-    "def more(x):\n    return importlib.import_module('firstparty.core.dynamic').VALUE",
+    "lazy.py": """
+        import importlib
+        from typing import TYPE_CHECKING
+        if TYPE_CHECKING:
+            from firstparty.core import types_only
+
+        def more(x):
+            return importlib.import_module('firstparty.core.dynamic').VALUE
+    """,
+    "deep/__init__.py": "VALUE = 1",
+    "deep/leaf.py": "VALUE = 1",
     "sub/__init__.py": "from ..core.star import *",
     "sub/near.py": "class A:\n    limit: int = 3\n    'Doc of the field.'",
 }  # fmt: skip
@@ -164,13 +190,12 @@ def digest() -> str:
         ("__init__.py", "", "import os"),
         ("lazy.py", "def more(x)", "def more(x, y=0)"),  # imported inside a function
         ("core/dynamic.py", "1", "2"),  # import_module("literal")
+        ("deep/__init__.py", "1", "2"),  # runs before deep.leaf, named nowhere
         ("core/star.py", "1", "2"),  # relative, by *
         ("sub/near.py", "3", "4"),  # relative
     ],
 )
-def test_a_change_of_code_changes_the_digest(
-    edit: Callable[[str, str], None], name: str, old: str, new: str
-) -> None:
+def test_a_change_of_code_changes_the_digest(edit: Callable[[str, str], None], name: str, old: str, new: str) -> None:
     before = digest()
     assert old in FILES[name]
     edit(name, FILES[name].replace(old, new) if old else new)
@@ -191,14 +216,18 @@ def test_a_change_of_code_changes_the_digest(
         ("lazy.py", "'firstparty.core.dynamic'", '"firstparty.core.dynamic"'),
     ],
 )
-def test_a_change_of_text_does_not(
-    edit: Callable[[str, str], None], name: str, old: str, new: str
-) -> None:
+def test_a_change_of_text_does_not(edit: Callable[[str, str], None], name: str, old: str, new: str) -> None:
     before = digest()
     changed = FILES[name].replace(old, new)
     assert changed != FILES[name]
     edit(name, changed)
     assert digest() == before
+
+
+def test_the_packages_around_a_named_module_count(edit: Callable[[str, str], None]) -> None:
+    before = code_digest("firstparty.core.unused", packages=["firstparty"])
+    edit("core/__init__.py", "SHARED = 2")
+    assert code_digest("firstparty.core.unused", packages=["firstparty"]) != before
 
 
 def test_a_removed_docstring_and_a_string_that_is_used() -> None:

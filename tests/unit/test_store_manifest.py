@@ -6,16 +6,18 @@ import dataclasses
 import json
 import math
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lrpq.errors import RunMismatch, StoreError
-from tasks.store.documents import JSON, document_bytes, parse_document
+from tasks.store.documents import JSON, document_bytes, parse_document, parse_object
 from tasks.store.manifest import (
     StageManifest,
     claim_run,
@@ -39,6 +41,13 @@ def store(tmp_path: Path) -> ObjectStore:
     return open_store(str(tmp_path))
 
 
+def writing(content: bytes) -> Callable[[BinaryIO], None]:
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    return write
+
+
 def manifest(objects: dict[str, ObjectRecord], **changes: object) -> StageManifest:
     base = StageManifest(
         stage="hessians",
@@ -56,7 +65,7 @@ def manifest(objects: dict[str, ObjectRecord], **changes: object) -> StageManife
 
 
 def test_a_manifest_comes_back(store: ObjectStore) -> None:
-    record = publish_recorded(store, "r/h/a.bin", lambda file: file.write(b"abc") and None)
+    record = publish_recorded(store, "r/h/a.bin", writing(b"abc"))
     written = manifest({"r/h/a.bin": record})
     assert write_manifest(store, "r/h/manifest.json", written)
     assert read_manifest(store, "r/h/manifest.json") == written
@@ -70,7 +79,7 @@ def test_the_first_manifest_stays(store: ObjectStore) -> None:
 
 @pytest.mark.parametrize("name", ["gone.bin", "short.bin"])
 def test_a_manifest_cannot_name_what_is_not_there(store: ObjectStore, name: str) -> None:
-    publish_recorded(store, "short.bin", lambda file: file.write(b"ab") and None)
+    publish_recorded(store, "short.bin", writing(b"ab"))
     with pytest.raises(StoreError, match=name.replace(".", r"\.")):
         write_manifest(store, "m.json", manifest({name: ObjectRecord(num_bytes=3, sha256="0" * 64)}))
     assert not store.exists("m.json")
@@ -119,7 +128,7 @@ def test_a_reader_checks_types_even_where_the_checksum_fits(store: ObjectStore, 
     with store.open("m.json") as file:
         body = parse_document(file.read(), "stage-manifest")
     content = document_bytes("stage-manifest", {**body, name: value})
-    store.publish("bad.json", lambda file: file.write(content) and None)
+    store.publish("bad.json", writing(content))
     with pytest.raises(StoreError, match=r"^bad\.json in .*; delete it and run again$"):
         read_manifest(store, "bad.json")
 
@@ -140,22 +149,40 @@ def test_documents_come_back_and_the_same_content_gives_the_same_bytes(body: dic
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"null", b"[]", b"{}", b"{", b"\xff", b"NaN", b'{"a":1e999}', b'{"a":1,"a":1}', b'{"a":-Infinity}', b"[" * 100_000, b'{"a":' * 9999,
-     b'{"a":' + b"9" * 10_000 + b"}"],
+    [b"", b"null", b"[]", b"{}", b"{", b"\xff", b"NaN", b'{"a":1e999}', b'{"a":1,"a":1}', b'{"a":-Infinity}',
+     b"[" * 100_000, b'{"a":' * 9999, b'{"a":' + b"9" * 10_000 + b"}"],
 )  # fmt: skip
 def test_what_is_no_document_is_one_error(store: ObjectStore, raw: bytes) -> None:
-    store.publish("m.json", lambda file: file.write(raw) and None)
+    store.publish("m.json", writing(raw))
     with pytest.raises(StoreError, match=r"^m\.json in .*; delete it and run again$") as caught:
         read_manifest(store, "m.json")
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text", ['{"a":1,"a":1}', '{"a":{"b":1,"b":2}}', '{"a":1e999}', '{"a":NaN}', '{"a":-Infinity}', "[1]"]
+)
+def test_what_parsers_differ_about_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"twice|finite|not JSON|expected an object"):
+        parse_object(text.encode())
+
+
 def test_a_run_continues_with_its_configuration_only(store: ObjectStore) -> None:
-    stored = {"model": "m", "budget": 3.25, "calibration": {"seed": 1, "files": ["a", "b"]}, "gone": None}
+    stored: dict[str, JSON] = {
+        "model": "m",
+        "budget": 3.25,
+        "calibration": {"seed": 1, "files": ["a", "b"]},
+        "gone": None,
+    }
     claim_run(store, "run-1", stored)
     claim_run(store, "run-1", dict(reversed(stored.items())))
     assert read_run(store, "run-1") == stored
-    asked = {"model": "m", "budget": 4.25, "calibration": {"seed": 2, "files": ["a"]}, "new": "line\nbreak"}
+    asked: dict[str, JSON] = {
+        "model": "m",
+        "budget": 4.25,
+        "calibration": {"seed": 2, "files": ["a"]},
+        "new": "line\nbreak",
+    }
     with pytest.raises(RunMismatch) as caught:
         claim_run(store, "run-1", asked)
     message = str(caught.value)
@@ -198,7 +225,7 @@ def test_numbers_compare_by_value_and_everything_else_exactly(
     if same:
         claim_run(store, "r", {"x": asked})
     else:
-        with pytest.raises(RunMismatch, match="x.*: stored .*, asked "):
+        with pytest.raises(RunMismatch, match=r"x.*: stored .*, asked "):
             claim_run(store, "r", {"x": asked})
 
 
@@ -229,7 +256,8 @@ def test_of_racing_claims_one_configuration_wins(store: ObjectStore) -> None:
 
 @pytest.mark.parametrize("run_id", ["", "a/b", "..", "/a", "a b", "~temporary"])
 def test_a_run_id_is_one_name(store: ObjectStore, run_id: str) -> None:
-    for call in (lambda: claim_run(store, run_id, {}), lambda: read_run(store, run_id)):
+    calls: list[Callable[[], object]] = [lambda: claim_run(store, run_id, {}), lambda: read_run(store, run_id)]
+    for call in calls:
         with pytest.raises(StoreError, match="is not a"):
             call()
 
@@ -238,6 +266,6 @@ def test_runs_are_the_folders_with_a_configuration(store: ObjectStore) -> None:
     assert list_runs(store) == []
     for run_id in ["b", "a"]:
         claim_run(store, run_id, {"x": 1})
-    store.publish("other/stage/run.json", lambda file: file.write(b"{}") and None)
-    store.publish("run.json", lambda file: file.write(b"{}") and None)
+    store.publish("other/stage/run.json", writing(b"{}"))
+    store.publish("run.json", writing(b"{}"))
     assert list_runs(store) == ["a", "b"]

@@ -42,7 +42,8 @@ def symmetric(store: ObjectStore) -> None:
 
 def stage_manifest(store: ObjectStore) -> None:
     manifest = StageManifest(
-        stage="s", key="k", inputs={"a": "b"}, parameters={"x": [1, 2.5]}, environment={"torch": "2"}, code="c", objects={},
+        stage="s", key="k", inputs={"a": "b"}, parameters={"x": [1, 2.5]}, environment={"torch": "2"}, code="c",
+        objects={},
         seconds=1.5, created="2026-11-22T06:30:00+00:00",
     )  # fmt: skip
     write_manifest(store, KEY, manifest)

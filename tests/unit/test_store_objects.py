@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +24,17 @@ def store(tmp_path: Path) -> ObjectStore:
     return open_store(str(tmp_path / "store"))
 
 
+def writing(content: bytes) -> Callable[[BinaryIO], None]:
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    return write
+
+
+def put(store: ObjectStore, key: str, content: bytes) -> bool:
+    return store.publish(key, writing(content))
+
+
 def read(store: ObjectStore, key: str) -> bytes:
     with store.open(key) as file:
         return file.read()
@@ -34,11 +46,12 @@ def files_below(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize(
     "key",
-    ["", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", "a/..", "a\\b", "a\n", "a\0", "a b", "ä", "~temporary/x",
+    ["", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", "a/..", "a\\b", "a\n", "a\0", "a b", "ä",
+     "~temporary/x",
      "a" * 256, "/".join(["a" * 100] * 10)],
 )  # fmt: skip
 def test_keys_that_could_leave_the_folder_are_refused_everywhere(store: ObjectStore, key: str) -> None:
-    calls = [
+    calls: list[Callable[[], object]] = [
         lambda: store.exists(key),
         lambda: store.publish(key, lambda file: None),
         lambda: store.open(key),
@@ -72,8 +85,8 @@ def test_an_accepted_key_names_a_path_strictly_inside(key: str) -> None:
 
 def test_an_object_is_published_once_and_never_changed(store: ObjectStore, tmp_path: Path) -> None:
     assert not store.exists("run/a/x.bin")
-    assert store.publish("run/a/x.bin", lambda file: file.write(b"first") and None)
-    assert not store.publish("run/a/x.bin", lambda file: file.write(b"second!") and None)
+    assert put(store, "run/a/x.bin", b"first")
+    assert not put(store, "run/a/x.bin", b"second!")
     assert read(store, "run/a/x.bin") == b"first"
     assert store.size("run/a/x.bin") == 5
     assert files_below(tmp_path) == [tmp_path / "store/run/a/x.bin"]
@@ -97,9 +110,7 @@ def test_of_racing_writers_one_wins_and_all_read_the_winner(store: ObjectStore, 
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt()])
-def test_a_writer_that_fails_midway_leaves_nothing(
-    store: ObjectStore, tmp_path: Path, error: BaseException
-) -> None:
+def test_a_writer_that_fails_midway_leaves_nothing(store: ObjectStore, tmp_path: Path, error: BaseException) -> None:
     def write(file: BinaryIO) -> None:
         file.write(b"half")
         raise error
@@ -124,7 +135,7 @@ def test_the_content_is_on_disk_before_the_name_is(store: ObjectStore, monkeypat
 
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(os, "link", recording_link)
-    store.publish("run/x.bin", lambda file: file.write(b"x") and None)
+    put(store, "run/x.bin", b"x")
     assert events == ["file", "folder", "link", "folder"]  # the first folder entry is that of run/
 
 
@@ -140,22 +151,22 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(store: ObjectStore, tmp_path
 
 
 def test_listing_is_sorted_recursive_and_knows_no_temporary_files(store: ObjectStore, tmp_path: Path) -> None:
-    for key in ["b/2.bin", "b/1.bin", "b/c/3.bin", "a/run.json", "top.bin"]:
-        store.publish(key, lambda file: file.write(b"x") and None)
+    for key in ["b/2.bin", "b/1.bin", "b/c/3.bin", "a/run.json", "a-b/1.bin", "top.bin"]:
+        put(store, key, b"x")
     (tmp_path / "store" / "~temporary" / "1-left").write_bytes(b"half")
     (tmp_path / "store" / "not a key").write_bytes(b"foreign")
-    assert list(store.list()) == ["a/run.json", "b/1.bin", "b/2.bin", "b/c/3.bin", "top.bin"]
+    assert list(store.list()) == ["a-b/1.bin", "a/run.json", "b/1.bin", "b/2.bin", "b/c/3.bin", "top.bin"]
     assert list(store.list("b")) == ["b/1.bin", "b/2.bin", "b/c/3.bin"]
     assert list(store.list("nothing")) == []
-    assert list(store.folders()) == ["a", "b"]
+    assert list(store.folders()) == ["a", "a-b", "b"]
     assert list(store.folders("b")) == ["c"]
 
 
 def test_delete_makes_room_for_a_new_object(store: ObjectStore) -> None:
     store.delete("a.bin")
-    store.publish("a.bin", lambda file: file.write(b"old") and None)
+    put(store, "a.bin", b"old")
     store.delete("a.bin")
-    assert store.publish("a.bin", lambda file: file.write(b"new") and None)
+    assert put(store, "a.bin", b"new")
     assert read(store, "a.bin") == b"new"
 
 
@@ -187,23 +198,29 @@ def test_symbolic_links_lead_nowhere(store: ObjectStore, tmp_path: Path) -> None
 
 
 def test_records_describe_what_is_stored_even_after_a_lost_race(store: ObjectStore) -> None:
-    ours = publish_recorded(store, "a.bin", lambda file: file.write(b"winner") and None)
-    theirs = publish_recorded(store, "a.bin", lambda file: file.write(b"a loser") and None)
+    ours = publish_recorded(store, "a.bin", writing(b"winner"))
+    theirs = publish_recorded(store, "a.bin", writing(b"a loser"))
     assert ours == theirs == record_of(store, "a.bin")
     assert (ours.num_bytes, ours.sha256) == (6, hashlib.sha256(b"winner").hexdigest())
 
 
 def test_urls_of_one_folder_open_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    open_store("./my store").publish("a.bin", lambda file: file.write(b"x") and None)
-    urls = ["my store", str(tmp_path / "my store"), f"file://{tmp_path}/my%20store", f"file://localhost{tmp_path}/my%20store"]
+    put(open_store("./my store"), "a.bin", b"x")
+    urls = [
+        "my store",
+        str(tmp_path / "my store"),
+        f"file://{tmp_path}/my%20store",
+        f"file://localhost{tmp_path}/my%20store",
+    ]
     for url in urls:
         assert list(open_store(url).list()) == ["a.bin"]
 
 
 @pytest.mark.parametrize(
     "url",
-    ["", "a\0b", "http://x/y", "gs://bucket/x", "file://host/x", "file://", "file:///x?y", "s3://", "s3://B/x", "s3://bucket/a//b",
+    ["", "a\0b", "http://x/y", "gs://bucket/x", "file://host/x", "file://", "file:///x?y", "s3://", "s3://B/x",
+     "s3://bucket/a//b",
      "s3://bucket/../x", "s3://user:secret@bucket/x", "s3://bucket/" + "p" * 200],
 )  # fmt: skip
 def test_other_urls_are_refused(url: str) -> None:
@@ -250,7 +267,7 @@ def test_a_link_whose_answer_was_lost_counts_as_won(store: ObjectStore, monkeypa
         raise FileExistsError(errno.EEXIST, "File exists")
 
     monkeypatch.setattr(os, "link", answer_twice)
-    assert store.publish("a.bin", lambda file: file.write(b"x") and None)
+    assert put(store, "a.bin", b"x")
 
 
 def test_opening_sweeps_what_killed_processes_left_long_ago(tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def test_the_same_content_gives_the_same_bytes_however_it_lies_in_memory(store: 
     annotated = table.replace_schema_metadata({"pandas": "written on Monday"})
     versions = [table, COLUMNS, padded, chunked, annotated]
     records = [
-        write_table(store, f"{index}.parquet", version, units=dict(sorted(UNITS.items(), reverse=bool(index % 2))), kind="k")
+        write_table(
+            store, f"{index}.parquet", version, units=dict(sorted(UNITS.items(), reverse=bool(index % 2))), kind="k"
+        )
         for index, version in enumerate(versions)
     ]
     assert records == [records[0]] * len(versions)
@@ -84,7 +86,9 @@ Lists = st.lists(st.none() | st.lists(st.none() | st.integers(0, 3), max_size=3)
 
 @given(
     st.sampled_from([pa.float32(), pa.string(), pa.list_(pa.int8())]).flatmap(
-        lambda kind: st.tuples(st.just(kind), *[Numbers if kind == pa.float32() else Texts if kind == pa.string() else Lists] * 2)
+        lambda kind: st.tuples(
+            st.just(kind), *[Numbers if kind == pa.float32() else Texts if kind == pa.string() else Lists] * 2
+        )
     ),
     st.integers(0, 3),
 )
@@ -97,6 +101,11 @@ def test_the_digest_tells_contents_apart_and_nothing_else(
     digests = [values_digest(pa.table({"x": values})) for values in (one, other, sliced)]
     assert digests[1] == digests[2]
     assert (digests[0] == digests[1]) == (repr(one.to_pylist()) == repr(other.to_pylist()))
+
+
+def test_the_digest_knows_where_the_nulls_are() -> None:
+    lists = [[None, 1, 1], [1, None, 1], [1, 1, None], [1, 1], [None, 1, 1, None]]
+    assert len({values_digest(pa.table({"x": pa.array(values, pa.int8())})) for values in lists}) == len(lists)
 
 
 def test_empty_tables_and_many_rows(store: ObjectStore) -> None:
@@ -125,7 +134,7 @@ def test_what_makes_no_table_is_refused_before_anything_is_written(
     store: ObjectStore, columns: object, units: dict[str, str], message: str
 ) -> None:
     with pytest.raises(StoreError, match=message) as caught:
-        write_table(store, "t.parquet", columns, units=units, kind="k")  # type: ignore[arg-type]
+        write_table(store, "t.parquet", columns, units=units, kind="k")
     assert "\n" not in str(caught.value)
     assert not store.exists("t.parquet")
 
@@ -150,7 +159,9 @@ def metadata_with(**changes: str) -> object:
         (lambda table: table.set_column(1, "block", pa.array([0, 1, 2, -4], pa.int32())), "checksum"),
         (lambda table: table.set_column(1, "block", pa.array([0, 1, 2, -3], pa.int64())), "checksum"),
         (
-            lambda table: table.rename_columns(["n", *table.column_names[1:]]).replace_schema_metadata(table.schema.metadata),
+            lambda table: table.rename_columns(["n", *table.column_names[1:]]).replace_schema_metadata(
+                table.schema.metadata
+            ),
             "checksum",
         ),
         (lambda table: table.slice(0, 3), "it has 3 rows, expected 4"),

@@ -24,7 +24,8 @@ from tasks.store.symmetric import TILE, TILES_PER_GROUP, symmetric_index
 from tasks.store.tensors import read_metadata, read_symmetric, read_tensors, write_symmetric, write_tensors
 
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.int32,
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
+    torch.int32,
     torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
 ]  # fmt: skip
 
@@ -96,7 +97,11 @@ def test_all_dtypes_and_shapes_come_back_bit_for_bit(store: ObjectStore) -> None
 
 
 def test_the_safetensors_package_reads_what_is_written(store: ObjectStore, tmp_path: Path) -> None:
-    tensors = {"b": torch.arange(6).reshape(2, 3), "a": torch.tensor([1.5, -0.0], dtype=torch.bfloat16), "c": torch.zeros(())}
+    tensors = {
+        "b": torch.arange(6).reshape(2, 3),
+        "a": torch.tensor([1.5, -0.0], dtype=torch.bfloat16),
+        "c": torch.zeros(()),
+    }
     write_tensors(store, "t.safetensors", tensors, {"k": "v"})
     theirs = safetensors.torch.load_file(tmp_path / "t.safetensors")
     assert theirs.keys() == tensors.keys()
@@ -158,8 +163,18 @@ def test_damage_is_found_where_it_is_read(store: ObjectStore, tmp_path: Path) ->
     path.write_bytes(raw)
     assert torch.equal(read_tensors(store, "t.safetensors", ["a"])["a"], torch.ones(8))
     for names in (None, ["b"]):
-        with pytest.raises(StoreError, match=r"^t\.safetensors in .*checksum of tensor 'b'.*; delete it and run again$"):
+        with pytest.raises(
+            StoreError, match=r"^t\.safetensors in .*checksum of tensor 'b'.*; delete it and run again$"
+        ):
             read_tensors(store, "t.safetensors", names)
+
+
+def test_bytes_after_the_last_tensor_are_refused(store: ObjectStore, tmp_path: Path) -> None:
+    write_tensors(store, "t.safetensors", {"a": torch.ones(8)})
+    with (tmp_path / "t.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(StoreError, match="holds 33 bytes of tensors, expected 32"):
+        read_tensors(store, "t.safetensors")
 
 
 def test_foreign_files_are_refused(store: ObjectStore, tmp_path: Path) -> None:
@@ -225,7 +240,11 @@ def test_the_layout_is_what_the_design_says(several: tuple[ObjectStore, Path, di
     assert [group.num_rows for group in groups] == [6, 4, 1, 3]
     assert TILES_PER_GROUP * groups[0].total_byte_size / 6 <= 64_000_000
     third = parquet.read_row_group(3).to_pylist()  # of c
-    assert [(row["name"], row["tile_row"], row["tile_column"]) for row in third] == [("c", 0, 0), ("c", 0, 1), ("c", 1, 1)]
+    assert [(row["name"], row["tile_row"], row["tile_column"]) for row in third] == [
+        ("c", 0, 0),
+        ("c", 0, 1),
+        ("c", 1, 1),
+    ]
     tiles = [np.array(row["values"], dtype=np.float32).reshape(TILE, TILE) for row in third]
     c = matrices["c"].numpy()
     assert np.array_equal(tiles[0], np.triu(c[:TILE, :TILE]))
@@ -284,14 +303,19 @@ def test_a_changed_tile_or_index_is_found(store: ObjectStore, tmp_path: Path) ->
     values = np.array(table["values"].to_pylist(), dtype=np.float32)
     values[0, 3] = np.nextafter(values[0, 3], 1)
     column = table.schema.get_field_index("values")
-    changed = table.set_column(column, table.schema.field("values"), pa.array(list(values), table.schema.field("values").type))
+    changed = table.set_column(
+        column, table.schema.field("values"), pa.array(list(values), table.schema.field("values").type)
+    )
     path.unlink()
     pq.write_table(changed, path)
     with pytest.raises(StoreError, match=r"checksum of tile \(0, 0\) of matrix 'x'"):
         read_symmetric(store, "h.parquet", "x")
     index = json.loads(table.schema.metadata[b"lrpq.matrices"])
     index[0]["scalars"]["tokens"] = 2
-    metadata = {**table.schema.metadata, b"lrpq.matrices": json.dumps(index, separators=(",", ":"), sort_keys=True).encode()}
+    metadata = {
+        **table.schema.metadata,
+        b"lrpq.matrices": json.dumps(index, separators=(",", ":"), sort_keys=True).encode(),
+    }
     path.unlink()
     pq.write_table(table.replace_schema_metadata(metadata), path)
     with pytest.raises(StoreError, match="checksum"):

@@ -1,0 +1,59 @@
+# Everything lives in .venv; a stamp there says what is installed, so a second call installs nothing.
+# make demo | test | check | format | clean
+
+.POSIX:
+.PHONY: demo test check format clean
+
+PYTHON = python3
+VENV = .venv
+BIN = $(VENV)/bin
+STAMPS = $(VENV)/stamps
+TORCH = torch==2.13.0
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+MODEL = .cache/SmolLM2-135M-Instruct
+BUDGET = 3.25
+N = 16
+
+demo: $(STAMPS)/demo
+	test -f $(MODEL)/config.json || $(BIN)/python -m flows.demo_model --output $(MODEL)
+	$(BIN)/lrpq compress $(MODEL) --budget $(BUDGET) \
+		--calibration pydoc:calibrate --calibration-windows $(N) --length 512 \
+		--evaluation pydoc:evaluate --evaluation-windows 16 --evaluation-length 512 \
+		--output .cache/demo --store .cache/store --overwrite
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest
+
+check: $(STAMPS)/check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMPS)/check
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find lrpq tasks flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: pip then takes the build that its configuration offers, and nothing later replaces it
+$(STAMPS)/torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(TORCH)
+	mkdir -p $(STAMPS)
+	touch $@
+
+$(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
+	$(INSTALL) --editable '.[gguf]'
+	touch $@
+
+$(STAMPS)/test: $(STAMPS)/torch pyproject.toml
+	$(INSTALL) --editable '.[gguf,s3,test]'
+	touch $@
+
+$(STAMPS)/check: $(STAMPS)/torch pyproject.toml
+	$(INSTALL) --editable '.[gguf,s3,check]'
+	touch $@

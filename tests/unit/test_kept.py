@@ -1,0 +1,115 @@
+"""Kept block inputs: what is put comes back to the bit, wherever it was kept, and nothing is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lrpq.model.kept import KeptInputs
+
+
+def tensor(seed: int, *, dtype: torch.dtype = torch.float32, rows: int = 3) -> Tensor:
+    return torch.randn(2, rows, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().view(torch.uint8).equal(
+        b.contiguous().view(torch.uint8)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_bytes", [0, 200, 1 << 20])
+def test_tensors_come_back_to_the_bit_in_any_order(tmp_path: Path, dtype: torch.dtype, memory_bytes: int) -> None:
+    with KeptInputs(memory_bytes=memory_bytes, folder=tmp_path) as kept:
+        for i in range(6):
+            kept.put((i, 0, 2 * i), tensor(i, dtype=dtype))
+        for i in (5, 0, 3, 1, 4, 2):
+            assert same_bits(kept.take((i, 0, 2 * i)), tensor(i, dtype=dtype))
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(st.integers(1, 9), min_size=1, max_size=8), memory_bytes=st.integers(0, 1000))
+def test_memory_is_never_above_its_limit_and_every_byte_is_counted(rows: list[int], memory_bytes: int) -> None:
+    with KeptInputs(memory_bytes=memory_bytes) as kept:
+        total = 0
+        for i, n in enumerate(rows):
+            kept.put((i,), tensor(i, rows=n))
+            total += 2 * n * 4 * 4
+            assert kept.held_bytes <= memory_bytes
+            assert kept.held_bytes + kept.spilled_bytes == total
+        for i, n in enumerate(rows):
+            assert same_bits(kept.take((i,)), tensor(i, rows=n))
+        assert kept.held_bytes == 0
+
+
+def test_memory_that_is_freed_is_used_again(tmp_path: Path) -> None:
+    with KeptInputs(memory_bytes=96, folder=tmp_path) as kept:  # one tensor of 2 x 3 x 4 floats
+        for i in range(4):
+            kept.put((i,), tensor(i))
+            kept.take((i,))
+        assert kept.spilled_bytes == 0
+        assert list(tmp_path.iterdir()) == []  # no folder is made where none is needed
+
+
+def test_a_view_is_kept_as_what_it_shows(tmp_path: Path) -> None:
+    whole = tensor(0)
+    for memory_bytes in (0, 1 << 20):
+        with KeptInputs(memory_bytes=memory_bytes, folder=tmp_path) as kept:
+            kept.put((0,), whole.transpose(1, 2))
+            assert torch.equal(kept.take((0,)), whole.transpose(1, 2))
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 20])
+def test_each_tensor_is_taken_once(tmp_path: Path, memory_bytes: int) -> None:
+    with KeptInputs(memory_bytes=memory_bytes, folder=tmp_path) as kept:
+        kept.put((1, 2), tensor(0))
+        with pytest.raises(KeyError):
+            kept.take((2, 1))
+        kept.take((1, 2))
+        with pytest.raises(KeyError):
+            kept.take((1, 2))
+
+
+def test_spilled_files_go_when_taken_and_the_rest_on_closing(tmp_path: Path) -> None:
+    kept = KeptInputs(memory_bytes=0, folder=tmp_path)
+    for i in range(3):
+        kept.put((i,), tensor(i))
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.iterdir())) == 3
+    kept.take((1,))
+    assert len(list(folder.iterdir())) == 2
+    kept.close()
+    assert list(tmp_path.iterdir()) == []
+    kept.close()  # closing again is no mistake
+    with pytest.raises(KeyError):
+        kept.take((0,))
+
+
+def test_spill_folder_goes_also_after_an_exception(tmp_path: Path) -> None:
+    kept = KeptInputs(memory_bytes=0, folder=tmp_path)
+    with pytest.raises(ZeroDivisionError), kept:
+        kept.put((0,), tensor(0))
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_stores_in_one_folder_do_not_meet(tmp_path: Path) -> None:
+    with KeptInputs(memory_bytes=0, folder=tmp_path) as a, KeptInputs(memory_bytes=0, folder=tmp_path) as b:
+        a.put((0,), tensor(1))
+        b.put((0,), tensor(2))
+        assert torch.equal(a.take((0,)), tensor(1))
+        assert torch.equal(b.take((0,)), tensor(2))
+
+
+def test_what_was_spilled_may_be_changed_by_its_new_owner(tmp_path: Path) -> None:
+    with KeptInputs(memory_bytes=0, folder=tmp_path) as kept:
+        kept.put((0,), tensor(0))
+        taken = kept.take((0,))
+        taken += 1  # not a view of a file that is gone
+        assert torch.equal(taken, tensor(0) + 1)

@@ -1,0 +1,68 @@
+"""What a worker reserves: never more than the cluster has, whatever is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.resources import WorkerShape, worker_shape
+
+GIB = 1 << 30
+
+
+def shape(**changes: Any) -> WorkerShape:
+    asked = {"device": "cpu", "requested": None, "threads": 1, "cluster_cpus": 8.0, "cluster_gpus": 0.0}
+    return worker_shape(**{**asked, "free_bytes": 64 * GIB, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "workers", "cpus", "gpus"),
+    [
+        ({}, 8, 1.0, 0.0),
+        ({"threads": 4}, 2, 4.0, 0.0),
+        ({"threads": 3}, 2, 3.0, 0.0),
+        ({"threads": 16}, 1, 8.0, 0.0),  # one worker at least, with what there is
+        ({"requested": 3}, 3, 1.0, 0.0),
+        ({"requested": 16}, 16, 0.5, 0.0),  # more workers than cores share them
+        ({"cluster_gpus": 4.0}, 8, 1.0, 0.0),  # GPUs are left alone on device cpu
+        ({"device": "cuda", "cluster_gpus": 4.0}, 4, 1.0, 1.0),
+        ({"device": "cuda", "cluster_gpus": 4.0, "requested": 2}, 2, 1.0, 1.0),
+        ({"device": "cuda", "cluster_gpus": 1.0, "requested": 2}, 2, 1.0, 0.5),
+        ({"device": "cuda", "cluster_gpus": 4.0, "threads": 8}, 4, 2.0, 1.0),
+    ],
+)
+def test_shape(changes: dict[str, Any], workers: int, cpus: float, gpus: float) -> None:
+    found = shape(**changes)
+    assert (found.num_workers, found.num_cpus, found.num_gpus) == (workers, cpus, gpus)
+
+
+@given(
+    device=st.sampled_from(["cpu", "cuda"]),
+    requested=st.none() | st.integers(1, 64),
+    threads=st.integers(1, 64),
+    cpus=st.integers(1, 256),
+    gpus=st.integers(1, 16),
+    free_bytes=st.integers(4 * GIB, 2048 * GIB),
+)
+def test_all_workers_fit_on_the_cluster(
+    device: str, requested: int | None, threads: int, cpus: int, gpus: int, free_bytes: int
+) -> None:
+    found = shape(
+        device=device,
+        requested=requested,
+        threads=threads,
+        cluster_cpus=float(cpus),
+        cluster_gpus=float(gpus),
+        free_bytes=free_bytes,
+    )
+    assert found.num_workers >= 1
+    assert requested is None or found.num_workers == requested
+    assert found.num_cpus > 0
+    assert found.num_workers * found.num_cpus <= cpus * (1 + 1e-9)
+    assert found.num_workers * found.num_gpus <= gpus * (1 + 1e-9)
+    assert (found.num_gpus > 0) == (device == "cuda")
+    # Kept inputs take a quarter of the free memory at most, apart from the least that is useful.
+    assert found.num_workers * found.kept_bytes <= max(free_bytes // 4, found.num_workers << 28)
