@@ -18,7 +18,7 @@ WRITING_STAGES = frozenset({"assemble"})
 """Stages that copy what the store holds: they compute nothing."""
 DEGRADATIONS: Mapping[str, str] = {
     "not_positive_definite": "Hessians were not positive definite and got more damping",
-    "dead_inputs": "inputs were never active; their weights were set to zero",
+    "dead_inputs": "inputs were never active; their weights were rounded to nearest",
     "correction_rejected": "corrections made a block worse and were left out",
     "correction_rejected_rows": "rows of weights were left uncorrected, for the correction made them worse",
 }

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flows.calibrate import calibration_windows, evaluation_windows
+from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.config import CompressConfig, RunConfig, default_run_id
 from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
 from flows.progress import Progress
@@ -93,7 +93,11 @@ class Compression:
     def _prepare(self, num_workers: int) -> Prepared:
         run, config = self.run_state, self.config.run
         windows = calibration_windows(run, config, model=self.model, fingerprint=self.fingerprint)
-        self.calibration = windows
+        self.measured: StoredWindows | None = None
+        if self.config.evaluation.enabled:  # read now: a text that is too short must not show after the work
+            self.measured = evaluation_windows(
+                run, self.config, model=self.model, fingerprint=self.fingerprint, calibration=windows
+            )
         num_shards = min(config.shards, windows.num_windows)
         stream_job = StreamJob(
             model=str(self.model),
@@ -137,7 +141,11 @@ class Compression:
             folder=run.folder(
                 candidates.STAGE,
                 inputs={"profile": folder.key},
-                parameters={"choices": [str(c) for c in choices], "damping": config.candidates.damping, "grid": config.candidates.grid},
+                parameters={
+                    "choices": [str(c) for c in choices],
+                    "damping": config.candidates.damping,
+                    "grid": config.candidates.grid,
+                },
                 code=["tasks.candidates"],
             ),
             choices=choices,
@@ -152,7 +160,7 @@ class Compression:
         folder = run.folder(
             "allocate",
             inputs={"candidates": prepared.candidates.folder.key},
-            parameters=json.loads(wanted.model_dump_json(exclude={"refine", "correction"})),
+            parameters=json.loads(wanted.model_dump_json(exclude={"refine", "correction", "correction_damping"})),
             code=["tasks.allocate"],
         )
         cost_rows = allocate.cost_rows(rows, self.stream.specs)
@@ -208,8 +216,8 @@ class Compression:
         reached = self._assemble(pool, codes, quantized, manifest, key)
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
         manifest["bytes"] = {"original": _model_bytes(self.model), "compressed": reached["total_bytes"]}
-        if self.config.evaluation.enabled:
-            manifest["evaluation"] = self._evaluate(pool, prepared, control, key)
+        if self.measured is not None:
+            manifest["evaluation"] = self._evaluate(pool, prepared, self.measured, control, key)
         manifest |= {"seconds": run.seconds, "reused": run.reused, "warnings": run.warnings}
         manifest["computed_nothing"] = _computed_nothing(run)
         write_manifest_file(self.config.output / MANIFEST, manifest)
@@ -278,11 +286,10 @@ class Compression:
                 run.progress.advance(assemble.STAGE)
         return size
 
-    def _evaluate(self, pool: Pool, prepared: Prepared, control: Plan | None, key: str) -> dict[str, Any]:
+    def _evaluate(
+        self, pool: Pool, prepared: Prepared, windows: StoredWindows, control: Plan | None, key: str
+    ) -> dict[str, Any]:
         run, config = self.run_state, self.config.evaluation
-        windows = evaluation_windows(
-            run, self.config, model=self.model, fingerprint=self.fingerprint, calibration=self.calibration
-        )
         variants: dict[str, Variant] = {"lrpq": CheckpointCodes(path=str(self.config.output.absolute()))}
         inputs = {"windows": windows.digest, "lrpq": key, "model": self.fingerprint}
         if control is not None:

@@ -21,7 +21,12 @@ T = TypeVar("T")
 Ref = Any
 """A ray.ObjectRef."""
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # the first worker's error is raised; Ray would log those of the others
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 class WorkerState:

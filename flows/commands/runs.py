@@ -21,7 +21,7 @@ def runs(*, store: o.Store = None, as_json: o.AsJson = False) -> None:
     quiet_prefect()
     where = absolute_store(store or default_store())
     with stdout_kept_free():
-        from flows.compress import list_runs
+        from flows.catalogue import list_runs
 
         found = list_runs(where)
     if as_json:
@@ -49,7 +49,7 @@ def status(
     check_run_id(run)
     quiet_prefect()
     with stdout_kept_free():
-        from flows.compress import run_status
+        from flows.catalogue import run_status
 
         found = run_status(absolute_store(store or default_store()), run)
     if as_json:

@@ -11,6 +11,18 @@ from lrpq.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A part of a block whose output is that of its last linear layer: attention or MLP."""
+
+    path: str
+    """Module inside the block."""
+    last: str
+    """Its last linear layer; the unit's output is this layer's, unchanged."""
+    returns_tuple: bool
+    """Whether the module returns (output, something else) instead of the output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Module paths of one architecture."""
 
@@ -26,6 +38,8 @@ class Family:
     """Input site -> linear layers that read it, in the order in which a block's forward reaches them.
 
     The members of a site are also what serving kernels fuse (q, k and v; gate and up)."""
+    units: tuple[Unit, ...]
+    """What need not be run again once the input of its last layer is known."""
 
 
 LLAMA = Family(
@@ -39,6 +53,10 @@ LLAMA = Family(
         "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
         "down": ("mlp.down_proj",),
     },
+    units=(
+        Unit(path="self_attn", last="self_attn.o_proj", returns_tuple=True),
+        Unit(path="mlp", last="mlp.down_proj", returns_tuple=False),
+    ),
 )
 
 FAMILIES: Mapping[str, Family] = {"LlamaForCausalLM": LLAMA}

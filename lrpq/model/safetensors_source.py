@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 INDEX = "model.safetensors.index.json"
-READABLE = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+READABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
 
@@ -45,10 +46,26 @@ def resolve_model(model: str) -> Path:
         ) from error
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """Where a tensor lies."""
+
+    shard: str
+    """File name."""
+    dtype: str
+    """As the header spells it, e.g. ``BF16``."""
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, counted from the start of the file."""
+    nbytes: int
+
+
 class ModelSource:
-    """Tensors and configuration of a model folder; nothing is read before it is asked for.
+    """Tensors and configuration of a model folder; no tensor is read before it is asked for.
 
     Opening checks every shard's header against its length, so a truncated shard is named before any work begins.
+    Tensors are read, not mapped: mapped pages would stay in the process's resident memory, which would then grow with
+    the depth of the model.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -56,27 +73,26 @@ class ModelSource:
         if not self.folder.is_dir():
             raise ModelError(f"model {str(folder)!r}: no such folder")
         self.config: PreTrainedConfig = _read_config(self.folder)
-        self._shard_of = _locate_tensors(self.folder)
-        self._handles: dict[str, Any] = {}
+        located = _locate_tensors(self.folder)
+        self._entries: dict[str, _Entry] = {}
         self._checked: set[str] = set()
-        for shard in sorted(set(self._shard_of.values())):
-            present = set(self._handle(shard).keys())
-            missing = [n for n, s in self._shard_of.items() if s == shard and n not in present]
-            if missing:
-                raise ModelError(
-                    f"shard {self.folder / shard}: tensor {missing[0]} is in the index but not in the file"
-                )
+        for shard in sorted(set(located.values())):
+            entries = _read_header(self.folder / shard)
+            for name in (name for name, where in located.items() if where == shard):
+                if name not in entries:
+                    raise ModelError(f"shard {self.folder / shard}: tensor {name} is in the index but not in the file")
+                self._entries[name] = entries[name]
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return sorted(self._shard_of)
+        return sorted(self._entries)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
+        return name in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return tuple(self._slice(name).get_shape())
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a tensor, from the header.
@@ -84,21 +100,17 @@ class ModelSource:
         Raises:
             ModelError: the dtype is not a floating-point type that can be quantized from.
         """
-        stored = self._slice(name).get_dtype()
-        known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        if stored not in known:
+        stored = self._entry(name).dtype
+        if stored not in READABLE:
             raise ModelError(
                 f"tensor {name} in {self.folder}: stored as {stored}; expected F32, F16 or BF16 weights "
                 "(an already quantized model cannot be compressed: give the original)"
             )
-        return known[stored]
+        return READABLE[stored]
 
     def nbytes(self, name: str) -> int:
         """Bytes a tensor takes in its file."""
-        count = 1
-        for side in self.shape(name):
-            count *= side
-        return count * torch.empty((), dtype=self.dtype(name)).element_size()
+        return self._entry(name).nbytes
 
     def read(self, name: str) -> Tensor:
         """Read one tensor to host memory in its stored dtype, checked to be finite the first time.
@@ -106,39 +118,61 @@ class ModelSource:
         Raises:
             ModelError: no such tensor, a damaged shard, or NaN or infinity among the values.
         """
-        shard = self._shard(name)
-        self.dtype(name)
-        try:
-            tensor: Tensor = self._handle(shard).get_tensor(name)
-        except (SafetensorError, RuntimeError) as error:
-            raise ModelError(
-                f"shard {self.folder / shard}: cannot read {name} ({error}); fetch the file again"
-            ) from error
+        entry, dtype = self._entry(name), self.dtype(name)
+        path = self.folder / entry.shard
+        tensor = torch.empty(entry.shape, dtype=dtype)
+        if entry.nbytes:
+            raw = tensor.view(-1).view(torch.uint8).numpy().data
+            try:
+                with path.open("rb", buffering=0) as file:
+                    file.seek(entry.begin)
+                    got = 0
+                    while got < entry.nbytes and (count := file.readinto(raw[got:])):
+                        got += count
+            except OSError as error:
+                raise ModelError(f"shard {path}: cannot read {name} ({error}); fetch the file again") from error
+            if got < entry.nbytes:
+                raise ModelError(f"shard {path}: ends inside {name}; fetch the file again")
         if name not in self._checked:
             if not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
-                raise ModelError(f"tensor {name} in {self.folder / shard}: {bad} values are NaN or infinite")
+                raise ModelError(f"tensor {name} in {path}: {bad} values are NaN or infinite")
             self._checked.add(name)
         return tensor
 
-    def _shard(self, name: str) -> str:
-        if name not in self._shard_of:
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
             raise ModelError(f"model {self.folder}: tensor {name} is missing; the checkpoint is incomplete")
-        return self._shard_of[name]
+        return self._entries[name]
 
-    def _slice(self, name: str) -> Any:
-        return self._handle(self._shard(name)).get_slice(name)
 
-    def _handle(self, shard: str) -> Any:
-        if shard not in self._handles:
-            path = self.folder / shard
-            try:
-                self._handles[shard] = safe_open(path, framework="pt", device="cpu")
-            except FileNotFoundError as error:
-                raise ModelError(f"shard {path}: named in {INDEX} but missing; fetch the model again") from error
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"shard {path}: truncated or corrupt ({error}); fetch the file again") from error
-        return self._handles[shard]
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """Header of a shard, validated against the file's length by the safetensors library.
+
+    Raises:
+        ModelError: the file is missing, truncated or corrupt.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise ModelError(f"shard {path}: named in {INDEX} but missing; fetch the model again") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"shard {path}: truncated or corrupt ({error}); fetch the file again") from error
+    return {
+        name: _Entry(
+            shard=path.name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            begin=8 + length + entry["data_offsets"][0],
+            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
@@ -173,9 +207,4 @@ def _locate_tensors(folder: Path) -> dict[str, str]:
         raise ModelError(f"model {folder}: no *.safetensors; convert the model to safetensors first")
     if len(files) > 1:
         raise ModelError(f"model {folder}: {len(files)} safetensors files but no {INDEX}; fetch the index")
-    path = folder / files[0]
-    try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
-            return dict.fromkeys(handle.keys(), files[0])
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"shard {path}: truncated or corrupt ({error}); fetch the file again") from error
+    return dict.fromkeys(_read_header(folder / files[0]), files[0])

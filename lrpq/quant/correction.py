@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
+from lrpq.quant.gptq import loss
 from lrpq.quant.hessian import DampedCholesky, damped_cholesky
 
 if TYPE_CHECKING:
@@ -29,19 +30,20 @@ def correct(
     strength: float = 0.5,
     damping: float = 0.01,
     cholesky: DampedCholesky | None = None,
+    WD: Float[Tensor, "d_out d_in"] | None = None,
     name: str = "layer",
 ) -> Float[Tensor, "d_out d_in"]:
     """Corrected weights W + strength W D (C + damping)^-1, in C's dtype; quantize them with C as Hessian.
 
     ``strength`` 1 would fit the calibration tokens exactly (up to damping) and overfits. Layers that share an
     input share ``cholesky = damped_cholesky(C, damping=damping)``, which also counts how often the damping
-    had to grow; without it the factor is computed here.
+    had to grow; without it the factor is computed here. ``WD`` is the product W D, where the caller has it.
 
     Raises QuantizationError naming the layer if C stays indefinite or the result is not finite.
     """
     factor = damped_cholesky(C, damping=damping, name=name) if cholesky is None else cholesky
     W = W.to(C.dtype)
-    change = torch.cholesky_solve((W @ D).T, factor.L).T
+    change = torch.cholesky_solve((W @ D if WD is None else WD).T, factor.L).T
     corrected = torch.add(W, change, alpha=strength)
     if not bool(torch.isfinite(corrected.sum(dtype=torch.float64))):
         raise QuantizationError(f"{name}: its correction is not finite; check the inputs behind the quantized prefix")
@@ -53,12 +55,18 @@ def target_error(
     Q: Float[Tensor, "d_out d_in"],
     C: Float[Tensor, "d_in d_in"],
     D: Float[Tensor, "d_in d_in"],
+    *,
+    WD: Float[Tensor, "d_out d_in"] | None = None,
 ) -> Float[Tensor, "rows=d_out"]:
-    """Weighted calibration error of every row, mean_t |W x_t - Q xq_t|^2, up to a term in W alone.
+    """Weighted calibration error of every row, mean_t |W x_t - Q xq_t|^2, up to a term in W alone; float64.
 
-    W are the original weights (the targets), Q those used behind the quantized prefix. With B = C + D the
-    mean of x xq^T: -2 diag(W B Q^T) + diag(Q C Q^T). It may be negative and only differences between two Q
-    have a meaning: this is what the guard of the correction compares. float64: the terms nearly cancel.
+    W are the original weights (the targets), Q those used behind the quantized prefix. With dW = Q - W the error is
+    W (x - xq) - dW xq, and its mean square, but for the first part's own: diag(dW C dW^T) - 2 diag(W D dW^T). It may be
+    negative and only differences between two Q have a meaning: this is what the guard of the correction compares.
+    Written in dW the terms do not cancel, so products in C's dtype suffice; sums are float64. ``WD`` is the product
+    W D, where the caller has it.
     """
-    W, Q, C, D = W.double(), Q.double(), C.double(), D.double()
-    return ((Q @ C - 2 * (W @ (C + D))) * Q).sum(1)
+    W = W.to(C.dtype)
+    dW = Q.to(C.dtype) - W
+    shift = W @ D if WD is None else WD
+    return loss(W, Q, C) - 2 * (shift * dW).sum(1, dtype=torch.float64)

@@ -45,7 +45,7 @@ def quantize_refined(
 ) -> Refined:
     """GPTQ on the inputs of the quantized prefix, after a correction towards the original outputs.
 
-    The corrected target is W + a W D (C + damping)^-1 (DESIGN 3). A row's calibration error is the weighted distance
+    The corrected target is W + a W D (C + damping)^-1 . A row's calibration error is the weighted distance
     between its original output on original inputs and its quantized output on the real inputs; each row keeps the
     better of the corrected and the plain codes. Rows do not interact in GPTQ, so this guard can act on each.
 
@@ -71,11 +71,12 @@ def quantize_refined(
             dead_inputs=factor.num_dead,
         )
     D = products.shift.to(W.device) / products.hessian.weight_sum
-    corrected = correct(W, D, C, strength=strength, damping=correction_damping, name=name)
+    WD = W @ D
+    corrected = correct(W, D, C, strength=strength, damping=correction_damping, WD=WD, name=name)
     both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
     d_out = W.shape[0]
     Q = both.dequantize(torch.float32)
-    worse = target_error(W, Q[d_out:], C, D) > target_error(W, Q[:d_out], C, D)
+    worse = target_error(W, Q[d_out:], C, D, WD=WD) > target_error(W, Q[:d_out], C, D, WD=WD)
     rows = torch.arange(d_out, device=W.device) + torch.where(worse, 0, d_out)
     return Refined(
         weight=QuantizedWeight(codes=both.codes[rows], scales=both.scales[rows], choice=choice),

@@ -7,19 +7,22 @@ For a site with inputs x (original) and xq (quantized prefix) and token weights 
 which is all that correction, GPTQ and the guard need (quant/correction.py). Sites are visited in the order of the
 forward, so the inputs of a site already carry the errors of the quantized sites before it in the same block.
 
-Cost in forward passes F of the blocks: every site's inputs are recomputed up to the site in both streams and both
-streams then advance, about 5 F for four sites; without correction the original stream is not needed, about 2.5 F.
+Cost in forward passes F of the blocks: F for each stream. A site's forward stops at the site, and attention or MLP,
+once the input of its last layer is known, is not run again but continued from there (families.Unit). Without correction
+the original stream is not needed. Memory besides the streams: those inputs, d_in values a token for each unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lrpq.model.families import Unit
 from lrpq.model.layers import LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
@@ -72,6 +75,8 @@ class RefineSweep:
         self.with_shift = with_shift
         self._original: dict[int, list[Tensor]] = {}
         self._quantized: dict[int, list[Tensor]] = {}
+        self._known: dict[tuple[str, int, int], dict[str, Tensor]] = {}
+        """(stream, shard, micro-batch) -> last layer of a unit of the block at hand -> its input."""
 
     def embed(self) -> None:
         """Compute the first block's inputs: the same in both streams."""
@@ -99,7 +104,7 @@ class RefineSweep:
             token_weights: shard -> s [windows * length], or None for ones.
             quantized: module name -> weights of the sites before this one in the block.
         """
-        reader = module.get_submodule(self.stream.local_name(site[0]))
+        reader = self.stream.local_name(site[0])
         parts: dict[Node, SiteProducts] = {}
         for shard, batches in self._quantized.items():
             hessian = empty_hessian(site[0].d_in, self.stream.device)
@@ -107,14 +112,15 @@ class RefineSweep:
             offset = 0
             for position, hidden in enumerate(batches):
                 with self.stream.swapped(module, quantized):
-                    xq = self._inputs_of(reader, block, module, hidden).flatten(0, -2)
+                    xq = self._inputs_of(reader, block, module, hidden, ("quantized", shard, position))
                 s = torch.ones(len(xq), device=xq.device)
                 if token_weights is not None:
                     s = token_weights[shard][offset : offset + len(xq)].to(xq.device, torch.float32)
                 offset += len(xq)
                 hessian = accumulate(hessian, xq, s)
                 if shift is not None:
-                    x = self._inputs_of(reader, block, module, self._original[shard][position]).flatten(0, -2)
+                    original = self._original[shard][position]
+                    x = self._inputs_of(reader, block, module, original, ("original", shard, position))
                     difference = x.float() - xq.float()
                     shift.addmm_((difference * s[:, None]).T, xq.float())
             parts[0, shard] = SiteProducts(hessian=hessian, shift=shift)
@@ -124,28 +130,63 @@ class RefineSweep:
     @torch.no_grad()
     def advance(self, block: int, module: nn.Module, quantized: Mapping[str, Tensor]) -> None:
         """Move both streams behind the block."""
-        for batches in self._original.values():
-            for position, hidden in enumerate(batches):
-                batches[position] = self.stream.run(module, block, hidden)
+        self._advance(block, module, "original", self._original)
         with self.stream.swapped(module, quantized):
-            for batches in self._quantized.values():
-                for position, hidden in enumerate(batches):
+            self._advance(block, module, "quantized", self._quantized)
+        self._known.clear()
+
+    def _advance(self, block: int, module: nn.Module, which: str, streams: dict[int, list[Tensor]]) -> None:
+        for shard, batches in streams.items():
+            for position, hidden in enumerate(batches):
+                with _continued(module, self.stream.family.units, self._known.get((which, shard, position), {})):
                     batches[position] = self.stream.run(module, block, hidden)
 
-    def _inputs_of(self, reader: nn.Module, block: int, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Input of ``reader`` in the block's forward, which goes no further."""
+    def _inputs_of(
+        self, reader: str, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]
+    ) -> Float[Tensor, "tokens d_in"]:
+        """Input of the layer ``reader`` in the block's forward, which goes no further."""
 
         def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             raise _Reached(arguments[0])
 
-        handle = reader.register_forward_pre_hook(stop)
+        known = self._known.setdefault(place, {})
+        handle = module.get_submodule(reader).register_forward_pre_hook(stop)
         try:
-            self.stream.run(module, block, hidden)
+            with _continued(module, self.stream.family.units, known):
+                self.stream.run(module, block, hidden)
         except _Reached as reached:
-            return reached.value
+            if any(unit.last == reader for unit in self.stream.family.units):
+                known[reader] = reached.value
+            return reached.value.flatten(0, -2)
         finally:
             handle.remove()
         raise RuntimeError(f"block {block}: its forward never reaches {reader}")
+
+
+@contextmanager
+def _continued(block: nn.Module, units: Sequence[Unit], known: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, a unit whose last layer's input is known runs that layer only; the others run as they are."""
+    replaced: list[nn.Module] = []
+
+    def forward(unit: Unit) -> Callable[..., Any]:
+        last = block.get_submodule(unit.last)
+
+        def run(*_: Any, **__: Any) -> Any:
+            output = last(known[unit.last])
+            return (output, None) if unit.returns_tuple else output
+
+        return run
+
+    try:
+        for unit in units:
+            if unit.last in known:
+                module = block.get_submodule(unit.path)
+                module.forward = forward(unit)
+                replaced.append(module)
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
 
 
 class _Reached(Exception):  # control flow, not an error

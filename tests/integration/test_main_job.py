@@ -75,7 +75,7 @@ def smallest_upgrade(manifest: dict[str, Any], widths: dict[str, int], *, bits: 
             groups.setdefault((module["block"], sites.get(module["kind"], module["kind"])), []).append(module)
     found = []
     for members in groups.values():
-        wider = {low: high for low, high in pairwise(bits)}.get(members[0]["bits"])
+        wider = dict(pairwise(bits)).get(members[0]["bits"])
         if wider is not None:
             extra = 0
             for m in members:
@@ -89,7 +89,7 @@ def smallest_upgrade(manifest: dict[str, Any], widths: dict[str, int], *, bits: 
     return min(found)
 
 
-WIDTHS = {kind: 128 for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")} | {"down_proj": 192}
+WIDTHS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 128) | {"down_proj": 192}
 ALL_BITS = (2, 3, 4, 5, 6, 8)
 
 # --- the budget, the file, the manifest -----------------------------------------------------------
@@ -173,7 +173,7 @@ def test_the_same_again_computes_nothing_and_says_so(job: Job, first: dict[str, 
     again = job(model, "first")
     assert again["computed_nothing"]
     assert job.progress.stages == ["allocate"]
-    stages = ["calibrate", "profile", "candidates", "refine", "assemble", "evaluation text", "control", "evaluate"]
+    stages = ["calibrate", "evaluation text", "profile", "candidates", "refine", "assemble", "control", "evaluate"]
     assert job.progress.reused == again["reused"] == stages
     after = snapshot(store), contents(output), snapshot(output)
     assert after[:2] == before[:2]
@@ -320,7 +320,7 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_is_computed(
     changes = {f"plan__{name}": value for name, value in rule.items()}
     with pytest.raises((ConfigError, BudgetError), match=expected):
         job(model, "refused", run__seed=77, **changes)
-    assert set(job.progress.stages) <= {"calibrate"}
+    assert set(job.progress.stages) <= {"calibrate", "evaluation text"}
     assert not (job.folder / "refused").exists()
 
 
@@ -372,9 +372,11 @@ def test_group_sizes(job: Job, model: Path, sizes: list[int]) -> None:
 
 
 def test_a_group_size_that_divides_no_width_is_refused_first(job: Job, model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.down_proj: no group size asked for \(128\) divides its 192"):
+    with pytest.raises(
+        ConfigError, match=r"layers\.0\.mlp\.down_proj: no group size asked for \(128\) divides its 192"
+    ):
         job(model, "refused", run__candidates__group_sizes=[128])
-    assert set(job.progress.stages) <= {"calibrate"}
+    assert set(job.progress.stages) <= {"calibrate", "evaluation text"}
     found = job(
         model,
         "ragged",

@@ -1,10 +1,11 @@
-"""The command line with Ray and Prefect of its own: interrupted, killed, continued; one worker or two, the same bytes."""
+"""The command line with its own Ray: interrupted, killed, continued; one worker or two, the same bytes."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,15 @@ from typing import Any
 import psutil
 import pytest
 from pipeline_case import Job, contents, snapshot, start_pool, start_server, write_model
+from safetensors.torch import load_file, save_file
+
+import flows.compression
+from flows.compress import run_compress
 
 WAIT_SECONDS = 300.0
 GONE_SECONDS = 60.0
+RAY_AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+"""Ray's own; they look for their raylet once a minute and compute nothing."""
 LAYERS = 8
 pytestmark = pytest.mark.slow
 
@@ -121,13 +128,24 @@ def in_refinement(event: dict[str, Any]) -> bool:
     return event["event"] == "advance" and event["name"] == "refine" and event["done"] == 2
 
 
+def in_candidates(event: dict[str, Any]) -> bool:
+    return event["event"] == "advance" and event["name"] == "candidates" and event["done"] == 5
+
+
 def all_gone(children: list[psutil.Process]) -> bool:
     deadline = time.monotonic() + GONE_SECONDS
     while time.monotonic() < deadline:
-        if not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]:
+        if not any(map(alive, children)):
             return True
         time.sleep(0.2)
     return False
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.name() not in RAY_AGENTS
+    except psutil.NoSuchProcess:
+        return False
 
 
 def refined(folder: Path) -> dict[str, float]:
@@ -135,9 +153,7 @@ def refined(folder: Path) -> dict[str, float]:
     return {name: when for name, when in snapshot(folder / "store").items() if "/refine/" in name}
 
 
-def test_ctrl_c_in_the_refinement_and_the_same_command_again(
-    model: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_in_the_refinement_and_the_same_command_again(model: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Buys: a run on one worker, stopped and continued, ends in the very bytes of an undisturbed one on two."""
     command = arguments(model, tmp_path, workers=1)
     stopped = run(command, when=in_refinement, sign=signal.SIGINT)
@@ -158,60 +174,67 @@ def test_ctrl_c_in_the_refinement_and_the_same_command_again(
     continued = run(told)
     assert continued.code == 0, continued.err
     manifest = json.loads(continued.out)
-    assert {"calibrate", "profile", "candidates"} <= set(manifest["reused"])
+    assert {"calibrate", "evaluation text", "profile", "candidates"} == set(manifest["reused"])
     stages = {event["name"] for event in continued.events if event["event"] == "stage"}
-    assert stages == {"allocate", "refine", "assemble", "evaluation text", "evaluate"} - set(manifest["reused"])
+    assert stages == {"allocate", "refine", "assemble", "evaluate"}
     after = snapshot(tmp_path / "store")
     assert {name: after.get(name) for name in before} == before  # what was refined is not refined again
     assert contents(tmp_path / "out") == contents(undisturbed)
     assert manifest["degraded"] == json.loads((undisturbed / "lrpq.json").read_text())["degraded"]
     assert manifest["evaluation"]["lrpq"]["kl_nats"] > 0
 
-    again = run(command)
-    assert again.code == 0
-    assert json.loads(again.out)["computed_nothing"]
 
-
-@pytest.mark.parametrize("stage", ["profile", "refine"])
-def test_a_killed_driver_leaves_nothing_that_hinders_the_next(
-    model: Path, undisturbed: Path, tmp_path: Path, stage: str
-) -> None:
+def test_a_killed_driver_leaves_nothing_that_hinders_the_next(model: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Buys: kill -9 needs no cleaning up: workers end by themselves, the store is whole, the same command completes."""
 
-    def when(event: dict[str, Any]) -> bool:
-        return event["event"] == "advance" and event["name"] == stage and event["done"] == 3
-
     command = arguments(model, tmp_path, workers=2)
-    killed = run(command, when=when, sign=signal.SIGKILL)
+    killed = run(command, when=in_candidates, sign=signal.SIGKILL)
     assert killed.code == -signal.SIGKILL, killed.err
     assert not (tmp_path / "out").exists()
     assert all_gone(killed.children)
     before = snapshot(tmp_path / "store")
+    costs = [name for name in before if "/candidates/" in name and "/costs-" in name]
+    assert 5 <= len(costs) < 4 * LAYERS
 
     completed = run(command)
     assert completed.code == 0, completed.err
+    left = next(e["total"] for e in completed.events if e["event"] == "stage" and e["name"] == "candidates")
+    assert left == 4 * LAYERS - len(costs)
     after = snapshot(tmp_path / "store")
     published = {name: when for name, when in before.items() if not name.startswith(".")}
     assert {name: after.get(name) for name in published} == published
     assert contents(tmp_path / "out") == contents(undisturbed)
 
 
-def test_ctrl_c_in_the_evaluation_finds_the_checkpoint_complete(
-    job: Job, model: Path, undisturbed: Path
-) -> None:
+def test_an_error_on_every_worker_is_still_one_line(model: Path, tmp_path: Path) -> None:
+    """Buys: Ray and Prefect with nobody catching their output: what two workers and a flow say stays off stderr."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(model, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.3.mlp.down_proj.weight"][5, 7] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    failed = run(arguments(folder, tmp_path, workers=2))
+    assert failed.code == 2
+    other = [line for line in failed.err.splitlines() if not line.startswith('{"event"')]
+    assert len(other) == 1, failed.err
+    assert other[0].startswith("error: tensor model.layers.3.mlp.down_proj.weight in ")
+    assert json.loads(failed.out)["error"]["type"] == "ModelError"
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_the_evaluation_finds_the_checkpoint_complete(job: Job, model: Path, undisturbed: Path) -> None:
     """Buys: the output folder is filled before the evaluation; its own run must not call it somebody else's."""
     config = job.config(model, "stopped", evaluation__control=False, evaluation__num_windows=3)
     with job.sharing() as progress:
-        import flows.compression
 
         def interrupts(*_: object) -> None:
             raise KeyboardInterrupt
 
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(flows.compression, "run_evaluate", interrupts)
-            from flows.compress import run_compress
-
-            run_compress(config, progress)
+            with pytest.raises(KeyboardInterrupt):
+                run_compress(config, progress)
     folder = job.folder / "stopped"
     before = snapshot(folder)
     assert contents(folder) == contents(undisturbed)

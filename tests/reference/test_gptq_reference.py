@@ -232,7 +232,7 @@ def test_correction_solves_the_damped_least_squares_problem() -> None:
     assert torch.allclose(
         target_error(W, full, C, D) - target_error(W, W, C, D), explicit(full) - explicit(W), atol=1e-10
     )
-    constant = ((X @ W.T).square() * s.unsqueeze(1)).sum(0) / s.sum()
+    constant = (((X - Xq) @ W.T).square() * s.unsqueeze(1)).sum(0) / s.sum()
     assert torch.allclose(target_error(W, expected, C, D) + constant, explicit(expected), atol=1e-10)
     assert (explicit(full) < explicit(expected)).all()
     assert (explicit(expected) < explicit(W)).all()

@@ -22,7 +22,7 @@ from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, merge_block_sum
 from lrpq.shards import Node, assign, root, split
 
 WINDOWS, LENGTH, VOCABULARY = 7, 12, 128
-NUM_SHARDS, MICRO_BATCH, SEED, FLOOR = 3, 2, 5, 0.03
+NUM_SHARDS, MICRO_BATCH, SEED, FLOOR, POWER = 3, 2, 5, 0.03, 0.5
 SITES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -67,20 +67,24 @@ class Profile:
 
 
 def streamed(
-    folder: Path, relevance: Relevance, *, num_workers: int = 1, memory_bytes: int = EVERYTHING, seed: int = SEED
+    folder: Path,
+    relevance: Relevance,
+    *,
+    num_workers: int = 1,
+    memory_bytes: int = EVERYTHING,
+    seed: int = SEED,
+    power: float = POWER,
 ) -> Profile:
     """Run the sweep on ``num_workers`` workers, all in this process, and merge what they give."""
     spans = split(WINDOWS, NUM_SHARDS)
     sweeps = [
         ProfileSweep(
             BlockStream(ModelSource(folder), dtype=torch.float32),
-            [
-                Shard(index=i, first_window=spans[i].start, tokens=TOKENS[spans[i].start : spans[i].stop])
-                for i in mine
-            ],
+            [Shard(index=i, first_window=spans[i].start, tokens=TOKENS[spans[i].start : spans[i].stop]) for i in mine],
             num_shards=NUM_SHARDS,
             relevance=relevance,
             floor=FLOOR,
+            power=power,
             seed=seed,
             micro_batch=MICRO_BATCH,
             kept=KeptInputs(memory_bytes=memory_bytes),
@@ -197,7 +201,7 @@ def micro_batches() -> list[range]:
     return cuts
 
 
-def expected(folder: Path, relevance: Relevance) -> Profile:
+def expected(folder: Path, relevance: Relevance, *, power: float = POWER) -> Profile:
     """The profile from whole-model gradients, in float64 from there on."""
     labels = sampled_labels(folder, SEED)
     inputs, fisher, nats = gradients(folder, "fisher", labels)
@@ -221,7 +225,7 @@ def expected(folder: Path, relevance: Relevance) -> Profile:
                 else:
                     s = s_l
                 s = s.mean(0)
-                parts.append(s + FLOOR * s.mean())
+                parts.append((s + FLOOR * s.mean()) ** power)
             s, key = torch.cat(parts), f"{index}.{site}"
             X = inputs[modules[0]].double().flatten(0, 1)
             found.weights[key] = s
@@ -237,9 +241,12 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 # --- what must hold -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
 @pytest.mark.parametrize("relevance", RELEVANCES, ids=lambda r: r.value)
-def test_profile_equals_one_backward_pass_through_the_whole_model(folder: Path, relevance: Relevance) -> None:
-    found, wanted = streamed(folder, relevance), expected(folder, relevance)
+def test_profile_equals_one_backward_pass_through_the_whole_model(
+    folder: Path, relevance: Relevance, power: float
+) -> None:
+    found, wanted = streamed(folder, relevance, power=power), expected(folder, relevance, power=power)
     assert found.num_tokens == wanted.num_tokens
     assert found.nats == pytest.approx(wanted.nats, rel=1e-5)
     assert found.curvature.keys() == wanted.curvature.keys()

@@ -16,6 +16,7 @@ from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.gptq import factorize, gptq
+from lrpq.quant.grid import Grid
 from lrpq.quant.hessian import normalized
 from lrpq.refine.quantize import quantize_refined
 from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
@@ -27,6 +28,8 @@ MICRO_BATCH = 2
 TOKENS = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
 WEIGHTS = torch.rand(WINDOWS * LENGTH, generator=torch.Generator().manual_seed(4)) ** 3 + 1e-3
 CHOICE = Choice(bits=3, group_size=32)
+GRID = Grid.SIGNED
+HOW: dict[str, Any] = {"damping": 0.01, "correction_damping": 0.05, "grid": GRID, "name": "layer"}
 
 
 @pytest.fixture(scope="module")
@@ -156,16 +159,16 @@ def error_of_rows(W: Tensor, Q: Tensor, x: Tensor, xq: Tensor) -> Tensor:
 
 def test_every_row_keeps_the_better_codes(layer: tuple[Tensor, SiteProducts, Tensor, Tensor]) -> None:
     W, products, x, xq = layer
-    refined = quantize_refined(W, products, CHOICE, strength=0.5, damping=0.01, name="layer")
-    plain = quantize_refined(W, products, CHOICE, strength=0.0, damping=0.01, name="layer")
+    refined = quantize_refined(W, products, CHOICE, strength=0.5, **HOW)
+    plain = quantize_refined(W, products, CHOICE, strength=0.0, **HOW)
     # the corrected weights by plain linear algebra in float64
     C = normalized(products.hessian).double()
     assert products.shift is not None
     D = products.shift.double() / products.hessian.weight_sum
-    damped = C + 0.01 * C.diagonal().mean() * torch.eye(len(C))
+    damped = C + 0.05 * C.diagonal().mean() * torch.eye(len(C))
     target = (W.double() + 0.5 * W.double() @ D @ torch.linalg.inv(damped)).float()
     factor = factorize(C.float(), damping=0.01)
-    corrected = gptq(target, factor, [CHOICE])[0]
+    corrected = gptq(target, factor, [CHOICE], grid=GRID)[0]
 
     errors = [error_of_rows(W, q.dequantize(), x, xq) for q in (refined.weight, plain.weight, corrected)]
     torch.testing.assert_close(errors[0], torch.minimum(errors[1], errors[2]), rtol=1e-2, atol=0)
@@ -177,8 +180,8 @@ def test_every_row_keeps_the_better_codes(layer: tuple[Tensor, SiteProducts, Ten
 
 def test_codes_are_one_of_the_two_row_by_row(layer: tuple[Tensor, SiteProducts, Tensor, Tensor]) -> None:
     W, products, _, _ = layer
-    refined = quantize_refined(W, products, CHOICE, strength=1.0, damping=0.01, name="layer")
-    plain = quantize_refined(W, products, CHOICE, strength=0.0, damping=0.01, name="layer")
+    refined = quantize_refined(W, products, CHOICE, strength=1.0, **HOW)
+    plain = quantize_refined(W, products, CHOICE, strength=0.0, **HOW)
     same = (refined.weight.codes == plain.weight.codes).all(1) & (refined.weight.scales == plain.weight.scales).all(1)
     assert int(same.sum()) == refined.rejected_rows
     assert refined.rejected_rows < refined.rows
@@ -186,10 +189,10 @@ def test_codes_are_one_of_the_two_row_by_row(layer: tuple[Tensor, SiteProducts, 
 
 def test_without_strength_it_is_plain_gptq(layer: tuple[Tensor, SiteProducts, Tensor, Tensor]) -> None:
     W, products, _, _ = layer
-    expected = gptq(W, factorize(normalized(products.hessian), damping=0.01), [CHOICE])[0]
+    expected = gptq(W, factorize(normalized(products.hessian), damping=0.01), [CHOICE], grid=GRID)[0]
     without = SiteProducts(hessian=products.hessian, shift=None)
     for given, strength in ((products, 0.0), (without, 0.5)):
-        found = quantize_refined(W, given, CHOICE, strength=strength, damping=0.01, name="layer")
+        found = quantize_refined(W, given, CHOICE, strength=strength, **HOW)
         assert torch.equal(found.weight.codes, expected.codes)
         assert torch.equal(found.weight.scales, expected.scales)
         assert found.rejected_rows == 0
@@ -200,7 +203,7 @@ def test_behind_an_unchanged_prefix_there_is_nothing_to_correct(
 ) -> None:
     W, products, _, _ = layer
     unchanged = SiteProducts(hessian=products.hessian, shift=torch.zeros_like(products.hessian.xx))
-    refined = quantize_refined(W, unchanged, CHOICE, strength=1.0, damping=0.01, name="layer")
-    plain = quantize_refined(W, products, CHOICE, strength=0.0, damping=0.01, name="layer")
+    refined = quantize_refined(W, unchanged, CHOICE, strength=1.0, **HOW)
+    plain = quantize_refined(W, products, CHOICE, strength=0.0, **HOW)
     assert torch.equal(refined.weight.codes, plain.weight.codes)
     assert refined.rejected_rows == 0

@@ -138,8 +138,9 @@ def test_logits_that_are_not_finite_are_an_error(stream: BlockStream) -> None:
 
 def test_variants_leave_the_original_alone(stream: BlockStream, dtype: torch.dtype) -> None:
     weights = changed_weights(plain(stream.source.folder, dtype), noise=0.3)
-    assert score_windows(stream, TOKENS, {"v": by_block(weights)})[ORIGINAL] == (
-        score_windows(stream, TOKENS, {})[ORIGINAL]
+    assert (
+        score_windows(stream, TOKENS, {"v": by_block(weights)})[ORIGINAL]
+        == (score_windows(stream, TOKENS, {})[ORIGINAL])
     )
 
 

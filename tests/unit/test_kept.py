@@ -18,8 +18,10 @@ def tensor(seed: int, *, dtype: torch.dtype = torch.float32, rows: int = 3) -> T
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().view(torch.uint8).equal(
-        b.contiguous().view(torch.uint8)
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
     )
 
 
@@ -93,9 +95,14 @@ def test_spilled_files_go_when_taken_and_the_rest_on_closing(tmp_path: Path) -> 
 
 def test_spill_folder_goes_also_after_an_exception(tmp_path: Path) -> None:
     kept = KeptInputs(memory_bytes=0, folder=tmp_path)
-    with pytest.raises(ZeroDivisionError), kept:
-        kept.put((0,), tensor(0))
-        raise ZeroDivisionError
+
+    def fails() -> None:
+        with kept:
+            kept.put((0,), tensor(0))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert list(tmp_path.iterdir()) == []
 
 

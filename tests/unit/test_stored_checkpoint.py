@@ -119,7 +119,9 @@ def test_a_missing_shard_is_named(source: ModelSource, tmp_path: Path) -> None:
         StoredCheckpoint(output)
 
 
-@pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": {"a": "../model/model.safetensors"}}', '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "index", ["[]", "{", '{"weight_map": {"a": "../model/model.safetensors"}}', '{"weight_map": 3}']
+)
 def test_an_index_that_is_none(source: ModelSource, tmp_path: Path, index: str) -> None:
     output = written(source, tmp_path / "out", max_shard_bytes=50_000)
     (output / "model.safetensors.index.json").write_text(index)
@@ -134,7 +136,9 @@ def test_codes_without_their_scales(source: ModelSource, tmp_path: Path) -> None
     del tensors["model.layers.0.mlp.down_proj.weight_scale"]
     save_file(tensors, path)
     stored = StoredCheckpoint(output)
-    with pytest.raises(CheckpointError, match=r"down_proj\.weight_scale: is in no file .*; the checkpoint is incomplete"):
+    with pytest.raises(
+        CheckpointError, match=r"down_proj\.weight_scale: is in no file .*; the checkpoint is incomplete"
+    ):
         stored.codes("model.layers.0.mlp.down_proj")
     assert stored.codes("model.layers.1.mlp.up_proj") is not None
 
