@@ -2,7 +2,7 @@
 
     python -m benchmarks.recipe MODEL --calibration FILE --text FILE --ruler SCRIPT [--budgets 3.25 4.25] [--json FILE]
 
-Same model, same calibration tokens, same grid, same all-in bits. lrpq runs as a user runs it (``lrpq compress``);
+The control is the signed one: the product's own. Same model, same calibration tokens, same grid, same all-in bits. lrpq runs as a user runs it (``lrpq compress``);
 the uniform checkpoints are made here from the core's functions, sequentially, site by site, as the product's control.
 Every checkpoint is written and measured by the ruler, a script that prints one JSON line for REFERENCE CHECKPOINT
 --text FILE --windows N --length N.
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--ruler-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--relevance", default="blend")
-    parser.add_argument("--only", nargs="+", default=["lrpq", "control", "plain", "rtn"])
+    parser.add_argument("--only", nargs="+", default=["lrpq", "control", "symmetric", "plain", "rtn"])
     parser.add_argument("--work", type=Path, default=Path("results/recipe"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -137,10 +137,10 @@ def main() -> None:
             started = time.monotonic()
             subprocess.run(lrpq_command(model, arguments, budget, output), check=True, stdout=subprocess.DEVNULL)
             report("lrpq", budget, time.monotonic() - started, output)
-        for grid in (Grid.SIGNED, Grid.SYMMETRIC):
-            if "control" in arguments.only:
+        for name, grid in (("control", Grid.SIGNED), ("symmetric", Grid.SYMMETRIC)):
+            if name in arguments.only:
                 uniform(
-                    f"uniform GPTQ (control), {grid.value}",
+                    f"uniform GPTQ, act order, {grid.value}",
                     budget,
                     lambda grid=grid, choice=choice: uniform_gptq(source, tokens, choice, act_order=True, grid=grid),
                 )

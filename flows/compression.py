@@ -87,8 +87,8 @@ class Compression:
             prepared = self._prepare(len(pool))
             run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
-            plan, plan_folder, control = self._allocate(rows, prepared)
-            return self._finish(pool, prepared, rows, plan, plan_folder, control)
+            plan, control = self._allocate(rows, prepared)
+            return self._finish(pool, prepared, rows, plan, control)
 
     def _prepare(self, num_workers: int) -> Prepared:
         run, config = self.run_state, self.config.run
@@ -154,7 +154,7 @@ class Compression:
         )
         return Prepared(stream=self.stream, stream_job=stream_job, profile=profile_job, candidates=candidates_job)
 
-    def _allocate(self, rows: list[dict[str, Any]], prepared: Prepared) -> tuple[Plan, StageFolder, Plan | None]:
+    def _allocate(self, rows: list[dict[str, Any]], prepared: Prepared) -> tuple[Plan, Plan | None]:
         """The plan under the budget, and the uniform control at the width nearest to what it reaches."""
         run, wanted = self.run_state, self.config.plan
         folder = run.folder(
@@ -175,7 +175,7 @@ class Compression:
             run.finish(folder, "allocate", {"choices": choices_json(plan.choices), "cost_nats": plan.cost_nats})
         if not plan.binding:
             run.warn("the budget is larger than every module at its best choice needs; it is not used up")
-        return plan, folder, control
+        return plan, control
 
     def _pose(self, rows: list[CostRow]) -> allocate.Posed:
         wanted = self.config.plan
@@ -195,7 +195,6 @@ class Compression:
         prepared: Prepared,
         rows: list[dict[str, Any]],
         plan: Plan,
-        plan_folder: StageFolder,
         control: Plan | None,
     ) -> dict[str, Any]:
         run, wanted = self.run_state, self.config.plan
@@ -265,7 +264,7 @@ class Compression:
         """Write the checkpoint, unless the very same one lies in the output folder already."""
         run, output = self.run_state, self.config.output
         present = read_manifest_file(output / MANIFEST)
-        if present is not None and present.get("content_key") == key and "size" in present:
+        if present is not None and present.get("content_key") == key and _is_whole(output, present):
             run.reused.append(assemble.STAGE)
             run.seconds[assemble.STAGE] = 0.0
             run.progress.done(assemble.STAGE, seconds=0.0, reused=True)
@@ -346,6 +345,12 @@ def _content_key(codes: StageFolder | CandidatesJob, plan: Plan) -> str:
     """Names the checkpoint's content: where its codes come from and which of them it takes."""
     origin = codes.key if isinstance(codes, StageFolder) else codes.folder.key
     return hashlib.sha256(json.dumps([origin, choices_json(plan.choices)], sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(output: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether the weight files in the folder have the bytes the manifest says."""
+    size = manifest.get("size")
+    return isinstance(size, dict) and size.get("total_bytes") == _model_bytes(output)
 
 
 def _computed_nothing(run: Run) -> bool:

@@ -54,12 +54,6 @@ class _Worker:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self.state, *arguments)
 
-    def call_many(self, num_returns: int, function: Callable[..., Any], *arguments: Any) -> Any:
-        results = function(self.state, *arguments)
-        if len(results) != num_returns:
-            raise RuntimeError(f"{function.__name__} returned {len(results)} results, expected {num_returns}")
-        return results
-
 
 class Pool:
     """Workers that run functions of the stages."""

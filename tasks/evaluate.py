@@ -53,21 +53,22 @@ class EvaluateJob:
 
 
 def score(state: WorkerState, job: EvaluateJob) -> dict[int, dict[str, list[dict[str, float]]]]:
-    """Score this worker's shards; returns shard -> variant -> one row a window."""
+    """Score this worker's windows in one pass over the blocks; returns shard -> variant -> one row a window.
+
+    Windows are computed one by one, so their scores do not depend on which of them a worker holds.
+    """
     shards = [shard for shard in my_shards(state, job.stream) if len(shard.tokens)]
     if not shards:
         return {}
     stream = open_stream(state, job.stream)
-    variants = {name: _weights(stream, job.stream.store, v) for name, v in job.variants.items()}
-    # All shards in one pass over the blocks. Windows are scored one by one, so how they are shared out changes nothing.
-    windows = torch.cat([shard.tokens for shard in shards])
-    found = score_windows(stream, windows, variants, micro_batch=job.stream.micro_batch)
+    variants = {name: _weights(stream, job.stream.store, variant) for name, variant in job.variants.items()}
+    found = score_windows(stream, torch.cat([shard.tokens for shard in shards]), variants, micro_batch=1)
     scores: dict[int, dict[str, list[dict[str, float]]]] = {}
-    start = 0
+    taken = 0
     for shard in shards:
-        stop = start + len(shard.tokens)
-        scores[shard.index] = {name: [asdict(s) for s in rows[start:stop]] for name, rows in found.items()}
-        start = stop
+        rows = slice(taken, taken + len(shard.tokens))
+        scores[shard.index] = {name: [asdict(row) for row in of_all[rows]] for name, of_all in found.items()}
+        taken = rows.stop
     return scores
 
 

@@ -6,7 +6,6 @@ normalised once, at the end. Signed token weights would make H indefinite, so th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -86,26 +85,8 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
 
 
 def merge(a: HessianSum, b: HessianSum) -> HessianSum:
-    """Sum over the tokens of both, in new memory."""
+    """Sum over the tokens of both, in new memory. lrpq.shards fixes the order in which parts are merged."""
     return HessianSum(xx=a.xx + b.xx, weight_sum=a.weight_sum + b.weight_sum, num_tokens=a.num_tokens + b.num_tokens)
-
-
-def merge_tree(parts: Sequence[HessianSum]) -> HessianSum:
-    """Merge in a fixed binary tree over the index: neighbours first, an odd last one passes on.
-
-    fp32 addition is not associative; the tree makes the bytes a function of the parts alone. A worker that
-    holds the parts of an aligned range [i 2^k, (i+1) 2^k) may merge them beforehand: that range is a node of
-    the tree.
-
-    Raises QuantizationError for no parts.
-    """
-    if not parts:
-        raise QuantizationError("no Hessian to merge: at least one calibration shard is needed")
-    level = list(parts)
-    while len(level) > 1:
-        pairs = [merge(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
-        level = pairs + level[len(level) - len(level) % 2 :]
-    return level[0]
 
 
 def normalized(sums: HessianSum, *, name: str = "layer") -> Float[Tensor, "d_in d_in"]:
