@@ -2,10 +2,10 @@
 
     python -m benchmarks.recipe MODEL --calibration FILE --text FILE --ruler SCRIPT [--budgets 3.25 4.25] [--json FILE]
 
-The control is the signed one: the product's own. Same model, same calibration tokens, same grid, same all-in bits. lrpq runs as a user runs it (``lrpq compress``);
-the uniform checkpoints are made here from the core's functions, sequentially, site by site, as the product's control.
-Every checkpoint is written and measured by the ruler, a script that prints one JSON line for REFERENCE CHECKPOINT
---text FILE --windows N --length N.
+Same model, same calibration tokens, same all-in bits. lrpq runs as a user runs it (``lrpq compress``); the uniform
+checkpoints are made here from the core's functions, sequentially, site by site. The one with activation order and the
+signed grid is the product's own control. Every checkpoint is written and measured by the ruler, a script that prints
+one JSON line for REFERENCE CHECKPOINT --text FILE --windows N --length N.
 """
 
 from __future__ import annotations

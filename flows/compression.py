@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from flows import jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.config import CompressConfig, RunConfig, default_run_id
+from flows.jobs import JobContext
 from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
 from flows.progress import Progress
+from flows.result import choices_json, content_key, manifest_of, model_bytes
 from flows.run import Run, step
-from flows.stages import (
-    choices_json,
-    count_degradations,
-    modules_json,
-    run_candidates,
-    run_evaluate,
-    run_profile,
-    run_refine,
-)
-from lrpq import __version__
+from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
 from lrpq.checkpoint.plan import planned_size
+from lrpq.checkpoint.publish import check_output
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource, resolve_model
 from lrpq.model.streaming import BlockStream
-from tasks import allocate, assemble, candidates, evaluate, profile, refine
+from tasks import allocate, assemble, evaluate
 from tasks.artifacts import StageFolder
 from tasks.assemble import AssembleJob
 from tasks.candidates import CandidatesJob
@@ -77,6 +70,9 @@ class Compression:
             device=resolve_device(config.cluster.device),
             threads=config.run.threads,
         )
+        self.context = JobContext(
+            run=self.run_state, config=config, model=self.model, fingerprint=self.fingerprint, dtype=self.dtype
+        )
 
     def run(self) -> dict[str, Any]:
         """All stages; the manifest."""
@@ -98,60 +94,11 @@ class Compression:
             self.measured = evaluation_windows(
                 run, self.config, model=self.model, fingerprint=self.fingerprint, calibration=windows
             )
-        num_shards = min(config.shards, windows.num_windows)
-        stream_job = StreamJob(
-            model=str(self.model),
-            dtype=self.dtype,
-            store=self.config.store,
-            windows=windows.key,
-            num_shards=num_shards,
-            micro_batch=config.micro_batch,
-            num_workers=num_workers,
-        )
-        folder = run.folder(
-            profile.STAGE,
-            inputs={"model": self.fingerprint, "windows": windows.digest},
-            parameters={
-                "relevance": config.relevance,
-                "floor": config.relevance_floor,
-                "power": config.relevance_power,
-                "seed": config.seed,
-                "dtype": self.dtype,
-                "num_shards": num_shards,
-                "micro_batch": config.micro_batch,
-            },
-            code=["tasks.profile"],
-        )
-        profile_job = ProfileJob(
-            stream=stream_job,
-            folder=folder,
-            relevance=config.relevance,
-            floor=config.relevance_floor,
-            power=config.relevance_power,
-            seed=config.seed,
-        )
-        choices = tuple(
-            Choice(bits=bits, group_size=size)
-            for bits in config.candidates.bits
-            for size in config.candidates.group_sizes
-        )
-        self._pose(allocate.rows_without_costs(self.stream.specs, choices))  # what is wrong with the plan shows here
-        candidates_job = CandidatesJob(
-            profile=profile_job,
-            folder=run.folder(
-                candidates.STAGE,
-                inputs={"profile": folder.key},
-                parameters={
-                    "choices": [str(c) for c in choices],
-                    "damping": config.candidates.damping,
-                    "grid": config.candidates.grid,
-                },
-                code=["tasks.candidates"],
-            ),
-            choices=choices,
-            damping=config.candidates.damping,
-            grid=config.candidates.grid,
-        )
+        stream_job = jobs.stream_job(self.context, windows, num_workers=num_workers)
+        profile_job = jobs.profile_job(self.context, stream_job, windows)
+        candidates_job = jobs.candidates_job(self.context, profile_job)
+        # what is wrong with the plan shows here, not after the work
+        self._pose(allocate.rows_without_costs(self.stream.specs, candidates_job.choices))
         return Prepared(stream=self.stream, stream_job=stream_job, profile=profile_job, candidates=candidates_job)
 
     def _allocate(self, rows: list[dict[str, Any]], prepared: Prepared) -> tuple[Plan, Plan | None]:
@@ -198,60 +145,40 @@ class Compression:
         control: Plan | None,
     ) -> dict[str, Any]:
         run, wanted = self.run_state, self.config.plan
-        codes: StageFolder | CandidatesJob = prepared.candidates
-        degraded = count_degradations(rows)
+        refined: RefineJob | None = None
         if wanted.refine == "sequential":
-            job = self._refine_job(prepared, plan, weighted=True, strength=wanted.correction)
-            counts = run_refine(run, pool, job, self.stream, label="refine")
+            refined = jobs.refine_job(self.context, prepared.profile, plan)
+        codes = prepared.candidates if refined is None else refined.folder
+        key = content_key(codes, plan)
+        if not self._is_written(key):  # what is wrong with the output shows here, not after the refinement
+            check_output(self.config.output, overwrite=self.config.overwrite)
+        degraded = count_degradations(rows)
+        if refined is not None:
+            counts = run_refine(run, pool, refined, self.stream, label="refine")
             degraded |= {"correction_rejected_rows": counts["rejected_rows"], "rows": counts["rows"]}
-            codes = job.folder
         quantized = {name: choice for name, choice in plan.choices.items() if choice is not None}
-        manifest = self._manifest(rows, plan, degraded)
-        key = _content_key(codes, plan)
+        manifest = manifest_of(
+            self.config,
+            plan,
+            run_id=self.run_id,
+            environment=run.environment,
+            specs=self.stream.specs,
+            rows=rows,
+            degraded=degraded,
+        )
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
         size = planned_size(self.source, quantized)
         manifest["size"] = {**asdict(size), "average_bits": size.average_bits}
         reached = self._assemble(pool, codes, quantized, manifest, key)
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
-        manifest["bytes"] = {"original": _model_bytes(self.model), "compressed": reached["total_bytes"]}
+        manifest["bytes"] = {"original": model_bytes(self.model), "compressed": reached["total_bytes"]}
         if self.measured is not None:
             manifest["evaluation"] = self._evaluate(pool, prepared, self.measured, control, key)
         manifest |= {"seconds": run.seconds, "reused": run.reused, "warnings": run.warnings}
         manifest["computed_nothing"] = _computed_nothing(run)
         write_manifest_file(self.config.output / MANIFEST, manifest)
         return manifest
-
-    def _refine_job(self, prepared: Prepared, plan: Plan, *, weighted: bool, strength: float) -> RefineJob:
-        run, config = self.run_state, self.config.run
-        folder = run.folder(
-            refine.STAGE,
-            inputs={
-                "model": prepared.profile.folder.key if weighted else self.fingerprint,
-                "windows": prepared.stream_job.windows,
-            },
-            parameters={
-                "choices": choices_json(plan.choices),
-                "strength": strength,
-                "damping": config.candidates.damping,
-                "correction_damping": self.config.plan.correction_damping,
-                "grid": config.candidates.grid,
-                "dtype": self.dtype,
-                "num_shards": prepared.stream_job.num_shards,
-                "micro_batch": config.micro_batch,
-            },
-            code=["tasks.refine"],
-        )
-        return RefineJob(
-            stream=prepared.stream_job,
-            folder=folder,
-            token_weights=prepared.profile.folder if weighted else None,
-            choices=plan.choices,
-            strength=strength,
-            damping=config.candidates.damping,
-            correction_damping=self.config.plan.correction_damping,
-            grid=config.candidates.grid,
-        )
 
     def _assemble(
         self,
@@ -263,12 +190,11 @@ class Compression:
     ) -> Mapping[str, Any]:
         """Write the checkpoint, unless the very same one lies in the output folder already."""
         run, output = self.run_state, self.config.output
-        present = read_manifest_file(output / MANIFEST)
-        if present is not None and present.get("content_key") == key and _is_whole(output, present):
+        if self._is_written(key):
             run.reused.append(assemble.STAGE)
             run.seconds[assemble.STAGE] = 0.0
             run.progress.done(assemble.STAGE, seconds=0.0, reused=True)
-            size: Mapping[str, Any] = present["size"]
+            size: Mapping[str, Any] = manifest["size"]
         else:
             job = AssembleJob(
                 model=str(self.model),
@@ -285,6 +211,14 @@ class Compression:
                 run.progress.advance(assemble.STAGE)
         return size
 
+    def _is_written(self, key: str) -> bool:
+        """Whether the output folder holds this very checkpoint, its weight files of the right length."""
+        present = read_manifest_file(self.config.output / MANIFEST)
+        if present is None or present.get("content_key") != key:
+            return False
+        size = present.get("size")
+        return isinstance(size, dict) and size.get("total_bytes") == model_bytes(self.config.output)
+
     def _evaluate(
         self, pool: Pool, prepared: Prepared, windows: StoredWindows, control: Plan | None, key: str
     ) -> dict[str, Any]:
@@ -292,7 +226,7 @@ class Compression:
         variants: dict[str, Variant] = {"lrpq": CheckpointCodes(path=str(self.config.output.absolute()))}
         inputs = {"windows": windows.digest, "lrpq": key, "model": self.fingerprint}
         if control is not None:
-            job = self._refine_job(prepared, control, weighted=False, strength=0.0)
+            job = jobs.control_job(self.context, prepared.stream_job, control)
             run_refine(run, pool, job, self.stream, label="control")
             variants["control"] = StoredCodes(folder=job.folder, choices=control.choices)
             inputs["control"] = job.folder.key
@@ -310,28 +244,6 @@ class Compression:
             result["control"] |= {"label": f"uniform GPTQ {uniform}", "all_in_bits": control.average_bits}
         return result
 
-    def _manifest(self, rows: list[dict[str, Any]], plan: Plan, degraded: Mapping[str, int]) -> dict[str, Any]:
-        wanted = self.config.plan
-        return {
-            "lrpq": __version__,
-            "run_id": self.run_id,
-            "model": self.config.run.model,
-            "configuration": json.loads(self.config.model_dump_json(exclude={"store", "output"})),
-            "environment": self.run_state.environment,
-            "budget": {
-                "asked_bits": wanted.budget_bits,
-                "asked_bytes": wanted.budget_bytes,
-                "predicted_kl_nats": plan.cost_nats,
-                "bound_nats": plan.bound_nats,
-                "gap": plan.gap,
-                "method": plan.method.value,
-            },
-            "modules": modules_json(self.stream.specs, plan.choices, rows),
-            "kept_16bit": list(plan.names_at_16),
-            "kept_because": dict(plan.left_at_16),
-            "degraded": dict(degraded),
-        }
-
 
 def resolve_dtype(config: RunConfig, source: ModelSource) -> str:
     """The dtype asked for; by default bfloat16 for a bfloat16 model, else float32."""
@@ -341,22 +253,6 @@ def resolve_dtype(config: RunConfig, source: ModelSource) -> str:
     return "bfloat16" if str(stored) == "torch.bfloat16" else "float32"
 
 
-def _content_key(codes: StageFolder | CandidatesJob, plan: Plan) -> str:
-    """Names the checkpoint's content: where its codes come from and which of them it takes."""
-    origin = codes.key if isinstance(codes, StageFolder) else codes.folder.key
-    return hashlib.sha256(json.dumps([origin, choices_json(plan.choices)], sort_keys=True).encode()).hexdigest()
-
-
-def _is_whole(output: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether the weight files in the folder have the bytes the manifest says."""
-    size = manifest.get("size")
-    return isinstance(size, dict) and size.get("total_bytes") == _model_bytes(output)
-
-
 def _computed_nothing(run: Run) -> bool:
     """Whether every stage that computes was found in the store."""
     return all(label in run.reused or label in NOT_STORED for label in run.seconds)
-
-
-def _model_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -9,7 +9,6 @@ from typing import Any
 
 from flows.run import Run, step
 from lrpq.errors import QuantizationError
-from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.streaming import BlockStream
 from tasks import candidates, evaluate, profile, refine
 from tasks.artifacts import StageFolder
@@ -158,37 +157,3 @@ def run_evaluate(run: Run, pool: Pool, job: EvaluateJob, folder: StageFolder) ->
     summaries = {name: asdict(evaluate.summarize(rows)) for name, rows in scores.items()}
     extra = {"summary": summaries, "windows": {n: [asdict(r) for r in rows] for n, rows in scores.items()}}
     return run.finish(folder, label, extra)
-
-
-def choices_json(choices: Mapping[str, Choice | None]) -> dict[str, Any]:
-    """Choices as JSON: module -> [bits, group size] or null."""
-    return {name: None if c is None else [c.bits, c.group_size] for name, c in choices.items()}
-
-
-def choices_of(stored: Mapping[str, Any]) -> dict[str, Choice | None]:
-    """Inverse of ``choices_json``."""
-    return {n: None if c is None else Choice(bits=int(c[0]), group_size=int(c[1])) for n, c in stored.items()}
-
-
-def modules_json(
-    specs: Sequence[LinearSpec], choices: Mapping[str, Choice | None], rows: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """One row a module for the manifest: what it got and what that was expected to cost."""
-    costs = {(row["name"], row["bits"], row["group_size"]): row for row in rows}
-    found = []
-    for spec in specs:
-        choice = choices[spec.name]
-        row = None if choice is None else costs[spec.name, choice.bits, choice.group_size]
-        found.append(
-            {
-                "name": spec.name,
-                "kind": spec.kind,
-                "block": spec.block,
-                "bits": 16 if choice is None else choice.bits,
-                "group_size": None if choice is None else choice.group_size,
-                "num_weights": spec.num_weights,
-                "storage_bits": 16 * spec.num_weights if row is None else row["storage_bits"],
-                "cost_nats": 0.0 if row is None else row["cost_nats"],
-            }
-        )
-    return found

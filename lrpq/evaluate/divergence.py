@@ -59,7 +59,8 @@ def score_windows(
         CheckpointError: a variant gives logits that are not finite.
     """
     batches = list(windows.split(micro_batch))
-    embedded = [stream.embed(batch) for batch in batches]
+    with stream.embedding():
+        embedded = [stream.embed(batch) for batch in batches]
     hidden = {name: list(embedded) for name in (ORIGINAL, *variants)}
     for index, block in stream.stream(range(stream.num_blocks)):
         hidden[ORIGINAL] = [stream.run(block, index, h) for h in hidden[ORIGINAL]]

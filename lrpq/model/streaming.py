@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -63,6 +63,7 @@ class BlockStream:
         self.blocks: nn.ModuleList = cast("nn.ModuleList", self.model.get_submodule(self.family.blocks))
         self.specs: tuple[LinearSpec, ...] = tuple(self._linear_specs())
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._embedding_held = False
 
     @property
     def num_blocks(self) -> int:
@@ -88,10 +89,20 @@ class BlockStream:
         """Read one layer's weights as stored, as float32 on the computing device."""
         return self.source.read(f"{spec.name}.weight").to(self.device, torch.float32)
 
+    @contextmanager
+    def embedding(self) -> Iterator[None]:
+        """Keep the embeddings in memory for several calls of ``embed``."""
+        with self._materialised(self.family.outside):
+            self._embedding_held = True
+            try:
+                yield
+            finally:
+                self._embedding_held = False
+
     @torch.no_grad()
     def embed(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t hidden"]:
         """Input of the first block. Also records what each block is called with for this shape of batch."""
-        with self._materialised(self.family.outside):
+        with nullcontext() if self._embedding_held else self._materialised(self.family.outside):
             recorded: list[dict[str, Any]] = []
             with _recording(self.blocks, recorded):
                 try:

@@ -80,11 +80,12 @@ class RefineSweep:
 
     def embed(self) -> None:
         """Compute the first block's inputs: the same in both streams."""
-        for shard, tokens in self.shards.items():
-            inputs = [self.stream.embed(batch) for batch in tokens.split(self.micro_batch)]
-            self._quantized[shard] = inputs
-            if self.with_shift:
-                self._original[shard] = list(inputs)
+        with self.stream.embedding():
+            for shard, tokens in self.shards.items():
+                inputs = [self.stream.embed(batch) for batch in tokens.split(self.micro_batch)]
+                self._quantized[shard] = inputs
+                if self.with_shift:
+                    self._original[shard] = list(inputs)
 
     @torch.no_grad()
     def products(

@@ -98,9 +98,10 @@ class ProfileSweep:
 
     def embed(self) -> None:
         """Compute the first block's inputs."""
-        for shard in self.shards:
-            for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
-                self._hidden[shard.index, position] = self.stream.embed(tokens)
+        with self.stream.embedding():
+            for shard in self.shards:
+                for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
+                    self._hidden[shard.index, position] = self.stream.embed(tokens)
 
     @torch.no_grad()
     def forward(self, block: int, module: nn.Module) -> None:

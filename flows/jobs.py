@@ -1,0 +1,144 @@
+"""The jobs of a compression: the configuration's part that a stage depends on, and the key made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.calibrate import StoredWindows
+from flows.config import CompressConfig
+from flows.result import choices_json
+from flows.run import Run
+from lrpq.allocate.plan import Plan
+from lrpq.model.layers import Choice
+from tasks import candidates, profile, refine
+from tasks.candidates import CandidatesJob
+from tasks.profile import ProfileJob
+from tasks.refine import RefineJob
+from tasks.streams import StreamJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobContext:
+    """What every job is made from."""
+
+    run: Run
+    config: CompressConfig
+    model: Path
+    """Local folder of the original."""
+    fingerprint: str
+    """Of the model's files."""
+    dtype: str
+    """Of weights and activations, resolved."""
+
+
+def stream_job(context: JobContext, windows: StoredWindows, *, num_workers: int) -> StreamJob:
+    """The model, its calibration windows and their shards."""
+    config = context.config.run
+    return StreamJob(
+        model=str(context.model),
+        dtype=context.dtype,
+        store=context.config.store,
+        windows=windows.key,
+        num_shards=min(config.shards, windows.num_windows),
+        micro_batch=config.micro_batch,
+        num_workers=num_workers,
+    )
+
+
+def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) -> ProfileJob:
+    """Depends on the model, the windows' tokens and how relevance is computed."""
+    config = context.config.run
+    parameters = {
+        "relevance": config.relevance,
+        "floor": config.relevance_floor,
+        "power": config.relevance_power,
+        "seed": config.seed,
+        **_streaming(context, stream),
+    }
+    return ProfileJob(
+        stream=stream,
+        folder=context.run.folder(
+            profile.STAGE,
+            inputs={"model": context.fingerprint, "windows": windows.digest},
+            parameters=parameters,
+            code=["tasks.profile"],
+        ),
+        relevance=config.relevance,
+        floor=config.relevance_floor,
+        power=config.relevance_power,
+        seed=config.seed,
+    )
+
+
+def candidates_job(context: JobContext, profile: ProfileJob) -> CandidatesJob:
+    """Depends on the profile and on the choices."""
+    config = context.config.run.candidates
+    choices = tuple(Choice(bits=bits, group_size=size) for bits in config.bits for size in config.group_sizes)
+    parameters = {"choices": [str(c) for c in choices], "damping": config.damping, "grid": config.grid}
+    return CandidatesJob(
+        profile=profile,
+        folder=context.run.folder(
+            candidates.STAGE, inputs={"profile": profile.folder.key}, parameters=parameters, code=["tasks.candidates"]
+        ),
+        choices=choices,
+        damping=config.damping,
+        grid=config.grid,
+    )
+
+
+def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJob:
+    """Depends on the profile's token weights, the plan's choices and the correction."""
+    wanted, candidate = context.config.plan, context.config.run.candidates
+    parameters = {
+        "strength": wanted.correction,
+        "correction_damping": wanted.correction_damping,
+        **_refining(context, profile.stream, plan),
+    }
+    return RefineJob(
+        stream=profile.stream,
+        folder=context.run.folder(
+            refine.STAGE, inputs={"profile": profile.folder.key}, parameters=parameters, code=["tasks.refine"]
+        ),
+        token_weights=profile.folder,
+        choices=plan.choices,
+        strength=wanted.correction,
+        damping=candidate.damping,
+        correction_damping=wanted.correction_damping,
+        grid=candidate.grid,
+    )
+
+
+def control_job(context: JobContext, stream: StreamJob, plan: Plan) -> RefineJob:
+    """Plain sequential GPTQ at the control's choices: all tokens alike, nothing corrected, no profile needed."""
+    candidate = context.config.run.candidates
+    return RefineJob(
+        stream=stream,
+        folder=context.run.folder(
+            refine.STAGE,
+            inputs={"model": context.fingerprint, "windows": stream.windows},
+            parameters=_refining(context, stream, plan),
+            code=["tasks.refine"],
+        ),
+        token_weights=None,
+        choices=plan.choices,
+        strength=0.0,
+        damping=candidate.damping,
+        correction_damping=context.config.plan.correction_damping,  # not used at strength 0
+        grid=candidate.grid,
+    )
+
+
+def _streaming(context: JobContext, stream: StreamJob) -> dict[str, Any]:
+    return {"dtype": context.dtype, "num_shards": stream.num_shards, "micro_batch": stream.micro_batch}
+
+
+def _refining(context: JobContext, stream: StreamJob, plan: Plan) -> dict[str, Any]:
+    candidate = context.config.run.candidates
+    return {
+        "choices": choices_json(plan.choices),
+        "damping": candidate.damping,
+        "grid": candidate.grid,
+        **_streaming(context, stream),
+    }

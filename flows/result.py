@@ -1,0 +1,89 @@
+"""What a compression reports: the contents of lrpq.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.config import CompressConfig
+from lrpq import __version__
+from lrpq.allocate.plan import Plan
+from lrpq.model.layers import Choice, LinearSpec
+from tasks.artifacts import StageFolder
+from tasks.candidates import CandidatesJob
+
+
+def manifest_of(
+    config: CompressConfig,
+    plan: Plan,
+    *,
+    run_id: str,
+    environment: Mapping[str, str],
+    specs: Sequence[LinearSpec],
+    rows: Sequence[Mapping[str, Any]],
+    degraded: Mapping[str, int],
+) -> dict[str, Any]:
+    """Everything that is known before the checkpoint is written; sizes, quality and times are added to it."""
+    wanted = config.plan
+    return {
+        "lrpq": __version__,
+        "run_id": run_id,
+        "model": config.run.model,
+        "configuration": json.loads(config.model_dump_json(exclude={"store", "output"})),
+        "environment": dict(environment),
+        "budget": {
+            "asked_bits": wanted.budget_bits,
+            "asked_bytes": wanted.budget_bytes,
+            "predicted_kl_nats": plan.cost_nats,
+            "bound_nats": plan.bound_nats,
+            "gap": plan.gap,
+            "method": plan.method.value,
+        },
+        "modules": modules_json(specs, plan.choices, rows),
+        "kept_16bit": list(plan.names_at_16),
+        "kept_because": dict(plan.left_at_16),
+        "degraded": dict(degraded),
+    }
+
+
+def content_key(codes: StageFolder | CandidatesJob, plan: Plan) -> str:
+    """Names the checkpoint's content: where its codes come from and which of them it takes."""
+    origin = codes.key if isinstance(codes, StageFolder) else codes.folder.key
+    return hashlib.sha256(json.dumps([origin, choices_json(plan.choices)], sort_keys=True).encode()).hexdigest()
+
+
+def model_bytes(folder: Path) -> int:
+    """Bytes of a folder's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def choices_json(choices: Mapping[str, Choice | None]) -> dict[str, Any]:
+    """Choices as JSON: module -> [bits, group size] or null."""
+    return {name: None if c is None else [c.bits, c.group_size] for name, c in choices.items()}
+
+
+def modules_json(
+    specs: Sequence[LinearSpec], choices: Mapping[str, Choice | None], rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row a module for the manifest: what it got and what that was expected to cost."""
+    costs = {(row["name"], row["bits"], row["group_size"]): row for row in rows}
+    found = []
+    for spec in specs:
+        choice = choices[spec.name]
+        row = None if choice is None else costs[spec.name, choice.bits, choice.group_size]
+        found.append(
+            {
+                "name": spec.name,
+                "kind": spec.kind,
+                "block": spec.block,
+                "bits": 16 if choice is None else choice.bits,
+                "group_size": None if choice is None else choice.group_size,
+                "num_weights": spec.num_weights,
+                "storage_bits": 16 * spec.num_weights if row is None else row["storage_bits"],
+                "cost_nats": 0.0 if row is None else row["cost_nats"],
+            }
+        )
+    return found
