@@ -34,7 +34,7 @@ from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import storage_bits
 from lrpq.refine.quantize import quantize_refined
 from lrpq.refine.sweep import RefineSweep, merge_products
-from lrpq.relevance.attribute import Relevance
+from lrpq.relevance.composite import Relevance
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, merge_block_sums
 from lrpq.shards import root, split
 from tasks.calibration.load import load_windows

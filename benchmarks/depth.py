@@ -25,7 +25,7 @@ from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.refine.quantize import quantize_refined
 from lrpq.refine.sweep import RefineSweep
-from lrpq.relevance.attribute import Relevance
+from lrpq.relevance.composite import Relevance
 from lrpq.relevance.sweep import ProfileSweep, Shard
 from lrpq.shards import root
 

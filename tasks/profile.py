@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrpq.model.kept import KeptInputs
 from lrpq.quant.hessian import HessianSum
-from lrpq.relevance.attribute import Relevance
+from lrpq.relevance.composite import Relevance
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, merge_block_sums
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder

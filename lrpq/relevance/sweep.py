@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from lrpq.model.kept import KeptInputs
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
-from lrpq.relevance.attribute import Relevance, block_backward, head_gradient, sequence_generator, token_weights
+from lrpq.relevance.attribute import block_backward
+from lrpq.relevance.composite import Relevance
+from lrpq.relevance.head import head_gradient, sequence_generator
 from lrpq.relevance.rules import Pass, PassSwitch
+from lrpq.relevance.weights import token_weights
 from lrpq.shards import Node, fold
 
 if TYPE_CHECKING:

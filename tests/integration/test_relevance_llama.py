@@ -22,17 +22,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lrpq.errors import ModelError, QuantizationError
 from lrpq.relevance.attention import register_attention
-from lrpq.relevance.attribute import (
-    IGNORED_LABEL,
-    BlockBackward,
-    block_backward,
-    head_gradient,
-    logit_seed,
-    nll_seed,
-    relevance_sum,
-    sequence_generator,
-)
+from lrpq.relevance.attribute import BlockBackward, block_backward, relevance_sum
 from lrpq.relevance.composite import apply_rules
+from lrpq.relevance.head import IGNORED_LABEL, head_gradient, logit_seed, nll_seed, sequence_generator
 from lrpq.relevance.rules import Pass, PassSwitch
 
 N, T, VOCAB = 2, 11, 61

@@ -10,15 +10,11 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.relevance import rules
-from lrpq.relevance.attribute import (
-    ModuleStats,
-    Relevance,
-    nll_seed,
-    sample_labels,
-    sequence_generator,
-    token_weights,
-)
+from lrpq.relevance.attribute import ModuleStats
+from lrpq.relevance.composite import Relevance
+from lrpq.relevance.head import nll_seed, sample_labels, sequence_generator
 from lrpq.relevance.rules import Pass, PassSwitch
+from lrpq.relevance.weights import token_weights
 
 seeds = st.integers(0, 2**31 - 1)
 WEIGHTED = [Relevance.FISHER, Relevance.LRP, Relevance.CP_LRP, Relevance.BLEND]

@@ -17,7 +17,8 @@ from lrpq.model.kept import KeptInputs
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import normalized
-from lrpq.relevance.attribute import Relevance, sequence_generator
+from lrpq.relevance.composite import Relevance
+from lrpq.relevance.head import sequence_generator
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, merge_block_sums
 from lrpq.shards import Node, assign, root, split
 

@@ -1,0 +1,57 @@
+"""Token weights: from sums of squared gradients to how much a token counts in a Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lrpq.errors import QuantizationError
+from lrpq.relevance.attribute import ModuleStats
+from lrpq.relevance.composite import Relevance
+from lrpq.relevance.rules import Pass
+
+DEFAULT_FLOOR = 0.03  # the prototype's; keeps H well conditioned where few tokens hold most of the relevance
+
+
+def token_weights(
+    modules: Sequence[ModuleStats],
+    relevance: Relevance,
+    *,
+    site: str,
+    floor: float = DEFAULT_FLOOR,
+    power: float = 1.0,
+) -> Tensor:
+    """Weights s_t [tokens] of a site's tokens in H = sum_t s_t x_t x_t^T: fp32 (fp64 for fp64), non-negative.
+
+    Of one module, s_t = mean_j g_tj^2 of the pass. The absolute scale is kept: it says what a token counts
+    against those of other micro-batches. BLEND is sqrt(s^fisher s^lrp) of each module, rescaled so that its
+    mean over the micro-batch is the Fisher's (the scale of the LRP pass cancels). The site's s is the plain
+    average over its modules; ``floor`` times its mean over the micro-batch is then added, and the sum is raised to
+    ``power``. Below 1 the power flattens the weights: with few tokens, sharp ones fit the codes to the calibration
+    text. NONE: ones.
+
+    Raises:
+        QuantizationError: the weights are not finite, or all zero, which no Hessian can use.
+    """
+    if relevance is Relevance.NONE:
+        return torch.ones_like(modules[0].token_sums[Pass.FISHER])
+    weights = torch.stack([_module_weights(stats, relevance) for stats in modules]).mean(dim=0)
+    weights = (weights + floor * weights.mean()).pow(power)
+    if not (bool(torch.isfinite(weights).all()) and bool(weights.sum() > 0)):
+        raise QuantizationError(
+            f"site {site}: the {relevance.value} weights of its tokens are not finite or all zero; expected "
+            "a positive sum; check the model's values, or use relevance none"
+        )
+    return weights
+
+
+def _module_weights(stats: ModuleStats, relevance: Relevance) -> Tensor:
+    s: dict[Pass, Tensor] = {running: stats.token_sums[running] / stats.d_out for running in relevance.passes}
+    if relevance is not Relevance.BLEND:
+        return s[relevance.passes[-1]]
+    blend = s[Pass.FISHER].sqrt() * s[Pass.LRP].sqrt()  # the root of the product would underflow in fp32
+    mean = blend.mean()
+    # A mean of zero: no token matters to both passes, and there is nothing to rescale.
+    return torch.where(mean > 0, blend * (s[Pass.FISHER].mean() / mean), blend)
