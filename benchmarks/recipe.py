@@ -67,7 +67,19 @@ def rounded(source: ModelSource, choice: Choice) -> dict[str, QuantizedWeight]:
 
 def lrpq_command(model: Path, arguments: argparse.Namespace, budget: float, output: Path) -> list[str]:
     return [
-        *("lrpq", "compress", str(model), "--budget", str(budget), "--output", str(output), "--overwrite", "--json"),
+        *(
+            sys.executable,
+            "-m",
+            "flows.cli",
+            "compress",
+            str(model),
+            "--budget",
+            str(budget),
+            "--output",
+            str(output),
+            "--overwrite",
+            "--json",
+        ),
         *("--calibration", f"text:{arguments.calibration}", "--calibration-windows", str(arguments.windows)),
         *("--length", str(arguments.length), "--seed", str(arguments.seed), "--group-size", str(GROUP_SIZE)),
         *("--no-evaluate", "--store", str(arguments.work / "store"), "--relevance", arguments.relevance),

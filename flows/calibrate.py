@@ -15,7 +15,8 @@ from lrpq.errors import ConfigError, ModelError
 from lrpq.model.safetensors_source import ModelSource
 from tasks.calibration.load import load_windows
 from tasks.calibration.overlap import overlap_warning
-from tasks.calibration.sources import TextSource, parse_source
+from tasks.calibration.pydoc import pydoc_documents
+from tasks.calibration.sources import ParquetSource, PydocSource, TextSource, parse_source
 from tasks.calibration.stored import read_windows, write_windows
 from tasks.calibration.windows import Placement, Windows
 from tasks.store.objects import ObjectStore
@@ -165,11 +166,19 @@ def _load(
 
 
 def _text_digest(source: str) -> str:
-    """Identity of a local text, so that an edited file is read again; empty for anything else."""
+    """Identity of a local text, so that an edited file is read again; empty for the hub and URLs (unchanging)."""
     parsed = parse_source(source)
-    if isinstance(parsed, TextSource) and Path(parsed.location).is_file():
-        return hashlib.sha256(Path(parsed.location).read_bytes()).hexdigest()
-    return ""
+    digest = hashlib.sha256()
+    if isinstance(parsed, PydocSource):  # the text of the Python that runs
+        for document in pydoc_documents(parsed.part):
+            digest.update(document.encode())
+    elif isinstance(parsed, TextSource | ParquetSource) and Path(parsed.location).is_file():
+        with Path(parsed.location).open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    else:
+        return ""
+    return digest.hexdigest()
 
 
 def _as_windows(store: ObjectStore, stored: StoredWindows) -> Windows:

@@ -12,11 +12,13 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from flows.boundary import redacted
 from flows.calibrate import evaluation_only_windows
 from flows.compression import Compression, resolve_dtype
 from flows.config import ClusterConfig, CompressConfig, EvaluationConfig, PlanConfig, RunConfig, default_store
 from flows.prefect_server import prefect_api
 from flows.progress import Progress
+from lrpq.errors import ConfigError
 from lrpq.model.safetensors_source import ModelSource, resolve_model
 from tasks import evaluate
 from tasks.cluster import open_pool
@@ -34,6 +36,7 @@ def run_compress(config: CompressConfig, progress: Progress) -> dict[str, Any]:
     Raises:
         LrpqError: anything the user can act upon.
     """
+    refuse_secrets(config)
     with prefect_api():
         token = _asked.set((config, progress))
         try:
@@ -41,6 +44,20 @@ def run_compress(config: CompressConfig, progress: Progress) -> dict[str, Any]:
         finally:
             _asked.reset(token)
     return manifest
+
+
+def refuse_secrets(config: CompressConfig) -> None:
+    """Refuse credentials in a text's URL: the configuration is stored, shown and shipped with the checkpoint.
+
+    Raises:
+        ConfigError: a source holds a user, a password, a token or a signature.
+    """
+    for source in (config.run.calibration.source, config.evaluation.source):
+        if source is not None and redacted(source, {}) != source:
+            raise ConfigError(
+                f"source {redacted(source, {})!r}: its URL holds a secret, which would be stored with the run; "
+                "fetch the text to a file, or give credentials through the environment"
+            )
 
 
 @flow(name="compress", validate_parameters=False, retries=0, persist_result=False)

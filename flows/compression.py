@@ -114,12 +114,18 @@ class Compression:
         with run.timed("allocate", 1, "plan"):
             posed = self._pose(cost_rows)
             plan = step("allocate", lambda: allocate.solve(posed.problem, solver=wanted.solver))
+            if wanted.budget_bytes is not None:
+                plan = allocate.within_bytes(
+                    plan, posed.problem, self.source, total_bytes=wanted.budget_bytes, solver=wanted.solver
+                )
             control = None
             if self.config.evaluation.enabled and self.config.evaluation.control:
                 control = allocate.control(posed.unlimited, at_bits=plan.average_bits)
             run.progress.advance("allocate")
         if not run.store.exists(folder.manifest):
             run.finish(folder, "allocate", {"choices": choices_json(plan.choices), "cost_nats": plan.cost_nats})
+        if plan.stopped_early:
+            run.warn(f"the allocation met its time limit: its cost may be {plan.gap:.2%} above the best possible")
         if not plan.binding:
             run.warn("the budget is larger than every module at its best choice needs; it is not used up")
         return plan, control
@@ -149,13 +155,17 @@ class Compression:
         if wanted.refine == "sequential":
             refined = jobs.refine_job(self.context, prepared.profile, plan)
         codes = prepared.candidates if refined is None else refined.folder
-        key = content_key(codes, plan)
+        key = content_key(codes, plan, fingerprint=self.fingerprint)
         if not self._is_written(key):  # what is wrong with the output shows here, not after the refinement
             check_output(self.config.output, overwrite=self.config.overwrite)
         degraded = count_degradations(rows)
         if refined is not None:
             counts = run_refine(run, pool, refined, self.stream, label="refine")
-            degraded |= {"correction_rejected_rows": counts["rejected_rows"], "rows": counts["rows"]}
+            degraded |= {
+                "refine_damping_steps": counts["damping_steps"],
+                "correction_rejected_rows": counts["rejected_rows"],
+                "rows": counts["rows"],
+            }
         quantized = {name: choice for name, choice in plan.choices.items() if choice is not None}
         manifest = manifest_of(
             self.config,

@@ -14,6 +14,7 @@ from lrpq.allocate.plan import Plan
 from lrpq.model.layers import Choice, LinearSpec
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
+from tasks.store.keys import code_digest
 
 
 def manifest_of(
@@ -49,10 +50,11 @@ def manifest_of(
     }
 
 
-def content_key(codes: StageFolder | CandidatesJob, plan: Plan) -> str:
-    """Names the checkpoint's content: where its codes come from and which of them it takes."""
+def content_key(codes: StageFolder | CandidatesJob, plan: Plan, *, fingerprint: str) -> str:
+    """Names the checkpoint's content: where its codes come from, which of them it takes, the code that writes it."""
     origin = codes.key if isinstance(codes, StageFolder) else codes.folder.key
-    return hashlib.sha256(json.dumps([origin, choices_json(plan.choices)], sort_keys=True).encode()).hexdigest()
+    parts = [origin, choices_json(plan.choices), fingerprint, code_digest("tasks.assemble")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def model_bytes(folder: Path) -> int:

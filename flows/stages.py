@@ -122,6 +122,12 @@ def run_refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, *, lab
             counts = {field: counts[field] + found[field] for field in counts}
             run.progress.advance(label, f"block {block}")
         pool.each(refine.end)
+    num_modules = sum(choice is not None for choice in job.choices.values())
+    if counts["damping_steps"] > MAX_DAMPED_SHARE * num_modules:
+        raise QuantizationError(
+            f"{label}: the damping was raised {counts['damping_steps']} times in {num_modules} modules, because their "
+            "Hessians are not positive definite; calibrate on more tokens or raise the damping"
+        )
     return run.finish(job.folder, label, counts)
 
 

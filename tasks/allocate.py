@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -110,6 +110,23 @@ def pose(
 def solve(problem: Problem, *, solver: str) -> Plan:
     """Solve with the named solver."""
     return SOLVERS[solver](problem)
+
+
+def within_bytes(plan: Plan, problem: Problem, source: TensorSource, *, total_bytes: int, solver: str) -> Plan:
+    """The plan, or one with less capacity where its weight files would be larger than ``total_bytes``.
+
+    The capacity was found with the headers of one layout; another number of files can make them a few bytes longer.
+
+    Raises:
+        BudgetError: no plan fits.
+    """
+    while True:
+        chosen = {name: choice for name, choice in plan.choices.items() if choice is not None}
+        excess = planned_size(source, chosen).total_bytes - total_bytes
+        if excess <= 0:
+            return plan
+        problem = replace(problem, capacity_bits=min(problem.capacity_bits, plan.storage_bits) - excess * BITS_PER_BYTE)
+        plan = solve(problem, solver=solver)
 
 
 def control(unlimited: Problem, *, at_bits: float) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ def worker_shape(
     if device == "cuda":
         available = max(int(cluster_gpus), 1)
         workers = available if requested is None else requested
-        share = min(1.0, cluster_gpus / workers)
+        share = 1.0 / max(ceil(workers / available), 1)  # whole workers fit on every GPU
         cpus = min(float(threads), cluster_cpus / workers)
     else:
         available = max(int(cluster_cpus // threads), 1)

@@ -44,7 +44,6 @@ def score_windows(
     variants: Mapping[str, BlockWeights],
     *,
     micro_batch: int = 1,
-    on_block: Callable[[int], None] = lambda block: None,
 ) -> dict[str, list[WindowScore]]:
     """Score the original (under the name "reference") and every variant on every window.
 
@@ -53,7 +52,6 @@ def score_windows(
         windows: token ids; the first token of a window is context only.
         variants: name -> weights.
         micro_batch: windows computed at once.
-        on_block: called after each block.
 
     Raises:
         CheckpointError: a variant gives logits that are not finite.
@@ -67,7 +65,6 @@ def score_windows(
         for name, weights in variants.items():
             with stream.swapped(block, weights(index)):
                 hidden[name] = [stream.run(block, index, h) for h in hidden[name]]
-        on_block(index)
     scores: dict[str, list[WindowScore]] = {name: [] for name in hidden}
     with stream.head() as (norm, head):
         for position, batch in enumerate(batches):
@@ -79,7 +76,8 @@ def score_windows(
 
                 original = log_probabilities(ORIGINAL)
                 for name in hidden:
-                    scores[name].append(_window_score(name, original, log_probabilities(name), tokens[1:]))
+                    quantized = original if name == ORIGINAL else log_probabilities(name)
+                    scores[name].append(_window_score(name, original, quantized, tokens[1:]))
     return scores
 
 

@@ -20,6 +20,7 @@ from lrpq.relevance.rules import Pass, PassSwitch
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+LABEL_RUN = 256  # labels in a run: about the square root of a vocabulary of 50,000 to 130,000
 IGNORED_LABEL = -100  # PyTorch's own marker
 
 SeedGradient = Callable[[Tensor, Tensor], Tensor]
@@ -39,14 +40,33 @@ def sequence_generator(seed: int, index: int) -> torch.Generator:
 def sample_labels(logits: Float[Tensor, "t v"], generator: torch.Generator) -> Tensor:
     """Draw one label a token, int64 [t], from softmax(logits), as the true Fisher information asks.
 
-    By inversion of the cumulative distribution in float64 with one uniform number a token from ``generator``
-    (on the CPU): the labels do not depend on how the tokens are cut into chunks.
+    By inversion of the cumulative distribution with one uniform number a token from ``generator`` (on the CPU): the
+    labels do not depend on how the tokens are cut into chunks. In two levels, first the run of labels, then the label
+    in it, with running sums in float64 as products with a triangle of ones: a plain running sum over the vocabulary is
+    not deterministic on CUDA, and slow on a CPU.
     """
-    uniform = torch.rand(logits.shape[0], dtype=torch.float64, generator=generator).to(logits.device)
-    cumulative = torch.softmax(widen(logits), dim=-1).to(torch.float64).cumsum_(dim=-1)
-    threshold = (uniform * cumulative[:, -1]).unsqueeze(-1)
-    # right=True: never a label of probability zero, whose cumulative value equals its predecessor's
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    t, num_labels = logits.shape
+    uniform = torch.rand(t, dtype=torch.float64, generator=generator).to(logits.device)
+    padding = -num_labels % LABEL_RUN
+    p = nn.functional.pad(torch.softmax(widen(logits), dim=-1), (0, padding)).view(t, -1, LABEL_RUN)
+    of_run = p.sum(-1, dtype=torch.float64)
+    up_to_run = _running_sum(of_run)
+    threshold = (uniform * up_to_run[:, -1]).unsqueeze(-1)
+    run = _first(up_to_run > threshold, of_run)
+    token = torch.arange(t, device=logits.device)
+    inside = p[token, run].double()
+    before = (up_to_run[token, run] - of_run[token, run]).unsqueeze(-1)
+    return run * LABEL_RUN + _first(before + _running_sum(inside) > threshold, inside)
+
+
+def _running_sum(x: Float[Tensor, "t n"]) -> Float[Tensor, "t n"]:
+    return x @ torch.ones(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device).triu()
+
+
+def _first(reached: Tensor, p: Float[Tensor, "t n"]) -> Tensor:
+    """Index of the first reached entry of positive probability; the likeliest where rounding left none."""
+    possible = reached & (p > 0)
+    return torch.where(possible.any(-1), possible.to(torch.uint8).argmax(-1), p.argmax(-1))
 
 
 def nll_seed(logits: Float[Tensor, "k v"], labels: Tensor) -> Float[Tensor, "k v"]:
