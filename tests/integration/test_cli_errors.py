@@ -20,6 +20,8 @@ from conftest import write_llama
 from flows import cli
 from flows.config import PlanConfig
 from lrpq.errors import QuantizationError
+from tasks.store.manifest import StageManifest, claim_run, utc_now, write_manifest
+from tasks.store.objects import open_store
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def flow(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None
 
     def replace(run: Callable[..., Any]) -> None:
         module = types.ModuleType("flows.compress")
-        for name in ("run_compress", "run_reallocate", "run_evaluate", "list_runs", "run_status"):
+        for name in ("run_compress", "run_reallocate", "run_evaluate"):
             setattr(module, name, run)
         monkeypatch.setitem(sys.modules, "flows.compress", module)
 
@@ -356,19 +358,32 @@ def test_reallocate_passes_the_plan_on(
     assert json.loads(capfd.readouterr().out)["run_id"] == "llama-1"
 
 
-def test_runs_and_status(flow: Callable[[Callable[..., Any]], None], capfd: pytest.CaptureFixture[str]) -> None:
-    flow(lambda store: [{"run_id": "run-1", "model": "org/[m]", "stages": ["profile", "refine"]}])
-    assert cli.run(["runs"]) == 0
+def test_runs_and_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    url = str(tmp_path / "store")
+    assert cli.run(["runs", "--json", "--store", url]) == 0
+    assert json.loads(capfd.readouterr().out)["runs"] == []
+    store = open_store(url)
+    claim_run(store, "run-1", {"model": "org/[m]"})
+    manifest = StageManifest(
+        stage="profile",
+        key="ab",
+        inputs={},
+        parameters={},
+        environment={},
+        code="",
+        objects={},
+        seconds=3.5,
+        created=utc_now(),
+    )
+    write_manifest(store, "run-1/profile/ab/manifest.json", manifest)
+    assert cli.run(["runs", "--store", url]) == 0
     text = capfd.readouterr().out
     assert "org/[m]" in text
-    assert "profile, refine" in text
-    flow(lambda store: [])
-    assert cli.run(["runs", "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["runs"] == []
-    stages = [{"stage": "profile", "done": 3, "total": 7, "complete": False}]
-    flow(lambda store, run: {"run_id": run, "configuration": {"model": "m"}, "stages": stages, "results": []})
-    assert cli.run(["status", "run-1"]) == 0
-    assert "profile" in capfd.readouterr().out
+    assert "profile" in text
+    assert cli.run(["status", "run-1", "--store", url, "--json"]) == 0
+    (stage,) = json.loads(capfd.readouterr().out)["stages"]
+    assert (stage["stage"], stage["complete"], stage["seconds"]) == ("profile", True, 3.5)
+    assert "run-2" in fails(capfd, ["status", "run-2", "--store", url])
 
 
 def test_console_script_in_a_process_of_its_own(tmp_path: Path) -> None:
