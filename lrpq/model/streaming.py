@@ -108,6 +108,7 @@ class BlockStream:
                 try:
                     self.model(input_ids=tokens.to(self.device), use_cache=False, logits_to_keep=1)
                 except _Recorded as stop:
+                    stop.__traceback__ = None  # its frames hold the embedding, in a cycle until the next collection
                     hidden = stop.hidden
             self._calls[tokens.shape[0], tokens.shape[1]] = recorded
         return hidden

@@ -18,7 +18,7 @@ implementation by explicit inverses.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -205,17 +205,27 @@ def _sweep(W: Tensor, factor: Factor, S: Tensor, bounds: Tensor, run: int, *, Z:
                 t[later].add_(d[k], alpha=bands[later - k - 1][k])
         codes[first:last] = leaf_codes[: last - first]
 
-    def halve(first: int, last: int) -> None:
-        if last - first <= leaf:
+    for first, middle, last in _halvings(0, d_in, leaf):
+        if middle == last:
             round_columns(first, last)
-            return
-        middle = (first + last) // 2
-        halve(first, middle)
-        flat_T[middle:last].addmm_(factor.R[first:middle, middle:last].T, flat_D[first:middle])
-        halve(middle, last)
-
-    halve(0, d_in)
+        else:
+            flat_T[middle:last].addmm_(factor.R[first:middle, middle:last].T, flat_D[first:middle])
     return _Sweep(codes, T, D)
+
+
+def _halvings(first: int, last: int, leaf: int) -> Iterator[tuple[int, int, int]]:
+    """Steps of the sweep, in order: (first, last, last) rounds columns, (first, middle, last) propagates to the right.
+
+    Not a function inside the sweep that calls itself: such a closure refers to itself and would keep the sweep's
+    matrices alive until the next garbage collection.
+    """
+    if last - first <= leaf:
+        yield first, last, last
+        return
+    middle = (first + last) // 2
+    yield from _halvings(first, middle, leaf)
+    yield first, middle, last
+    yield from _halvings(middle, last, leaf)
 
 
 def _stack(tensors: Sequence[Tensor], widths: Sequence[int], run: int) -> Tensor:

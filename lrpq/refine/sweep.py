@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lrpq.model.families import Unit
+from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
@@ -135,6 +136,7 @@ class RefineSweep:
         with self.stream.swapped(module, quantized):
             self._advance(block, module, "quantized", self._quantized)
         self._known.clear()
+        release_freed_memory()
 
     def _advance(self, block: int, module: nn.Module, which: str, streams: dict[int, list[Tensor]]) -> None:
         for shard, batches in streams.items():
@@ -156,6 +158,9 @@ class RefineSweep:
             with _continued(module, self.stream.family.units, known):
                 self.stream.run(module, block, hidden)
         except _Reached as reached:
+            reached.__traceback__ = (
+                None  # its frames hold the block's activations, in a cycle until the next collection
+            )
             if any(unit.last == reader for unit in self.stream.family.units):
                 known[reader] = reached.value
             return reached.value.flatten(0, -2)

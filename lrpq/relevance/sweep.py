@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.kept import KeptInputs
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
@@ -145,6 +146,7 @@ class ProfileSweep:
         for shard in self.shards:
             parts[0, shard.index], weights[shard.index] = self._shard_backward(block, module, shard)
             parts = fold(parts, self.num_shards, merge_block_sums)
+        release_freed_memory()
         return parts, weights
 
     def _shard_backward(self, block: int, module: nn.Module, shard: Shard) -> tuple[BlockSums, dict[str, Tensor]]:
