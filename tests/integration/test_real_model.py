@@ -36,8 +36,8 @@ def smollm2() -> Path:
 
 @pytest.mark.slow
 def test_smollm2_to_a_budget(smollm2: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Three to four minutes. Buys: the whole job on real weights, where GPTQ, allocation and refinement must earn something
-    (a random model has nothing to lose).
+    """Three to four minutes. Buys: the whole job on real weights, where GPTQ, allocation and refinement must earn
+    something (a random model has nothing to lose).
 
     At equal bits lrpq is better than the uniform control, and far better than round-to-nearest, which it would not be
     with GPTQ swapped for rounding.
