@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows import ctrl_c
 from flows.config import cache_folder
 from lrpq.errors import LrpqError
 
@@ -64,7 +65,8 @@ def resumable(run_id: str | None = None) -> Iterator[None]:
     Put around everything a command does: what it opened is closed by then.
     """
     try:
-        yield
+        with ctrl_c.remembered():
+            yield
     except KeyboardInterrupt:
         raise Interrupted(run_id) from None
     except Exception as error:

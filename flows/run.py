@@ -11,6 +11,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from flows import ctrl_c
 from flows.progress import Progress
 from tasks.artifacts import StageFolder
 from tasks.store.keys import artifact_key, code_digest, environment_fingerprint
@@ -107,5 +108,6 @@ def step(name: str, action: Callable[[], Any]) -> Any:
 
     No retries and no result caching here: Ray retries what computes, and the store knows what is done.
     """
+    ctrl_c.raise_if_asked()
     stage = name.split(" · ", 1)[0]
     return task(name=stage, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, retries=0)(action)()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
@@ -23,29 +23,50 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The experts of a block; in transformers two 3-D parameters, one tensor an expert and projection on disk."""
+
+    path: str
+    """The experts' module inside the block, where a block has one; other blocks of the model may be dense."""
+    gate_up: tuple[str, str]
+    """Names on disk, inside an expert, of the gate and the up projection."""
+    down: str
+    """Name on disk of the down projection."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Module paths of one architecture."""
 
     blocks: str
     """The list of decoder blocks."""
     outside: tuple[str, ...]
-    """Modules with weights that are used before the first block."""
-    norm: str
-    """Final norm."""
+    """Modules with weights that are used before the first block, the token embedding first."""
+    tail: tuple[str, ...]
+    """Modules between the last block and the head, in order."""
     head: str
     """Language-model head."""
+    logit_cap: str | None = None
+    """Field of the text configuration with the cap c of the logits, c tanh(z / c); null there is no cap."""
     sites: Mapping[str, tuple[str, ...]]
     """Input site -> linear layers that read it, in the order in which a block's forward reaches them.
 
     The members of a site are also what serving kernels fuse (q, k and v; gate and up)."""
+    experts: Experts | None = None
+    """In blocks with experts, the sites of the dense MLP do not exist."""
     units: tuple[Unit, ...]
     """What need not be run again once the input of its last layer is known."""
+    optional: frozenset[str] = frozenset()
+    """Of ``outside`` and ``tail``: modules that some configurations do not have."""
 
+
+_ATTENTION = Unit(path="self_attn", last="self_attn.o_proj", returns_tuple=True)
+_MLP = Unit(path="mlp", last="mlp.down_proj", returns_tuple=False)
 
 LLAMA = Family(
     blocks="model.layers",
     outside=("model.embed_tokens",),
-    norm="model.norm",
+    tail=("model.norm",),
     head="lm_head",
     sites={
         "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -53,13 +74,98 @@ LLAMA = Family(
         "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
         "down": ("mlp.down_proj",),
     },
+    units=(_ATTENTION, _MLP),
+)
+GEMMA = replace(LLAMA, logit_cap="final_logit_softcapping")
+GEMMA_MULTIMODAL = replace(
+    GEMMA,
+    blocks="model.language_model.layers",
+    outside=("model.language_model.embed_tokens",),
+    tail=("model.language_model.norm",),
+)
+PHI3 = replace(
+    LLAMA,
+    sites={
+        "qkv": ("self_attn.qkv_proj",),
+        "o": ("self_attn.o_proj",),
+        "gate_up": ("mlp.gate_up_proj",),
+        "down": ("mlp.down_proj",),
+    },
+)
+OPT = Family(
+    blocks="model.decoder.layers",
+    outside=("model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.project_in"),
+    tail=("model.decoder.final_layer_norm", "model.decoder.project_out"),
+    optional=frozenset({"model.decoder.project_in", "model.decoder.final_layer_norm", "model.decoder.project_out"}),
+    head="lm_head",
+    sites={
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "o": ("self_attn.out_proj",),
+        "up": ("fc1",),
+        "down": ("fc2",),
+    },
+    units=(Unit(path="self_attn", last="self_attn.out_proj", returns_tuple=True),),
+)
+GPT_NEOX = Family(
+    blocks="gpt_neox.layers",
+    outside=("gpt_neox.embed_in",),
+    tail=("gpt_neox.final_layer_norm",),
+    head="lm_head",
+    sites={
+        "qkv": ("attention.query_key_value",),
+        "o": ("attention.dense",),
+        "up": ("mlp.dense_h_to_4h",),
+        "down": ("mlp.dense_4h_to_h",),
+    },
     units=(
-        Unit(path="self_attn", last="self_attn.o_proj", returns_tuple=True),
-        Unit(path="mlp", last="mlp.down_proj", returns_tuple=False),
+        Unit(path="attention", last="attention.dense", returns_tuple=True),
+        Unit(path="mlp", last="mlp.dense_4h_to_h", returns_tuple=False),
     ),
 )
+GPT_BIGCODE = Family(
+    blocks="transformer.h",
+    outside=("transformer.wte", "transformer.wpe"),
+    tail=("transformer.ln_f",),
+    head="lm_head",
+    sites={
+        "qkv": ("attn.c_attn",),
+        "o": ("attn.c_proj",),
+        "up": ("mlp.c_fc",),
+        "down": ("mlp.c_proj",),
+    },
+    units=(
+        Unit(path="attn", last="attn.c_proj", returns_tuple=True),
+        Unit(path="mlp", last="mlp.c_proj", returns_tuple=False),
+    ),
+)
+MIXTRAL = replace(
+    LLAMA,
+    experts=Experts(path="mlp.experts", gate_up=("w1", "w3"), down="w2"),
+    units=(_ATTENTION,),
+)
+QWEN3_MOE = replace(
+    LLAMA,
+    experts=Experts(path="mlp.experts", gate_up=("gate_proj", "up_proj"), down="down_proj"),
+    units=(_ATTENTION,),
+)
 
-FAMILIES: Mapping[str, Family] = {"LlamaForCausalLM": LLAMA}
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": LLAMA,
+    "Gemma2ForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA,
+    "Gemma3ForConditionalGeneration": GEMMA_MULTIMODAL,
+    "Phi3ForCausalLM": PHI3,
+    "OPTForCausalLM": OPT,
+    "GPTNeoXForCausalLM": GPT_NEOX,
+    "GPTBigCodeForCausalLM": GPT_BIGCODE,
+    "MixtralForCausalLM": MIXTRAL,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+}
+CONVERTED = frozenset({"GPT2LMHeadModel"})
+"""Architectures that are read as another one: lrpq.model.source."""
 
 
 def family_of(config: PreTrainedConfig) -> tuple[str, Family]:
@@ -73,4 +179,5 @@ def family_of(config: PreTrainedConfig) -> tuple[str, Family]:
         if name in FAMILIES:
             return name, FAMILIES[name]
     found = ", ".join(architectures) or f"model_type {config.model_type!r} without architectures"
-    raise ModelError(f"unsupported architecture: {found}; supported: {', '.join(sorted(FAMILIES))}")
+    known = ", ".join(sorted([*FAMILIES, *CONVERTED]))
+    raise ModelError(f"unsupported architecture: {found}; supported: {known}")

@@ -10,7 +10,7 @@ class LinearSpec:
     """One linear layer inside a decoder block."""
 
     name: str
-    """Module name in the whole model, e.g. ``model.layers.3.self_attn.q_proj``; its weight is ``name + '.weight'``."""
+    """Module name in the whole model, e.g. ``model.layers.3.self_attn.q_proj``."""
     block: int
     """Index of the decoder block."""
     d_out: int
@@ -19,6 +19,10 @@ class LinearSpec:
     """Name of the input inside the block (``qkv``, ``o``, ``gate_up``, ``down``); its members share one Hessian."""
     fused_group: str
     """Modules with the same fused group share one choice of bits, e.g. ``model.layers.3.qkv``."""
+    tensors: tuple[str, ...] = ()
+    """Tensors on disk whose rows, one after the other, are its weight; by default ``name + '.weight'``."""
+    routed: bool = False
+    """An expert: it sees only the tokens that its router sends there."""
 
     @property
     def num_weights(self) -> int:
@@ -29,6 +33,11 @@ class LinearSpec:
     def kind(self) -> str:
         """Last part of the name, e.g. ``q_proj``: the layer type in reports."""
         return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of its tensors on disk."""
+        return self.tensors or (f"{self.name}.weight",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

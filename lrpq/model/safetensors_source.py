@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,6 +84,11 @@ class ModelSource:
                     raise ModelError(f"shard {self.folder / shard}: tensor {name} is in the index but not in the file")
                 self._entries[name] = entries[name]
 
+    def config_document(self) -> dict[str, Any]:
+        """The configuration as JSON, from which a checkpoint of this model is described."""
+        document = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return dict(document)
+
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
         return sorted(self._entries)
@@ -139,6 +145,10 @@ class ModelSource:
                 raise ModelError(f"tensor {name} in {path}: {bad} values are NaN or infinite")
             self._checked.add(name)
         return tensor
+
+    def read_rows(self, names: Sequence[str]) -> Tensor:
+        """Read tensors whose rows, one after the other, make one; a single one is as `read` gives it."""
+        return self.read(names[0]) if len(names) == 1 else torch.cat([self.read(name) for name in names])
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:

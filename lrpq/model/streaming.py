@@ -3,27 +3,33 @@
 The model is built on the meta device. What a block is called with (masks, rotary tables, positions) is recorded by
 running the model's own forward with every block replaced by a recorder, so no architecture's forward is written again.
 While one block computes, the next one's weights are read by a background thread.
+
+Names of modules are the model's, as transformers has them; names of tensors on disk can differ (lrpq.model.names).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from lrpq.errors import ModelError
+from lrpq.model.experts import expert_tensors, replace_experts
 from lrpq.model.families import family_of
 from lrpq.model.layers import LinearSpec
+from lrpq.model.linears import find_linears
+from lrpq.model.names import stored_names
 from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.skeleton import build_skeleton, own_modules
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+_CACHES = frozenset({"past_key_values", "layer_past"})
 Overrides = Mapping[str, Tensor]
 """Module name -> weight [d_out, d_in] that replaces the one on disk."""
 
@@ -35,7 +41,8 @@ class BlockStream:
         source: where the weights are.
         dtype: dtype of weights and activations.
         device: where blocks compute.
-        attention: name of the attention implementation registered with transformers.
+        attention: name of the attention implementation registered with transformers; by default its choice for the
+            architecture.
         prefetch: read the next block while this one computes (host memory then holds two blocks' weights).
     """
 
@@ -45,7 +52,7 @@ class BlockStream:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        attention: str = "sdpa",
+        attention: str | None = None,
         prefetch: bool = True,
     ) -> None:
         self.source = source
@@ -53,15 +60,19 @@ class BlockStream:
         self.device = torch.device(device)
         self.prefetch = prefetch
         self.architecture, self.family = family_of(source.config)
-        with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(
-                source.config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-            )
-        self.model.eval().requires_grad_(False)
+        self.model: Any = build_skeleton(source.config, dtype=dtype, device=self.device, attention=attention)
         self.tied_head = bool(source.config.tie_word_embeddings)
-        _rebuild_buffers(self.model, self.device)
+        self._stored: dict[str, tuple[str, ...]] = {
+            name: (stored,) for name, stored in stored_names(self.model, source).items()
+        }
+        self._outside = own_modules(self.model, self.family.outside, self.family.optional)
+        self._tail = own_modules(self.model, self.family.tail, self.family.optional)
         self.blocks: nn.ModuleList = cast("nn.ModuleList", self.model.get_submodule(self.family.blocks))
-        self.specs: tuple[LinearSpec, ...] = tuple(self._linear_specs())
+        self._replace_experts()
+        self.specs: tuple[LinearSpec, ...] = tuple(find_linears(self.blocks, self.family, self._stored, source))
+        self._by_block: dict[int, list[LinearSpec]] = {}
+        for spec in self.specs:
+            self._by_block.setdefault(spec.block, []).append(spec)
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._embedding_held = False
 
@@ -72,7 +83,7 @@ class BlockStream:
 
     def block_specs(self, block: int) -> tuple[LinearSpec, ...]:
         """Linear layers of one block, in the order of execution."""
-        return tuple(s for s in self.specs if s.block == block)
+        return tuple(self._by_block.get(block, ()))
 
     def sites(self, block: int) -> dict[str, tuple[LinearSpec, ...]]:
         """Input site -> linear layers that read it, in the order of execution."""
@@ -87,12 +98,12 @@ class BlockStream:
 
     def weight(self, spec: LinearSpec) -> Float[Tensor, "d_out d_in"]:
         """Read one layer's weights as stored, as float32 on the computing device."""
-        return self.source.read(f"{spec.name}.weight").to(self.device, torch.float32)
+        return self.source.read_rows(spec.stored).to(self.device, torch.float32)
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
         """Keep the embeddings in memory for several calls of ``embed``."""
-        with self._materialised(self.family.outside):
+        with self._materialised(self._outside):
             self._embedding_held = True
             try:
                 yield
@@ -102,7 +113,7 @@ class BlockStream:
     @torch.no_grad()
     def embed(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t hidden"]:
         """Input of the first block. Also records what each block is called with for this shape of batch."""
-        with nullcontext() if self._embedding_held else self._materialised(self.family.outside):
+        with nullcontext() if self._embedding_held else self._materialised(self._outside):
             recorded: list[dict[str, Any]] = []
             with _recording(self.blocks, recorded):
                 try:
@@ -168,39 +179,47 @@ class BlockStream:
                 parameter.data = original
 
     @contextmanager
-    def head(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """Final norm and language-model head, with weights in memory for the length of the context."""
-        with self._materialised((self.family.norm, self.family.head)):
-            yield self.model.get_submodule(self.family.norm), self.model.get_submodule(self.family.head)
+    def head(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """What follows the last block, with weights in memory for the length of the context.
 
-    def _linear_specs(self) -> Iterator[LinearSpec]:
+        Yields:
+            The final norm (with what else lies between the last block and the head), and the function from its output
+            [..., h] to logits [..., vocabulary].
+        """
+        with self._materialised((*self._tail, self.family.head)):
+            tail = [self.model.get_submodule(path) for path in self._tail]
+            head = self.model.get_submodule(self.family.head)
+            yield tail[0] if len(tail) == 1 else nn.Sequential(*tail), self._capped(head)
+
+    def _capped(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
+        field = self.family.logit_cap
+        cap = None if field is None else getattr(self.source.config.get_text_config(), field, None)
+        if cap is None:
+            return head
+        return lambda hidden: torch.tanh(head(hidden) / cap) * cap
+
+    def _replace_experts(self) -> None:
+        layout = self.family.experts
+        if layout is None:
+            return
         for index, block in enumerate(self.blocks):
-            for site, members in self.family.sites.items():
-                for member in members:
-                    linear = block.get_submodule(member)
-                    if not isinstance(linear, nn.Linear):
-                        raise ModelError(
-                            f"{self.family.blocks}.{index}.{member}: expected nn.Linear, got {type(linear)}"
-                        )
-                    name = f"{self.family.blocks}.{index}.{member}"
-                    expected, stored = (linear.out_features, linear.in_features), self.source.shape(f"{name}.weight")
-                    if stored != expected:
-                        raise ModelError(f"tensor {name}.weight: shape {stored}, config.json asks for {expected}")
-                    yield LinearSpec(
-                        name=name,
-                        block=index,
-                        d_out=expected[0],
-                        d_in=expected[1],
-                        input_site=site,
-                        fused_group=f"{self.family.blocks}.{index}.{site}",
-                    )
+            name = f"{self.family.blocks}.{index}"
+            experts = replace_experts(block, layout.path, name=name)
+            if experts is not None:
+                parts = expert_tensors(
+                    f"{name}.{layout.path}", experts.num_experts, gate_up=layout.gate_up, down=layout.down
+                )
+                self._stored |= {
+                    weight: tuple(stored for part in names for stored in self._stored.get(part, (part,)))
+                    for weight, names in parts.items()
+                }
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.family.blocks}.{index}."
         return {name: self._read(prefix + name) for name in self.blocks[index].state_dict()}
 
     def _read(self, name: str) -> Tensor:
-        return self.source.read(name).to(self.device, self.dtype)
+        return self.source.read_rows(self._stored.get(name, (name,))).to(self.device, self.dtype)
 
     @contextmanager
     def _with_weights(self, index: int, weights: dict[str, Tensor], overrides: Overrides) -> Iterator[nn.Module]:
@@ -220,7 +239,7 @@ class BlockStream:
             for path in modules:
                 module = self.model.get_submodule(path)
                 prefix = path
-                if path == self.family.head and f"{path}.weight" not in self.source and self.tied_head:
+                if path == self.family.head and f"{path}.weight" not in self._stored and self.tied_head:
                     prefix = self.family.outside[0]
                 _assign(module, {name: self._read(f"{prefix}.{name}") for name in module.state_dict()})
             yield
@@ -241,9 +260,10 @@ class _Recorded(Exception):  # control flow, not an error
 def _recording(blocks: nn.ModuleList, recorded: list[dict[str, Any]]) -> Iterator[None]:
     """Replace every block's forward by one that records its keyword arguments and passes its input on."""
 
-    def recorder(last: bool) -> Any:
-        def forward(hidden: Tensor, **arguments: Any) -> Tensor:
-            recorded.append({k: v for k, v in arguments.items() if k != "past_key_values"})
+    def recorder(names: Sequence[str], last: bool) -> Any:
+        def forward(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+            arguments = {**dict(zip(names, positional, strict=False)), **named}
+            recorded.append({name: value for name, value in arguments.items() if name not in _CACHES})
             if last:
                 raise _Recorded(hidden)
             return hidden
@@ -251,7 +271,8 @@ def _recording(blocks: nn.ModuleList, recorded: list[dict[str, Any]]) -> Iterato
         return forward
 
     for index, block in enumerate(blocks):
-        block.forward = recorder(index == len(blocks) - 1)
+        names = list(inspect.signature(block.forward).parameters)[1:]
+        block.forward = recorder(names, index == len(blocks) - 1)
     try:
         yield
     finally:
@@ -262,23 +283,3 @@ def _recording(blocks: nn.ModuleList, recorded: list[dict[str, Any]]) -> Iterato
 def _assign(module: nn.Module, weights: dict[str, Tensor]) -> None:
     module.load_state_dict(weights, strict=True, assign=True)
     module.requires_grad_(False)
-
-
-def _rebuild_buffers(model: nn.Module, device: torch.device) -> None:
-    """Give real values to buffers that are computed, not stored (rotary frequencies).
-
-    Raises:
-        ModelError: a buffer's module cannot be rebuilt from the configuration.
-    """
-    for path, module in list(model.named_modules()):
-        computed = [n for n in module._non_persistent_buffers_set if getattr(module, n) is not None]
-        if not computed:
-            continue
-        config = getattr(module, "config", None)
-        if config is None:
-            raise ModelError(
-                f"module {path}: buffer {computed[0]} is computed and cannot be rebuilt without its config"
-            )
-        rebuilt = type(module)(config).to(device)
-        for name in computed:
-            setattr(module, name, getattr(rebuilt, name))

@@ -1,7 +1,8 @@
 """The attention function named "lrpq": any kernel of transformers, with the gradients of q, k and v scaled.
 
 AttnLRP's rules for attention act before the kernel (q and k take a quarter of their gradient, v a half), so
-the kernel itself, sdpa or any other, stays as it is: same values, same memory, softmax's own derivative.
+the kernel itself, sdpa or any other, stays as it is: same values, same memory, own derivatives of the softmax and of a
+soft cap (Gemma 2; its only kernel here is eager, sdpa has no soft cap and raises).
 
 It is registered in transformers' attention interface *and* in its mask interface. Without a mask function of
 the same name transformers builds no mask at all, and a sliding window is lost without a word.
@@ -82,7 +83,7 @@ def attention_patch(module: nn.Module, switch: PassSwitch) -> Mapping[str, objec
     The module gets its own copy of the configuration; the other blocks, which share the original, keep it.
 
     Raises:
-        ModelError: the module does not choose its attention function through the configuration.
+        ModelError: the module does not choose its attention function through the configuration (alone).
     """
     register_attention()
     config = module.__dict__.get("config")
@@ -91,6 +92,13 @@ def attention_patch(module: nn.Module, switch: PassSwitch) -> Mapping[str, objec
         raise ModelError(
             f"{type(module).__name__} has no config with an attention implementation: expected an attention "
             'module of transformers; load the model with attn_implementation="sdpa"'
+        )
+    if name == "eager" and getattr(module, "reorder_and_upcast_attn", False):
+        # GPT-2 compares the implementation's name itself and then calls a method of its own instead of the function
+        raise ModelError(
+            f"{type(module).__name__} has reorder_and_upcast_attn, which bypasses the attention function of the "
+            'implementation "eager": expected one that the rules can act on; load the model with '
+            'attn_implementation="sdpa"'
         )
     patched_config = copy.deepcopy(config)
     patched_config._attn_implementation = ATTENTION_NAME

@@ -16,10 +16,19 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import activations
 from transformers.models.gemma import modeling_gemma as gemma
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
+from transformers.models.gpt_bigcode import modeling_gpt_bigcode as gpt_bigcode
+from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.mixtral import modeling_mixtral as mixtral
+from transformers.models.opt import modeling_opt as opt
+from transformers.models.phi3 import modeling_phi3 as phi3
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 from transformers.pytorch_utils import Conv1D
 
 from lrpq.errors import ModelError
@@ -84,6 +93,38 @@ def gated_mlp(module: Any, switch: PassSwitch) -> Mapping[str, object]:
     return {"forward": forward}
 
 
+def fused_gated_mlp(module: Any, switch: PassSwitch) -> Mapping[str, object]:
+    """Half rule for down(up * act(gate)); gate and up are the two halves of one layer's output (Phi-3)."""
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        gate, up = module.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        y: Tensor = module.down_proj(rules.half_product(module.activation_fn(gate), up, switch))
+        return y
+
+    return {"forward": forward}
+
+
+def routed_experts(module: Any, switch: PassSwitch) -> Mapping[str, object]:
+    """Half rule for both products of routed experts: act(gate) * up, and output * router weight (AttnLRP).
+
+    The module's loop over experts stays as it is; it forms the two products by calling ``self.gated(gate, up)``
+    and ``self.weighted(y, weight)``, which are replaced here.
+    """
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        return rules.half_product(module.act_fn(gate), up, switch)
+
+    def weighted(y: Tensor, weight: Tensor) -> Tensor:
+        return rules.routed_product(y, weight, switch)
+
+    return {"gated": gated, "weighted": weighted}
+
+
+def router(module: nn.Module, switch: PassSwitch) -> Mapping[str, object]:
+    """Linear layer, then a softmax that keeps its own derivative, as in attention; top-k only selects."""
+    return {}
+
+
 def rms_norm(module: Any, switch: PassSwitch) -> Mapping[str, object]:
     """Constant normaliser; Llama's RMSNorm and its copies."""
 
@@ -121,10 +162,13 @@ COMPOSITE: Mapping[type[nn.Module], Rule] = {
     Conv1D: linear,
     nn.Dropout: linear,  # the sweep refuses blocks in training mode
     nn.Identity: linear,
+    nn.ModuleList: linear,
+    nn.Sequential: linear,
     nn.LayerNorm: layer_norm,
     nn.SiLU: activation,
     nn.ReLU: activation,
     activations.SiLUActivation: activation,
+    activations.FastGELUActivation: activation,
     activations.GELUActivation: activation,
     activations.GELUTanh: activation,
     activations.NewGELUActivation: activation,
@@ -140,13 +184,48 @@ COMPOSITE: Mapping[type[nn.Module], Rule] = {
     qwen2.Qwen2MLP: gated_mlp,
     qwen2.Qwen2Attention: attention_patch,
     qwen2.Qwen2DecoderLayer: linear,
+    qwen3.Qwen3RMSNorm: rms_norm,
+    qwen3.Qwen3MLP: gated_mlp,
+    qwen3.Qwen3Attention: attention_patch,
+    qwen3.Qwen3DecoderLayer: linear,
     gemma.GemmaRMSNorm: rms_norm_unit_offset,
     gemma.GemmaMLP: gated_mlp,
     gemma.GemmaAttention: attention_patch,
     gemma.GemmaDecoderLayer: linear,
+    gemma2.Gemma2RMSNorm: rms_norm_unit_offset,
+    gemma2.Gemma2MLP: gated_mlp,
+    gemma2.Gemma2Attention: attention_patch,
+    gemma2.Gemma2DecoderLayer: linear,
+    gemma3.Gemma3RMSNorm: rms_norm_unit_offset,
+    gemma3.Gemma3MLP: gated_mlp,
+    gemma3.Gemma3Attention: attention_patch,
+    gemma3.Gemma3DecoderLayer: linear,
+    phi3.Phi3RMSNorm: rms_norm,
+    phi3.Phi3MLP: fused_gated_mlp,
+    phi3.Phi3Attention: attention_patch,
+    phi3.Phi3DecoderLayer: linear,
     gpt2.GPT2MLP: linear,
     gpt2.GPT2Attention: attention_patch,
     gpt2.GPT2Block: linear,
+    gpt_bigcode.GPTBigCodeMLP: linear,
+    gpt_bigcode.GPTBigCodeAttention: attention_patch,
+    gpt_bigcode.GPTBigCodeBlock: linear,
+    gpt_neox.GPTNeoXMLP: linear,
+    gpt_neox.GPTNeoXAttention: attention_patch,
+    gpt_neox.GPTNeoXLayer: linear,
+    opt.OPTAttention: attention_patch,
+    opt.OPTDecoderLayer: linear,  # its MLP's layers are its own children
+    mixtral.MixtralRMSNorm: rms_norm,
+    mixtral.MixtralAttention: attention_patch,
+    mixtral.MixtralDecoderLayer: linear,
+    mixtral.MixtralSparseMoeBlock: linear,
+    mixtral.MixtralTopKRouter: router,
+    qwen3_moe.Qwen3MoeRMSNorm: rms_norm,
+    qwen3_moe.Qwen3MoeMLP: gated_mlp,
+    qwen3_moe.Qwen3MoeAttention: attention_patch,
+    qwen3_moe.Qwen3MoeDecoderLayer: linear,
+    qwen3_moe.Qwen3MoeSparseMoeBlock: linear,
+    qwen3_moe.Qwen3MoeTopKRouter: router,
 }
 
 _SWITCH = "_lrpq_switch"

@@ -11,8 +11,12 @@ unpatched model bit for bit, because no rule touches the forward arithmetic.
     normaliser of a norm    true gradient    constant                     constant
     y = act(z)              true gradient    g y/z (identity rule)        g y/z
     gate * value            true gradient    half to each                 all to the value, gate constant
+    expert * router weight  true gradient    half to each; the router's   all to the expert, weight
+                                             softmax keeps its own        constant
+                                             gradient
     attention               true gradient    q, k: 1/4; v: 1/2; softmax   v: 1; q and k constant
-                                             keeps its own gradient
+                                             and soft cap keep their own
+                                             gradient
 
 Sources: Achtibat et al. 2024 (AttnLRP; gradient form as in their LXT), Ali et al. 2022 (constant normaliser,
 CP-LRP), Jafari et al. 2025 (RelP: the same coefficients). LRP is covered by a patent of its inventors, and
@@ -180,6 +184,23 @@ def half_product(
 ) -> Float[Tensor, "*dims"]:
     """``gate * value`` of equal shapes; LRP: half the relevance to each; CP_LRP: the gate is a constant."""
     return cast(Tensor, _GatedProduct.apply(gate, value, switch))  # type: ignore[no-untyped-call]
+
+
+# One product, split in halves; under CP_LRP the expert's output takes all.
+EXPERT_OUTPUT: Mapping[Pass, float] = {Pass.LRP: 0.5}
+ROUTER_WEIGHT: Mapping[Pass, float] = {Pass.LRP: 0.5, Pass.CP_LRP: 0.0}
+
+
+def routed_product(
+    y: Float[Tensor, "rows h"], weight: Float[Tensor, "rows 1"], switch: PassSwitch
+) -> Float[Tensor, "rows h"]:
+    """``y * weight``, expert outputs by router weights; LRP: half to each; CP_LRP: the weight is a constant.
+
+    LRP is the uniform rule for products of Achtibat et al. 2024, applied to experts as in their LXT (qwen3_moe). CP_LRP
+    is ours, by analogy with a gate: LXT has none for experts. Dtypes may differ (Mixtral's weights are float32): the
+    product promotes, as the model's own does.
+    """
+    return scale_gradient(y, EXPERT_OUTPUT, switch) * scale_gradient(weight, ROUTER_WEIGHT, switch)
 
 
 def _norm_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -86,7 +86,10 @@ class Ended:
 
 
 def run(command: list[str], *, when: Callable[[dict[str, Any]], bool] = lambda event: False, sign: int = 0) -> Ended:
-    """Run ``lrpq``; send the signal to its process group, as a terminal would, at the first event that fits."""
+    """Run ``lrpq``; send the signal to its process group, as a terminal would, at the first event that fits.
+
+    The group stands still while its children are listed: on a busy machine it would be done by then.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *command],
         stdout=subprocess.PIPE,
@@ -109,12 +112,14 @@ def run(command: list[str], *, when: Callable[[dict[str, Any]], bool] = lambda e
         for line in process.stderr:
             lines.append(line)
             if sign and not children and line.startswith('{"event"') and when(json.loads(line)):
+                os.killpg(process.pid, signal.SIGSTOP)
                 children = psutil.Process(process.pid).children(recursive=True)
-                assert children
                 if sign == signal.SIGKILL:
                     process.send_signal(sign)
                 else:
                     os.killpg(process.pid, sign)
+                os.killpg(process.pid, signal.SIGCONT)
+                assert children
         code = process.wait()
     finally:
         killer.cancel()

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lrpq.relevance import rules
 from lrpq.relevance.attention import attention_patch, relevance_attention
+from lrpq.relevance.composite import fused_gated_mlp, gated_mlp, routed_experts
 from lrpq.relevance.rules import Pass, PassSwitch
 
 RULE_PASSES = [Pass.LRP, Pass.CP_LRP]
@@ -150,6 +151,105 @@ def test_layer_norm_has_a_constant_deviation_and_a_differentiated_mean(
     (expected,) = torch.autograd.grad(plain, x, g)
     assert torch.equal(true, expected)
     assert not torch.allclose(true, got)
+
+
+# --- fused gates, routed experts ------------------------------------------------------------------
+
+
+class TinyMLP(nn.Module):
+    """What gated_mlp and fused_gated_mlp ask of a module: the same weights, apart and stacked."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.gate_proj: Callable[[Tensor], Tensor] = lambda x: x @ gate.T
+        self.up_proj: Callable[[Tensor], Tensor] = lambda x: x @ up.T
+        self.gate_up_proj: Callable[[Tensor], Tensor] = lambda x: x @ torch.cat([gate, up]).T
+        self.down_proj: Callable[[Tensor], Tensor] = lambda h: h @ down.T
+        self.act_fn = self.activation_fn = functional.silu
+
+
+@pytest.mark.parametrize("running", list(Pass))
+def test_fused_gate_and_up_are_those_of_two_layers(generator: torch.Generator, running: Pass) -> None:
+    gate, up, down = (torch.randn(*s, dtype=torch.float64, generator=generator) for s in [(V, H), (V, H), (H, V)])
+    mlp, switch, x = TinyMLP(gate, up, down), PassSwitch(), leaf(generator, T, H)
+    g = torch.randn(T, H, dtype=torch.float64, generator=generator)
+    outputs = []
+    for rule in (fused_gated_mlp, gated_mlp):
+        forward: Any = rule(mlp, switch)["forward"]
+        outputs.append(forward(x))
+    close(outputs[0].detach(), outputs[1].detach())
+    fused, apart = (grads(y, [x], g, switch, running)[0] for y in outputs)
+    close(fused, apart)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # Mixtral's router weights stay float32
+def test_fisher_pass_of_a_routed_product_is_plain_autograd_bit_for_bit(
+    generator: torch.Generator, dtype: torch.dtype
+) -> None:
+    y = torch.randn(T, H, generator=generator).to(dtype).requires_grad_()
+    weight = torch.rand(T, 1, generator=generator).requires_grad_()
+    g = torch.randn(T, H, generator=generator)
+    ruled, plain, switch = rules.routed_product(y, weight, PassSwitch()), y * weight, PassSwitch()
+    assert torch.equal(ruled, plain)
+    for got, expected in zip(
+        grads(ruled, [y, weight], g, switch, Pass.FISHER),
+        grads(plain, [y, weight], g, switch, Pass.FISHER),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+
+
+class TinyExperts(nn.Module):
+    """What routed_experts asks of a module: its two products as methods; every expert runs on every token."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = gate, up, down
+        self.gated: Callable[[Tensor, Tensor], Tensor]
+        self.weighted: Callable[[Tensor, Tensor], Tensor]
+        self.act_fn: Callable[[Tensor], Tensor] = functional.silu
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        outputs = [
+            self.weighted(self.gated(x @ self.gate[e].T, x @ self.up[e].T) @ self.down[e].T, weights[:, e, None])
+            for e in range(len(self.gate))
+        ]
+        return torch.stack(outputs).sum(0)
+
+
+@pytest.mark.parametrize("running", RULE_PASSES)
+def test_routed_experts_share_the_relevance_with_their_router_weights(
+    generator: torch.Generator, running: Pass
+) -> None:
+    # Written out for expert e with a = act(z_e), up_e, o_e and weight w_e; R_out is what leaves the weighted output:
+    # R_w = R_out / 2; R_o = R_out / 2; down, then gate and up take half each. CP_LRP: all to o_e, then all to up_e.
+    switch, num_experts = PassSwitch(), 3
+    gate, up = (torch.randn(num_experts, V, H, dtype=torch.float64, generator=generator) for _ in range(2))
+    down = torch.randn(num_experts, H, V, dtype=torch.float64, generator=generator)
+    x, weights = leaf(generator, T, H), leaf(generator, T, num_experts)
+    module = TinyExperts(gate, up, down)
+    module.act_fn = lambda z: rules.identity_rule(functional.silu, z, switch)
+    for name, value in routed_experts(module, switch).items():
+        module.__dict__[name] = value
+    y = module(x, weights)
+    g = torch.randn(T, H, dtype=torch.float64, generator=generator)
+    g_x, g_weights = grads(y, [x, weights], g, switch, running)
+
+    to_expert, to_router, to_up, to_gate = (0.5, 0.5, 0.5, 0.5) if running is Pass.LRP else (1.0, 0.0, 1.0, 0.0)
+    with torch.no_grad():
+        r_x, r_weights = torch.zeros(T, H, dtype=torch.float64), torch.zeros(T, num_experts, dtype=torch.float64)
+        for e in range(num_experts):
+            z, u = x @ gate[e].T, x @ up[e].T
+            hidden = functional.silu(z) * u
+            output = hidden @ down[e].T
+            r_out = weights[:, e, None] * output * g
+            r_weights[:, e] = to_router * r_out.sum(-1)
+            per_output = to_expert * r_out / output
+            r_hidden = hidden * (per_output @ down[e])
+            r_x += x * ((to_up * r_hidden / u) @ up[e] + (to_gate * r_hidden / z) @ gate[e])
+        close(x * g_x, r_x, rtol=1e-6)  # the stabiliser of act(z) / z
+        close(weights * g_weights, r_weights, rtol=1e-9)
+        close((x * g_x).sum() + (weights * g_weights).sum(), (y * g).sum(), rtol=1e-6)  # conserved together
 
 
 # --- attention ------------------------------------------------------------------------------------

@@ -1,0 +1,78 @@
+"""A model without weights: every module at its place, parameters on the meta device, computed buffers real."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lrpq.errors import ModelError
+
+
+def build_skeleton(
+    config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, attention: str | None = None
+) -> Any:
+    """The model of a configuration, in evaluation mode.
+
+    Args:
+        config: its configuration.
+        dtype: dtype of the parameters.
+        device: where computed buffers (rotary frequencies, embedding scales) are.
+        attention: attention implementation; by default transformers' own choice for this model (a model whose
+            attention scores are capped has no fused kernel, for instance).
+
+    Raises:
+        ModelError: transformers cannot build a causal language model from the configuration.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except Exception as error:  # whatever a model's constructor raises is a bad configuration
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"config.json: transformers builds no causal language model from it ({reason})") from error
+    model.eval().requires_grad_(False)
+    _compute_buffers(model, device)
+    return model
+
+
+@torch.no_grad()
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give real values to buffers that are computed, not stored, by the model's own initialisation."""
+    owner: dict[str, PreTrainedModel] = {}
+    for path, module in model.named_modules():
+        parent = owner.get(path.rpartition(".")[0], model)
+        owner[path] = module if isinstance(module, PreTrainedModel) else parent
+        computed = [name for name in module._non_persistent_buffers_set if getattr(module, name) is not None]
+        if not computed:
+            continue
+        for name in computed:
+            buffer = getattr(module, name)
+            missing = float("nan") if buffer.is_floating_point() else 0
+            setattr(module, name, torch.full_like(buffer, missing, device=device))
+        owner[path]._init_weights(module)
+        for name in computed:
+            buffer = getattr(module, name)
+            if buffer.is_meta or (buffer.is_floating_point() and bool(torch.isnan(buffer).any())):
+                raise ModelError(f"module {path}: its buffer {name} is computed, and transformers does not say how")
+
+
+def own_modules(model: nn.Module, paths: tuple[str, ...], optional: frozenset[str]) -> tuple[str, ...]:
+    """Those of ``paths`` that the model has.
+
+    Raises:
+        ModelError: one that is not optional is missing.
+    """
+    found = []
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        module = getattr(model.get_submodule(parent), name, None)
+        if isinstance(module, nn.Module):
+            found.append(path)
+        elif path not in optional:
+            raise ModelError(f"module {path}: not in the model that config.json describes")
+    return tuple(found)
