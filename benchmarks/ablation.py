@@ -157,7 +157,7 @@ class Bench:
         for block, module in stream.stream(range(stream.num_blocks)):
             before: dict[str, Tensor] = {}
             for site, specs in stream.sites(block).items():
-                s = None if weights is None else {shard: w[site] for shard, w in weights[block].items()}
+                s = None if weights is None else {shard: w.values[site] for shard, w in weights[block].items()}
                 merged = root(sweep.products(block, module, specs, s, before), NUM_SHARDS, merge_products)
                 found = {}
                 for spec in specs:

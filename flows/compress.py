@@ -19,7 +19,8 @@ from flows.config import ClusterConfig, CompressConfig, EvaluationConfig, PlanCo
 from flows.prefect_server import prefect_api
 from flows.progress import Progress
 from lrpq.errors import ConfigError
-from lrpq.model.safetensors_source import ModelSource, resolve_model
+from lrpq.model.safetensors_source import resolve_model
+from lrpq.model.source import open_source
 from tasks import evaluate
 from tasks.cluster import open_pool
 from tasks.evaluate import CheckpointCodes, EvaluateJob
@@ -110,7 +111,7 @@ def run_evaluate(
 ) -> dict[str, Any]:
     """Perplexity and KL divergence of a written checkpoint to its original."""
     store, model = default_store(), resolve_model(reference)
-    dtype = resolve_dtype(RunConfig(model=reference), ModelSource(model))
+    dtype = resolve_dtype(RunConfig(model=reference), open_source(model))
     windows = evaluation_only_windows(open_store(store), evaluation, model=model)
     with open_pool(device=cluster.device, workers=cluster.workers, threads=1, address=cluster.address) as pool:
         job = EvaluateJob(
@@ -119,6 +120,8 @@ def run_evaluate(
                 dtype=dtype,
                 store=store,
                 windows=windows.key,
+                length=evaluation.length,
+                num_tokens=windows.num_windows * evaluation.length,
                 num_shards=windows.num_windows,
                 micro_batch=1,
                 num_workers=len(pool),

@@ -22,6 +22,7 @@ from lrpq.checkpoint.plan import planned_size
 from lrpq.checkpoint.publish import check_output
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource, resolve_model
+from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from tasks import allocate, assemble, evaluate
 from tasks.artifacts import StageFolder
@@ -56,7 +57,7 @@ class Compression:
     def __init__(self, config: CompressConfig, progress: Progress) -> None:
         self.config = config
         self.model = resolve_model(config.run.model)
-        self.source = ModelSource(self.model)
+        self.source = open_source(self.model)
         self.fingerprint = model_fingerprint(self.model)
         self.dtype = resolve_dtype(config.run, self.source)
         self.stream = BlockStream(self.source, dtype=DTYPES[self.dtype])
@@ -240,7 +241,14 @@ class Compression:
             run_refine(run, pool, job, self.stream, label="control")
             variants["control"] = StoredCodes(folder=job.folder, choices=control.choices)
             inputs["control"] = job.folder.key
-        stream_job = replace(prepared.stream_job, windows=windows.key, num_shards=windows.num_windows, micro_batch=1)
+        stream_job = replace(
+            prepared.stream_job,
+            windows=windows.key,
+            length=config.length,
+            num_tokens=windows.num_windows * config.length,
+            num_shards=windows.num_windows,
+            micro_batch=1,
+        )
         folder = run.folder(evaluate.STAGE, inputs=inputs, parameters={"dtype": self.dtype}, code=["tasks.evaluate"])
         found = run_evaluate(run, pool, EvaluateJob(stream=stream_job, variants=variants), folder)
         result: dict[str, Any] = {

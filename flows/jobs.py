@@ -41,6 +41,8 @@ def stream_job(context: JobContext, windows: StoredWindows, *, num_workers: int)
         dtype=context.dtype,
         store=context.config.store,
         windows=windows.key,
+        length=config.calibration.length,
+        num_tokens=windows.num_windows * config.calibration.length,
         num_shards=min(config.shards, windows.num_windows),
         micro_batch=config.micro_batch,
         num_workers=num_workers,

@@ -140,9 +140,10 @@ def check_text(source: str) -> None:
 
 def _check_model(config: CompressConfig) -> None:
     from lrpq.model.families import family_of
-    from lrpq.model.safetensors_source import ModelSource, resolve_model
+    from lrpq.model.safetensors_source import resolve_model
+    from lrpq.model.source import open_source
 
-    source = ModelSource(resolve_model(config.run.model))
+    source = open_source(resolve_model(config.run.model))
     family_of(source.config)
     longest = getattr(source.config, "max_position_embeddings", None)
     lengths = {"--length": config.run.calibration.length}

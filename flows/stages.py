@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from flows.run import Run, step
 from lrpq.errors import QuantizationError
+from lrpq.model.experts import GATE_UP
 from lrpq.model.streaming import BlockStream
+from lrpq.quant.starved import Evidence
+from lrpq.refine.routed import POOLED
 from tasks import candidates, evaluate, profile, refine
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
@@ -22,6 +27,10 @@ BLOCKS_IN_FLIGHT = 2
 """Blocks whose sums may wait in the object store to be merged: bounds its memory."""
 MAX_DAMPED_SHARE = 0.1
 """Share of sites whose Hessian may need more damping than asked for before the stage is a failure."""
+
+
+MAX_STARVED_SHARE = 0.5
+"""Share of modules that may be experts with too few tokens before the stage is a failure."""
 
 
 def site_names(stream: BlockStream) -> dict[int, list[str]]:
@@ -91,10 +100,10 @@ def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream
 
 
 def count_degradations(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Count sites whose damping had to be raised and inputs that never fire.
+    """Count modules whose damping had to be raised, inputs that never fire and experts with too few tokens.
 
     Raises:
-        QuantizationError: too many Hessians were not positive definite.
+        QuantizationError: too many Hessians were not positive definite, or too many experts have too few tokens.
     """
     by_module = {row["name"]: row for row in rows}
     damped = [name for name, row in by_module.items() if row["damping_steps"]]
@@ -103,9 +112,18 @@ def count_degradations(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
             f"{len(damped)} of {len(by_module)} modules have Hessians that are not positive definite (first: "
             f"{damped[0]}); calibrate on more tokens or raise --damping"
         )
+    evidence = Counter(row["evidence"] for row in by_module.values())
+    starved = evidence[Evidence.POOLED.value] + evidence[Evidence.NONE.value]
+    if starved > MAX_STARVED_SHARE * len(by_module):
+        raise QuantizationError(
+            f"{starved} of {len(by_module)} modules are experts that too few calibration tokens were sent to; "
+            "calibrate on more tokens (--calibration-windows, --length)"
+        )
     return {
         "not_positive_definite": len(damped),
         "dead_inputs": sum(row["dead_inputs"] for row in by_module.values()),
+        "experts_pooled": evidence[Evidence.POOLED.value],
+        "experts_without_tokens": evidence[Evidence.NONE.value],
     }
 
 
@@ -134,17 +152,24 @@ def run_refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, *, lab
 def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, block: int) -> dict[str, int]:
     pool.each(refine.enter, job, block)  # waits: a block that cannot be read is an error here, not a later one
     quantized: list[Any] = []
-    for site in stream.sites(block).values():
-        members = [spec for spec in site if job.choices[spec.name] is not None]
-        missing = [spec for spec in members if not run.store.exists(job.folder.module(spec.name))]
-        parts = pool.each_refs(refine.products, block, site, *quantized) if missing else []
+    pooled: list[Any] = []
+    for layers in stream.steps(block):
+        members = [spec for spec in layers if job.choices[spec.name] is not None]
+        missing = {spec.name for spec in members if not run.store.exists(job.folder.module(spec.name))}
+        if missing:
+            pool.each_refs(refine.products, block, layers, *quantized)
+        if missing and layers[0].routed and layers[0].kind == GATE_UP and not pooled:
+            pooled = pool.each_refs(refine.take, POOLED)
         new: dict[str, Any] = {}
-        for spec in members:
-            worker = len(new) % len(pool)
-            if spec in missing:
-                new[spec.name] = pool.submit(worker, refine.quantize, job, spec, *parts)
-            else:
-                new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
+        for site, readers in groupby(layers, key=lambda spec: spec.input_site):
+            parts = pool.each_refs(refine.take, site) if missing else []
+            for spec in readers:
+                worker = len(new) % len(pool)
+                if spec.name in missing:
+                    others = pooled if spec.routed and spec.kind == GATE_UP else []
+                    new[spec.name] = pool.submit(worker, refine.quantize, job, spec, len(parts), *parts, *others)
+                elif job.choices[spec.name] is not None:
+                    new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
         quantized += new.values()
     pool.get(pool.each_refs(refine.advance, block, *quantized))
     return refine.read_counts(run.store, job.folder, [s for s in stream.block_specs(block) if job.choices[s.name]])

@@ -10,12 +10,15 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import Choice, LinearSpec
-from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.source import open_source
 from lrpq.quant.gptq import factorize, gptq, predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight
-from lrpq.quant.hessian import normalized
+from lrpq.quant.hessian import HessianSum, normalized
 from lrpq.quant.packing import pack, storage_bits, unpack
+from lrpq.quant.starved import Evidence, hessian_of_expert, is_starved
+from lrpq.refine.routed import POOLED
 from tasks.artifacts import StageFolder
 from tasks.cluster import WorkerState
 from tasks.profile import ProfileJob, read_curvature, read_hessian
@@ -30,6 +33,7 @@ COST_UNITS = {
     "storage_bits": "bits",
     "damping_steps": "1",
     "dead_inputs": "1",
+    "evidence": "own, pooled or none",
     "bits": "bits per code",
     "group_size": "columns per scale, -1 is all",
 }
@@ -59,15 +63,16 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
     if store.exists(costs_key):
         return False
     device, label = torch.device(state.device), specs[0].fused_group
-    source = ModelSource(Path(job.profile.stream.model))
-    H = normalized(read_hessian(job.profile, block, site), name=label).to(device)
+    source = open_source(Path(job.profile.stream.model))
+    sums, evidence = _hessian(job, block, site, specs[0])
+    H = normalized(sums, name=label).to(device)
     curvature = read_curvature(job.profile, block, [spec.name for spec in specs])
     factor = factorize(H, damping=job.damping, name=label)
     choices = [choice for choice in job.choices if choice.fits(specs[0].d_in)]
     tensors: dict[str, torch.Tensor] = {}
     rows: list[dict[str, Any]] = []
     for spec in specs:
-        W = source.read(f"{spec.name}.weight").to(device, torch.float32)
+        W = source.read_rows(spec.stored).to(device, torch.float32)
         candidates = gptq(W, factor, choices, grid=Grid(job.grid), name=spec.name)
         costs = predicted_cost(W, candidates, H, curvature[spec.name].to(device))
         for candidate, cost in zip(candidates, costs, strict=True):
@@ -82,6 +87,7 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
                     "cost_nats": float(cost),
                     "damping_steps": factor.num_damping_steps,
                     "dead_inputs": factor.num_dead,
+                    "evidence": evidence.value,
                 }
             )
     write_tensors(store, job.folder.site("codes", block, site, "safetensors"), tensors, {})
@@ -89,8 +95,19 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
     return True
 
 
+def _hessian(job: CandidatesJob, block: int, site: str, spec: LinearSpec) -> tuple[HessianSum, Evidence]:
+    """The site's sums; an expert that saw too few tokens gets others', see lrpq.quant.starved."""
+    own, total = read_hessian(job.profile, block, site)
+    if not spec.routed:
+        return own, Evidence.OWN
+    shares_inputs = spec.kind == GATE_UP
+    starved = is_starved(own.num_tokens, d_in=spec.d_in, total_tokens=total)
+    pooled = read_hessian(job.profile, block, POOLED)[0] if starved and shares_inputs else None
+    return hessian_of_expert(own, pooled, total_tokens=total)
+
+
 def read_costs(job: CandidatesJob, sites: Mapping[int, list[str]]) -> list[dict[str, Any]]:
-    """Cost rows of all modules: name, bits, group_size, storage_bits, cost_nats, damping_steps, dead_inputs."""
+    """Cost rows of all modules, with the columns of ``COST_UNITS``."""
     store = open_store(job.profile.stream.store)
     return [
         row

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import pyarrow as pa
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from lrpq.model.kept import KeptInputs
-from lrpq.quant.hessian import HessianSum
+from lrpq.model.linears import EXPERTS
+from lrpq.quant.hessian import HessianSum, merge
+from lrpq.refine.routed import POOLED
 from lrpq.relevance.composite import Relevance
-from lrpq.relevance.sweep import BlockSums, ProfileSweep, merge_block_sums
+from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_block_sums
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.cluster import WorkerState
@@ -25,9 +28,11 @@ from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
-from tasks.streams import StreamJob, concatenated, my_shards, open_stream
+from tasks.streams import StreamJob, my_shards, open_stream, shard_slices
 
 STAGE = "profile"
+ROWS = ".rows"
+"""Ending of the name under which an expert's token indices lie beside its token weights."""
 SCORE_UNITS = {"value": "as named in the column unit"}
 
 
@@ -81,12 +86,12 @@ def seed_gradients(state: WorkerState) -> tuple[float, int]:
     return sweep.seed_gradients()
 
 
-def backward(state: WorkerState, block: int) -> tuple[dict[Node, BlockSums], dict[int, dict[str, Tensor]]]:
+def backward(state: WorkerState, block: int) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
     """One block of the backward sweep; see ProfileSweep.backward."""
     index, module = next(state.held["blocks"])
     if index != block:
         raise RuntimeError(f"backward sweep is at block {index}, asked for {block}")
-    result: tuple[dict[Node, BlockSums], dict[int, dict[str, Tensor]]] = state.held[STAGE].backward(block, module)
+    result: tuple[dict[Node, BlockSums], dict[int, SiteWeights]] = state.held[STAGE].backward(block, module)
     return result
 
 
@@ -107,22 +112,21 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
     """
     store = open_store(job.stream.store)
     nodes: dict[Node, BlockSums] = {}
-    weights: dict[int, dict[str, Tensor]] = {}
+    weights: dict[int, SiteWeights] = {}
     for sums, shard_weights in parts:
         nodes |= sums
         weights |= shard_weights
     merged = root(nodes, job.stream.num_shards, merge_block_sums)
+    hessians = {**merged.hessians, **_pooled(merged.hessians)}
+    total = merged.num_tokens
     write_symmetric(
         store,
         job.folder.block("hessians", block, "parquet"),
-        {site: h.xx.cpu() for site, h in merged.hessians.items()},
-        {site: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens} for site, h in merged.hessians.items()},
+        {site: h.xx.cpu() for site, h in hessians.items()},
+        {s: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens, "total": total} for s, h in hessians.items()},
     )
-    curvature = {name: g2 / merged.num_tokens for name, g2 in merged.curvature.items()}
-    tokens = {
-        site: concatenated({shard: by_site[site].cpu() for shard, by_site in weights.items()})
-        for site in merged.hessians
-    }
+    curvature = {name: g2 / total for name, g2 in merged.curvature.items()}
+    tokens = _token_weights(weights, total_tokens=total, num_shards=job.stream.num_shards, length=job.stream.length)
     write_tensors(store, job.folder.block("curvature", block, "safetensors"), curvature, {})
     write_tensors(store, job.folder.block("token-weights", block, "safetensors"), tokens, {})
     write_table(
@@ -135,6 +139,27 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
     return {name: float(c.sum()) for name, c in curvature.items()}
 
 
+def _pooled(hessians: Mapping[str, HessianSum]) -> dict[str, HessianSum]:
+    """The sum over all experts' gate and up projections, which read the same; nothing in a dense block."""
+    found = [h for site, h in hessians.items() if site.startswith(f"{EXPERTS}.") and site.endswith(".gate_up")]
+    return {POOLED: reduce(merge, found)} if found else {}
+
+
+def _token_weights(
+    weights: Mapping[int, SiteWeights], *, total_tokens: int, num_shards: int, length: int
+) -> dict[str, Tensor]:
+    """Token weights of all shards, one after the other; those of experts with the index of their token."""
+    slices = shard_slices(total_tokens // length, length, num_shards)
+    found: dict[str, Tensor] = {}
+    in_order = [weights[i] for i in sorted(weights)]
+    for site in in_order[0].values:
+        found[site] = torch.cat([part.values[site].cpu() for part in in_order])
+    for site in in_order[0].rows:
+        parts = [weights[i].rows[site].cpu() + slices[i].start for i in sorted(weights)]
+        found[site + ROWS] = torch.cat(parts).to(torch.int32)
+    return found
+
+
 def score_table(block: int, curvature: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> pa.Table:
     """One row a module or site and metric."""
     rows = [
@@ -142,15 +167,18 @@ def score_table(block: int, curvature: Mapping[str, Tensor], tokens: Mapping[str
         for n, c in sorted(curvature.items())
     ]
     for site, s in sorted(tokens.items()):
+        if site.endswith(ROWS) or not len(s):
+            continue
         share = float(s.max() / s.sum().clamp_min(torch.finfo(s.dtype).tiny))
         rows.append({"name": site, "block": block, "metric": "top_token_share", "value": share, "unit": "1"})
     return pa.Table.from_pylist(rows)
 
 
-def read_hessian(job: ProfileJob, block: int, site: str) -> HessianSum:
-    """Hessian sums of one site."""
+def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, int]:
+    """Hessian sums of one site, and the calibration tokens of the run (an expert saw fewer)."""
     xx, scalars = read_symmetric(open_store(job.stream.store), job.folder.block("hessians", block, "parquet"), site)
-    return HessianSum(xx=xx, weight_sum=scalars["weight_sum"], num_tokens=int(scalars["num_tokens"]))
+    sums = HessianSum(xx=xx, weight_sum=scalars["weight_sum"], num_tokens=int(scalars["num_tokens"]))
+    return sums, int(scalars["total"])
 
 
 def read_curvature(job: ProfileJob, block: int, names: list[str]) -> dict[str, Tensor]:

@@ -5,29 +5,34 @@ With no token weights and no correction this is plain sequential GPTQ: the contr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import Choice, LinearSpec
-from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.source import open_source
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.packing import pack, unpack
+from lrpq.quant.starved import Evidence, hessian_of_expert
 from lrpq.refine.quantize import Refined, quantize_refined
+from lrpq.refine.routed import POOLED, dense_weights, routed_products
 from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.cluster import WorkerState
+from tasks.profile import ROWS
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
 from tasks.streams import StreamJob, my_shards, open_stream, shard_slices
 
 STAGE = "refine"
-COUNTS = ("rejected_rows", "rows", "damping_steps", "dead_inputs")
+COUNTS = ("rejected_rows", "rows", "damping_steps", "dead_inputs", "experts_pooled", "experts_without_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,30 +78,60 @@ def enter(state: WorkerState, job: RefineJob, block: int) -> None:
         raise RuntimeError(f"refinement is at block {index}, asked for {block}")
     state.held["module"] = module
     state.held["weights"] = None
+    state.held["products"] = {}
     if job.token_weights is not None:
         sweep: RefineSweep = state.held[STAGE]
-        key = job.token_weights.block("token-weights", block, "safetensors")
-        by_site = read_tensors(open_store(job.stream.store), key)
-        length = next(iter(sweep.shards.values())).shape[1] if sweep.shards else 1
-        slices = shard_slices(next(iter(by_site.values())).numel() // length, length, job.stream.num_shards)
-        state.held["weights"] = {
-            site: {shard: s[slices[shard]] for shard in sweep.shards} for site, s in by_site.items()
-        }
+        stored = read_tensors(
+            open_store(job.stream.store), job.token_weights.block("token-weights", block, "safetensors")
+        )
+        state.held["weights"] = _shard_weights(stored, sweep.shards, job.stream)
+
+
+def _shard_weights(
+    stored: Mapping[str, Tensor], shards: Collection[int], job: StreamJob
+) -> dict[str, dict[int, Tensor]]:
+    """Site -> shard -> token weights of all its tokens, from what the profile stored of a block."""
+    total = max(s.numel() for s in stored.values())  # sites that see all tokens are in every block
+    slices = shard_slices(total // job.length, job.length, job.num_shards)
+    found: dict[str, dict[int, Tensor]] = {}
+    for site, s in stored.items():
+        if site.endswith(ROWS):
+            continue
+        rows = stored.get(site + ROWS)
+        dense = s if rows is None else dense_weights(s, rows.long(), total)
+        found[site] = {shard: dense[slices[shard]] for shard in shards}
+    return found
 
 
 def products(
-    state: WorkerState, block: int, site: tuple[LinearSpec, ...], *before: tuple[str, QuantizedWeight]
-) -> dict[Node, SiteProducts]:
-    """Sums of one site for this worker's shards; ``before`` are the block's modules quantized so far."""
+    state: WorkerState, block: int, step: tuple[LinearSpec, ...], *before: tuple[str, QuantizedWeight]
+) -> None:
+    """Sums of a step's sites for this worker's shards, kept until they are taken.
+
+    Args:
+        state: the worker.
+        block: index of the block.
+        step: layers whose inputs are found in one forward (BlockStream.steps).
+        before: the block's modules quantized so far.
+    """
     sweep: RefineSweep = state.held[STAGE]
     weights = state.held["weights"]
-    return sweep.products(
-        block,
-        state.held["module"],
-        site,
-        None if weights is None else weights[site[0].input_site],
-        _dense(sweep, before),
+    held = state.held["products"]
+    if step[0].routed:
+        pooled = step[0].kind == GATE_UP and POOLED not in held
+        dense = _dense(sweep, before)
+        held |= routed_products(sweep, block, state.held["module"], step, weights, dense, pooled=pooled)
+        return
+    site = step[0].input_site
+    held[site] = sweep.products(
+        block, state.held["module"], step, None if weights is None else weights[site], _dense(sweep, before)
     )
+
+
+def take(state: WorkerState, site: str, *, keep: bool = False) -> dict[Node, SiteProducts]:
+    """Sums of one site, and forget them."""
+    held: dict[str, dict[Node, SiteProducts]] = state.held["products"]
+    return held.get(site, {}) if keep else held.pop(site, {})
 
 
 def advance(state: WorkerState, block: int, *quantized: tuple[str, QuantizedWeight]) -> None:
@@ -110,21 +145,34 @@ def end(state: WorkerState) -> None:
     state.held.pop("blocks").close()
     state.held.pop("weights", None)
     state.held.pop("module", None)
+    state.held.pop("products", None)
     state.held.pop(STAGE)
 
 
-def quantize(state: WorkerState, job: RefineJob, spec: LinearSpec, *parts: Any) -> tuple[str, QuantizedWeight]:
-    """Quantize one module from the workers' sums of its site and store its codes."""
-    nodes: dict[Node, SiteProducts] = {}
-    for part in parts:
-        nodes |= part
-    merged = root(nodes, job.stream.num_shards, merge_products)
+def quantize(
+    state: WorkerState, job: RefineJob, spec: LinearSpec, num_parts: int, *parts: Any
+) -> tuple[str, QuantizedWeight]:
+    """Quantize one module from the workers' sums of its site and store its codes.
+
+    Args:
+        state: the worker.
+        job: the stage.
+        spec: the module.
+        num_parts: how many of ``parts`` are sums of its own site.
+        parts: these, then those of all experts of the block where the module is an expert.
+    """
     choice = job.choices[spec.name]
     if choice is None:
         raise RuntimeError(f"module {spec.name} is not quantized")
-    W = ModelSource(Path(job.stream.model)).read(f"{spec.name}.weight").to(state.device, torch.float32)
+    merged = _merged(parts[:num_parts], job)
+    evidence = Evidence.OWN
+    if spec.routed:
+        pooled = _merged(parts[num_parts:], job).hessian if len(parts) > num_parts else None
+        sums, evidence = hessian_of_expert(merged.hessian, pooled, total_tokens=job.stream.num_tokens)
+        if evidence is not Evidence.OWN:  # nothing to correct towards
+            merged = SiteProducts(hessian=sums, shift=None)
     refined = quantize_refined(
-        W,
+        open_source(Path(job.stream.model)).read_rows(spec.stored).to(state.device, torch.float32),
         merged,
         choice,
         strength=job.strength,
@@ -133,13 +181,29 @@ def quantize(state: WorkerState, job: RefineJob, spec: LinearSpec, *parts: Any) 
         grid=Grid(job.grid),
         name=spec.name,
     )
-    write_refined(open_store(job.stream.store), job.folder, spec.name, refined)
+    write_refined(open_store(job.stream.store), job.folder, spec.name, refined, evidence)
     return spec.name, _on_host(refined.weight)
 
 
-def write_refined(store: ObjectStore, folder: StageFolder, name: str, refined: Refined) -> None:
+def _merged(parts: Sequence[dict[Node, SiteProducts]], job: RefineJob) -> SiteProducts:
+    nodes: dict[Node, SiteProducts] = {}
+    for part in parts:
+        nodes |= part
+    return root(nodes, job.stream.num_shards, merge_products)
+
+
+def write_refined(
+    store: ObjectStore, folder: StageFolder, name: str, refined: Refined, evidence: Evidence = Evidence.OWN
+) -> None:
     """Store one module's codes with how it went."""
-    counts = {field: str(getattr(refined, field)) for field in COUNTS}
+    counts = {
+        "rejected_rows": str(refined.rejected_rows),
+        "rows": str(refined.rows),
+        "damping_steps": str(refined.damping_steps),
+        "dead_inputs": str(refined.dead_inputs),
+        "experts_pooled": str(int(evidence is Evidence.POOLED)),
+        "experts_without_tokens": str(int(evidence is Evidence.NONE)),
+    }
     choice = refined.weight.choice
     write_tensors(
         store,
@@ -155,7 +219,7 @@ def read_refined(store: ObjectStore, folder: StageFolder, name: str, choice: Cho
 
 
 def read_counts(store: ObjectStore, folder: StageFolder, specs: Sequence[LinearSpec]) -> dict[str, int]:
-    """How it went, summed over modules: see Refined."""
+    """How it went, summed over modules: see Refined and lrpq.quant.starved."""
     counts = dict.fromkeys(COUNTS, 0)
     for spec in specs:
         metadata = read_metadata(store, folder.module(spec.name))

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.relevance.sweep import Shard
 from lrpq.shards import assign, split
@@ -30,6 +29,10 @@ class StreamJob:
     store: str
     windows: str
     """Key of the calibration windows."""
+    length: int
+    """Tokens of a window."""
+    num_tokens: int
+    """Of all windows."""
     num_shards: int
     micro_batch: int
     """Windows computed at once."""
@@ -38,7 +41,7 @@ class StreamJob:
 
 def open_stream(state: WorkerState, job: StreamJob) -> BlockStream:
     """The model, streamed on this worker's device."""
-    return BlockStream(ModelSource(Path(job.model)), dtype=DTYPES[job.dtype], device=state.device)
+    return BlockStream(open_source(Path(job.model)), dtype=DTYPES[job.dtype], device=state.device)
 
 
 def my_shards(state: WorkerState, job: StreamJob) -> list[Shard]:
@@ -54,8 +57,3 @@ def my_shards(state: WorkerState, job: StreamJob) -> list[Shard]:
 def shard_slices(num_windows: int, length: int, num_shards: int) -> list[slice]:
     """Where each shard's tokens lie among the tokens of all windows."""
     return [slice(span.start * length, span.stop * length) for span in split(num_windows, num_shards)]
-
-
-def concatenated(parts: dict[int, Tensor]) -> Tensor:
-    """Tokens of all shards in order."""
-    return torch.cat([parts[i] for i in sorted(parts)])

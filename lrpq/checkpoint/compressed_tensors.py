@@ -14,20 +14,21 @@ listed too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lrpq.checkpoint.layout import StoredTensor
 from lrpq.errors import ConfigError
-from lrpq.model.layers import Choice
+from lrpq.model.layers import Choice, LinearSpec
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 WORD_BITS = 32
 SUPPORTED_BITS = range(2, 9)  # a sign and at least one more bit; the packer's upper limit
+_NUMBER = re.compile(r"\\\.(\d+)(?=\\\.|$)")  # the first part of an escaped name that is a number
 
 
 def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
@@ -72,11 +73,14 @@ def stored_tensors(module: str, *, d_out: int, d_in: int, choice: Choice) -> tup
     )
 
 
-def quantization_config(choices: Mapping[str, Choice], *, ignore: Iterable[str] = ()) -> dict[str, Any]:
+def quantization_config(
+    choices: Mapping[str, Choice], *, specs: Sequence[LinearSpec] = (), ignore: Iterable[str] = ()
+) -> dict[str, Any]:
     """Describe the quantized modules for ``config.json``; the same choices give the same text in any order.
 
     Args:
         choices: module name -> bits and group size, without the modules that stay dense.
+        specs: linear layers; those of other names on disk are described by both names, experts by their block's.
         ignore: names of the linear modules that stay dense, the head among them.
 
     Raises:
@@ -88,10 +92,11 @@ def quantization_config(choices: Mapping[str, Choice], *, ignore: Iterable[str] 
         raise ConfigError(f"module {both[0]}: both quantized and ignored; expected one of the two")
     if not choices:
         raise ConfigError("no module is quantized: the checkpoint would equal the original; give at least one choice")
-    members: dict[Choice, list[str]] = {}
+    by_name = {spec.name: spec for spec in specs}
+    members: dict[Choice, list[tuple[str, ...]]] = {}
     for name in sorted(choices, key=natural_key):
         check_choice(name, choices[name], d_in=max(choices[name].group_size, 1))  # widths are checked with the shapes
-        members.setdefault(choices[name], []).append(name)
+        members.setdefault(choices[name], []).append(_patterns(name, by_name.get(name)))
     return {
         "quant_method": METHOD,
         "format": FORMAT,
@@ -108,6 +113,16 @@ def quantization_config(choices: Mapping[str, Choice], *, ignore: Iterable[str] 
     }
 
 
+def expert_patterns(spec: LinearSpec) -> tuple[str, ...]:
+    """Regular expressions for the experts of a block: the loaded module that holds them, and their layers on disk.
+
+    All projections match, whatever they are called: vLLM asks for ``gate_proj`` also where the disk says ``w1``.
+    """
+    module = spec.name.rsplit(".", 2)[0]
+    on_disk = sorted({stored.rsplit(".", 3)[0] for stored in spec.stored})
+    return (re.escape(module), *(re.escape(stem) + r"\.\d+\.\w+" for stem in on_disk))
+
+
 def _weights(choice: Choice) -> dict[str, Any]:
     by_channel = choice.group_size == -1
     return {
@@ -120,23 +135,45 @@ def _weights(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _targets(names: Iterable[str]) -> list[str]:
-    """Anchored patterns that match exactly ``names``: one for all the layers of a kind.
+def _patterns(name: str, spec: LinearSpec | None) -> tuple[str, ...]:
+    """Regular expressions of all the names that a module goes by."""
+    if spec is None:
+        return (re.escape(name),)
+    if spec.routed:
+        return expert_patterns(spec)
+    on_disk = [stored.removesuffix(".weight") for stored in spec.stored]
+    return tuple(re.escape(alias) for alias in dict.fromkeys([name, *on_disk]))
+
+
+def _targets(modules: Iterable[tuple[str, ...]]) -> list[str]:
+    """Anchored patterns that match exactly ``modules``: one for all the layers of a kind, whatever their names.
 
     One pattern a module would be exact too, but Python keeps 512 compiled patterns and the loader tries every
-    pattern on every module: with the 560 linear layers of a 70B model each try would compile anew.
+    pattern on every module: with the 560 linear layers of a 70B model each try would compile anew. Names that a
+    module goes by elsewhere share its pattern, as the loader warns of patterns that match nothing.
     """
-    layers: dict[tuple[str, str], list[str]] = {}
-    targets: list[str] = []
-    for name in names:
-        parts = name.split(".")
-        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if index is None:
-            targets.append(f"re:^{re.escape(name)}$")
+    layers: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    targets: set[str] = set()
+    for aliases in modules:
+        numbers = {match.group(1) for alias in aliases if (match := _NUMBER.search(alias))}
+        if len(numbers) == 1 and all(_NUMBER.search(alias) for alias in aliases):
+            around = tuple(_around_number(alias) for alias in aliases)
+            indices = layers.setdefault(around, [])
+            if not indices or indices[-1] not in numbers:
+                indices += numbers
         else:
-            around = (".".join([*parts[:index], ""]), ".".join(["", *parts[index + 1 :]]))
-            layers.setdefault(around, []).append(parts[index])
-    for (before, after), indices in layers.items():
-        numbers = indices[0] if len(indices) == 1 else f"(?:{'|'.join(indices)})"
-        targets.append(f"re:^{re.escape(before)}{numbers}{re.escape(after)}$")
+            targets.add(_anchored(aliases))
+    for around, indices in layers.items():
+        number = indices[0] if len(indices) == 1 else f"(?:{'|'.join(indices)})"
+        targets.add(_anchored([before + number + after for before, after in around]))
     return sorted(targets)
+
+
+def _around_number(pattern: str) -> tuple[str, str]:
+    match = _NUMBER.search(pattern)
+    assert match is not None
+    return pattern[: match.start(1)], pattern[match.end(1) :]
+
+
+def _anchored(aliases: Sequence[str]) -> str:
+    return f"re:^{aliases[0]}$" if len(aliases) == 1 else f"re:^(?:{'|'.join(aliases)})$"

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
+from lrpq.checkpoint.carried import CarriedTensors
 from lrpq.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE, natural_key, stored_tensors
 from lrpq.checkpoint.layout import Shard, StoredTensor, plan_shards
-from lrpq.errors import ConfigError, ModelError
-from lrpq.model.layers import Choice
+from lrpq.checkpoint.modules import WEIGHT, QuantizedModule, quantized_modules
+from lrpq.errors import ConfigError
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.safetensors_source import ModelSource
 from lrpq.notation import BITS_PER_BYTE
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 MAX_SHARD_BYTES = 5_000_000_000
-WEIGHT = ".weight"
-
-
-class TensorSource(Protocol):
-    """The original model, read one tensor at a time."""
-
-    folder: Path
-    """Folder of the original's ``config.json`` and tokenizer."""
-    config: PreTrainedConfig
-
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor, without reading it."""
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in its stored dtype."""
+TensorSource = ModelSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,13 +51,17 @@ class CheckpointPlan:
     shards: tuple[Shard, ...]
     copied: tuple[str, ...]
     """Tensors taken over from the source as they are."""
-    modules: Mapping[str, str]
+    modules: Mapping[str, QuantizedModule]
     """First tensor of a quantized module's unit -> the module."""
     size: CheckpointSize
 
 
 def planned_size(
-    source: TensorSource, choices: Mapping[str, Choice], *, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: ModelSource,
+    choices: Mapping[str, Choice],
+    *,
+    specs: Sequence[LinearSpec] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CheckpointSize:
     """Size that ``write_checkpoint`` will reach for these choices, to the byte; reads no weights.
 
@@ -90,13 +69,24 @@ def planned_size(
         ConfigError: nothing is quantized, or a choice does not fit its module.
         ModelError: a module to quantize is not a matrix of the source.
     """
-    return plan_checkpoint(source, choices, max_shard_bytes=max_shard_bytes).size
+    return plan_checkpoint(source, choices, specs=specs, max_shard_bytes=max_shard_bytes).size
 
 
 def plan_checkpoint(
-    source: TensorSource, choices: Mapping[str, Choice], *, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: ModelSource,
+    choices: Mapping[str, Choice],
+    *,
+    specs: Sequence[LinearSpec] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CheckpointPlan:
     """Lay out all files, tensors in the natural order of their names whatever the source's order or sharding.
+
+    Args:
+        source: the original.
+        choices: module name -> bits and group size.
+        specs: the model's linear layers, which say how a module lies on disk; one that has none is
+            ``name + '.weight'`` there.
+        max_shard_bytes: bytes of tensors in a file; a larger module has a file of its own.
 
     Raises:
         ConfigError: nothing is quantized, or a choice does not fit its module.
@@ -104,38 +94,41 @@ def plan_checkpoint(
     """
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
-    if not choices:
-        raise ConfigError("no module is quantized: the checkpoint would equal the original; give at least one choice")
-    names = sorted(source.names(), key=natural_key)
-    absent = set(choices) - {name.removesuffix(WEIGHT) for name in names if name.endswith(WEIGHT)}
-    if absent:
-        raise ModelError(f"module {min(absent)}: has no weight in {source.folder}; name modules of this model only")
+    quantized = quantized_modules(source, choices, specs)
+    owner = {stem + WEIGHT: module for module in quantized.values() for stem in module.stems}
+    carried = CarriedTensors(source)
     units: list[tuple[StoredTensor, ...]] = []
     copied: list[str] = []
-    modules: dict[str, str] = {}
-    num_weights = 0
-    for name in names:
-        shape = source.shape(name)
-        module = name.removesuffix(WEIGHT)
-        if not name.endswith(WEIGHT) or module not in choices:
+    modules: dict[str, QuantizedModule] = {}
+    planned: set[str] = set()
+    for name in sorted(source.names(), key=natural_key):
+        module = owner.get(name)
+        if module is None:
             copied.append(name)
-            units.append((StoredTensor(name=name, dtype=source.dtype(name), shape=tuple(shape)),))
-            continue
-        if len(shape) != 2:
-            raise ModelError(f"module {module}: its weight has shape {list(shape)}; expected a matrix")
-        units.append(stored_tensors(module, d_out=shape[0], d_in=shape[1], choice=choices[module]))
-        modules[units[-1][0].name] = module
-        num_weights += shape[0] * shape[1]
+            units.append((carried.stored(name),))
+        elif module.name not in planned:  # its tensors are made together, from one module's codes
+            planned.add(module.name)
+            units.append(_unit(module))
+            modules[units[-1][0].name] = module
     shards = plan_shards(units, max_shard_bytes=max_shard_bytes)
+    stems = [stem for module in quantized.values() for stem in module.stems]
 
     def bits(*kinds: str) -> int:
-        wanted = {f"{module}.{kind}" for module in choices for kind in kinds}
+        wanted = {f"{stem}.{kind}" for stem in stems for kind in kinds}
         return BITS_PER_BYTE * sum(t.nbytes for unit in units for t in unit if t.name in wanted)
 
     size = CheckpointSize(
         total_bytes=sum(shard.nbytes for shard in shards),
         quantized_bits=bits(PACKED, SCALE),
-        num_quantized_weights=num_weights,
+        num_quantized_weights=sum(sum(module.rows) * module.d_in for module in quantized.values()),
         metadata_bits=bits(SHAPE),
     )
     return CheckpointPlan(shards=shards, copied=tuple(copied), modules=modules, size=size)
+
+
+def _unit(module: QuantizedModule) -> tuple[StoredTensor, ...]:
+    return tuple(
+        tensor
+        for stem, rows in zip(module.stems, module.rows, strict=True)
+        for tensor in stored_tensors(stem, d_out=rows, d_in=module.d_in, choice=module.choice)
+    )

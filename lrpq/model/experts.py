@@ -25,7 +25,7 @@ class RoutedLinear(nn.Linear):
     """A linear layer of an expert; it knows which tokens it is being run on."""
 
     rows: Tensor | None = None
-    """Indices of the tokens, in the order of the layer's inputs, during and after a forward."""
+    """Indices of the tokens, in the order of the layer's inputs, of the last forward; None where it got none."""
 
 
 class Expert(nn.Module):
@@ -58,6 +58,9 @@ class LinearExperts(nn.Module):
         with torch.no_grad():
             mask = nn.functional.one_hot(top_k_index, num_classes=self.num_experts).permute(2, 1, 0)
             hit = mask.sum(dim=(-1, -2)).nonzero().flatten().tolist()
+        for child in self.children():
+            if isinstance(child, Expert):
+                child.gate_up_proj.rows = child.down_proj.rows = None
         for index in hit:
             expert = cast(Expert, self._modules[str(index)])
             position, rows = torch.where(mask[index])

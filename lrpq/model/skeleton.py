@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -61,18 +62,18 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
                 raise ModelError(f"module {path}: its buffer {name} is computed, and transformers does not say how")
 
 
-def own_modules(model: nn.Module, paths: tuple[str, ...], optional: frozenset[str]) -> tuple[str, ...]:
+def own_modules(model: nn.Module, paths: Sequence[str], optional: Collection[str] = ()) -> tuple[str, ...]:
     """Those of ``paths`` that the model has.
 
     Raises:
         ModelError: one that is not optional is missing.
     """
-    found = []
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        module = getattr(model.get_submodule(parent), name, None)
-        if isinstance(module, nn.Module):
-            found.append(path)
-        elif path not in optional:
-            raise ModelError(f"module {path}: not in the model that config.json describes")
-    return tuple(found)
+    modules = dict(model.named_modules())
+    found = tuple(path for path in paths if path in modules)
+    missing = [path for path in paths if path not in modules and path not in optional]
+    if missing:
+        raise ModelError(
+            f"module {missing[0]}: not in the {type(model).__name__} that config.json describes; its architectures and "
+            "its model_type do not fit each other"
+        )
+    return found

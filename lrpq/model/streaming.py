@@ -29,6 +29,7 @@ from lrpq.model.skeleton import build_skeleton, own_modules
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+STEP_BYTES = 2 << 30
 _CACHES = frozenset({"past_key_values", "layer_past"})
 Overrides = Mapping[str, Tensor]
 """Module name -> weight [d_out, d_in] that replaces the one on disk."""
@@ -65,6 +66,7 @@ class BlockStream:
         self._stored: dict[str, tuple[str, ...]] = {
             name: (stored,) for name, stored in stored_names(self.model, source).items()
         }
+        own_modules(self.model, (self.family.blocks, self.family.head))
         self._outside = own_modules(self.model, self.family.outside, self.family.optional)
         self._tail = own_modules(self.model, self.family.tail, self.family.optional)
         self.blocks: nn.ModuleList = cast("nn.ModuleList", self.model.get_submodule(self.family.blocks))
@@ -91,6 +93,27 @@ class BlockStream:
         for spec in self.block_specs(block):
             found.setdefault(spec.input_site, []).append(spec)
         return {site: tuple(members) for site, members in found.items()}
+
+    def steps(self, block: int) -> list[tuple[LinearSpec, ...]]:
+        """Layers of a block whose inputs are found in one forward, in the order of execution.
+
+        A site is a step. Experts of a block do not read each other's outputs, so many of their sites share a step: as
+        many as have Hessians of ``STEP_BYTES`` together.
+        """
+        found: list[list[LinearSpec]] = []
+        held = 0
+        for spec in self.block_specs(block):
+            size = 4 * spec.d_in * spec.d_in
+            last = found[-1][-1] if found else None
+            same_site = last is not None and last.input_site == spec.input_site
+            beside = last is not None and last.routed and spec.routed and last.kind == spec.kind
+            if same_site or (beside and held + size <= STEP_BYTES):
+                found[-1].append(spec)
+            else:
+                found.append([spec])
+                held = 0
+            held += 0 if same_site else size
+        return [tuple(step) for step in found]
 
     def local_name(self, spec: LinearSpec) -> str:
         """Module name inside its block, e.g. ``self_attn.q_proj``."""

@@ -63,10 +63,10 @@ def target_error(
     W are the original weights (the targets), Q those used behind the quantized prefix. With dW = Q - W the error is
     W (x - xq) - dW xq, and its mean square, but for the first part's own: diag(dW C dW^T) - 2 diag(W D dW^T). It may be
     negative and only differences between two Q have a meaning: this is what the guard of the correction compares.
-    Written in dW the terms do not cancel, so products in C's dtype suffice; sums are float64. ``WD`` is the product
+    Written in dW the terms do not cancel, so matmuls in C's dtype suffice; the rest is float64. ``WD`` is the product
     W D, where the caller has it.
     """
     W = W.to(C.dtype)
     dW = Q.to(C.dtype) - W
     shift = W @ D if WD is None else WD
-    return loss(W, Q, C) - 2 * (shift * dW).sum(1, dtype=torch.float64)
+    return loss(W, Q, C) - 2 * (shift.double() * dW.double()).sum(1)

@@ -33,6 +33,7 @@ from lrpq.quant.grid import (
     check_finite,
     code_range,
     group_width,
+    power_of_two,
     search_scales_transposed,
     zero_points,
 )
@@ -121,8 +122,8 @@ def gptq(
     the factor or of another ``H`` as importance. Computes in the dtype of the factor (fp32; fp64 in tests).
     Memory besides inputs and results: W once more, and 9 bytes times d_in times at most 4,608 rows on CPU.
 
-    Raises QuantizationError naming the layer for values that are not finite or a group size that does not
-    divide d_in.
+    Raises QuantizationError naming the layer for values that are not finite or so large that the column loop could
+    overflow (from about 1e30 in fp32), a scale of zero, or a group size that does not divide d_in.
     """
     d_out, d_in = W.shape
     if d_in != len(factor.order):
@@ -143,6 +144,7 @@ def gptq(
     # one row of scales for every run of columns that lies in one group of every choice
     run = math.gcd(*widths)
     scales = [s.bfloat16() for s in scales]
+    _check_reach(Wt, scales, choices, factor, name=name)
     S = _stack(scales, widths, run).to(Wt)
     Z = _stack(zeros, widths, run).to(Wt) if zeros else None
     bounds = torch.tensor([code_range(choice.bits) for choice in choices], dtype=Wt.dtype, device=Wt.device)
@@ -159,6 +161,26 @@ def gptq(
         QuantizedWeight(codes=q.T.contiguous(), scales=s, choice=choice, zero_points=z)
         for q, s, choice, z in zip(codes, scales, choices, zeros or [None] * len(choices), strict=True)
     ]
+
+
+def _check_reach(Wt: Tensor, scales: Sequence[Tensor], choices: Sequence[Choice], factor: Factor, *, name: str) -> None:
+    """Raise if a target t_k = w_k + sum_j D_j R_jk might overflow, or a scale is zero or not finite.
+
+    Where this passes, the column loop makes no infinity and no NaN, which would end as codes like any other.
+    """
+    weight = _largest(Wt)
+    grid_end = max(2**choice.bits * _largest(s) for s, choice in zip(scales, choices, strict=True))
+    reach = weight + (weight + grid_end) * len(factor.R) * _largest(factor.R)
+    if not reach < torch.finfo(Wt.dtype).max or not all(bool(s.all()) for s in scales):
+        raise QuantizationError(
+            f"{name}: its weights, up to {weight:.3g}, or its scales, zero or up to {grid_end:.3g} times 2^-bits, may"
+            f" overflow {Wt.dtype} while columns correct each other; check the source model"
+        )
+
+
+def _largest(x: Tensor) -> float:
+    low, high = x.aminmax()
+    return max(-float(low), float(high))
 
 
 class _Sweep(NamedTuple):
@@ -240,7 +262,9 @@ def loss(
     """Layer-wise error of every row, diag((W - Q) H (W - Q)^T), with the *undamped* H; float64, not halved.
 
     Matmuls in the dtype of H, sums over columns in float64. H is symmetric, so each pair of column blocks is
-    multiplied once: (1 + 1/8) d_in^2 FLOPs a row instead of 2 d_in^2.
+    multiplied once: (1 + 1/8) d_in^2 FLOPs a row instead of 2 d_in^2. Each row is in units of a power of two
+    meanwhile, which changes no digit: errors below 1e-19 would vanish when squared in fp32 and pass for none. A form
+    in a semi-definite H is not negative; what fp32 rounds below zero, as it does where H has low rank, is zero.
 
     The error that GPTQ minimises includes damping; it ranks bit widths wrongly and is nowhere returned.
     """
@@ -250,12 +274,15 @@ def loss(
     for top in range(0, len(W), _LOSS_ROWS):
         rows = slice(top, top + _LOSS_ROWS)
         dW = (W[rows] - Q[rows]).to(H.dtype)
+        unit = power_of_two(torch.maximum(dW.amax(1), -dW.amin(1)))
+        dW.div_(unit.unsqueeze(1))
         for start in range(0, d_in, step):
             stop = min(d_in, start + step)
             half = torch.mm(dW[:, start:stop], H[start:stop, start:stop])
             half.addmm_(dW[:, stop:], H[stop:, start:stop], alpha=2.0)
             total[rows] += half.mul_(dW[:, start:stop]).sum(1, dtype=torch.float64)
-    return total
+        total[rows] *= unit.double().square()
+    return total.clamp_(min=0.0)
 
 
 def predicted_cost(

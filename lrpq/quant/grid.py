@@ -52,13 +52,25 @@ class QuantizedWeight:
     zero_points: Int8[Tensor, "d_out groups"] | None = None
     """Code that stands for zero (asymmetric grids only)."""
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "d_out d_in"]:
-        """Scale times code, both in ``dtype``: what compressed-tensors computes on loading."""
+    def dequantize(self, dtype: torch.dtype = torch.float32, *, name: str = "layer") -> Float[Tensor, "d_out d_in"]:
+        """Scale times code, both in ``dtype``: what compressed-tensors computes on loading.
+
+        In float32 and bfloat16 a grid without zero points is always finite. Float16 ends at 65,504 and the lowest
+        code may lie a few times as far out as the group's largest weight; scales lose digits below 2^-17 and vanish
+        at 2^-25.
+
+        Raises QuantizationError naming the layer where a value overflows float16.
+        """
         d_out, d_in = self.codes.shape
         codes = self.codes.view(d_out, self.scales.shape[1], -1).to(dtype)  # int8 is exact in bfloat16
         if self.zero_points is not None:
             codes -= self.zero_points.to(dtype).unsqueeze(-1)
-        return codes.mul_(self.scales.to(dtype).unsqueeze(-1)).view(d_out, d_in)
+        values = codes.mul_(self.scales.to(dtype).unsqueeze(-1)).view(d_out, d_in)
+        if dtype is torch.float16 and not bool(torch.isfinite(values).all()):
+            raise QuantizationError(
+                f"{name}: scale times code is beyond float16's largest number, 65,504; use bfloat16 or float32"
+            )
+        return values
 
     def split(self, num_rows: Sequence[int]) -> list[QuantizedWeight]:
         """Parts of consecutive rows, for layers that were stacked because they share an input (q, k, v)."""
@@ -123,7 +135,9 @@ def search_scales(
     worse than the absmax scale. A group of zeros gets scale 1.
 
     The search: absmax / d with d geometric around 2^(bits-1), then refits in which codes and least-squares
-    scale alternate (constants and the sweep that chose them: ``_SEARCH``).
+    scale alternate (constants and the sweep that chose them: ``_SEARCH``). It runs in units of a power of two
+    near the group's largest weight and importance, which changes no digit: squares of weights beyond 1e19 or
+    below 1e-19 would leave float32's range and every scale would look alike.
 
     Raises QuantizationError if the group size does not divide d_in, or for a weight or importance that is not
     finite.
@@ -150,9 +164,13 @@ def search_scales_transposed(
     width = group_width(choice, d_in, name=name)
     W = Wt.view(d_in // width, width, d_out)
     weights = importance.to(Wt).view(d_in // width, 1, width)
+    weights = weights / power_of_two(weights.amax(-1, keepdim=True))
     scales = torch.empty(d_in // width, d_out, dtype=torch.bfloat16, device=Wt.device)
     for groups, rows in _chunks(W):
-        scales[groups, rows] = _search_chunk(W[groups, :, rows], weights[groups], choice.bits, grid).squeeze(1)
+        w = W[groups, :, rows]
+        unit = power_of_two(_absmax(w))
+        best = _search_chunk(w / unit, weights[groups], choice.bits, grid)
+        scales[groups, rows] = _storable(best * unit, choice.bits).squeeze(1)
     return scales.T.contiguous()
 
 
@@ -167,7 +185,16 @@ def absmax_scales(W: Float[Tensor, "d_out d_in"], choice: Choice) -> BFloat16[Te
     """Scales 2 max|w| / (2^bits - 1), as compressed-tensors sets them by default; 1 for a group of zeros."""
     d_out, d_in = W.shape
     largest = W.reshape(d_out, d_in // group_width(choice, d_in), -1).abs().amax(-1).float()
-    return torch.where(largest == 0, 1.0, _to_bfloat16(largest / (2 ** (choice.bits - 1) - 0.5))).bfloat16()
+    scales = _storable(largest / (2 ** (choice.bits - 1) - 0.5), choice.bits)
+    return torch.where(largest == 0, 1.0, scales).bfloat16()
+
+
+def power_of_two(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Largest power of two that is not above x > 0; 1 where x is 0.
+
+    Dividing by it moves exponents alone: digits stay as they are and squares stay in range.
+    """
+    return torch.ldexp(torch.ones_like(x), torch.where(x == 0, 0, torch.frexp(x).exponent - 1))
 
 
 def check_finite(tensor: Tensor, what: str, *, name: str) -> None:
@@ -277,3 +304,9 @@ def _to_bfloat16(s: Tensor) -> Tensor:
     tiny = torch.finfo(torch.bfloat16).tiny
     rounded = s.bfloat16().to(s.dtype)
     return torch.where(rounded.abs() < tiny, torch.where(s < 0, -tiny, tiny), rounded)
+
+
+def _storable(s: Tensor, bits: int) -> Tensor:
+    """Round to bfloat16, keep the dtype; no magnitude so large that the lowest code times it overflows."""
+    limit = torch.finfo(torch.bfloat16).max / 2 ** (bits - 1)
+    return _to_bfloat16(s).clamp_(-limit, limit)

@@ -23,6 +23,9 @@ _NUM_BLOCKS = 8
 _DAMPING_FACTOR = 10.0
 _MAX_DAMPING_STEPS = 5
 _FIRST_DAMPING = 1e-6  # where none was asked for and the matrix needs some: about fp32 rounding of its mean
+# Range of sums and of H in which fp32 keeps all digits that count: products below 2^-126, which it rounds coarsely, are
+# then within rounding of the largest, and quadratic forms of H with vectors near 1 stay finite.
+_SMALLEST, _LARGEST = 2.0**-100, 2.0**100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class DampedCholesky:
     num_damping_steps: int
     """How often the damping had to grow tenfold: 0 unless H is badly conditioned."""
     num_dead: int
-    """Inputs that are zero on all calibration tokens: a diagonal entry of 1 decouples them."""
+    """Inputs that are zero (in fp32, squared) on all calibration tokens: a diagonal entry of 1 decouples them."""
 
 
 def empty_hessian(d_in: int, device: torch.device | str = "cpu") -> HessianSum:
@@ -66,14 +69,14 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
     """
     d_in = sums.xx.shape[0]
     X = X.reshape(-1, d_in).float()
-    s = s.reshape(-1)
+    s = s.reshape(-1).float()  # before their sum is taken: a weight that fp32 rounds to zero must not count there
     if len(s) != len(X):
         raise QuantizationError(f"{len(s)} token weights for {len(X)} tokens of width {d_in}: give one a token")
     if not bool(((s >= 0) & torch.isfinite(s)).all()):
         raise QuantizationError(
             "token weights must be finite and not negative; take the relevance's magnitude or square"
         )
-    sX = X * s.float().unsqueeze(1)
+    sX = X * s.unsqueeze(1)
     step = max(1, -(-d_in // _NUM_BLOCKS))
     for start in range(0, d_in, step):
         sums.xx[start : start + step, start:].addmm_(X[:, start : start + step].T, sX[:, start:])
@@ -90,10 +93,21 @@ def merge(a: HessianSum, b: HessianSum) -> HessianSum:
 
 
 def normalized(sums: HessianSum, *, name: str = "layer") -> Float[Tensor, "d_in d_in"]:
-    """H = sum s x x^T / sum s, symmetric, in new memory. Raises QuantizationError if all weights are zero."""
-    if not sums.weight_sum > 0:
+    """H = sum s x x^T / sum s, symmetric, in new memory; zero where all inputs are.
+
+    Raises QuantizationError naming the layer if all weights are zero, or if weights or inputs are not finite or so
+    small or large that the sums have lost digits.
+    """
+    total, largest = sums.weight_sum, float(sums.xx.diagonal().amax())
+    if not total > 0:
         raise QuantizationError(f"{name}: its {sums.num_tokens} calibration tokens have no weight; check the relevance")
-    return mirror(replace(sums, xx=sums.xx / sums.weight_sum)).xx
+    ranged = (total, largest, largest / total) if largest else (total,)
+    if not all(_SMALLEST <= value <= _LARGEST for value in ranged):
+        raise QuantizationError(
+            f"{name}: sums over its {sums.num_tokens} calibration tokens leave float32's range (of token weights"
+            f" {total:.3g}, of weighted squared inputs {largest:.3g}); check the calibration inputs and the relevance"
+        )
+    return mirror(replace(sums, xx=sums.xx / total)).xx
 
 
 def mirror(sums: HessianSum) -> HessianSum:

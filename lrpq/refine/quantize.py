@@ -11,7 +11,7 @@ from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
 from lrpq.quant.gptq import factorize, gptq
 from lrpq.quant.grid import Grid, QuantizedWeight
-from lrpq.quant.hessian import normalized
+from lrpq.quant.hessian import damped_cholesky, normalized
 from lrpq.refine.sweep import SiteProducts
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Refined:
     """Rows whose corrected weights were worse on their own calibration error: these are not corrected."""
     rows: int
     damping_steps: int
-    """How often the damping was raised because the Hessian was not positive definite."""
+    """How often the damping, GPTQ's or the correction's, was raised because C was not positive definite."""
     dead_inputs: int
 
 
@@ -72,16 +72,17 @@ def quantize_refined(
         )
     D = products.shift.to(W.device) / products.hessian.weight_sum
     WD = W @ D
-    corrected = correct(W, D, C, strength=strength, damping=correction_damping, WD=WD, name=name)
+    cholesky = damped_cholesky(C, damping=correction_damping, name=name)
+    corrected = correct(W, D, C, strength=strength, cholesky=cholesky, WD=WD, name=name)
     both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
     d_out = W.shape[0]
     Q = both.dequantize(torch.float32)
-    worse = target_error(W, Q[d_out:], C, D, WD=WD) > target_error(W, Q[:d_out], C, D, WD=WD)
-    rows = torch.arange(d_out, device=W.device) + torch.where(worse, 0, d_out)
+    kept = target_error(W, Q[d_out:], C, D, WD=WD) <= target_error(W, Q[:d_out], C, D, WD=WD)
+    rows = torch.arange(d_out, device=W.device) + torch.where(kept, d_out, 0)
     return Refined(
         weight=QuantizedWeight(codes=both.codes[rows], scales=both.scales[rows], choice=choice),
-        rejected_rows=int(worse.sum()),
+        rejected_rows=d_out - int(kept.sum()),
         rows=d_out,
-        damping_steps=factor.num_damping_steps,
+        damping_steps=factor.num_damping_steps + cholesky.num_damping_steps,
         dead_inputs=factor.num_dead,
     )

@@ -74,8 +74,10 @@ class RefineSweep:
         self.num_shards = num_shards
         self.micro_batch = micro_batch
         self.with_shift = with_shift
-        self._original: dict[int, list[Tensor]] = {}
-        self._quantized: dict[int, list[Tensor]] = {}
+        self.original: dict[int, list[Tensor]] = {}
+        """Shard -> hidden states of its micro-batches in the original model; empty without ``with_shift``."""
+        self.quantized: dict[int, list[Tensor]] = {}
+        """The same behind the quantized prefix."""
         self._known: dict[tuple[str, int, int], dict[str, Tensor]] = {}
         """(stream, shard, micro-batch) -> last layer of a unit of the block at hand -> its input."""
 
@@ -84,9 +86,9 @@ class RefineSweep:
         with self.stream.embedding():
             for shard, tokens in self.shards.items():
                 inputs = [self.stream.embed(batch) for batch in tokens.split(self.micro_batch)]
-                self._quantized[shard] = inputs
+                self.quantized[shard] = inputs
                 if self.with_shift:
-                    self._original[shard] = list(inputs)
+                    self.original[shard] = list(inputs)
 
     @torch.no_grad()
     def products(
@@ -108,7 +110,7 @@ class RefineSweep:
         """
         reader = self.stream.local_name(site[0])
         parts: dict[Node, SiteProducts] = {}
-        for shard, batches in self._quantized.items():
+        for shard, batches in self.quantized.items():
             hessian = empty_hessian(site[0].d_in, self.stream.device)
             shift = torch.zeros_like(hessian.xx) if self.with_shift else None
             offset = 0
@@ -121,7 +123,7 @@ class RefineSweep:
                 offset += len(xq)
                 hessian = accumulate(hessian, xq, s)
                 if shift is not None:
-                    original = self._original[shard][position]
+                    original = self.original[shard][position]
                     x = self._inputs_of(reader, block, module, original, ("original", shard, position))
                     difference = x.float() - xq.float()
                     shift.addmm_((difference * s[:, None]).T, xq.float())
@@ -132,17 +134,30 @@ class RefineSweep:
     @torch.no_grad()
     def advance(self, block: int, module: nn.Module, quantized: Mapping[str, Tensor]) -> None:
         """Move both streams behind the block."""
-        self._advance(block, module, "original", self._original)
+        self._advance(block, module, "original", self.original)
         with self.stream.swapped(module, quantized):
-            self._advance(block, module, "quantized", self._quantized)
+            self._advance(block, module, "quantized", self.quantized)
         self._known.clear()
         release_freed_memory()
+
+    def run_continued(
+        self, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]
+    ) -> Float[Tensor, "n t h"]:
+        """Forward of the block; a unit whose last layer's input is known from ``products`` is not run again.
+
+        Args:
+            block: index of the block.
+            module: the block.
+            hidden: its input.
+            place: stream ("original" or "quantized"), shard and micro-batch that ``hidden`` belongs to.
+        """
+        with _continued(module, self.stream.family.units, self._known.get(place, {})):
+            return self.stream.run(module, block, hidden)
 
     def _advance(self, block: int, module: nn.Module, which: str, streams: dict[int, list[Tensor]]) -> None:
         for shard, batches in streams.items():
             for position, hidden in enumerate(batches):
-                with _continued(module, self.stream.family.units, self._known.get((which, shard, position), {})):
-                    batches[position] = self.stream.run(module, block, hidden)
+                batches[position] = self.run_continued(block, module, hidden, (which, shard, position))
 
     def _inputs_of(
         self, reader: str, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]

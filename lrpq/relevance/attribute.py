@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lrpq.errors import QuantizationError
+from lrpq.model.experts import RoutedLinear
 from lrpq.relevance.passes import check_finite, rules_for, run_passes, widen
 from lrpq.relevance.rules import Pass, PassSwitch
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class ModuleStats:
     d_out: int
     token_sums: Mapping[Pass, Float[Tensor, " tokens"]]
     """sum_j g_tj^2 of every pass, fp32 (fp64 for an fp64 model); zero where a pass holds the layer constant:
-    q, k and gate under CP_LRP."""
+    q, k and gate under CP_LRP. Of an expert: of the tokens it was run on."""
     channel_sums: Float[Tensor, " d_out"]
     """sum_t g_tj^2 of the FISHER pass, fp64; divided by the number of tokens it is the curvature c."""
 
@@ -44,8 +45,10 @@ class BlockBackward:
     """Gradients at the block's input, dtype of the hidden states: upstream of the block before."""
     inputs: Mapping[str, Float[Tensor, "tokens d_in"]]
     """Input of every site, model dtype; tokens in the order of hidden.reshape(n*t, h)."""
+    rows: Mapping[str, Int[Tensor, " tokens"]]
+    """Of the sites of experts: which of the n*t tokens those are. Others see all tokens and are not named."""
     modules: Mapping[str, ModuleStats]
-    """By module name as given in ``sites``."""
+    """By module name as given in ``sites``. An expert to which no token was sent is in none of the three."""
 
 
 def block_backward(
@@ -81,8 +84,8 @@ def block_backward(
         leaf = hidden.detach().requires_grad_()
         output = block(leaf, **call_args)
         output = output[0] if isinstance(output, tuple) else output
-    for _, name, _ in named:
-        if name not in recorder.widths:
+    for _, name, module in named:
+        if name not in recorder.widths and not isinstance(module, RoutedLinear):
             raise QuantizationError(
                 f"{name} did not run in its block's forward: expected every listed layer to see the tokens; "
                 "leave it out of the sites"
@@ -92,7 +95,8 @@ def block_backward(
     return BlockBackward(
         gradients=gradients,
         inputs=recorder.inputs,
-        modules={name: recorder.stats(name, upstream) for _, name, _ in named},
+        rows=recorder.rows,
+        modules={name: recorder.stats(name, upstream) for name in recorder.widths},
     )
 
 
@@ -108,13 +112,16 @@ class _Recorder:
 
     switch: PassSwitch
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
     token_sums: dict[tuple[str, Pass], Tensor] = field(default_factory=dict)
     channel_sums: dict[str, Tensor] = field(default_factory=dict)
 
     def forward_hook(self, site: str, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             x = args[0].detach()
+            if isinstance(module, RoutedLinear) and module.rows is not None:
+                self.rows[site] = module.rows
             known = self.inputs.setdefault(site, x.reshape(-1, x.shape[-1]))
             if name in self.widths or known.data_ptr() != x.data_ptr() or known.numel() != x.numel():
                 raise QuantizationError(

@@ -32,6 +32,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 from transformers.pytorch_utils import Conv1D
 
 from lrpq.errors import ModelError
+from lrpq.model.experts import Expert, LinearExperts, RoutedLinear
 from lrpq.relevance import rules
 from lrpq.relevance.attention import attention_patch
 from lrpq.relevance.rules import Pass as Pass
@@ -104,7 +105,7 @@ def fused_gated_mlp(module: Any, switch: PassSwitch) -> Mapping[str, object]:
     return {"forward": forward}
 
 
-def routed_experts(module: Any, switch: PassSwitch) -> Mapping[str, object]:
+def routed_experts(module: LinearExperts, switch: PassSwitch) -> Mapping[str, object]:
     """Half rule for both products of routed experts: act(gate) * up, and output * router weight (AttnLRP).
 
     The module's loop over experts stays as it is; it forms the two products by calling ``self.gated(gate, up)``
@@ -112,10 +113,12 @@ def routed_experts(module: Any, switch: PassSwitch) -> Mapping[str, object]:
     """
 
     def gated(gate: Tensor, up: Tensor) -> Tensor:
-        return rules.half_product(module.act_fn(gate), up, switch)
+        product: Tensor = rules.half_product(module.act_fn(gate), up, switch)
+        return product
 
     def weighted(y: Tensor, weight: Tensor) -> Tensor:
-        return rules.routed_product(y, weight, switch)
+        product: Tensor = rules.routed_product(y, weight, switch)
+        return product
 
     return {"gated": gated, "weighted": weighted}
 
@@ -226,6 +229,9 @@ COMPOSITE: Mapping[type[nn.Module], Rule] = {
     qwen3_moe.Qwen3MoeDecoderLayer: linear,
     qwen3_moe.Qwen3MoeSparseMoeBlock: linear,
     qwen3_moe.Qwen3MoeTopKRouter: router,
+    LinearExperts: routed_experts,
+    Expert: linear,
+    RoutedLinear: linear,
 }
 
 _SWITCH = "_lrpq_switch"

@@ -83,7 +83,7 @@ def logit_seed(logits: Float[Tensor, "k v"], labels: Tensor) -> Float[Tensor, "k
 
 def head_gradient(
     norm: nn.Module,
-    head: nn.Module,
+    head: Callable[[Tensor], Tensor],
     hidden: Float[Tensor, "n t h"],
     *,
     switch: PassSwitch,

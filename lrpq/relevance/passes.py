@@ -9,13 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from lrpq.errors import QuantizationError
-from lrpq.relevance.composite import apply_rules
+from lrpq.relevance.composite import COMPOSITE, apply_rules
+from lrpq.relevance.operations import operation_rules
 from lrpq.relevance.rules import Pass, PassSwitch
 
 
+def has_rule_table(module: nn.Module) -> bool:
+    """Whether every class in ``module`` has a row in `COMPOSITE`; otherwise rules are found operation by operation."""
+    return all(type(member) in COMPOSITE for member in module.modules())
+
+
 def rules_for(module: nn.Module, switch: PassSwitch, passes: Collection[Pass]) -> AbstractContextManager[None]:
-    """The scope of the rules, where a pass other than FISHER needs them."""
-    return nullcontext() if set(passes) == {Pass.FISHER} else apply_rules(module, switch)
+    """The scope of the rules, where a pass other than FISHER needs them: by module, else by operation."""
+    if set(passes) == {Pass.FISHER}:
+        return nullcontext()
+    return apply_rules(module, switch) if has_rule_table(module) else operation_rules(module, switch)
 
 
 def run_passes(output: Tensor, leaf: Tensor, upstream: Mapping[Pass, Tensor], switch: PassSwitch) -> dict[Pass, Tensor]:

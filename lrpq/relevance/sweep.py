@@ -50,6 +50,16 @@ def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SiteWeights:
+    """Token weights of every site of a block, over the tokens of a shard."""
+
+    values: Mapping[str, Float[Tensor, " tokens"]]
+    """Site -> s, float32: one a token; of an expert's site, one a token that was sent there."""
+    rows: Mapping[str, Int[Tensor, " tokens"]]
+    """Of the sites of experts: which of the shard's tokens those are, ascending."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """Some consecutive calibration windows."""
 
@@ -134,22 +144,22 @@ class ProfileSweep:
                     num_tokens += tokens.numel()
         return total_nats, num_tokens
 
-    def backward(self, block: int, module: nn.Module) -> tuple[dict[Node, BlockSums], dict[int, dict[str, Tensor]]]:
+    def backward(self, block: int, module: nn.Module) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
         """Backward through one block.
 
         Returns:
-            Sums by node of the merge tree (complete subtrees of this worker's shards already merged), and per shard and
-            site the token weights, float32 [windows * length].
+            Sums by node of the merge tree (complete subtrees of this worker's shards already merged), and per shard the
+            token weights of every site.
         """
         parts: dict[Node, BlockSums] = {}
-        weights: dict[int, dict[str, Tensor]] = {}
+        weights: dict[int, SiteWeights] = {}
         for shard in self.shards:
             parts[0, shard.index], weights[shard.index] = self._shard_backward(block, module, shard)
             parts = fold(parts, self.num_shards, merge_block_sums)
         release_freed_memory()
         return parts, weights
 
-    def _shard_backward(self, block: int, module: nn.Module, shard: Shard) -> tuple[BlockSums, dict[str, Tensor]]:
+    def _shard_backward(self, block: int, module: nn.Module, shard: Shard) -> tuple[BlockSums, SiteWeights]:
         specs = self.stream.sites(block)
         sites = {
             site: [(spec.name, module.get_submodule(self.stream.local_name(spec))) for spec in members]
@@ -158,6 +168,8 @@ class ProfileSweep:
         hessians = {site: empty_hessian(members[0].d_in, self.stream.device) for site, members in specs.items()}
         curvature = {spec.name: torch.zeros(spec.d_out, dtype=torch.float64) for spec in self.stream.block_specs(block)}
         weights: dict[str, list[Tensor]] = {site: [] for site in sites}
+        rows: dict[str, list[Tensor]] = {site: [] for site, members in specs.items() if members[0].routed}
+        start = 0
         for position in range(len(shard.tokens.split(self.micro_batch))):
             hidden = self.kept.take((block, shard.index, position))
             result = block_backward(
@@ -169,12 +181,18 @@ class ProfileSweep:
                 switch=self.switch,
             )
             self._upstream[shard.index, position] = result.gradients
-            for site, members in sites.items():
-                stats = [result.modules[name] for name, _ in members]
+            for site, inputs in result.inputs.items():
+                stats = [result.modules[name] for name, _ in sites[site]]
                 s = token_weights(stats, self.relevance, site=f"{block}.{site}", floor=self.floor, power=self.power)
-                hessians[site] = accumulate(hessians[site], result.inputs[site], s)
+                hessians[site] = accumulate(hessians[site], inputs, s)
                 weights[site].append(s.float().cpu())
+                if site in rows:
+                    rows[site].append(start + result.rows[site].cpu())
             for name, stats_of in result.modules.items():
                 curvature[name] += stats_of.channel_sums.cpu()
+            start += hidden.shape[0] * hidden.shape[1]
         sums = BlockSums(hessians=hessians, curvature=curvature, num_tokens=shard.tokens.numel())
-        return sums, {site: torch.cat(parts) for site, parts in weights.items()}
+        return sums, SiteWeights(
+            values={site: torch.cat([torch.empty(0), *parts]) for site, parts in weights.items()},
+            rows={site: torch.cat([torch.empty(0, dtype=torch.long), *parts]) for site, parts in rows.items()},
+        )

@@ -37,21 +37,27 @@ def token_weights(
     """
     if relevance is Relevance.NONE:
         return torch.ones_like(modules[0].token_sums[Pass.FISHER])
-    weights = torch.stack([_module_weights(stats, relevance) for stats in modules]).mean(dim=0)
-    weights = (weights + floor * weights.mean()).pow(power)
-    if not (bool(torch.isfinite(weights).all()) and bool(weights.sum() > 0)):
+    wide = torch.stack([_module_weights(stats, relevance) for stats in modules]).mean(dim=0)
+    weights = (wide + floor * wide.mean()).pow(power).to(modules[0].token_sums[Pass.FISHER].dtype)
+    if not bool(torch.isfinite(weights).all()):
         raise QuantizationError(
-            f"site {site}: the {relevance.value} weights of its tokens are not finite or all zero; expected "
-            "a positive sum; check the model's values, or use relevance none"
+            f"site {site}: the {relevance.value} weights of its tokens are not finite; check the model's values, "
+            "or use relevance none"
+        )
+    if not bool(weights.sum() > 0):
+        raise QuantizationError(
+            f"site {site}: the {relevance.value} weights of its tokens are all zero, as behind a layer of zeros that "
+            "lets no gradient through; check the model's values, or use relevance none"
         )
     return weights
 
 
 def _module_weights(stats: ModuleStats, relevance: Relevance) -> Tensor:
-    s: dict[Pass, Tensor] = {running: stats.token_sums[running] / stats.d_out for running in relevance.passes}
+    """In float64: means, ratios and powers of sums near either end of fp32's range leave it."""
+    s: dict[Pass, Tensor] = {running: stats.token_sums[running].double() / stats.d_out for running in relevance.passes}
     if relevance is not Relevance.BLEND:
         return s[relevance.passes[-1]]
-    blend = s[Pass.FISHER].sqrt() * s[Pass.LRP].sqrt()  # the root of the product would underflow in fp32
+    blend = (s[Pass.FISHER] * s[Pass.LRP]).sqrt()
     mean = blend.mean()
     # A mean of zero: no token matters to both passes, and there is nothing to rescale.
     return torch.where(mean > 0, blend * (s[Pass.FISHER].mean() / mean), blend)

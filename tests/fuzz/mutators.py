@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from . import parquet
+from . import parquet, sealed
+from .values import LARGE, TEXTS, Pairs, dumped, mutate_json, mutate_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,49 +22,7 @@ class Link:
 Files: TypeAlias = "dict[str, bytes | Link]"
 """Path inside the artefact's folder -> content."""
 ByteMutator: TypeAlias = Callable[[bytes, random.Random, str], bytes]
-"""Content, generator, folder with the files that must not be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """JSON text that no parsed value gives, such as NaN."""
-
-    text: str
-
-
-class Pairs(list[tuple[str, Any]]):
-    """A JSON object as it is written: a key may occur twice."""
-
-
-LARGE = (2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**12, 10**30)
-NUMBERS = (0, 1, -1, 2, 7, 255, 65536, *LARGE, *(-n for n in LARGE), 0.5, -0.0, 1e308, 5e-324)
-TEXTS = (
-    *("", "0", "x", "\ud800", "a\nb\r\u2028\x00", "\u202e", "a" * 20_000, "{}", "None", "re:", "NaN", "~nobody/x"),
-    *("..", ".", "/", "../x", "/etc/passwd", "config.json", "model.safetensors", "x" * 300),
-    *("re:^(a+)+$", "re:^(([a-z_.]|[a-z0-9_.])+)+!$", "re:(", "(?:" * 200, "re:" + "(" * 5000, "F32", "I4", "F8_E8M0"),
-)
-RAW = (
-    *("NaN", "-Infinity", "1e999", "-1e999", "9" * 5000, "0." + "1" * 5000, "[" * 200_000 + "]" * 200_000),
-    *('{"a":' * 50_000 + "1" + "}" * 50_000, "[" * 900 + "]" * 900, "[" * 990 + "]" * 990, '"\\ud800"', "1.0", "-0"),
-)
-SCALARS: tuple[Any, ...] = (None, True, False, *NUMBERS, *TEXTS, *map(Raw, RAW))
-
-
-def hostile(rng: random.Random, outside: str) -> Any:
-    """A JSON value that a careless reader trips over."""
-    match rng.randrange(8):
-        case 0:
-            return rng.choice((None, True, False))
-        case 1 | 2:
-            return rng.choice(NUMBERS)
-        case 3:
-            return Raw(rng.choice(RAW))
-        case 4:
-            return rng.choice((f"{outside}/canary.safetensors", "../outside/canary.safetensors", "../outside"))
-        case 5:
-            return rng.choice(([], Pairs(), [[]], [None], [1] * 5000, Pairs([("", 1)]), [rng.choice(SCALARS)]))
-        case _:
-            return rng.choice(TEXTS)
+"""Content, generator, folder with the files that must not be read -> changed content."""
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
@@ -109,87 +68,6 @@ def mutate_bytes(raw: bytes, rng: random.Random, outside: str) -> bytes:
     return bytes(changed)
 
 
-# ---- JSON ----------------------------------------------------------------------------------------
-
-
-def mutate_json(raw: bytes, rng: random.Random, outside: str) -> bytes:
-    """Replace a value, or rename, drop, repeat or add a key, anywhere in the document."""
-    try:
-        document = json.loads(raw, object_pairs_hook=Pairs)
-    except (ValueError, RecursionError):  # a second mutation of the same file
-        return mutate_bytes(raw, rng, outside)
-    return dumped(mutate_value(document, rng, outside)).encode("utf-8", "surrogatepass")
-
-
-def mutate_value(document: Any, rng: random.Random, outside: str) -> Any:
-    """The parsed document with one change."""
-    holders = list(_holders(document))
-    if not holders or rng.randrange(30) == 0:
-        return hostile(rng, outside)
-    holder = rng.choice(holders)
-    at = rng.randrange(len(holder))
-    if isinstance(holder, Pairs):
-        key, value = holder[at]
-        match rng.randrange(9):
-            case 0:
-                del holder[at]
-            case 1:
-                holder[at] = (rng.choice((*TEXTS, rng.choice(holder)[0], key.upper(), key + "x")), value)
-            case 2:
-                holder.insert(rng.randrange(len(holder) + 1), (key, hostile(rng, outside)))
-            case 3:
-                holder.append((rng.choice(TEXTS), hostile(rng, outside)))
-            case 4:
-                holder[at] = (key, holder[rng.randrange(len(holder))][1])
-            case 5:
-                holder[at] = (key, _neighbour(value, rng))
-            case _:
-                holder[at] = (key, hostile(rng, outside))
-    else:
-        match rng.randrange(5):
-            case 0:
-                del holder[at]
-            case 1:
-                holder.insert(at, holder[at])
-            case 2:
-                holder[at] = _neighbour(holder[at], rng)
-            case _:
-                holder[at] = hostile(rng, outside)
-    return document
-
-
-def dumped(value: Any) -> str:
-    """JSON text, repeated keys and raw text included."""
-    if isinstance(value, Raw):
-        return value.text
-    if isinstance(value, Pairs):
-        return "{" + ",".join(f"{json.dumps(key)}:{dumped(item)}" for key, item in value) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(dumped, value)) + "]"
-    return json.dumps(value)
-
-
-def _neighbour(value: Any, rng: random.Random) -> Any:
-    """A value close by, or the same one as another type."""
-    if isinstance(value, bool) or value is None:
-        return not value
-    if isinstance(value, int | float):
-        return rng.choice((value + 1, value - 1, -value, value * 2, float(value), str(value), [value], value * 1000))
-    if isinstance(value, str):
-        at = rng.randrange(len(value) + 1)
-        return rng.choice((value[:at], value[:at] + "\0" + value[at:], value * 2, value.upper(), [value]))
-    return rng.choice((Pairs(), [], value, [value]))
-
-
-def _holders(value: Any) -> Iterator[Any]:
-    """Every object and list that is not empty."""
-    if isinstance(value, list):
-        if value:
-            yield value
-        for item in value:
-            yield from _holders(item[1] if isinstance(value, Pairs) else item)
-
-
 # ---- safetensors ---------------------------------------------------------------------------------
 
 
@@ -197,22 +75,42 @@ SHAPES: tuple[list[Any], ...] = (
     *([], [0], [-1], [1], [2**32, 2**32], [2**62, 4], [2**63], [0, 2**62], [0, 2**63], [2**31, 0, 2**33], [1] * 100),
     *([1.0], [True], ["1"], [None], [[1]], [10**30], [2**40], [1] * 5000),
 )
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "f32")
+DTYPES = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U8",
+    "BOOL",
+    "F8_E4M3",
+    "F8_E8M0",
+    "F4",
+    "C64",
+    "f32",
+)
 
 
 def mutate_safetensors(raw: bytes, rng: random.Random, outside: str) -> bytes:
-    """Change length, header or data of a shard; the length mostly fits the changed header."""
+    """Change length, header or data of a shard; the length mostly fits the changed header.
+
+    Raises:
+        ValueError, IndexError, RecursionError: not a shard any more.
+    """
     length = int.from_bytes(raw[:8], "little")
     if rng.randrange(8) == 0:
         wrong = (0, 1, length - 1, length + 1, length + 8, len(raw) - 8, len(raw), 100_000_001, *LARGE)
         return (max(0, rng.choice(wrong)) % 2**64).to_bytes(8, "little") + raw[8:]
-    try:
-        header = json.loads(raw[8 : 8 + length], object_pairs_hook=Pairs)
-        entries = [entry for name, entry in header if name != "__metadata__" and isinstance(entry, Pairs)]
-    except (ValueError, RecursionError, TypeError):
-        return mutate_bytes(raw, rng, outside)
-    entry = dict(rng.choice(entries)) if entries else {}
+    header = json.loads(raw[8 : 8 + length], object_pairs_hook=Pairs)
+    if not isinstance(header, Pairs):
+        raise ValueError("no header")
     body = raw[8 + length :]
+    places = [at for at, (name, value) in enumerate(header) if name != "__metadata__" and isinstance(value, Pairs)]
+    at, other = rng.choice(places), rng.choice(places)
+    entry = dict(header[at][1])
     match rng.randrange(8):
         case 0:
             entry["shape"] = rng.choice(SHAPES)
@@ -222,8 +120,7 @@ def mutate_safetensors(raw: bytes, rng: random.Random, outside: str) -> bytes:
             begin, end = rng.choice((0, 4, len(body), -4, *LARGE)), rng.choice((0, 4, len(body), *LARGE))
             entry["data_offsets"] = rng.choice(([begin, end], [end, begin], [begin], [begin, end, end], "0"))
         case 3:
-            other = dict(rng.choice(entries)) if entries else {}
-            entry["data_offsets"] = other.get("data_offsets")
+            entry["data_offsets"] = dict(header[other][1]).get("data_offsets")
         case 4:
             extra = bytes(rng.choice((1, 4, 64)))
             body = rng.choice((body + extra, body[: -len(extra)], rng.randbytes(len(body)), b"\xff" * len(body)))
@@ -232,19 +129,15 @@ def mutate_safetensors(raw: bytes, rng: random.Random, outside: str) -> bytes:
             header.append((name, Pairs([("dtype", "F32"), ("shape", [0]), ("data_offsets", [0, 0])])))
         case _:
             header = mutate_value(header, rng, outside)
-    if entry and isinstance(header, Pairs) and entries:
-        names = [at for at, (name, value) in enumerate(header) if name != "__metadata__" and isinstance(value, Pairs)]
-        chosen = next((at for at in names if _same_place(header[at][1], entry)), None)
-        if chosen is not None:
-            header[chosen] = (header[chosen][0], Pairs(entry.items()))
+            return _shard(header, body, rng)
+    header[at] = (header[at][0], Pairs(entry.items()))
+    return _shard(header, body, rng)
+
+
+def _shard(header: Any, body: bytes, rng: random.Random) -> bytes:
     text = dumped(header).encode("utf-8", "surrogatepass")
     text += b" " * rng.choice((0, -len(text) % 8, -len(text) % 8, 3))
     return len(text).to_bytes(8, "little") + text + body
-
-
-def _same_place(value: Any, entry: Mapping[str, Any]) -> bool:
-    found = dict(value)
-    return sum(found.get(key) == entry.get(key) for key in ("dtype", "shape", "data_offsets")) >= 2
 
 
 # ---- text: TOML, rows of JSON --------------------------------------------------------------------
@@ -302,6 +195,9 @@ BY_ROLE: Mapping[str, tuple[ByteMutator, ...]] = {
     "toml": (mutate_bytes, mutate_toml, mutate_toml, mutate_toml),
     "jsonl": (mutate_bytes, mutate_jsonl, mutate_jsonl),
     "text": (mutate_bytes,),
+    "sealed-json": (sealed.mutate_document,),
+    "sealed-tensors": (sealed.mutate_tensors,),
+    "sealed-matrices": (sealed.mutate_matrices,),
 }
 
 
@@ -338,5 +234,9 @@ def mutate(files: Files, roles: Mapping[str, str], rng: random.Random, outside: 
         name = rng.choice(sorted(roles))
         raw = changed.get(name)
         if isinstance(raw, bytes):
-            changed[name] = rng.choice(BY_ROLE[roles[name]])(raw, rng, outside)
+            mutator = rng.choice(BY_ROLE[roles[name]])
+            try:
+                changed[name] = mutator(raw, rng, outside)
+            except (ValueError, LookupError, TypeError, RecursionError, OSError):  # an earlier change left no structure
+                changed[name] = mutate_bytes(raw, rng, outside)
     return changed

@@ -5,7 +5,7 @@ Each case: values and the true gradient bit for bit, conservation with every res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,13 +26,14 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from lrpq.errors import ModelError
+from lrpq.model.experts import replace_experts
 from lrpq.relevance import attention
 from lrpq.relevance.attribute import relevance_sum
-from lrpq.relevance.composite import COMPOSITE, Rule, apply_rules, linear, routed_experts
+from lrpq.relevance.composite import COMPOSITE, Rule, apply_rules, linear
 from lrpq.relevance.rules import Pass, PassSwitch
 
 N, T, VOCAB, WINDOW = 2, 11, 61, 4
@@ -43,44 +44,6 @@ LLAMA_LIKE |= {"max_position_embeddings": 64, "pad_token_id": 0, "tie_word_embed
 BIGCODE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64}
 QWEN3_MOE = LLAMA_LIKE | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 BOTH_KINDS = ["sliding_attention", "full_attention"]
-
-
-class Expert(nn.Module):
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(gate_up.shape[1], gate_up.shape[0], bias=False)
-        self.down_proj = nn.Linear(down.shape[1], down.shape[0], bias=False)
-        self.gate_up_proj.weight.data, self.down_proj.weight.data = gate_up, down
-
-
-class LinearExperts(nn.Module):
-    """Routed experts of linear layers, with the two methods that the rule replaces."""
-
-    def __init__(self, experts: Any) -> None:
-        super().__init__()
-        pairs = zip(experts.gate_up_proj.data, experts.down_proj.data, strict=True)
-        self.experts = nn.ModuleList(Expert(gate_up, down) for gate_up, down in pairs)
-        self.act_fn = experts.act_fn
-
-    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        product: Tensor = self.act_fn(gate) * up
-        return product
-
-    def weighted(self, y: Tensor, weight: Tensor) -> Tensor:
-        return y * weight
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        total = torch.zeros_like(hidden_states)
-        for index in top_k_index.unique().tolist():
-            expert: Any = self.experts[index]
-            token_idx, position = torch.where(top_k_index == index)
-            gate, up = expert.gate_up_proj(hidden_states[token_idx]).chunk(2, dim=-1)
-            y = self.weighted(expert.down_proj(self.gated(gate, up)), top_k_weights[token_idx, position, None])
-            total.index_add_(0, token_idx, y.to(total.dtype))
-        return total
-
-
-TABLE: dict[type[nn.Module], Rule] = {**COMPOSITE, LinearExperts: routed_experts, Expert: linear}
 
 
 @dataclass(frozen=True)
@@ -136,10 +99,20 @@ def build(
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
     model.config._experts_implementation = "eager"
-    for module in [m for m in model.modules() if linear_experts and hasattr(m, "experts")]:
-        if isinstance(module.experts, MixtralExperts | Qwen3MoeExperts):
-            module.experts = LinearExperts(module.experts).eval()
+    if linear_experts:
+        make_experts_linear(model)
     return model
+
+
+def make_experts_linear(model: Any) -> None:
+    for index, block in enumerate(parts(model)[0]):
+        fused: Any = dict(block.named_modules()).get("mlp.experts")
+        experts = replace_experts(block, "mlp.experts", name=f"layers.{index}")
+        if experts is None:
+            continue
+        gate_up = {f"{e}.gate_up_proj.weight": w for e, w in enumerate(fused.gate_up_proj.detach())}
+        down = {f"{e}.down_proj.weight": w for e, w in enumerate(fused.down_proj.detach())}
+        experts.load_state_dict(gate_up | down, assign=True)
 
 
 def parts(model: Any) -> tuple[nn.ModuleList, list[nn.Module]]:
@@ -159,7 +132,7 @@ def patched(model: Any, switch: PassSwitch) -> Iterator[None]:
     blocks, norms = parts(model)
     with ExitStack() as stack:
         for module in [*blocks, *norms]:
-            stack.enter_context(apply_rules(module, switch, TABLE))
+            stack.enter_context(apply_rules(module, switch))
         yield
 
 
@@ -186,7 +159,7 @@ def gradient(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Ten
     return torch.autograd.grad(block(leaf, **arguments), leaf, upstream(hidden))[0]
 
 
-def lrp_gradient(block: nn.Module, hidden: Tensor, arguments: dict[str, Any], table: dict[Any, Rule]) -> Tensor:
+def lrp_gradient(block: nn.Module, hidden: Tensor, arguments: dict[str, Any], table: Mapping[Any, Rule]) -> Tensor:
     with apply_rules(block, PassSwitch(current=Pass.LRP), table):
         return gradient(block, hidden, arguments)
 
@@ -221,7 +194,7 @@ def test_fisher_pass_is_plain_autograd_bit_for_bit_and_lrp_is_not(name: str, kin
     switch = PassSwitch()
     for block, hidden, arguments in captured(build(name, dtype, kind)):
         expected = gradient(block, hidden, arguments)
-        with apply_rules(block, switch, TABLE):
+        with apply_rules(block, switch):
             assert torch.equal(gradient(block, hidden, arguments), expected)
             for running in (Pass.LRP, Pass.CP_LRP):
                 with switch.running(running):
@@ -234,13 +207,13 @@ def test_no_row_of_the_table_is_idle(name: str) -> None:
     """With the rule of any one class left out the LRP gradient is another one."""
     model, acting = build(name), set()
     for block, hidden, arguments in captured(model):
-        complete = lrp_gradient(block, hidden, arguments, TABLE)
+        complete = lrp_gradient(block, hidden, arguments, COMPOSITE)
         for kind in {type(module) for module in block.modules()}:
             module = next(m for m in block.modules() if type(m) is kind)
-            if not TABLE[kind](module, PassSwitch()) or kind is nn.ReLU:  # relu's derivative is its y/z
+            if not COMPOSITE[kind](module, PassSwitch()) or kind is nn.ReLU:  # relu's derivative is its y/z
                 continue
             acting.add(kind)
-            without = lrp_gradient(block, hidden, arguments, {**TABLE, kind: linear})
+            without = lrp_gradient(block, hidden, arguments, {**COMPOSITE, kind: linear})
             assert (without - complete).norm() > 1e-3 * complete.norm(), kind
     assert len(acting) >= 2
 
@@ -342,7 +315,7 @@ def relevance_balance(
     with monkeypatch.context() as patch:
         if running is Pass.LRP:
             patch.setattr(attention, "_kernel", lambda m, name: recording_kernel(found, original(m, name)))
-        with apply_rules(block, switch, TABLE):
+        with apply_rules(block, switch):
             leaf = hidden.clone().requires_grad_()
             output = block(leaf, **arguments)
             (g,) = torch.autograd.grad(output, leaf, upstream(hidden))
@@ -398,7 +371,7 @@ def attributes(model: nn.Module) -> list[dict[str, Any]]:
 def test_nothing_stays_patched_and_an_unknown_class_is_refused_by_name(name: str) -> None:
     class UnknownNorm(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x / x.norm(dim=-1, keepdim=True)
+            return x - x.mean()
 
     model = build(name)
     before = attributes(model)
@@ -434,3 +407,19 @@ def test_eager_gpt2_that_bypasses_the_attention_function_is_refused() -> None:
     with pytest.raises(ModelError, match="GPT2Attention has reorder_and_upcast_attn"):
         with apply_rules(block, PassSwitch()):
             pass
+
+
+def test_a_projection_behind_the_final_norm_follows_the_rules_as_a_sequence() -> None:
+    """OPT with narrow embeddings; also the sequence of nothing, where neither norm nor projection exist."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(T, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    tail = nn.Sequential(nn.LayerNorm(6, bias=False), nn.Linear(6, 4, bias=False)).double()
+    g = torch.randn(T, 4, dtype=torch.float64, generator=generator)
+    expected = tail(x)
+    switch = PassSwitch(current=Pass.LRP)
+    with apply_rules(tail, switch), apply_rules(nn.Sequential(), switch):
+        y = tail(x)
+    assert torch.equal(y, expected)
+    (by_rules,), (plain,) = torch.autograd.grad(y, x, g), torch.autograd.grad(expected, x, g)
+    torch.testing.assert_close((x * by_rules).sum(), (y * g).sum(), rtol=1e-12, atol=0)
+    assert (x * plain).sum().abs() < 1e-3 * (y * g).sum().abs()

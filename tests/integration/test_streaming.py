@@ -115,7 +115,8 @@ def test_weights_that_are_not_finite_are_named(llama_folder: Path, value: float)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPTBigCodeForCausalLM"]}, "GPTBigCodeForCausalLM.*supported: LlamaForCausalLM"),
+        ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM.*supported: GPT2LMHeadModel, .*LlamaForCausalLM"),
+        ({"architectures": ["GPTBigCodeForCausalLM"]}, "module transformer.h: not in the LlamaForCausalLM"),
         ({"intermediate_size": 256}, "config.json asks for"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantized"),
     ],

@@ -19,7 +19,7 @@ from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import normalized
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.head import sequence_generator
-from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, merge_block_sums
+from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, SiteWeights, merge_block_sums
 from lrpq.shards import Node, assign, root, split
 
 WINDOWS, LENGTH, VOCABULARY = 7, 12, 128
@@ -94,7 +94,7 @@ def streamed(
     ]
     found = Profile()
     parts: list[dict[Node, BlockSums]] = [{} for _ in range(LAYERS)]
-    weights: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(LAYERS)]
+    weights: list[dict[int, SiteWeights]] = [{} for _ in range(LAYERS)]
     for sweep in sweeps:
         sweep.embed()
         for index, block in sweep.stream.stream(range(LAYERS)):
@@ -116,7 +116,7 @@ def streamed(
             assert hessian.num_tokens == WINDOWS * LENGTH
             found.hessians[f"{index}.{site}"] = normalized(hessian) * hessian.weight_sum
             found.weight_sums[f"{index}.{site}"] = hessian.weight_sum
-            by_shard_of_site = [weights[index][shard][site] for shard in range(NUM_SHARDS)]
+            by_shard_of_site = [weights[index][shard].values[site] for shard in range(NUM_SHARDS)]
             found.weights[f"{index}.{site}"] = torch.cat(by_shard_of_site)
         found.curvature |= {name: g2 / merged.num_tokens for name, g2 in merged.curvature.items()}
     return found

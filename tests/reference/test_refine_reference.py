@@ -117,13 +117,13 @@ def test_products_and_streams_are_those_of_two_plain_models(folder: Path, weight
         unshifted.advance(index, block, quantized)
         for name, p in block.state_dict().items():
             assert torch.equal(p, kept[name])  # the block itself is left as it was
-        for streams, model in ((sweep._original, original), (sweep._quantized, changed)):
+        for streams, model in ((sweep.original, original), (sweep.quantized, changed)):
             found = torch.cat([torch.cat(streams[shard]) for shard in SHARDS])
             assert distance(found, block_output(model, index)) < 1e-5
         assert all(
             torch.equal(a, b)
             for shard in SHARDS
-            for a, b in zip(sweep._quantized[shard], unshifted._quantized[shard], strict=True)
+            for a, b in zip(sweep.quantized[shard], unshifted.quantized[shard], strict=True)
         )
 
 

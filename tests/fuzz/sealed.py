@@ -1,0 +1,70 @@
+"""Mutations of the store's objects behind checksums that fit: what a writer with a mistake would leave."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+
+import pyarrow.parquet as pq
+
+from tasks.store.documents import canonical_text, sha256_text
+from tasks.store.schema import sealed
+
+from .values import Pairs, dumped, mutate_value
+
+DIGEST = "lrpq.sha256"
+
+
+def mutate_document(raw: bytes, rng: random.Random, outside: str) -> bytes:
+    """A document with a changed body and a checksum that fits.
+
+    Raises:
+        ValueError, TypeError, RecursionError: not a document any more, or one that has no checksum.
+    """
+    document = dict(json.loads(raw, object_pairs_hook=Pairs))
+    body = dumped(mutate_value(document["body"], rng, outside))
+    content = {"body": json.loads(body), "kind": document["kind"], "schema": document["schema"]}
+    checksum = sha256_text(canonical_text(content))
+    kind = json.dumps(document["kind"])
+    return f'{{"body":{body},"kind":{kind},"schema":{document["schema"]},"sha256":"{checksum}"}}'.encode()
+
+
+def mutate_tensors(raw: bytes, rng: random.Random, outside: str) -> bytes:
+    """Tensors with a changed header; its checksum fits, and those of tensors that still have bytes.
+
+    Raises:
+        ValueError, TypeError, RecursionError: not a header any more, or one that has no checksum.
+    """
+    length = int.from_bytes(raw[:8], "little")
+    body = raw[8 + length :]
+    header = json.loads(dumped(mutate_value(json.loads(raw[8 : 8 + length], object_pairs_hook=Pairs), rng, outside)))
+    metadata = header["__metadata__"]
+    for name, entry in header.items():
+        if isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list) and len(entry["data_offsets"]) == 2:
+            begin, end = entry["data_offsets"]
+            metadata[f"sha256:{name}"] = hashlib.sha256(body[begin:end]).hexdigest()
+    metadata.pop(DIGEST)
+    metadata[DIGEST] = sha256_text(canonical_text(header))
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def mutate_matrices(raw: bytes, rng: random.Random, outside: str) -> bytes:
+    """Symmetric matrices with a changed index and a checksum that fits; the tiles stay.
+
+    Raises:
+        ValueError, TypeError, OSError: not such an object any more.
+    """
+    parquet = pq.ParquetFile(io.BytesIO(raw))
+    schema = parquet.schema_arrow
+    metadata = {name.decode(): text.decode() for name, text in schema.metadata.items()}
+    metadata.pop(DIGEST)
+    name = rng.choice(("lrpq.matrices", "lrpq.matrices", "lrpq.matrices", "lrpq.rows", "lrpq.units"))
+    metadata[name] = dumped(mutate_value(json.loads(metadata[name], object_pairs_hook=Pairs), rng, outside))
+    out = io.BytesIO()
+    with pq.ParquetWriter(out, sealed(schema, metadata), compression="zstd", write_page_checksum=True) as writer:
+        for group in range(parquet.num_row_groups):
+            writer.write_table(parquet.read_row_group(group, use_threads=False).cast(writer.schema))
+    return out.getvalue()
