@@ -179,7 +179,7 @@ class Compression:
         )
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
-        size = planned_size(self.source, quantized)
+        size = planned_size(self.source, quantized, specs=self.stream.specs)
         manifest["size"] = {**asdict(size), "average_bits": size.average_bits}
         reached = self._assemble(pool, codes, quantized, manifest, key)
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}

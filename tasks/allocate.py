@@ -14,9 +14,10 @@ from lrpq.allocate.knapsack import solve_exact, solve_lagrangian
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow, Problem, build_problem
 from lrpq.allocate.targets import Target
-from lrpq.checkpoint.plan import TensorSource, planned_size
+from lrpq.checkpoint.plan import planned_size
 from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.safetensors_source import ModelSource
 from lrpq.notation import BITS_PER_BYTE
 from lrpq.quant.packing import storage_bits
 
@@ -76,7 +77,7 @@ def rows_without_costs(specs: Sequence[LinearSpec], choices: Sequence[Choice]) -
 
 def pose(
     rows: Sequence[CostRow],
-    source: TensorSource,
+    source: ModelSource,
     *,
     budget_bits: float | None,
     budget_bytes: int | None,
@@ -112,7 +113,7 @@ def solve(problem: Problem, *, solver: str) -> Plan:
     return SOLVERS[solver](problem)
 
 
-def within_bytes(plan: Plan, problem: Problem, source: TensorSource, *, total_bytes: int, solver: str) -> Plan:
+def within_bytes(plan: Plan, problem: Problem, source: ModelSource, *, total_bytes: int, solver: str) -> Plan:
     """The plan, or one with less capacity where its weight files would be larger than ``total_bytes``.
 
     The capacity was found with the headers of one layout; another number of files can make them a few bytes longer.
@@ -122,7 +123,7 @@ def within_bytes(plan: Plan, problem: Problem, source: TensorSource, *, total_by
     """
     while True:
         chosen = {name: choice for name, choice in plan.choices.items() if choice is not None}
-        excess = planned_size(source, chosen).total_bytes - total_bytes
+        excess = planned_size(source, chosen, specs=problem.modules).total_bytes - total_bytes
         if excess <= 0:
             return plan
         problem = replace(problem, capacity_bits=min(problem.capacity_bits, plan.storage_bits) - excess * BITS_PER_BYTE)
@@ -134,7 +135,7 @@ def control(unlimited: Problem, *, at_bits: float) -> Plan:
     return nearest_uniform(unlimited, at_bits=at_bits)
 
 
-def _fixed_bytes(rows: Sequence[CostRow], unlimited: Problem, source: TensorSource) -> int:
+def _fixed_bytes(rows: Sequence[CostRow], unlimited: Problem, source: ModelSource) -> int:
     """Bytes of the checkpoint besides codes, scales and what the problem counts for modules left at 16 bits.
 
     From the layout with every module at its widest choice, whose headers are longest. Modules that are left are copied
@@ -145,4 +146,4 @@ def _fixed_bytes(rows: Sequence[CostRow], unlimited: Problem, source: TensorSour
     for row in sorted(rows, key=lambda row: row.storage_bits):
         if row.choice is not None and row.module.name not in left:
             widest[row.module.name] = row.choice
-    return planned_size(source, widest).fixed_bytes - unlimited.sizes.left_bits // BITS_PER_BYTE
+    return planned_size(source, widest, specs=unlimited.modules).fixed_bytes - unlimited.sizes.left_bits // BITS_PER_BYTE

@@ -62,7 +62,8 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
     costs_key = job.folder.site("costs", block, site, "parquet")
     if store.exists(costs_key):
         return False
-    device, label = torch.device(state.device), specs[0].fused_group
+    device = torch.device(state.device)
+    label = specs[0].name if specs[0].routed else specs[0].fused_group
     source = open_source(Path(job.profile.stream.model))
     sums, evidence = _hessian(job, block, site, specs[0])
     H = normalized(sums, name=label).to(device)

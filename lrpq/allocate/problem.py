@@ -15,7 +15,7 @@ from lrpq.allocate.budget import UNQUANTIZED_BITS, Budget, Sizes, smallest_bits
 from lrpq.allocate.keep import KeepRule, match_keep
 from lrpq.allocate.options import CostRow, Group, Option, index_rows, shared_options
 from lrpq.allocate.plan import Method, Plan
-from lrpq.allocate.targets import Target, check_tensor_parallel, refusal
+from lrpq.allocate.targets import Target, check_tensor_parallel, refusal, served_together
 from lrpq.errors import BudgetError, ConfigError
 from lrpq.model.layers import Choice, LinearSpec
 
@@ -74,6 +74,11 @@ class Problem:
     def num_weights(self) -> int:
         """Weights in the allocation: the denominator of average bits, whatever the plan."""
         return sum(group.num_weights for group in self.groups)
+
+    @property
+    def modules(self) -> tuple[LinearSpec, ...]:
+        """All modules, in the allocation or left out."""
+        return (*(m for group in self.groups for m in group.members), *(item.module for item in self.left))
 
     @property
     def sizes(self) -> Sizes:
@@ -148,13 +153,13 @@ def build_problem(
     check_tensor_parallel(target, tensor_parallel)
     modules, table = index_rows(rows)
     kept = match_keep(keep, list(modules))
-    fused: dict[tuple[int, str], list[LinearSpec]] = {}
+    fused: dict[str, list[LinearSpec]] = {}
     for module in modules.values():
-        fused.setdefault((module.block, module.fused_group), []).append(module)
+        fused.setdefault(served_together(module, target), []).append(module)
     groups: list[Group] = []
     left: list[LeftAt16] = []
-    for (_, name), listed in sorted(fused.items()):
-        members = tuple(sorted(listed, key=lambda member: member.name))
+    for name, listed in sorted(fused.items(), key=lambda item: (min(member.block for member in item[1]), item[0])):
+        members = tuple(sorted(listed, key=lambda member: (member.block, member.name)))
         options = shared_options(members, table)
         rule = _rule_of_group(members, kept)
         reason = (

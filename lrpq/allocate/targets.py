@@ -28,8 +28,9 @@ MARLIN_GROUP_SIZES = frozenset({-1, 32, 64, 128})
 MARLIN_MULTIPLE_OUT = 64  # GPTQ_MARLIN_MIN_THREAD_N
 MARLIN_MULTIPLE_IN = 128  # GPTQ_MARLIN_MIN_THREAD_K
 
-COLUMN_PARALLEL_SITES = frozenset({"qkv", "gate_up"})
+COLUMN_PARALLEL_SITES = frozenset({"qkv", "gate_up", "up"})
 ROW_PARALLEL_SITES = frozenset({"o", "down"})
+MODEL_WIDE_EXPERTS = "experts"
 
 
 class Target(enum.Enum):
@@ -59,9 +60,10 @@ def width_per_gpu(spec: LinearSpec, *, tensor_parallel: int) -> tuple[int, int] 
     """
     if tensor_parallel == 1:
         return spec.d_out, spec.d_in
-    if spec.input_site in COLUMN_PARALLEL_SITES:
+    site = spec.input_site.rsplit(".", 1)[-1]  # experts are cut like a dense MLP
+    if site in COLUMN_PARALLEL_SITES:
         cut, kept = spec.d_out, spec.d_in
-    elif spec.input_site in ROW_PARALLEL_SITES:
+    elif site in ROW_PARALLEL_SITES:
         cut, kept = spec.d_in, spec.d_out
     else:
         known = ", ".join(sorted(COLUMN_PARALLEL_SITES | ROW_PARALLEL_SITES))
@@ -72,7 +74,16 @@ def width_per_gpu(spec: LinearSpec, *, tensor_parallel: int) -> tuple[int, int] 
     if cut % tensor_parallel:
         return None
     part = cut // tensor_parallel
-    return (part, kept) if spec.input_site in COLUMN_PARALLEL_SITES else (kept, part)
+    return (part, kept) if site in COLUMN_PARALLEL_SITES else (kept, part)
+
+
+def served_together(spec: LinearSpec, target: Target) -> str:
+    """Name of the group of modules that must share a choice with ``spec``.
+
+    vLLM fuses layers and runs the experts of a block under one scheme. transformers dequantizes the experts while it
+    loads a model, all of them by the one scheme whose target names experts (integrations/compressed_tensors.py).
+    """
+    return MODEL_WIDE_EXPERTS if spec.routed and target is Target.TRANSFORMERS else spec.fused_group
 
 
 def refusal(spec: LinearSpec, choice: Choice, *, target: Target, tensor_parallel: int = 1) -> str | None:

@@ -5,45 +5,26 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections import Counter
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
 
-from lrpq.checkpoint.compressed_tensors import natural_key, quantization_config
+from lrpq.allocate.targets import Target
+from lrpq.checkpoint.carried import CarriedTensors
+from lrpq.checkpoint.describe import config_text
 from lrpq.checkpoint.layout import INDEX_FILE, index_text, open_shard
-from lrpq.checkpoint.plan import (
-    MAX_SHARD_BYTES,
-    WEIGHT,
-    CheckpointSize,
-    TensorSource,
-    plan_checkpoint,
-    planned_size,
-)
+from lrpq.checkpoint.modules import check_experts
+from lrpq.checkpoint.plan import MAX_SHARD_BYTES, CheckpointSize, plan_checkpoint, planned_size
 from lrpq.checkpoint.publish import MANIFEST, check_output, published_folder
-from lrpq.errors import CheckpointError, ConfigError, ModelError
-from lrpq.model.layers import Choice
+from lrpq.errors import CheckpointError, ConfigError
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.safetensors_source import ModelSource
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.packing import pack
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-__all__ = [
-    "CheckpointSize",
-    "CodeLoader",
-    "TensorSource",
-    "codes_of",
-    "linear_modules",
-    "manifest_text",
-    "planned_size",
-    "write_checkpoint",
-]
+__all__ = ["CheckpointSize", "CodeLoader", "codes_of", "manifest_text", "planned_size", "write_checkpoint"]
 
 # What loading and using the model needs besides weights. A model card describes the original and is left out;
 # so is code, which would ask for trust_remote_code.
@@ -74,12 +55,14 @@ CodeLoader = Callable[[str], QuantizedWeight | None]
 
 
 def write_checkpoint(
-    source: TensorSource,
+    source: ModelSource,
     output: Path,
     *,
     quantized: CodeLoader,
     choices: Mapping[str, Choice],
+    specs: Sequence[LinearSpec] = (),
     manifest: Mapping[str, Any],
+    target: Target = Target.TRANSFORMERS,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     prove: Callable[[Path], object] | None = None,
@@ -94,13 +77,17 @@ def write_checkpoint(
         output: a new or empty folder.
         quantized: gives the codes of a module in ``choices``; called once for each, in natural order.
         choices: module name -> bits and group size; modules that are not named stay dense.
+        specs: the model's linear layers, which say how a module lies on disk; one that has none is
+            ``name + '.weight'`` there.
         manifest: contents of ``lrpq.json``.
+        target: what will load the checkpoint; it limits the choices of experts (`modules.check_experts`).
         max_shard_bytes: bytes of tensors in a file; a larger module has a file of its own.
         overwrite: replace a checkpoint that lies at ``output`` once the new one is complete.
         prove: called with the complete folder before it is published; what it raises leaves ``output`` untouched.
 
     Raises:
-        ConfigError: the output is taken, the disk is too small, or a choice does not fit its module.
+        ConfigError: the output is taken, the disk is too small, a choice does not fit its module, or the target
+            does not load experts of these choices.
         ModelError: a module to quantize is not a linear layer of the source.
         CheckpointError: codes are missing, are not what the choices say, cannot be stored, or writing failed.
     """
@@ -109,8 +96,10 @@ def write_checkpoint(
     if output == original or output in original.parents:
         raise ConfigError(f"output {output}: holds the original model, which would be lost; give another folder")
     check_output(output, overwrite=overwrite)
-    plan = plan_checkpoint(source, choices, max_shard_bytes=max_shard_bytes)
-    texts = {"config.json": _config_text(source, choices), MANIFEST: manifest_text(manifest)}
+    check_experts(choices, specs, target)
+    plan = plan_checkpoint(source, choices, specs=specs, max_shard_bytes=max_shard_bytes)
+    texts = {"config.json": config_text(source, choices, specs), MANIFEST: manifest_text(manifest)}
+    carried = CarriedTensors(source)
     if len(plan.shards) > 1:
         num_parameters = sum(math.prod(source.shape(name)) for name in source.names())
         texts[INDEX_FILE] = index_text(plan.shards, num_parameters=num_parameters)
@@ -124,15 +113,14 @@ def write_checkpoint(
         for shard in plan.shards:
             with open_shard(folder, shard) as writer:
                 for unit in shard.units:
-                    first = unit[0].name
-                    if first in plan.modules:
-                        module = plan.modules[first]
-                        shape = source.shape(module + WEIGHT)
-                        weight = codes_of(module, quantized, choice=choices[module], shape=shape)
-                        for kind, values in pack(weight).items():
-                            writer.write(f"{module}.{kind}", values)
-                    else:
-                        writer.write(first, source.read(first))
+                    module = plan.modules.get(unit[0].name)
+                    if module is None:
+                        writer.write(unit[0].name, carried.read(unit[0].name))
+                        continue
+                    weight = codes_of(module.name, quantized, choice=module.choice, shape=module.shape)
+                    for stem, part in zip(module.stems, weight.split(module.rows), strict=True):
+                        for kind, values in pack(part).items():
+                            writer.write(f"{stem}.{kind}", values)
         try:
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
@@ -189,43 +177,3 @@ def carried_files(folder: Path) -> list[Path]:
     """Files of the original, relative to its folder, that the checkpoint takes over unchanged."""
     found = {path.relative_to(folder) for pattern in CARRIED for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
-
-
-def linear_modules(config: PreTrainedConfig) -> list[str]:
-    """Names of all linear layers of a model, the head included; no weights are allocated.
-
-    Raises:
-        ModelError: the configuration is not one of a causal language model.
-    """
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(deepcopy(config))
-    except ValueError as error:
-        raise ModelError(f"model type {config.model_type!r}: not a causal language model transformers knows") from error
-    return sorted((name for name, m in model.named_modules() if isinstance(m, nn.Linear)), key=natural_key)
-
-
-def _config_text(source: TensorSource, choices: Mapping[str, Choice]) -> str:
-    linears = linear_modules(source.config)
-    other = sorted(set(choices) - set(linears), key=natural_key)
-    if other:
-        raise ModelError(f"module {other[0]}: is not a linear layer of {source.folder}; only those can be quantized")
-    path = source.folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
-    if getattr(source.config, "dtype", None) is None:
-        # transformers would then take the type of the first tensor in the file, which may now be a bf16 scale
-        config["dtype"] = _main_dtype(source)
-    config["quantization_config"] = quantization_config(choices, ignore=set(linears) - set(choices))
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-
-
-def _main_dtype(source: TensorSource) -> str:
-    """Name of the floating-point type that most weights are stored in."""
-    counts: Counter[str] = Counter()
-    for name in source.names():
-        if source.dtype(name).is_floating_point:
-            counts[str(source.dtype(name)).removeprefix("torch.")] += math.prod(source.shape(name))
-    return counts.most_common(1)[0][0]

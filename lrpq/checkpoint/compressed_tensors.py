@@ -152,27 +152,20 @@ def _targets(modules: Iterable[tuple[str, ...]]) -> list[str]:
     pattern on every module: with the 560 linear layers of a 70B model each try would compile anew. Names that a
     module goes by elsewhere share its pattern, as the loader warns of patterns that match nothing.
     """
-    layers: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    layers: dict[tuple[tuple[str, str], ...], dict[str, None]] = {}
     targets: set[str] = set()
     for aliases in modules:
-        numbers = {match.group(1) for alias in aliases if (match := _NUMBER.search(alias))}
-        if len(numbers) == 1 and all(_NUMBER.search(alias) for alias in aliases):
-            around = tuple(_around_number(alias) for alias in aliases)
-            indices = layers.setdefault(around, [])
-            if not indices or indices[-1] not in numbers:
-                indices += numbers
+        matches = [match for alias in aliases if (match := _NUMBER.search(alias))]
+        numbers = {match.group(1) for match in matches}
+        if len(numbers) == 1 and len(matches) == len(aliases):
+            around = tuple((match.string[: match.start(1)], match.string[match.end(1) :]) for match in matches)
+            layers.setdefault(around, {}).update(dict.fromkeys(numbers))
         else:
             targets.add(_anchored(aliases))
     for around, indices in layers.items():
-        number = indices[0] if len(indices) == 1 else f"(?:{'|'.join(indices)})"
+        number = f"(?:{'|'.join(indices)})" if len(indices) > 1 else next(iter(indices))
         targets.add(_anchored([before + number + after for before, after in around]))
     return sorted(targets)
-
-
-def _around_number(pattern: str) -> tuple[str, str]:
-    match = _NUMBER.search(pattern)
-    assert match is not None
-    return pattern[: match.start(1)], pattern[match.end(1) :]
 
 
 def _anchored(aliases: Sequence[str]) -> str:

@@ -110,9 +110,18 @@ def check_experts(choices: Mapping[str, Choice], specs: Iterable[LinearSpec], ta
             )
     if target is Target.TRANSFORMERS and choices and "" in first and first[""][1] is None:
         raise ConfigError(
-            f"expert {first[''][0]}: left dense, but transformers cannot load dense experts from a checkpoint with packed "
+            f"expert {first[''][0]}: left dense, but transformers loads no dense experts from a checkpoint with packed "
             f"layers ({next(iter(choices))}); quantize the experts too, or make the checkpoint for vLLM (--target vllm)"
         )
+
+
+def load_with_transformers(choices: Mapping[str, Choice], specs: Iterable[LinearSpec]) -> bool:
+    """Whether plain transformers loads a checkpoint of these choices."""
+    try:
+        check_experts(choices, specs, Target.TRANSFORMERS)
+    except ConfigError:
+        return False
+    return True
 
 
 def _words(choice: Choice | None) -> str:

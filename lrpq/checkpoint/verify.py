@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lrpq.checkpoint.assemble import CodeLoader, codes_of
+from lrpq.checkpoint.carried import CarriedTensors
 from lrpq.checkpoint.compressed_tensors import SHAPE
-from lrpq.checkpoint.plan import WEIGHT, CheckpointPlan, TensorSource, plan_checkpoint
+from lrpq.checkpoint.modules import QuantizedModule, load_with_transformers
+from lrpq.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from lrpq.errors import CheckpointError
-from lrpq.model.layers import Choice
+from lrpq.model.experts import loaded_weight
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.names import stored_names
+from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.skeleton import build_skeleton
+from lrpq.quant.packing import pack
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -33,33 +40,39 @@ class Verification:
     num_copied: int
     """Tensors of the source found in the files byte for byte."""
     num_modules: int
-    """Quantized modules whose weights, decompressed by the loader, are bit for bit those of their codes."""
+    """Quantized modules whose weights, decompressed by the loader, are bit for bit those of their codes; where
+    nothing was loaded, modules whose codes and scales in the files are."""
     num_tokens: int
-    max_abs_difference: float
-    """Largest difference of a logit to the dense model with the same dequantized weights."""
+    """Tokens of the probe; zero where transformers does not load these choices (experts of several)."""
+    max_abs_difference: float | None
+    """Largest difference of a logit to the dense model with the same dequantized weights; None without a probe."""
     tolerance: float
     """Largest difference that was allowed."""
 
 
 def verify_checkpoint(
     output: Path,
-    source: TensorSource,
+    source: ModelSource,
     *,
     quantized: CodeLoader,
     choices: Mapping[str, Choice],
+    specs: Sequence[LinearSpec] = (),
     input_ids: Int64[Tensor, "1 T"] | None = None,
     dense_logits: Callable[[Int64[Tensor, "1 T"]], Float[Tensor, "1 T vocab"]] | None = None,
     tolerance: float = 0.0,
 ) -> Verification:
     """Load ``output`` as a user would, and compare files, weights and logits with what was meant.
 
-    Holds one model in host memory at a time: the reloaded one is gone before the dense one is loaded.
+    Holds one model in host memory at a time: the reloaded one is gone before the dense one is loaded. A checkpoint
+    whose experts have several choices loads elsewhere only; its codes are compared in the files, and the result says
+    that no logits were.
 
     Args:
         output: folder of the checkpoint.
         source: the original model.
         quantized: gives the codes of a module in ``choices``; called twice for each.
         choices: module name -> bits and group size, as written.
+        specs: the model's linear layers, as written.
         input_ids: a short window of tokens; by default 32 spread over the vocabulary.
         dense_logits: gives the logits of the dense model with the dequantized weights, in the dtype of the
             checkpoint; by default transformers runs the source with its weights replaced.
@@ -69,17 +82,25 @@ def verify_checkpoint(
     Raises:
         CheckpointError: anything differs; the message names the tensor or module and by how much.
     """
-    plan = plan_checkpoint(source, choices)
-    num_copied = _compare_files(output, source, plan)
+    plan = plan_checkpoint(source, choices, specs=specs)
+    modules = list(plan.modules.values())
+    expected = _Expected(quantized, modules)
+    if not load_with_transformers(choices, specs):
+        num_copied = _compare_files(output, source, plan, codes=expected)
+        return Verification(
+            num_copied=num_copied,
+            num_modules=len(modules),
+            num_tokens=0,
+            max_abs_difference=None,
+            tolerance=tolerance,
+        )
+    num_copied = _compare_files(output, source, plan, codes=None)
     ids = probe_ids(source.config.get_text_config().vocab_size) if input_ids is None else input_ids
-    reloaded, dtype = _reloaded_logits(output, source, quantized=quantized, choices=choices, input_ids=ids)
-    if dense_logits is None:
-        dense = dequantized_logits(source, quantized=quantized, choices=choices, input_ids=ids, dtype=dtype)
-    else:
-        dense = dense_logits(ids)
+    reloaded, dtype = _reloaded_logits(output, source, plan, expected, input_ids=ids)
+    dense = _dense_logits(source, expected, input_ids=ids, dtype=dtype) if dense_logits is None else dense_logits(ids)
     return Verification(
         num_copied=num_copied,
-        num_modules=len(choices),
+        num_modules=len(modules),
         num_tokens=ids.shape[1],
         max_abs_difference=_compare_logits(output, reloaded, dense, tolerance=tolerance),
         tolerance=tolerance,
@@ -91,30 +112,65 @@ def probe_ids(vocab_size: int, *, num_tokens: int = PROBE_TOKENS) -> Int64[Tenso
     return (torch.arange(1, num_tokens + 1) * PROBE_STRIDE % vocab_size)[None]
 
 
+class _Expected:
+    """What the loaded model must hold."""
+
+    def __init__(self, quantized: CodeLoader, modules: Sequence[QuantizedModule]) -> None:
+        self.modules = modules
+        self._quantized = quantized
+
+    def weight(self, module: QuantizedModule, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+        """The module's dequantized weight as the loader computes it."""
+        codes = codes_of(module.name, self._quantized, choice=module.choice, shape=module.shape)
+        return codes.dequantize(dtype, name=module.name)
+
+    def stored(self, module: QuantizedModule) -> dict[str, Tensor]:
+        """The module's tensors in the files, by name."""
+        codes = codes_of(module.name, self._quantized, choice=module.choice, shape=module.shape)
+        return {
+            f"{stem}.{kind}": values
+            for stem, part in zip(module.stems, codes.split(module.rows), strict=True)
+            for kind, values in pack(part).items()
+        }
+
+
 @torch.no_grad()
-def dequantized_logits(
-    source: TensorSource,
-    *,
-    quantized: CodeLoader,
-    choices: Mapping[str, Choice],
-    input_ids: Int64[Tensor, "1 T"],
-    dtype: torch.dtype,
+def _dense_logits(
+    source: ModelSource, expected: _Expected, *, input_ids: Int64[Tensor, "1 T"], dtype: torch.dtype
 ) -> Float[Tensor, "1 T vocab"]:
     """Logits of the source, run densely by transformers, with the quantized modules' weights replaced."""
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True).eval()
-    for module in choices:
-        weight = _weight(model, module)
-        codes = codes_of(module, quantized, choice=choices[module], shape=tuple(weight.shape))
-        weight.copy_(codes.dequantize(dtype))
+    model = _dense_model(source, dtype)
+    for module in expected.modules:
+        loaded_weight(model, module.name).copy_(expected.weight(module, dtype))
     logits: Tensor = model(input_ids).logits
     return logits
 
 
-def _compare_files(output: Path, source: TensorSource, plan: CheckpointPlan) -> int:
-    """Check names, dtypes and shapes of all tensors, and the values of those that were copied."""
+def _dense_model(source: ModelSource, dtype: torch.dtype) -> Any:
+    """The source as transformers runs it; one that is read as another architecture, as that one."""
+    if source.config_document() == ModelSource(source.folder).config_document():
+        return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True).eval()
+    model = build_skeleton(source.config, dtype=dtype, device=torch.device("cpu"))
+    weights = {name: source.read(stored).to(dtype) for name, stored in stored_names(model, source).items()}
+    model.load_state_dict({name: w.contiguous() for name, w in weights.items()}, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _compare_files(output: Path, source: ModelSource, plan: CheckpointPlan, *, codes: _Expected | None) -> int:
+    """Check names, dtypes and shapes of all tensors, and the values of those that were copied.
+
+    With ``codes``, also the values of all others.
+    """
     planned = {t.name: t for shard in plan.shards for unit in shard.units for t in unit}
+    shapes = {
+        f"{stem}.{SHAPE}": (rows, module.d_in)
+        for module in plan.modules.values()
+        for stem, rows in zip(module.stems, module.rows, strict=True)
+    }
     found: dict[str, Path] = {}
     copied = set(plan.copied)
+    carried = CarriedTensors(source)
     for path in sorted(output.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt", device="cpu") as handle:
@@ -131,53 +187,60 @@ def _compare_files(output: Path, source: TensorSource, plan: CheckpointPlan) -> 
                             f"expected {planned[name].dtype} {list(planned[name].shape)}"
                         )
                     if name in copied:
-                        _compare(f"tensor {name} in {path}", tensor, source.read(name))
-                    elif name.endswith(f".{SHAPE}"):
+                        _compare(f"tensor {name} in {path}", tensor, carried.read(name))
+                    elif name in shapes:
                         # transformers does not read the number of rows, other loaders do
-                        shape = source.shape(name.removesuffix(f".{SHAPE}") + WEIGHT)
-                        _compare(f"tensor {name} in {path}", tensor, torch.tensor(shape))
+                        _compare(f"tensor {name} in {path}", tensor, torch.tensor(shapes[name]))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or damaged ({error}); write the checkpoint again") from error
     missing = sorted(set(planned) - set(found))
     if missing:
         raise CheckpointError(f"{output}: tensor {missing[0]} is in none of its files")
+    if codes is not None:
+        for module in codes.modules:
+            for name, values in codes.stored(module).items():
+                with safe_open(found[name], framework="pt", device="cpu") as handle:
+                    _compare(f"tensor {name} in {found[name]}", handle.get_tensor(name), values)
     return len(copied)
 
 
 @torch.no_grad()
 def _reloaded_logits(
     output: Path,
-    source: TensorSource,
+    source: ModelSource,
+    plan: CheckpointPlan,
+    expected: _Expected,
     *,
-    quantized: CodeLoader,
-    choices: Mapping[str, Choice],
     input_ids: Int64[Tensor, "1 T"],
 ) -> tuple[Float[Tensor, "1 T vocab"], torch.dtype]:
     """Load the checkpoint, run it (the first forward decompresses) and check the quantized weights."""
     try:
         model, report = AutoModelForCausalLM.from_pretrained(output, local_files_only=True, output_loading_info=True)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if report.get(kind):
-                raise CheckpointError(f"{output}: loading reports {kind.replace('_', ' ')}: {min(report[kind])}")
+        _check_report(output, model, source, plan, report)
         logits: Tensor = model.eval()(input_ids).logits
     except LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{output}: does not load and run with transformers ({reason})") from error
     dtype: torch.dtype = model.dtype
-    for module, choice in choices.items():
-        weight = _weight(model, module)
-        codes = codes_of(module, quantized, choice=choice, shape=source.shape(module + WEIGHT))
-        _compare(f"module {module}", weight, codes.dequantize(dtype))
+    for module in expected.modules:
+        try:
+            weight = loaded_weight(model, module.name)
+        except AttributeError as error:
+            raise CheckpointError(f"module {module.name}: has no weight in the loaded model ({error})") from error
+        _compare(f"module {module.name}", weight, expected.weight(module, dtype))
     return logits, dtype
 
 
-def _weight(model: nn.Module, module: str) -> Tensor:
-    try:
-        weight = model.get_submodule(module).weight
-    except AttributeError as error:
-        raise CheckpointError(f"module {module}: has no weight in the loaded model ({error})") from error
-    assert isinstance(weight, Tensor)
-    return weight
+def _check_report(
+    output: Path, model: nn.Module, source: ModelSource, plan: CheckpointPlan, report: Mapping[str, Any]
+) -> None:
+    """Refuse a load that left something out, but for what the original stores and no loader reads."""
+    copied = set(plan.copied)
+    unread = {name for name, stored in stored_names(model, source).items() if stored in copied}
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = set(report.get(kind) or ()) - (unread if kind == "unexpected_keys" else set())
+        if names:
+            raise CheckpointError(f"{output}: loading reports {kind.replace('_', ' ')}: {min(names)}")
 
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:

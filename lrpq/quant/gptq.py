@@ -171,11 +171,13 @@ def _check_reach(Wt: Tensor, scales: Sequence[Tensor], choices: Sequence[Choice]
     weight = _largest(Wt)
     grid_end = max(2**choice.bits * _largest(s) for s, choice in zip(scales, choices, strict=True))
     reach = weight + (weight + grid_end) * len(factor.R) * _largest(factor.R)
-    if not reach < torch.finfo(Wt.dtype).max or not all(bool(s.all()) for s in scales):
+    if not reach < torch.finfo(Wt.dtype).max:
         raise QuantizationError(
-            f"{name}: its weights, up to {weight:.3g}, or its scales, zero or up to {grid_end:.3g} times 2^-bits, may"
-            f" overflow {Wt.dtype} while columns correct each other; check the source model"
+            f"{name}: weights up to {weight:.3g} and a grid up to {grid_end:.3g} may overflow {Wt.dtype} while columns"
+            " correct each other; check the source model"
         )
+    if not all(bool(s.all()) for s in scales):
+        raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
 
 
 def _largest(x: Tensor) -> float:

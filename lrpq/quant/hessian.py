@@ -49,7 +49,7 @@ class DampedCholesky:
     num_damping_steps: int
     """How often the damping had to grow tenfold: 0 unless H is badly conditioned."""
     num_dead: int
-    """Inputs that are zero (in fp32, squared) on all calibration tokens: a diagonal entry of 1 decouples them."""
+    """Inputs whose squares are zero (in fp32) on all calibration tokens: a diagonal entry of 1 decouples them."""
 
 
 def empty_hessian(d_in: int, device: torch.device | str = "cpu") -> HessianSum:

@@ -81,6 +81,12 @@ class _Call:
             args[position] = rules.scale_gradient(args[position], factor, self.mode.switch)
         return self.function(*args, **self.kwargs)
 
+    def positional(self, names: Sequence[str]) -> _Call:
+        """The same with the arguments of these names, which are the first ones, by position."""
+        kwargs = dict(self.kwargs)
+        named = [kwargs.pop(name) for name in names[len(self.args) :] if name in kwargs]
+        return replace(self, args=[*self.args, *named], kwargs=kwargs)
+
     def places(self) -> list[int]:
         """Positions of the arguments that depend on the input."""
         places = [i for i, x in enumerate(self.args) if any(x is t for t in self.live)]
@@ -108,8 +114,7 @@ class _Call:
 
     def refuse(self, reason: str) -> NoReturn:
         raise ModelError(
-            f"{resolve_name(self.function) or self.function} {self.mode.where()}: {reason}; "
-            "use relevance fisher, which needs no rules"
+            f"{_title(self.function)} {self.mode.where()}: {reason}; use relevance fisher, which needs no rules"
         )
 
 
@@ -160,9 +165,15 @@ def power(call: _Call) -> tuple[Any, _Trace]:
 
 
 def product(
-    call: _Call, factors: tuple[int, int] = (0, 1), addend: int | None = None, *, elementwise: bool = False
+    call: _Call,
+    factors: tuple[int, int] = (0, 1),
+    addend: int | None = None,
+    *,
+    names: Sequence[str] = (),
+    elementwise: bool = False,
 ) -> tuple[Any, _Trace]:
-    """Bilinear in the arguments at ``factors``, linear in that at ``addend``."""
+    """Bilinear in the arguments at ``factors``, linear in that at ``addend``; ``names`` of the first arguments."""
+    call = call.positional(names)
     places = call.places()
     if not set(places) <= {*factors, addend}:
         call.refuse(f"expected only the arguments at positions {factors} (from 0) to depend on the input")
@@ -205,11 +216,8 @@ def softmax(call: _Call) -> tuple[Any, _Trace]:
 
 
 def attention(call: _Call) -> tuple[Any, _Trace]:
-    """Query, key, value by position or by name; nothing else may depend on the input."""
-    names = ("query", "key", "value")
-    kwargs = dict(call.kwargs)
-    args = [*call.args, *(kwargs.pop(name) for name in names[len(call.args) :])]
-    call = replace(call, args=args, kwargs=kwargs)
+    """Attention kernel: query and key a quarter, value a half."""
+    call = call.positional(("query", "key", "value"))
     if not set(call.places()) <= {0, 1, 2}:
         call.refuse("expected a mask that does not depend on the input")
     return call.native({0: QUERY_KEY, 1: QUERY_KEY, 2: VALUE}), _Trace()
@@ -250,16 +258,12 @@ MOVES = """alias broadcast_to cat chunk concat cumsum diagonal expand expand_as 
     index_copy index_put index_select masked_scatter masked_select movedim mT narrow pad permute repeat
     repeat_interleave reshape reshape_as roll scatter scatter_add select setitem split split_with_sizes squeeze stack
     swapaxes t T take_along_dim tensor_split tile topk transpose tril triu unbind unflatten unfold unsqueeze view
-    view_as"""
+    view_as view_as_complex view_as_real"""
 ENTRYWISE = """add bfloat16 clone contiguous copy double dropout fill float half masked_fill maximum minimum neg
     negative rsub sub subtract to type type_as where zero"""
 REDUCTIONS = "amax amin max mean min sum"
 ACTIVATIONS = """abs celu clamp clamp_max clamp_min clip elu erf exp expm1 gelu hardsigmoid hardswish hardtanh
     leaky_relu log log1p log_sigmoid mish relu relu6 selu sigmoid silu softplus softsign sqrt square tanh"""
-
-_elementwise_product = partial(product, elementwise=True)
-_biased_product = partial(product, factors=(1, 2), addend=0)
-_linear_layer = partial(product, addend=2)
 
 OPERATIONS: Mapping[str, Rule] = {
     **dict.fromkeys(MOVES.split(), moves),
@@ -268,10 +272,12 @@ OPERATIONS: Mapping[str, Rule] = {
     **dict.fromkeys(ACTIVATIONS.split(), activation),
     **dict.fromkeys(("linalg_norm", "linalg_vector_norm", "norm", "std", "var"), normaliser),
     **dict.fromkeys(("rdiv", "reciprocal", "rsqrt"), inverse),
-    **dict.fromkeys(("mul", "multiply"), _elementwise_product),
+    **dict.fromkeys(("mul", "multiply"), partial(product, elementwise=True)),
     **dict.fromkeys(("bmm", "matmul", "mm", "rmatmul"), product),
-    **dict.fromkeys(("addmm", "baddbmm"), _biased_product),
-    **dict.fromkeys(("conv1d", "linear"), _linear_layer),
+    **dict.fromkeys(("grouped_mm", "_grouped_mm"), product),
+    **dict.fromkeys(("conv1d", "linear"), partial(product, addend=2)),
+    "addmm": partial(product, factors=(1, 2), addend=0, names=("input", "mat1", "mat2")),
+    "baddbmm": partial(product, factors=(1, 2), addend=0, names=("input", "batch1", "batch2")),
     **dict.fromkeys(("div", "divide", "true_divide", "truediv"), quotient),
     "einsum": partial(product, factors=(1, 2)),
     "pow": power,
@@ -399,7 +405,7 @@ class _OperationMode(TorchFunctionMode):
             if "custom Function" not in str(error):
                 raise
             raise ModelError(
-                f"{resolve_name(func)} {self.where()} changes the output of an activation or a norm in place, of which "
+                f"{_title(func)} {self.where()} changes the output of an activation or a norm in place, of which "
                 "autograd would lose the rule; use relevance fisher, which needs no rules"
             ) from error
 
@@ -496,6 +502,10 @@ def _name(function: Callable[..., Any]) -> tuple[str, bool]:
     if name.startswith("__"):
         return name.strip("_"), name == "__setitem__"
     return (name[:-1], True) if name.endswith("_") else (name, False)
+
+
+def _title(function: Callable[..., Any]) -> str:
+    return str(resolve_name(function) or getattr(function, "__name__", function))
 
 
 def _describe(name: str, module: nn.Module) -> str:

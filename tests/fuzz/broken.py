@@ -66,7 +66,7 @@ READERS = (
     _reader("broken-segfault", lambda folder: os.kill(os.getpid(), signal.SIGSEGV)),
     _reader("broken-exit", lambda folder: os._exit(3)),
     _reader("broken-hang", lambda folder: time.sleep(60)),
-    _reader("broken-memory", lambda folder: np.empty(100 << 20, np.uint8)),
+    _reader("broken-memory", lambda folder: np.ones(100 << 20, np.uint8)),
     _reader("broken-swallowed", _swallowed),
     _reader("broken-write", lambda folder: (folder / "new").write_bytes(b"")),
     _reader("broken-outside", _shows_outside),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from lrpq.checkpoint.assemble import linear_modules
+from lrpq.checkpoint.describe import matrix_modules
 from lrpq.checkpoint.compressed_tensors import natural_key, quantization_config
 from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice
