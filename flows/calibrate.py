@@ -143,7 +143,7 @@ def _load(
     placement: Placement,
     text_column: str | None,
 ) -> Windows:
-    config = ModelSource(model).config
+    config = ModelSource(model).config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ConfigError(f"windows of {length} tokens: the model reads at most {longest}; give a shorter length")

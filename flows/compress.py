@@ -22,24 +22,29 @@ from lrpq.errors import ConfigError
 from lrpq.model.safetensors_source import resolve_model
 from lrpq.model.source import open_source
 from tasks import evaluate
-from tasks.cluster import open_pool
+from tasks.cluster import Pool, open_pool
 from tasks.evaluate import CheckpointCodes, EvaluateJob
 from tasks.store.manifest import read_run
 from tasks.store.opened import open_store
 from tasks.streams import StreamJob
 
-_asked: ContextVar[tuple[CompressConfig, Progress]] = ContextVar("asked")
+_asked: ContextVar[tuple[CompressConfig, Progress, Pool | None]] = ContextVar("asked")
 
 
-def run_compress(config: CompressConfig, progress: Progress) -> dict[str, Any]:
+def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | None = None) -> dict[str, Any]:
     """Compress a model as configured; returns the manifest that also lies in the output folder.
+
+    Args:
+        config: what is asked for.
+        progress: where it is reported.
+        pool: workers that are open already; by default the configuration's are opened for this run.
 
     Raises:
         LrpqError: anything the user can act upon.
     """
     refuse_secrets(config)
     with prefect_api():
-        token = _asked.set((config, progress))
+        token = _asked.set((config, progress, pool))
         try:
             manifest: dict[str, Any] = _compress(json.loads(config.model_dump_json()))
         finally:
@@ -64,7 +69,8 @@ def refuse_secrets(config: CompressConfig) -> None:
 @flow(name="compress", validate_parameters=False, retries=0, persist_result=False)
 def _compress(configuration: dict[str, Any]) -> dict[str, Any]:
     """The flow; its parameter is what the Prefect UI shows."""
-    manifest = Compression(*_asked.get()).run()
+    config, progress, pool = _asked.get()
+    manifest = Compression(config, progress).run(pool)
     table = [
         {k: module[k] for k in ("name", "bits", "group_size", "num_weights", "cost_nats")}
         for module in manifest["modules"]

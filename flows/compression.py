@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,8 +17,10 @@ from flows.progress import Progress
 from flows.result import choices_json, content_key, manifest_of, model_bytes
 from flows.run import Run, step
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
+from lrpq.allocate.parts import check_parts
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
+from lrpq.allocate.targets import Target
 from lrpq.checkpoint.plan import planned_size
 from lrpq.checkpoint.publish import check_output
 from lrpq.model.layers import Choice
@@ -61,6 +64,15 @@ class Compression:
         self.fingerprint = model_fingerprint(self.model)
         self.dtype = resolve_dtype(config.run, self.source)
         self.stream = BlockStream(self.source, dtype=DTYPES[self.dtype])
+        asked = config.run.candidates
+        check_parts(
+            Target(config.plan.target),
+            head=asked.quantize_head is not None,
+            embeddings=asked.quantize_embeddings is not None,
+            tied=self.stream.tied_head,
+        )
+        self.head = self.stream.head_spec if asked.quantize_head is not None else None
+        self.specs = self.stream.specs if self.head is None else (*self.stream.specs, self.head)
         self.run_id = config.run_id or default_run_id(config.run)
         store = open_store(config.store)
         claim_run(store, self.run_id, json.loads(config.run.model_dump_json()))
@@ -75,10 +87,10 @@ class Compression:
             run=self.run_state, config=config, model=self.model, fingerprint=self.fingerprint, dtype=self.dtype
         )
 
-    def run(self) -> dict[str, Any]:
-        """All stages; the manifest."""
+    def run(self, pool: Pool | None = None) -> dict[str, Any]:
+        """All stages, on the given workers or on the configuration's; the manifest."""
         cluster = self.config.cluster
-        with open_pool(
+        with nullcontext(pool) if pool is not None else open_pool(
             device=cluster.device, workers=cluster.workers, threads=self.config.run.threads, address=cluster.address
         ) as pool:
             prepared = self._prepare(len(pool))
@@ -97,9 +109,12 @@ class Compression:
             )
         stream_job = jobs.stream_job(self.context, windows, num_workers=num_workers)
         profile_job = jobs.profile_job(self.context, stream_job, windows)
-        candidates_job = jobs.candidates_job(self.context, profile_job)
+        candidates_job = jobs.candidates_job(self.context, profile_job, head=self.head)
         # what is wrong with the plan shows here, not after the work
-        self._pose(allocate.rows_without_costs(self.stream.specs, candidates_job.choices))
+        rows = allocate.rows_without_costs(self.stream.specs, candidates_job.choices)
+        if self.head is not None and candidates_job.head is not None:
+            rows += allocate.rows_without_costs([self.head], [candidates_job.head])
+        self._pose(rows)
         return Prepared(stream=self.stream, stream_job=stream_job, profile=profile_job, candidates=candidates_job)
 
     def _allocate(self, rows: list[dict[str, Any]], prepared: Prepared) -> tuple[Plan, Plan | None]:
@@ -111,7 +126,7 @@ class Compression:
             parameters=json.loads(wanted.model_dump_json(exclude={"refine", "correction", "correction_damping"})),
             code=["tasks.allocate"],
         )
-        cost_rows = allocate.cost_rows(rows, self.stream.specs)
+        cost_rows = allocate.cost_rows(rows, self.specs)
         with run.timed("allocate", 1, "plan"):
             posed = self._pose(cost_rows)
             plan = step("allocate", lambda: allocate.solve(posed.problem, solver=wanted.solver))
@@ -156,7 +171,8 @@ class Compression:
         if wanted.refine == "sequential":
             refined = jobs.refine_job(self.context, prepared.profile, plan)
         codes = prepared.candidates if refined is None else refined.folder
-        key = content_key(codes, plan, fingerprint=self.fingerprint)
+        head = None if self.head is None else prepared.candidates
+        key = content_key(codes, plan, head=head, fingerprint=self.fingerprint)
         if not self._is_written(key):  # what is wrong with the output shows here, not after the refinement
             check_output(self.config.output, overwrite=self.config.overwrite)
         degraded = count_degradations(rows)
@@ -173,15 +189,15 @@ class Compression:
             plan,
             run_id=self.run_id,
             environment=run.environment,
-            specs=self.stream.specs,
+            specs=self.specs,
             rows=rows,
             degraded=degraded,
         )
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
-        size = planned_size(self.source, quantized, specs=self.stream.specs)
+        size = planned_size(self.source, quantized, specs=self.specs)
         manifest["size"] = {**asdict(size), "average_bits": size.average_bits}
-        reached = self._assemble(pool, codes, quantized, manifest, key)
+        reached = self._assemble(pool, codes, head, quantized, manifest, key)
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
         manifest["bytes"] = {"original": model_bytes(self.model), "compressed": reached["total_bytes"]}
         if self.measured is not None:
@@ -195,6 +211,7 @@ class Compression:
         self,
         pool: Pool,
         codes: StageFolder | CandidatesJob,
+        head: CandidatesJob | None,
         quantized: Mapping[str, Choice],
         manifest: Mapping[str, Any],
         key: str,
@@ -213,8 +230,9 @@ class Compression:
                 output=str(output.absolute()),
                 overwrite=self.config.overwrite,
                 codes=codes,
+                head=head,
                 choices=quantized,
-                specs=self.stream.specs,
+                specs=self.specs,
                 manifest=manifest,
             )
             with run.timed(assemble.STAGE, 1, "checkpoint"):
@@ -239,8 +257,9 @@ class Compression:
         if control is not None:
             job = jobs.control_job(self.context, prepared.stream_job, control)
             run_refine(run, pool, job, self.stream, label="control")
-            variants["control"] = StoredCodes(folder=job.folder, choices=control.choices)
-            inputs["control"] = job.folder.key
+            head = None if self.head is None else prepared.candidates
+            variants["control"] = StoredCodes(folder=job.folder, choices=control.choices, head=head)
+            inputs["control"] = job.folder.key if head is None else f"{job.folder.key} {head.folder.key}"
         stream_job = replace(
             prepared.stream_job,
             windows=windows.key,

@@ -8,6 +8,7 @@ Types are strict: the text "3" is no number, and neither is true; a list passes 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from lrpq.allocate.budget import UNQUANTIZED_BITS, BudgetBits, parse_bytes
 from lrpq.allocate.keep import parse_keep
+from lrpq.allocate.parts import check_parts
 from lrpq.allocate.targets import Target, check_tensor_parallel
 from lrpq.errors import BudgetError, ConfigError
 from lrpq.notation import SCALE_BITS
@@ -102,11 +104,21 @@ class CandidateConfig(Section):
     grid: Literal["signed", "symmetric"] = "signed"
     """signed lets a scale be negative, so that the extra negative code serves the side that needs it: the same
     bytes, less error; symmetric keeps every scale positive."""
+    quantize_head: Annotated[int | None, Flag("--quantize-head")] = None
+    """Code width of the language-model head (bits per weight), counted in the budget; left as it is if not given.
+    Untied heads only, with --target transformers."""
+    quantize_embeddings: Annotated[int | None, Flag("--quantize-embeddings")] = None
+    """The same of the token embedding; refused for every target there is, as none loads it packed."""
 
     @field_validator("bits")
     @classmethod
     def _known_bits(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         return _chosen(value, BIT_WIDTHS)
+
+    @field_validator("quantize_head", "quantize_embeddings")
+    @classmethod
+    def _known_width(cls, value: int | None) -> int | None:
+        return value if value is None else _chosen((value,), BIT_WIDTHS)[0]
 
     @field_validator("group_sizes")
     @classmethod
@@ -114,10 +126,11 @@ class CandidateConfig(Section):
         return _chosen(value, GROUP_SIZES)
 
     def smallest_bits(self) -> float:
-        """All-in bits per weight of the smallest choice, where its group size divides the row."""
+        """All-in bits per weight of the smallest choice, where its group size divides the row; no more than a head's."""
+        head = math.inf if self.quantize_head is None else float(self.quantize_head)
         if PER_CHANNEL in self.group_sizes:
-            return float(min(self.bits))
-        return min(self.bits) + SCALE_BITS / max(self.group_sizes)
+            return min(float(min(self.bits)), head)
+        return min(min(self.bits) + SCALE_BITS / max(self.group_sizes), head)
 
 
 class RunConfig(Section):
@@ -253,6 +266,12 @@ class CompressConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> CompressConfig:
         widths = self.run.candidates.bits
+        check_parts(
+            Target(self.plan.target),
+            head=self.run.candidates.quantize_head is not None,
+            embeddings=self.run.candidates.quantize_embeddings is not None,
+            tied=False,  # as far as is known without the model
+        )
         for rule in map(parse_keep, self.plan.keep):
             if rule.bits != UNQUANTIZED_BITS and rule.bits not in widths:
                 raise ConfigError(

@@ -10,8 +10,9 @@ from flows.calibrate import StoredWindows
 from flows.config import CompressConfig
 from flows.result import choices_json
 from flows.run import Run
+from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
-from lrpq.model.layers import Choice
+from lrpq.model.layers import Choice, LinearSpec
 from tasks import candidates, profile, refine
 from tasks.candidates import CandidatesJob
 from tasks.profile import ProfileJob
@@ -52,12 +53,14 @@ def stream_job(context: JobContext, windows: StoredWindows, *, num_workers: int)
 def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) -> ProfileJob:
     """Depends on the model, the windows' tokens and how relevance is computed."""
     config = context.config.run
+    with_head = config.candidates.quantize_head is not None
     parameters = {
         "relevance": config.relevance,
         "floor": config.relevance_floor,
         "power": config.relevance_power,
         "seed": config.seed,
         **_streaming(context, stream),
+        **({"head": True} if with_head else {}),
     }
     return ProfileJob(
         stream=stream,
@@ -71,14 +74,19 @@ def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) 
         floor=config.relevance_floor,
         power=config.relevance_power,
         seed=config.seed,
+        with_head=with_head,
     )
 
 
-def candidates_job(context: JobContext, profile: ProfileJob) -> CandidatesJob:
-    """Depends on the profile and on the choices."""
+def candidates_job(context: JobContext, profile: ProfileJob, *, head: LinearSpec | None) -> CandidatesJob:
+    """Depends on the profile, on the choices, and on that of the head where it is quantized."""
     config = context.config.run.candidates
     choices = tuple(Choice(bits=bits, group_size=size) for bits in config.bits for size in config.group_sizes)
     parameters = {"choices": [str(c) for c in choices], "damping": config.damping, "grid": config.grid}
+    head_choice: Choice | None = None
+    if head is not None and config.quantize_head is not None:
+        head_choice = fixed_choice(config.quantize_head, config.group_sizes, head.d_in)
+        parameters["head"] = str(head_choice)
     return CandidatesJob(
         profile=profile,
         folder=context.run.folder(
@@ -87,6 +95,7 @@ def candidates_job(context: JobContext, profile: ProfileJob) -> CandidatesJob:
         choices=choices,
         damping=config.damping,
         grid=config.grid,
+        head=head_choice,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from flows.run import Run, step
 from lrpq.errors import QuantizationError
 from lrpq.model.experts import GATE_UP
+from lrpq.model.layers import HEAD, LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.starved import Evidence
 from lrpq.refine.routed import POOLED
@@ -33,9 +34,12 @@ MAX_STARVED_SHARE = 0.5
 """Share of modules that may be experts with too few tokens before the stage is a failure."""
 
 
-def site_names(stream: BlockStream) -> dict[int, list[str]]:
-    """Block -> its input sites."""
-    return {block: list(stream.sites(block)) for block in range(stream.num_blocks)}
+def _sites(stream: BlockStream, job: CandidatesJob) -> dict[int, dict[str, tuple[LinearSpec, ...]]]:
+    """Block -> input site -> its layers; behind the last block the head's, where it is quantized."""
+    found = {block: stream.sites(block) for block in range(stream.num_blocks)}
+    if job.head is not None and stream.head_spec is not None:
+        found[stream.num_blocks] = {HEAD: (stream.head_spec,)}
+    return found
 
 
 def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Mapping[str, Any]:
@@ -52,8 +56,12 @@ def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Ma
             run.progress.advance(label, f"forward, block {block}")
         losses = step("profile · labels", lambda: pool.each(profile.seed_gradients))
         run.progress.advance(label, "labels")
-        storing: list[tuple[int, Any]] = []
         curvature: dict[str, float] = {}
+        if job.with_head:
+            sums = pool.each_refs(profile.take_head)
+            store = partial(pool.submit, 0, profile.store_head, job, num_blocks, *sums)
+            curvature.update(step("profile · head", lambda: pool.get([store()])[0]))
+        storing: list[tuple[int, Any]] = []
 
         def collect(block: int, reference: Any) -> None:
             curvature.update(step(f"profile · block {block}", lambda: pool.get([reference])[0]))
@@ -75,11 +83,11 @@ def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Ma
 def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream) -> list[dict[str, Any]]:
     """Every module at every choice; returns the cost rows."""
     label = candidates.STAGE
-    sites = site_names(stream)
+    specs = _sites(stream, job)
+    sites = {block: list(found) for block, found in specs.items()}
     if run.stored(job.folder, label) is None:
         missing = list(candidates.missing_sites(job, sites))
         with run.timed(label, len(missing), "site"):
-            specs = {block: stream.sites(block) for block in sites}
             ends = pool.map(
                 candidates.quantize_site, [(job, block, site, specs[block][site]) for block, site in missing]
             )

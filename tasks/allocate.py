@@ -16,7 +16,7 @@ from lrpq.allocate.problem import CostRow, Problem, build_problem
 from lrpq.allocate.targets import Target
 from lrpq.checkpoint.plan import planned_size
 from lrpq.errors import ConfigError
-from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.notation import BITS_PER_BYTE
 from lrpq.quant.packing import storage_bits
@@ -85,14 +85,15 @@ def pose(
     target: str,
     tensor_parallel: int,
 ) -> Posed:
-    """The allocation problem of a plan's configuration.
+    """The allocation problem of a plan's configuration. The head, where it has rows, is fixed at its one choice.
 
     Raises:
         ConfigError: a keep rule matches nothing or contradicts another, or nothing is left to quantize.
         BudgetError: the budget is impossible; the smallest possible one is named.
     """
     rules = [parse_keep(rule) for rule in keep]
-    posed = partial(build_problem, rows, target=Target(target), tensor_parallel=tensor_parallel)
+    head = {row.module.name for row in rows if row.module.input_site == HEAD}
+    posed = partial(build_problem, rows, target=Target(target), tensor_parallel=tensor_parallel, fixed=head)
     # Which modules stay at 16 bits decides what a budget in bytes has to pay for besides.
     unlimited = posed(
         budget=BudgetBits(bits=UNQUANTIZED_BITS),
@@ -146,4 +147,6 @@ def _fixed_bytes(rows: Sequence[CostRow], unlimited: Problem, source: ModelSourc
     for row in sorted(rows, key=lambda row: row.storage_bits):
         if row.choice is not None and row.module.name not in left:
             widest[row.module.name] = row.choice
-    return planned_size(source, widest, specs=unlimited.modules).fixed_bytes - unlimited.sizes.left_bits // BITS_PER_BYTE
+    return (
+        planned_size(source, widest, specs=unlimited.modules).fixed_bytes - unlimited.sizes.left_bits // BITS_PER_BYTE
+    )

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lrpq.allocate.targets import Target
 from lrpq.checkpoint.assemble import write_checkpoint
-from lrpq.checkpoint.verify import verify_checkpoint
-from lrpq.model.layers import Choice, LinearSpec
-from lrpq.model.safetensors_source import ModelSource
+from lrpq.checkpoint.verify import Verification, verify_checkpoint
+from lrpq.model.layers import HEAD, Choice, LinearSpec
+from lrpq.model.source import open_source
 from lrpq.quant.grid import QuantizedWeight
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob, read_candidate
@@ -35,43 +36,51 @@ class AssembleJob:
     """Quantized modules only."""
     specs: tuple[LinearSpec, ...]
     manifest: Mapping[str, Any]
+    target: str = Target.TRANSFORMERS.value
+    """What will load it: ``transformers`` or ``vllm``."""
+    head: CandidatesJob | None = None
+    """Where the head's codes are, if it is quantized: it is not refined."""
 
 
 def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
-    """Write and verify the checkpoint; returns its size and what was verified.
+    """Write and verify the checkpoint; returns its size and what was verified (``verified``).
 
     Raises:
         CheckpointError: the reloaded checkpoint differs from the codes; nothing is published.
     """
-    source = ModelSource(Path(job.model))
+    source = open_source(Path(job.model))
     load = _loader(job)
+    proof: list[Verification] = []
 
     def prove(folder: Path) -> None:
-        verify_checkpoint(folder, source, quantized=load, choices=job.choices)
+        proof.append(verify_checkpoint(folder, source, quantized=load, choices=job.choices, specs=job.specs))
 
     size = write_checkpoint(
         source,
         Path(job.output),
         quantized=load,
         choices=job.choices,
+        specs=job.specs,
         manifest=job.manifest,
+        target=Target(job.target),
         overwrite=job.overwrite,
         prove=prove,
     )
-    return {**asdict(size), "average_bits": size.average_bits}
+    return {**asdict(size), "average_bits": size.average_bits, "verified": asdict(proof[0])}
 
 
 def _loader(job: AssembleJob) -> Callable[[str], QuantizedWeight | None]:
     store = open_store(job.store)
     by_name = {spec.name: spec for spec in job.specs}
-    codes = job.codes
 
     def load(name: str) -> QuantizedWeight | None:
         choice = job.choices.get(name)
         if choice is None:
             return None
+        spec = by_name[name]
+        codes = job.head if spec.input_site == HEAD and job.head is not None else job.codes
         if isinstance(codes, StageFolder):
             return read_refined(store, codes, name, choice)
-        return read_candidate(store, codes, by_name[name], choice)
+        return read_candidate(store, codes, spec, choice)
 
     return load

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from lrpq.model.experts import GATE_UP
-from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.model.source import open_source
 from lrpq.quant.gptq import factorize, gptq, predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight
@@ -50,6 +50,8 @@ class CandidatesJob:
     """Share of the mean diagonal that is added to it."""
     grid: str
     """``signed`` or ``symmetric``, see quant/grid.py."""
+    head: Choice | None = None
+    """The head's one choice; None leaves it as it is."""
 
 
 def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str, specs: tuple[LinearSpec, ...]) -> bool:
@@ -69,7 +71,7 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
     H = normalized(sums, name=label).to(device)
     curvature = read_curvature(job.profile, block, [spec.name for spec in specs])
     factor = factorize(H, damping=job.damping, name=label)
-    choices = [choice for choice in job.choices if choice.fits(specs[0].d_in)]
+    choices = _choices(job, specs[0])
     tensors: dict[str, torch.Tensor] = {}
     rows: list[dict[str, Any]] = []
     for spec in specs:
@@ -94,6 +96,12 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
     write_tensors(store, job.folder.site("codes", block, site, "safetensors"), tensors, {})
     write_table(store, costs_key, pa.Table.from_pylist(rows), units=COST_UNITS, kind="costs")
     return True
+
+
+def _choices(job: CandidatesJob, spec: LinearSpec) -> list[Choice]:
+    if spec.input_site == HEAD and job.head is not None:
+        return [job.head]
+    return [choice for choice in job.choices if choice.fits(spec.d_in)]
 
 
 def _hessian(job: CandidatesJob, block: int, site: str, spec: LinearSpec) -> tuple[HessianSum, Evidence]:

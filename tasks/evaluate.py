@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lrpq.checkpoint.modules import WEIGHT
 from lrpq.checkpoint.stored import StoredCheckpoint
 from lrpq.errors import CheckpointError
 from lrpq.evaluate.divergence import WindowScore, score_windows, summarize
-from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.grid import QuantizedWeight
 from tasks.artifacts import StageFolder
+from tasks.candidates import CandidatesJob, read_candidate
 from tasks.cluster import WorkerState
 from tasks.refine import read_refined
 from tasks.store.opened import open_store
@@ -32,6 +33,8 @@ class StoredCodes:
 
     folder: StageFolder
     choices: Mapping[str, Choice | None]
+    head: CandidatesJob | None = None
+    """Where the head's codes are, if it is quantized."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +92,9 @@ def _weights(stream: BlockStream, store_url: str, variant: Variant) -> Callable[
 
         def from_checkpoint(block: int) -> dict[str, Tensor]:
             return {
-                spec.name: weight.dequantize(stream.dtype)
-                for spec in stream.block_specs(block)
-                if (weight := _codes_of(checkpoint, spec)) is not None
+                spec.name: weight
+                for spec in _specs(stream, block)
+                if (weight := checkpoint.weight(spec, stream.dtype)) is not None
             }
 
         return from_checkpoint
@@ -99,34 +102,39 @@ def _weights(stream: BlockStream, store_url: str, variant: Variant) -> Callable[
 
     def from_store(block: int) -> dict[str, Tensor]:
         def dense(spec: LinearSpec, choice: Choice) -> Tensor:
-            weight: Tensor = read_refined(store, variant.folder, spec.name, choice).dequantize(stream.dtype)
+            if spec.input_site == HEAD and variant.head is not None:
+                codes = read_candidate(store, variant.head, spec, choice)
+            else:
+                codes = read_refined(store, variant.folder, spec.name, choice)
+            weight: Tensor = codes.dequantize(stream.dtype)
             return weight
+
+        if block == stream.num_blocks and variant.head is None:
+            return {}
 
         return {
             spec.name: dense(spec, choice)
-            for spec in stream.block_specs(block)
+            for spec in _specs(stream, block)
             if (choice := variant.choices[spec.name]) is not None
         }
 
     return from_store
 
 
+def _specs(stream: BlockStream, block: int) -> tuple[LinearSpec, ...]:
+    """Layers of a block; of the block behind the last one, the head."""
+    if block < stream.num_blocks:
+        return stream.block_specs(block)
+    return () if stream.head_spec is None else (stream.head_spec,)
+
+
 def _check_belongs(checkpoint: StoredCheckpoint, stream: BlockStream) -> None:
     """Refuse a checkpoint of another model: what it does not name would be scored as the original."""
-    known = {spec.name for spec in stream.specs}
+    specs = (*stream.specs, *_specs(stream, stream.num_blocks))
+    known = {stored.removesuffix(WEIGHT) for spec in specs for stored in spec.stored}
     foreign = [name for name in checkpoint.modules() if name not in known]
     if foreign:
         raise CheckpointError(
             f"module {foreign[0]} in {checkpoint.folder}: is none of {stream.source.folder}; give the model that the "
             "checkpoint was made from"
         )
-
-
-def _codes_of(checkpoint: StoredCheckpoint, spec: LinearSpec) -> QuantizedWeight | None:
-    weight = checkpoint.codes(spec.name)
-    if weight is not None and tuple(weight.codes.shape) != (spec.d_out, spec.d_in):
-        raise CheckpointError(
-            f"module {spec.name} in {checkpoint.folder}: has shape {tuple(weight.codes.shape)}, the original "
-            f"{(spec.d_out, spec.d_in)}; give the model that the checkpoint was made from"
-        )
-    return weight

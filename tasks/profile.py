@@ -24,6 +24,7 @@ from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_blo
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.cluster import WorkerState
+from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
@@ -48,6 +49,8 @@ class ProfileJob:
     power: float
     """Exponent of the token weights."""
     seed: int
+    with_head: bool = False
+    """Also what quantizing the head needs."""
 
 
 def begin(state: WorkerState, job: ProfileJob) -> int:
@@ -63,6 +66,7 @@ def begin(state: WorkerState, job: ProfileJob) -> int:
         seed=job.seed,
         micro_batch=job.stream.micro_batch,
         kept=KeptInputs(memory_bytes=state.kept_bytes),
+        with_head=job.with_head,
     )
     sweep.embed()
     state.held[STAGE] = sweep
@@ -84,6 +88,13 @@ def seed_gradients(state: WorkerState) -> tuple[float, int]:
     state.held["blocks"].close()
     state.held["blocks"] = sweep.stream.stream(range(sweep.stream.num_blocks - 1, -1, -1))
     return sweep.seed_gradients()
+
+
+def take_head(state: WorkerState) -> dict[Node, BlockSums]:
+    """Sums of the head for this worker's shards, and forget them."""
+    sweep: ProfileSweep = state.held[STAGE]
+    found, sweep.head_sums = sweep.head_sums, {}
+    return found
 
 
 def backward(state: WorkerState, block: int) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
@@ -117,17 +128,9 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
         nodes |= sums
         weights |= shard_weights
     merged = root(nodes, job.stream.num_shards, merge_block_sums)
-    hessians = {**merged.hessians, **_pooled(merged.hessians)}
+    curvature = _write_sums(store, job, block, merged)
     total = merged.num_tokens
-    write_symmetric(
-        store,
-        job.folder.block("hessians", block, "parquet"),
-        {site: h.xx.cpu() for site, h in hessians.items()},
-        {s: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens, "total": total} for s, h in hessians.items()},
-    )
-    curvature = {name: g2 / total for name, g2 in merged.curvature.items()}
     tokens = _token_weights(weights, total_tokens=total, num_shards=job.stream.num_shards, length=job.stream.length)
-    write_tensors(store, job.folder.block("curvature", block, "safetensors"), curvature, {})
     write_tensors(store, job.folder.block("token-weights", block, "safetensors"), tokens, {})
     write_table(
         store,
@@ -137,6 +140,35 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
         kind="scores",
     )
     return {name: float(c.sum()) for name, c in curvature.items()}
+
+
+def store_head(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Node, BlockSums]) -> dict[str, float]:
+    """Merge the workers' sums of the head and store them as those of the block behind the last one.
+
+    Returns:
+        As ``store_block``.
+    """
+    nodes: dict[Node, BlockSums] = {}
+    for sums in parts:
+        nodes |= sums
+    merged = root(nodes, job.stream.num_shards, merge_block_sums)
+    curvature = _write_sums(open_store(job.stream.store), job, block, merged)
+    return {name: float(c.sum()) for name, c in curvature.items()}
+
+
+def _write_sums(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> dict[str, Tensor]:
+    """Store Hessians and curvature; returns the curvature, nats per unit of output squared."""
+    hessians = {**merged.hessians, **_pooled(merged.hessians)}
+    total = merged.num_tokens
+    write_symmetric(
+        store,
+        job.folder.block("hessians", block, "parquet"),
+        {site: h.xx.cpu() for site, h in hessians.items()},
+        {s: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens, "total": total} for s, h in hessians.items()},
+    )
+    curvature = {name: g2 / total for name, g2 in merged.curvature.items()}
+    write_tensors(store, job.folder.block("curvature", block, "safetensors"), curvature, {})
+    return curvature
 
 
 def _pooled(hessians: Mapping[str, HessianSum]) -> dict[str, HessianSum]:

@@ -132,7 +132,6 @@ CASES: Mapping[str, Case] = {
         },
     ),
     "gpt2": Case("GPT2LMHeadModel", "GPT2Config", _GPT),
-    "gpt-bigcode": Case("GPTBigCodeForCausalLM", "GPTBigCodeConfig", _GPT),
     "gpt-neox": Case(
         "GPTNeoXForCausalLM",
         "GPTNeoXConfig",

@@ -18,7 +18,7 @@ from lrpq.model.layers import Choice
 
 
 def uniform(problem: Problem, choice: Choice) -> Plan:
-    """Return the plan that gives every group the same choice; the capacity is *not* looked at.
+    """Return the plan that gives every group but fixed ones the same choice; the capacity is *not* looked at.
 
     Raises:
         ConfigError: a group does not have the choice (a keep rule, another group size).
@@ -38,7 +38,8 @@ def nearest_uniform(problem: Problem, *, at_bits: float | None = None) -> Plan:
     Raises:
         ConfigError: no choice is common to all groups.
     """
-    common = set.intersection(*({option.choice for option in group.options} for group in problem.groups))
+    free = [group for group in problem.groups if not group.fixed]
+    common = set.intersection(*({option.choice for option in group.options} for group in free))
     choices = sorted(choice for choice in common if choice is not None)
     if not choices:
         raise ConfigError("no uniform plan: no choice is common to all groups; drop the keep rules")
@@ -87,14 +88,17 @@ def two_level(problem: Problem, scores: Mapping[str, float], *, low: Choice, hig
 
 
 def _option(group: Group, choice: Choice) -> Option:
+    """The group's option of this choice, or the only one of a fixed group."""
     for option in group.options:
-        if option.choice == choice:
+        if option.choice == choice or group.fixed:
             return option
     have = ", ".join(str(option.choice or "16 bits") for option in group.options)
     raise ConfigError(f"{group.name} has no choice {choice}; it has {have}")
 
 
 def _mean_score(group: Group, scores: Mapping[str, float]) -> float:
+    if group.fixed:
+        return 0.0
     missing = [member.name for member in group.members if member.name not in scores]
     if missing:
         raise ConfigError(f"{missing[0]}: no importance score")

@@ -39,6 +39,8 @@ class Group:
     name: str
     members: tuple[LinearSpec, ...]
     options: tuple[Option, ...]
+    fixed: bool = False
+    """It has one option, which no keep rule and no baseline changes."""
 
     @property
     def num_weights(self) -> int:

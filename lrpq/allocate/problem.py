@@ -8,7 +8,7 @@ over the members.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lrpq.allocate.budget import UNQUANTIZED_BITS, Budget, Sizes, smallest_bits
@@ -136,12 +136,13 @@ def build_problem(
     keep: Sequence[KeepRule] = (),
     target: Target = Target.TRANSFORMERS,
     tensor_parallel: int = 1,
+    fixed: Collection[str] = (),
 ) -> Problem:
     """Sum rows over fused groups, apply keep rules and the target's limits, turn the budget into a capacity.
 
     A keep rule or a limit on one member of a fused group holds for the whole group. What the target cannot
-    run in any choice is left at 16 bits, also where a keep rule asks for another width. The order of rows
-    changes nothing.
+    run in any choice is left at 16 bits, also where a keep rule asks for another width. Modules in ``fixed`` have one
+    choice, which counts, and keep rules do not see them. The order of rows changes nothing.
 
     Raises:
         QuantizationError: a cost is negative or not finite, storage is not positive, a row comes twice, or
@@ -152,7 +153,7 @@ def build_problem(
     """
     check_tensor_parallel(target, tensor_parallel)
     modules, table = index_rows(rows)
-    kept = match_keep(keep, list(modules))
+    kept = match_keep(keep, [name for name in modules if name not in fixed])
     fused: dict[str, list[LinearSpec]] = {}
     for module in modules.values():
         fused.setdefault(served_together(module, target), []).append(module)
@@ -177,8 +178,9 @@ def build_problem(
         ]
         if rule is not None:
             options = _kept_options(options, rule=rule, members=members)
-        groups.append(Group(name=name, members=members, options=tuple(options)))
-    if not groups:
+        given = all(member.name in fixed for member in members)
+        groups.append(Group(name=name, members=members, options=tuple(options), fixed=given))
+    if all(group.fixed for group in groups):
         why = f"{left[0].module.name}: {left[0].reason}" if left else "no costs were given"
         raise ConfigError(f"nothing to allocate: no module may be quantized ({why})")
     sizes = _sizes(groups, left)

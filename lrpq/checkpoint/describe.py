@@ -30,7 +30,11 @@ def config_text(source: ModelSource, choices: Mapping[str, Choice], specs: Seque
     model = _empty_model(source)
     _check_linear(model, source, choices, specs)
     document = source.config_document()
-    if getattr(source.config, "dtype", None) is None:
+    if any(spec.routed and spec.name in choices for spec in specs):
+        # transformers gives packed experts the type of their scales, whatever the rest of the model has
+        document |= {"dtype": "bfloat16"}
+        document.pop("torch_dtype", None)
+    elif getattr(source.config, "dtype", None) is None:
         # transformers would then take the type of the first tensor in the file, which may now be a bf16 scale
         document["dtype"] = _main_dtype(source)
     ignore = _dense_names(model, source, choices, specs)

@@ -15,7 +15,6 @@ from lrpq.model.safetensors_source import ModelSource
 from lrpq.notation import BITS_PER_BYTE
 
 MAX_SHARD_BYTES = 5_000_000_000
-TensorSource = ModelSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

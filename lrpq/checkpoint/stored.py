@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from lrpq.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE
+from lrpq.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE, SUPPORTED_BITS
 from lrpq.checkpoint.layout import INDEX_FILE
-from lrpq.checkpoint.plan import WEIGHT
+from lrpq.checkpoint.modules import WEIGHT
 from lrpq.errors import CheckpointError
-from lrpq.model.layers import Choice
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.safetensors_source import one_line
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.packing import unpack
+
+STORED_AS = {PACKED: ("I32",), SCALE: ("BF16", "F16", "F32"), SHAPE: ("I64", "I32")}
+"""Part of a module -> the types it may be stored in."""
+DIMENSIONS = {PACKED: 2, SCALE: 2, SHAPE: 1}
+MAX_QUANTIFIERS = 3
+"""Quantifiers in a pattern: each more multiplies the time of a module that almost matches by the length of its name."""
 
 
 class StoredCheckpoint:
@@ -31,7 +41,11 @@ class StoredCheckpoint:
         self._file_of: dict[str, Path] = {}
         for path in self._files():
             with self._opened(path) as handle:
-                self._file_of.update(dict.fromkeys(handle.keys(), path))
+                names = handle.keys()
+            for name in names:
+                if not name.isprintable():
+                    raise CheckpointError(f"{path}: damaged (tensor name {name!r}); fetch the file again")
+                self._file_of[name] = path
 
     def choice(self, module: str) -> Choice | None:
         """Bits and group size of a module; None where it is not quantized.
@@ -56,52 +70,124 @@ class StoredCheckpoint:
         return sorted(name.removesuffix(f".{PACKED}") for name in self._file_of if name.endswith(f".{PACKED}"))
 
     def codes(self, module: str) -> QuantizedWeight | None:
-        """Codes and scales of a module; None where it is not quantized."""
+        """Codes and scales of a module; None where it is not quantized.
+
+        Raises:
+            CheckpointError: see ``choice``; or a part is missing, or is not what the choice says.
+        """
         choice = self.choice(module)
         if choice is None:
             return None
-        parts = {}
-        for part in (PACKED, SCALE, SHAPE):
-            name = f"{module}.{part}"
-            if name not in self._file_of:
-                raise CheckpointError(f"tensor {name}: is in no file of {self.folder}; the checkpoint is incomplete")
-            with self._opened(self._file_of[name]) as handle:
-                parts[part] = handle.get_tensor(name)
-        return unpack(parts, choice)
+        parts = {part: self._part(module, part) for part in (PACKED, SCALE, SHAPE)}
+        shape = [int(size) for size in parts[SHAPE]]
+        if len(shape) != 2 or min(shape) < 1 or not choice.fits(shape[1]):
+            raise CheckpointError(
+                f"module {module} in {self.folder}: has the shape {shape}, expected two sizes that {choice} fits; "
+                "fetch the checkpoint again"
+            )
+        if not bool(torch.isfinite(parts[SCALE].float() * 2 ** (choice.bits - 1)).all()):
+            raise CheckpointError(
+                f"module {module} in {self.folder}: a scale is not finite, or its weights are not; fetch it again"
+            )
+        try:
+            return unpack(parts, choice)
+        except CheckpointError as error:
+            raise CheckpointError(f"module {module} in {self.folder}: {error}") from error
+
+    def weight(self, spec: LinearSpec, dtype: torch.dtype) -> Tensor | None:
+        """Dequantized weight [d_out, d_in] of a layer of the original; None where it is the original's.
+
+        Raises:
+            CheckpointError: see ``codes``; or the layer has another shape, or only a part of it is quantized.
+        """
+        parts = [self.codes(stored.removesuffix(WEIGHT)) for stored in spec.stored]
+        found = [part for part in parts if part is not None]
+        if not found:
+            return None
+        shape = sum(len(part.codes) for part in found), found[0].codes.shape[1]
+        if len(found) < len(parts) or shape != (spec.d_out, spec.d_in):
+            raise CheckpointError(
+                f"module {spec.name} in {self.folder}: has shape {shape}, the original {(spec.d_out, spec.d_in)}; give "
+                "the model that the checkpoint was made from"
+            )
+        return torch.cat([part.dequantize(dtype, name=spec.name) for part in found])
+
+    def _part(self, module: str, part: str) -> Tensor:
+        name = f"{module}.{part}"
+        if name not in self._file_of:
+            raise CheckpointError(f"tensor {name}: is in no file of {self.folder}; the checkpoint is incomplete")
+        path = self._file_of[name]
+        with self._opened(path) as handle:
+            entry = handle.get_slice(name)
+            dtype, dimensions = entry.get_dtype(), len(entry.get_shape())
+            if dtype not in STORED_AS[part] or dimensions != DIMENSIONS[part]:
+                raise CheckpointError(
+                    f"tensor {name} in {path}: is {dtype} with {dimensions} dimensions, expected "
+                    f"{' or '.join(STORED_AS[part])} with {DIMENSIONS[part]}; fetch the file again"
+                )
+            tensor: Tensor = handle.get_tensor(name)
+        return tensor
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX_FILE
         if not index.is_file():
             return sorted(self.folder.glob("*.safetensors"))
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from error
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{index}: a shard's name leaves the folder")
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{index}: not a safetensors index ({one_line(error)})") from error
+        for name in names:
+            if not isinstance(name, str) or not name.isprintable() or Path(name).name != name or name == "..":
+                raise CheckpointError(f"{index}: a shard's name leaves the folder or is no name ({name!r})")
         return [self.folder / name for name in sorted(names)]
 
     def _opened(self, path: Path) -> Any:
         try:
+            if not os.path.isfile(path):  # a pipe or a device would be read without end
+                raise FileNotFoundError("no such file")
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: missing, truncated or damaged ({error})") from error
+            raise CheckpointError(f"{path}: missing, truncated or damaged ({one_line(error)})") from error
 
 
 def _config_groups(folder: Path) -> list[tuple[re.Pattern[str], Choice]]:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
+        if path.exists() and not path.is_file():
+            raise ValueError("no file")
+        config = json.loads(path.read_bytes())["quantization_config"]
         if config["format"] != "pack-quantized":
             raise CheckpointError(f"{path}: format {config['format']!r}; expected pack-quantized")
         groups = []
         for group in config["config_groups"].values():
-            weights = group["weights"]
-            size = -1 if weights["strategy"] == "channel" else int(weights["group_size"])
-            choice = Choice(bits=int(weights["num_bits"]), group_size=size)
-            groups += [(re.compile(target.removeprefix("re:")), choice) for target in group["targets"]]
+            choice = _choice(group["weights"])
+            groups += [(_pattern(target), choice) for target in group["targets"]]
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no config.json; expected a folder written by lrpq compress") from error
-    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        raise CheckpointError(f"{path}: not the configuration of a packed checkpoint ({error!r})") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not the configuration of a packed checkpoint ({one_line(error)})") from error
     return groups
+
+
+def _choice(weights: dict[str, Any]) -> Choice:
+    """Raises ValueError, LookupError, TypeError or AttributeError for what is no symmetric integer grid."""
+    if weights.get("type", "int") != "int" or weights.get("symmetric", True) is not True:
+        raise ValueError("expected symmetric integers")
+    bits, strategy = weights["num_bits"], weights["strategy"]
+    size = {"channel": -1, "group": weights.get("group_size")}[strategy]
+    if type(bits) is not int or bits not in SUPPORTED_BITS:
+        raise ValueError(f"{bits!r} bits")
+    if type(size) is not int or (strategy == "group" and size < 1):
+        raise ValueError(f"group size {size!r}")
+    return Choice(bits=bits, group_size=size)
+
+
+def _pattern(target: str) -> re.Pattern[str]:
+    """Compile a target, unless a name could keep it busy for ever. Raises ValueError, TypeError or AttributeError."""
+    text = target.removeprefix("re:")
+    if any(f"){sign}" in text for sign in "*+{") or sum(map(text.count, "*+{")) > MAX_QUANTIFIERS:
+        raise ValueError(f"the pattern {text[:60]!r} repeats a group, or more than {MAX_QUANTIFIERS} characters")
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"the pattern {text[:60]!r}: {error}") from error

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from lrpq.checkpoint.assemble import CodeLoader, codes_of
 from lrpq.checkpoint.carried import CarriedTensors
 from lrpq.checkpoint.compressed_tensors import SHAPE
+from lrpq.checkpoint.loading import FAULTY, load_checkpoint
 from lrpq.checkpoint.modules import QuantizedModule, load_with_transformers
 from lrpq.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from lrpq.errors import CheckpointError
@@ -42,8 +43,11 @@ class Verification:
     num_modules: int
     """Quantized modules whose weights, decompressed by the loader, are bit for bit those of their codes; where
     nothing was loaded, modules whose codes and scales in the files are."""
+    loader: str | None
+    """``transformers``, ``lrpq`` where plain transformers fails (`lrpq.checkpoint.loading`), or None where neither
+    loads these choices (experts of several)."""
     num_tokens: int
-    """Tokens of the probe; zero where transformers does not load these choices (experts of several)."""
+    """Tokens of the probe; zero without a loader."""
     max_abs_difference: float | None
     """Largest difference of a logit to the dense model with the same dequantized weights; None without a probe."""
     tolerance: float
@@ -90,6 +94,7 @@ def verify_checkpoint(
         return Verification(
             num_copied=num_copied,
             num_modules=len(modules),
+            loader=None,
             num_tokens=0,
             max_abs_difference=None,
             tolerance=tolerance,
@@ -101,6 +106,7 @@ def verify_checkpoint(
     return Verification(
         num_copied=num_copied,
         num_modules=len(modules),
+        loader="lrpq" if source.config.model_type in FAULTY else "transformers",
         num_tokens=ids.shape[1],
         max_abs_difference=_compare_logits(output, reloaded, dense, tolerance=tolerance),
         tolerance=tolerance,
@@ -215,7 +221,8 @@ def _reloaded_logits(
 ) -> tuple[Float[Tensor, "1 T vocab"], torch.dtype]:
     """Load the checkpoint, run it (the first forward decompresses) and check the quantized weights."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(output, local_files_only=True, output_loading_info=True)
+        load = load_checkpoint if source.config.model_type in FAULTY else AutoModelForCausalLM.from_pretrained
+        model, report = load(output, output_loading_info=True)
         _check_report(output, model, source, plan, report)
         logits: Tensor = model.eval()(input_ids).logits
     except LOADING_ERRORS as error:

@@ -1,7 +1,8 @@
 """Perplexity and KL divergence of quantized variants to the original, all streamed block by block together.
 
 Every block is read once; the original and all variants go through it one after the other. Scores are kept per window,
-so that standard errors and paired differences can be computed.
+so that standard errors and paired differences can be computed. Memory: one block's weights twice; in the end, the head
+and every head that replaces it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 ORIGINAL = "reference"
 BlockWeights = Callable[[int], Mapping[str, Tensor]]
-"""Block index -> the variant's dense weights by module name; modules that are not named keep the original's."""
+"""Block index -> the variant's dense weights by module name; modules that are not named keep the original's.
+
+The number of blocks asks for the head's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +69,17 @@ def score_windows(
             with stream.swapped(block, weights(index)):
                 hidden[name] = [stream.run(block, index, h) for h in hidden[name]]
     scores: dict[str, list[WindowScore]] = {name: [] for name in hidden}
+    heads = {
+        name: {module: W.to(stream.device) for module, W in weights(stream.num_blocks).items()}
+        for name, weights in variants.items()
+    }
     with stream.head() as (norm, head):
         for position, batch in enumerate(batches):
             for row, tokens in enumerate(batch.to(stream.device)):
 
                 def log_probabilities(name: str, position: int = position, row: int = row) -> Float[Tensor, "t vocab"]:
-                    logits: Tensor = head(norm(hidden[name][position][row : row + 1]))[0, :-1]
+                    with stream.swapped_head(heads.get(name, {})):
+                        logits: Tensor = head(norm(hidden[name][position][row : row + 1]))[0, :-1]
                     return logits.float().log_softmax(-1)
 
                 original = log_probabilities(ORIGINAL)

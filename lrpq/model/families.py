@@ -122,22 +122,6 @@ GPT_NEOX = Family(
         Unit(path="mlp", last="mlp.dense_4h_to_h", returns_tuple=False),
     ),
 )
-GPT_BIGCODE = Family(
-    blocks="transformer.h",
-    outside=("transformer.wte", "transformer.wpe"),
-    tail=("transformer.ln_f",),
-    head="lm_head",
-    sites={
-        "qkv": ("attn.c_attn",),
-        "o": ("attn.c_proj",),
-        "up": ("mlp.c_fc",),
-        "down": ("mlp.c_proj",),
-    },
-    units=(
-        Unit(path="attn", last="attn.c_proj", returns_tuple=True),
-        Unit(path="mlp", last="mlp.c_proj", returns_tuple=False),
-    ),
-)
 MIXTRAL = replace(
     LLAMA,
     experts=Experts(path="mlp.experts", gate_up=("w1", "w3"), down="w2"),
@@ -160,12 +144,11 @@ FAMILIES: Mapping[str, Family] = {
     "Phi3ForCausalLM": PHI3,
     "OPTForCausalLM": OPT,
     "GPTNeoXForCausalLM": GPT_NEOX,
-    "GPTBigCodeForCausalLM": GPT_BIGCODE,
     "MixtralForCausalLM": MIXTRAL,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
 }
 CONVERTED = frozenset({"GPT2LMHeadModel"})
-"""Architectures that are read as another one: lrpq.model.source."""
+"""Architectures that are read as another: lrpq.model.source."""
 
 
 def family_of(config: PreTrainedConfig) -> tuple[str, Family]:

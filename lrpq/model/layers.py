@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+HEAD = "head"
+"""Input site of the language-model head, the one layer that lies in no block."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSpec:
-    """One linear layer inside a decoder block."""
+    """One linear layer inside a decoder block, or the head."""
 
     name: str
     """Module name in the whole model, e.g. ``model.layers.3.self_attn.q_proj``."""
     block: int
-    """Index of the decoder block."""
+    """Index of the decoder block; of the head, the number of blocks."""
     d_out: int
     d_in: int
     input_site: str
-    """Name of the input inside the block (``qkv``, ``o``, ``gate_up``, ``down``); its members share one Hessian."""
+    """Name of the input inside the block (``qkv``, ``o``, ``gate_up``, ``down``; or ``HEAD``); its members share one
+    Hessian."""
     fused_group: str
     """Modules with the same fused group share one choice of bits, e.g. ``model.layers.3.qkv``."""
     tensors: tuple[str, ...] = ()

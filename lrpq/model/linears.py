@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import nn
 
 from lrpq.errors import ModelError
 from lrpq.model.experts import DOWN, GATE_UP, LinearExperts
 from lrpq.model.families import Family
-from lrpq.model.layers import LinearSpec
+from lrpq.model.layers import HEAD, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 
 EXPERTS = "experts"
@@ -45,6 +46,25 @@ def find_linears(
                 yield _spec(block, prefix, member, index, site, stored, source, routed=False)
 
 
+def find_head(
+    model: nn.Module, family: Family, stored: Mapping[str, tuple[str, ...]], source: ModelSource, *, block: int
+) -> LinearSpec:
+    """The head as one more layer, behind the last block.
+
+    Args:
+        model: the skeleton.
+        family: the architecture's table entry.
+        stored: name of a tensor in the model -> names on disk whose rows make it.
+        source: what is on disk.
+        block: number of decoder blocks.
+
+    Raises:
+        ModelError: it is no linear layer, or has another shape on disk.
+    """
+    spec = _spec(model, "", family.head, block, HEAD, stored, source, routed=False)
+    return replace(spec, fused_group=spec.name)
+
+
 def _spec(
     block: nn.Module,
     prefix: str,
@@ -56,7 +76,7 @@ def _spec(
     *,
     routed: bool,
 ) -> LinearSpec:
-    name = f"{prefix}.{member}"
+    name = f"{prefix}.{member}" if prefix else member
     try:
         linear = block.get_submodule(member)
     except AttributeError as error:

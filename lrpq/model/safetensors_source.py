@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 READABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+MAX_DIMENSIONS = 64  # torch's limit
+MAX_NUMEL = 2**63 - 1  # torch counts elements in 64 bits with a sign, sizes of zero left out
+LISTED = re.compile(r"(?:^|_)(?:layers?|labels?|depths?|repeats?)(?:_|$)")
+"""Numbers of a configuration that transformers makes lists or mappings of that length from."""
+MAX_LISTED = 100_000
 
 
 def resolve_model(model: str) -> Path:
@@ -40,9 +48,8 @@ def resolve_model(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model {model!r}: neither a local folder nor a hub model that can be reached ({reason}); "
+            f"model {model!r}: neither a local folder nor a hub model that can be reached ({one_line(error)}); "
             "check the name, or give a local folder"
         ) from error
 
@@ -65,6 +72,7 @@ class ModelSource:
     """Tensors and configuration of a model folder; no tensor is read before it is asked for.
 
     Opening checks every shard's header against its length, so a truncated shard is named before any work begins.
+    Symbolic links in the folder are followed, for the hub's cache consists of them; names in an index are not.
     Tensors are read, not mapped: mapped pages would stay in the process's resident memory, which would then grow with
     the depth of the model.
     """
@@ -156,47 +164,82 @@ class ModelSource:
         return self._entries[name]
 
 
+def one_line(error: BaseException) -> str:
+    """First line of an error's message, fit for a terminal: what it quotes may come from a damaged file."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "".join(char if char.isprintable() else "?" for char in lines[0])
+
+
 def _read_header(path: Path) -> dict[str, _Entry]:
     """Header of a shard, validated against the file's length by the safetensors library.
 
     Raises:
         ModelError: the file is missing, truncated or corrupt.
     """
+    if not os.path.isfile(path):  # a pipe or a device would be read without end
+        raise ModelError(f"shard {path}: named in {INDEX} but missing; fetch the model again")
     try:
         with safe_open(path, framework="pt", device="cpu"):
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise ModelError(f"shard {path}: named in {INDEX} but missing; fetch the model again") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"shard {path}: truncated or corrupt ({error}); fetch the file again") from error
-    return {
-        name: _Entry(
-            shard=path.name,
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            begin=8 + length + entry["data_offsets"][0],
-            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+            header = json.loads(file.read(length), object_pairs_hook=_no_key_twice)
+        entries = {
+            name: _Entry(
+                shard=path.name,
+                dtype=entry["dtype"],
+                shape=tuple(entry["shape"]),
+                begin=8 + length + entry["data_offsets"][0],
+                nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        for name, checked in entries.items():
+            if not name.isprintable():
+                raise ValueError(f"tensor name {name!r}")
+            shape = checked.shape
+            if len(shape) > MAX_DIMENSIONS or math.prod(size for size in shape if size) > MAX_NUMEL:
+                raise ValueError(f"tensor {name} of shape {shape[:MAX_DIMENSIONS]}")
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"shard {path}: truncated or corrupt ({one_line(error)}); fetch the file again") from error
+    return entries
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the header; of two entries of a name, the library may have checked the other."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"model {folder}: no config.json; expected a Hugging Face model folder")
     try:
+        for name, number in _numbers(json.loads(path.read_bytes())):
+            if abs(number) > MAX_LISTED and LISTED.search(name):
+                raise ValueError(f"{name} is {number}, expected {MAX_LISTED} at most")
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the configuration's own parser raises is a bad configuration
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path}: not a configuration transformers can read ({reason})") from error
+        raise ModelError(f"{path}: not a configuration transformers can read ({one_line(error)})") from error
     if getattr(config, "quantization_config", None):
         raise ModelError(f"model {folder}: already quantized; give the original model")
     return config
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a JSON document, with the key it stands under."""
+    if isinstance(value, int | float):
+        yield name, value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, name)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, key)
 
 
 def _locate_tensors(folder: Path) -> dict[str, str]:
@@ -204,17 +247,23 @@ def _locate_tensors(folder: Path) -> dict[str, str]:
     index = folder / INDEX
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            located = {str(name): str(shard) for name, shard in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index}: not a safetensors index ({error!r})") from error
-        for shard in set(located.values()):
-            if Path(shard).name != shard:
+            located = dict(json.loads(index.read_bytes())["weight_map"].items())
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+            raise ModelError(f"{index}: not a safetensors index ({one_line(error)}); fetch it again") from error
+        for name, shard in located.items():
+            if not name.isprintable() or not isinstance(shard, str) or not shard.isprintable():
+                raise ModelError(f"{index}: tensor {name!r} is in {shard!r}; expected printable names; fetch it again")
+            if Path(shard).name != shard or shard == "..":
                 raise ModelError(f"{index}: shard name {shard!r} leaves the model folder")
+        if not located:
+            raise ModelError(f"{index}: names no tensors; fetch it again")
         return located
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"model {folder}: no *.safetensors; convert the model to safetensors first")
     if len(files) > 1:
         raise ModelError(f"model {folder}: {len(files)} safetensors files but no {INDEX}; fetch the index")
-    return dict.fromkeys(_read_header(folder / files[0]), files[0])
+    located = dict.fromkeys(_read_header(folder / files[0]), files[0])
+    if not located:
+        raise ModelError(f"shard {folder / files[0]}: holds no tensors; fetch the file again")
+    return located

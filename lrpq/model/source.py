@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lrpq.model.gpt2 import ARCHITECTURE as GPT2
-from lrpq.model.gpt2 import GPT2AsGPTBigCode
+from lrpq.model.gpt2 import GPT2AsOPT
 from lrpq.model.safetensors_source import ModelSource
 
 
@@ -17,5 +17,5 @@ def open_source(folder: Path | str) -> ModelSource:
     """
     source = ModelSource(folder)
     if GPT2 in (getattr(source.config, "architectures", None) or []):
-        return GPT2AsGPTBigCode(folder)
+        return GPT2AsOPT(folder)
     return source

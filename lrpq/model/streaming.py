@@ -10,7 +10,7 @@ Names of modules are the model's, as transformers has them; names of tensors on 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lrpq.model.experts import expert_tensors, replace_experts
 from lrpq.model.families import family_of
 from lrpq.model.layers import LinearSpec
-from lrpq.model.linears import find_linears
+from lrpq.model.linears import find_head, find_linears
 from lrpq.model.names import stored_names
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.skeleton import build_skeleton, own_modules
@@ -82,6 +82,19 @@ class BlockStream:
     def num_blocks(self) -> int:
         """Number of decoder blocks."""
         return len(self.blocks)
+
+    @property
+    def head_spec(self) -> LinearSpec | None:
+        """The head as one more layer; None where its weight is the embedding's.
+
+        Not among ``specs``, which lie in blocks: what quantizes the head asks for it.
+
+        Raises:
+            ModelError: the weight on disk is not what config.json describes.
+        """
+        if self.tied_head:
+            return None
+        return find_head(self.model, self.family, self._stored, self.source, block=self.num_blocks)
 
     def block_specs(self, block: int) -> tuple[LinearSpec, ...]:
         """Linear layers of one block, in the order of execution."""
@@ -189,17 +202,10 @@ class BlockStream:
     @contextmanager
     def swapped(self, module: nn.Module, weights: Overrides) -> Iterator[None]:
         """Replace some layers' weights of a materialised block for the length of the context."""
-        originals: list[tuple[nn.Parameter, Tensor]] = []
-        try:
-            for name, weight in weights.items():
-                local = name.removeprefix(f"{self.family.blocks}.").split(".", 1)[1]
-                parameter = module.get_submodule(local).get_parameter("weight")
-                originals.append((parameter, parameter.data))
-                parameter.data = weight.to(parameter.device, parameter.dtype)
+        prefix = f"{self.family.blocks}."
+        local = {name: name.removeprefix(prefix).split(".", 1)[1] for name in weights}
+        with _replaced((module.get_submodule(local[name]), weight) for name, weight in weights.items()):
             yield
-        finally:
-            for parameter, original in originals:
-                parameter.data = original
 
     @contextmanager
     def head(self) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
@@ -213,6 +219,12 @@ class BlockStream:
             tail = [self.model.get_submodule(path) for path in self._tail]
             head = self.model.get_submodule(self.family.head)
             yield tail[0] if len(tail) == 1 else nn.Sequential(*tail), self._capped(head)
+
+    @contextmanager
+    def swapped_head(self, weights: Overrides) -> Iterator[None]:
+        """Replace the head's weight, if it is among ``weights``, inside ``head()``."""
+        with _replaced((self.model.get_submodule(name), weight) for name, weight in weights.items()):
+            yield
 
     def _capped(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         field = self.family.logit_cap
@@ -301,6 +313,20 @@ def _recording(blocks: nn.ModuleList, recorded: list[dict[str, Any]]) -> Iterato
     finally:
         for block in blocks:
             del block.forward
+
+
+@contextmanager
+def _replaced(weights: Iterable[tuple[nn.Module, Tensor]]) -> Iterator[None]:
+    originals: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for layer, weight in weights:
+            parameter = layer.get_parameter("weight")
+            originals.append((parameter, parameter.data))
+            parameter.data = weight.to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for parameter, original in originals:
+            parameter.data = original
 
 
 def _assign(module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -24,7 +24,9 @@ that normalises router weights is a constant; the table differentiates both. The
 f(0) != 0 (sigmoid, exp, softplus) has slopes of f(0)/z near zero, as large as `rules.EPSILON` lets them be.
 
 Refused by name: an operation without a row; a tensor made where no torch function is seen (custom autograd functions,
-compiled or scripted code); changing the output of an activation or norm kernel in place.
+compiled or scripted code, a view taken before its base was changed in place); changing the output of an activation or
+norm kernel in place. Other changes in place are followed. If one overwrites what a rule has kept (an activation's
+input, a factor), autograd itself refuses when backward runs.
 """
 
 from __future__ import annotations
@@ -83,9 +85,10 @@ class _Call:
 
     def positional(self, names: Sequence[str]) -> _Call:
         """The same with the arguments of these names, which are the first ones, by position."""
-        kwargs = dict(self.kwargs)
-        named = [kwargs.pop(name) for name in names[len(self.args) :] if name in kwargs]
-        return replace(self, args=[*self.args, *named], kwargs=kwargs)
+        args, kwargs = list(self.args), dict(self.kwargs)
+        while len(args) < len(names) and names[len(args)] in kwargs:
+            args.append(kwargs.pop(names[len(args)]))
+        return replace(self, args=args, kwargs=kwargs)
 
     def places(self) -> list[int]:
         """Positions of the arguments that depend on the input."""
@@ -107,10 +110,6 @@ class _Call:
             reduced=all(t.reduced for t in traces),
             origin=origins[0] if len({_key(x) for x in origins}) == 1 else None,
         )
-
-    def identity(self, z: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-        y: Tensor = rules.identity_rule(run, z, self.mode.switch)
-        return y
 
     def refuse(self, reason: str) -> NoReturn:
         raise ModelError(
@@ -144,7 +143,7 @@ def activation(call: _Call) -> tuple[Any, _Trace]:
     if len(places := call.places()) != 1:
         call.refuse("expected one argument that depends on the input")
     before, z, after = call.args[: places[0]], call.args[places[0]], call.args[places[0] + 1 :]
-    y = call.identity(z, lambda z: call.function(*before, z, *after, **call.kwargs))
+    y = rules.identity_rule(lambda z: call.function(*before, z, *after, **call.kwargs), z, call.mode.switch)
     return y, _Trace(gate=True, reduced=call.mode.trace(z).reduced, origin=call.origin(z))
 
 
@@ -207,7 +206,7 @@ def _composed(call: _Call, a: Tensor, b: Tensor) -> tuple[Tensor, _Trace] | None
     z = call.origin(a)
     if _key(z) != _key(call.origin(b)) or not a.shape == b.shape == z.shape:
         return None
-    return call.identity(z, lambda _: call.native()), _Trace(gate=True, origin=z)
+    return rules.identity_rule(lambda _: call.native(), z, call.mode.switch), _Trace(gate=True, origin=z)
 
 
 def softmax(call: _Call) -> tuple[Any, _Trace]:
@@ -227,11 +226,10 @@ def layer_norm(call: _Call) -> tuple[Any, _Trace]:
     """`rules.layer_norm`."""
 
     def run(
-        x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-    ) -> Tensor:
-        _check_norm(call, shape)
-        y: Tensor = rules.layer_norm(x, weight, bias, eps, call.mode.switch)
-        return y
+        input: Tensor, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Any:
+        _check_norm(call, normalized_shape)
+        return rules.layer_norm(input, weight, bias, eps, call.mode.switch)
 
     return run(*call.args, **call.kwargs), _Trace()
 
@@ -239,12 +237,12 @@ def layer_norm(call: _Call) -> tuple[Any, _Trace]:
 def rms_norm(call: _Call) -> tuple[Any, _Trace]:
     """The kernel's values, the gradient of `rules.rms_norm`."""
 
-    def run(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-        _check_norm(call, shape)
-        gain = x.new_ones(()) if weight is None else weight
-        epsilon = torch.finfo(x.dtype).eps if eps is None else eps
-        y: Tensor = rules.route(call.native(), rules.rms_norm(x, gain, epsilon, call.mode.switch), call.mode.switch)
-        return y
+    def run(input: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+        _check_norm(call, normalized_shape)
+        gain = input.new_ones(()) if weight is None else weight
+        epsilon = torch.finfo(input.dtype).eps if eps is None else eps
+        y_rule = rules.rms_norm(input, gain, epsilon, call.mode.switch)
+        return rules.route(call.native(), y_rule, call.mode.switch)
 
     return run(*call.args, **call.kwargs), _Trace()
 
@@ -259,7 +257,7 @@ MOVES = """alias broadcast_to cat chunk concat cumsum diagonal expand expand_as 
     repeat_interleave reshape reshape_as roll scatter scatter_add select setitem split split_with_sizes squeeze stack
     swapaxes t T take_along_dim tensor_split tile topk transpose tril triu unbind unflatten unfold unsqueeze view
     view_as view_as_complex view_as_real"""
-ENTRYWISE = """add bfloat16 clone contiguous copy double dropout fill float half masked_fill maximum minimum neg
+ENTRYWISE = """add bfloat16 clone contiguous copy double fill float half masked_fill maximum minimum neg
     negative rsub sub subtract to type type_as where zero"""
 REDUCTIONS = "amax amin max mean min sum"
 ACTIVATIONS = """abs celu clamp clamp_max clamp_min clip elu erf exp expm1 gelu hardsigmoid hardswish hardtanh
@@ -278,7 +276,7 @@ OPERATIONS: Mapping[str, Rule] = {
     **dict.fromkeys(("conv1d", "linear"), partial(product, addend=2)),
     "addmm": partial(product, factors=(1, 2), addend=0, names=("input", "mat1", "mat2")),
     "baddbmm": partial(product, factors=(1, 2), addend=0, names=("input", "batch1", "batch2")),
-    **dict.fromkeys(("div", "divide", "true_divide", "truediv"), quotient),
+    **dict.fromkeys(("div", "divide", "true_divide"), quotient),
     "einsum": partial(product, factors=(1, 2)),
     "pow": power,
     "softmax": softmax,
@@ -341,6 +339,7 @@ class _Scope:
 
     def wrapped(self, name: str, module: nn.Module) -> Callable[..., Any]:
         original: Callable[..., Any] = module.forward
+        path = _describe(name, module)
         # One that may work in place is followed operation by operation.
         composed = type(module) in ACTIVATION_MODULES and not getattr(module, "inplace", False)
 
@@ -349,16 +348,13 @@ class _Scope:
             if not torch.is_grad_enabled():
                 return original(*args, **kwargs)
             if self.mode is not None:
-                return self.mode.inside(_describe(name, module), original, args, kwargs, composed)
-            self.mode = mode = _OperationMode(self.switch, (args, kwargs))
+                return self.mode.inside(path, original, args, kwargs, composed)
+            self.mode = _OperationMode(self.switch, (args, kwargs))
             try:
-                with mode:
-                    output = mode.inside(_describe(name, module), original, args, kwargs, composed)
-                for x in _differentiable(output):
-                    mode.trace(x)
+                with self.mode:
+                    return self.mode.inside(path, original, args, kwargs, composed)
             finally:
                 self.mode = None
-            return output
 
         return forward
 
@@ -384,7 +380,10 @@ class _OperationMode(TorchFunctionMode):
         self._path.append(path)
         paused, self._paused = self._paused, self._paused or composed
         try:
-            return self._apply(forward, args, kwargs, activation)[0] if composed else forward(*args, **kwargs)
+            output = self._apply(forward, args, kwargs, activation)[0] if composed else forward(*args, **kwargs)
+            for x in _differentiable(output):
+                self.trace(x)
+            return output
         finally:
             self._paused = paused
             self._path.pop()
@@ -393,7 +392,7 @@ class _OperationMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._paused or not torch.is_grad_enabled():
+        if self._paused or not torch.is_grad_enabled() or next(_differentiable((args, kwargs)), None) is None:
             return func(*args, **kwargs)
         name, in_place = _name(func)
         rule = OPERATIONS.get(name)
@@ -414,12 +413,12 @@ class _OperationMode(TorchFunctionMode):
         found = self._traces.get(_key(x))
         if found is not None:
             return found
-        if x.grad_fn is None:  # a leaf that is not among the inputs
+        if isinstance(x, nn.Parameter):
             return _WEIGHT
-        where = self.where() if self._path else "in the output"
+        maker = "nobody: it is a leaf" if x.grad_fn is None else x.grad_fn.name()
         raise ModelError(
-            f"a tensor {where} was made by {x.grad_fn.name()}, and not by a torch function that can be seen: expected "
-            "no custom autograd function, no compiled or scripted code, no second view of a tensor changed in place; "
+            f"a tensor {self.where()} was made by {maker}, where no torch function was seen: expected no custom "
+            "autograd function, no compiled or scripted code, no view of a tensor that was changed in place elsewhere; "
             "use relevance fisher, which needs no rules"
         )
 
@@ -430,11 +429,8 @@ class _OperationMode(TorchFunctionMode):
     def _apply(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], rule: Rule | None
     ) -> tuple[Any, _Trace | None]:
-        """Result and its trace; no trace if nothing requires a gradient."""
-        arguments = list(_differentiable((args, kwargs)))
-        if not arguments:
-            return function(*args, **kwargs), None
-        live = [x for x in arguments if not self.trace(x).constant]
+        """Result and its trace; no trace if the operation has no rule and needs none."""
+        live = [x for x in _differentiable((args, kwargs)) if not self.trace(x).constant]
         call = _Call(self, function, args, kwargs, live)
         if not live:
             result, trace = call.native(), _WEIGHT
@@ -496,6 +492,9 @@ def _differentiable(nested: Any) -> Iterator[Tensor]:
 def _name(function: Callable[..., Any]) -> tuple[str, bool]:
     """Name of a function, method, operator or property in `OPERATIONS`, and whether it works in place."""
     name: str = getattr(function, "__name__", str(function)).partition(".")[0]
+    module = getattr(function, "__module__", None) or "torch"  # none: a method of a tensor
+    if module.partition(".")[0] != "torch" or (module.startswith("torch._ops.") and module != "torch._ops.aten"):
+        return f"{module}.{name}", False  # somebody's own, whatever its name
     if name == "__get__":
         attribute: Any = function.__self__  # type: ignore[attr-defined]
         return attribute.__name__, False

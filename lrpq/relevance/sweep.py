@@ -8,12 +8,14 @@ Cost in forward passes F over the same tokens: forward F, recompute F, one backw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lrpq.errors import QuantizationError
 from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.kept import KeptInputs
 from lrpq.model.streaming import BlockStream
@@ -21,6 +23,7 @@ from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
 from lrpq.relevance.attribute import block_backward
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.head import head_gradient, sequence_generator
+from lrpq.relevance.head_sums import HeadSums, watched_head
 from lrpq.relevance.rules import Pass, PassSwitch
 from lrpq.relevance.weights import token_weights
 from lrpq.shards import Node, fold
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSums:
-    """What one block's calibration adds up to, over some shards."""
+    """What one block's calibration adds up to, over some shards; or the head's, which has one site and one module."""
 
     hessians: Mapping[str, HessianSum]
     """Input site -> relevance-weighted Hessian sums."""
@@ -82,6 +85,10 @@ class ProfileSweep:
         seed: seed of the label sampling.
         micro_batch: windows computed at once; part of the result's identity.
         kept: where block inputs are kept.
+        with_head: also add up what quantizing the head needs, in ``head_sums``.
+
+    Raises:
+        QuantizationError: the head is wanted, and its weight is the embedding's.
     """
 
     def __init__(
@@ -96,8 +103,14 @@ class ProfileSweep:
         seed: int,
         micro_batch: int,
         kept: KeptInputs,
+        with_head: bool = False,
     ) -> None:
         self.stream = stream
+        self.head = stream.head_spec if with_head else None
+        if with_head and self.head is None:
+            raise QuantizationError(
+                f"{stream.family.head}: its weight is the embedding's; it cannot be quantized alone"
+            )
         self.shards = shards
         self.num_shards = num_shards
         self.relevance = relevance
@@ -106,6 +119,8 @@ class ProfileSweep:
         self.seed = seed
         self.micro_batch = micro_batch
         self.kept = kept
+        self.head_sums: dict[Node, BlockSums] = {}
+        """Of the head, by node of the merge tree; filled by ``seed_gradients``, empty without ``with_head``."""
         self.switch = PassSwitch()
         self._hidden: dict[tuple[int, int], Tensor] = {}
         self._upstream: dict[tuple[int, int], Mapping[Pass, Tensor]] = {}
@@ -129,20 +144,37 @@ class ProfileSweep:
         total_nats, num_tokens = 0.0, 0
         with self.stream.head() as (norm, head):
             for shard in self.shards:
-                for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
-                    first = shard.first_window + position * self.micro_batch
-                    gradients, nats = head_gradient(
-                        norm,
-                        head,
-                        self._hidden.pop((shard.index, position)),
-                        generators=[sequence_generator(self.seed, first + i) for i in range(len(tokens))],
-                        switch=self.switch,
-                        passes=self.relevance.passes,
-                    )
-                    self._upstream[shard.index, position] = gradients
-                    total_nats += nats
-                    num_tokens += tokens.numel()
+                with self._watched_head() as sums:
+                    for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
+                        first = shard.first_window + position * self.micro_batch
+                        gradients, nats = head_gradient(
+                            norm,
+                            head,
+                            self._hidden.pop((shard.index, position)),
+                            generators=[sequence_generator(self.seed, first + i) for i in range(len(tokens))],
+                            switch=self.switch,
+                            passes=self.relevance.passes,
+                        )
+                        self._upstream[shard.index, position] = gradients
+                        total_nats += nats
+                        num_tokens += tokens.numel()
+                if sums is not None:
+                    self._add_head(shard, sums)
         return total_nats, num_tokens
+
+    def _watched_head(self) -> AbstractContextManager[HeadSums | None]:
+        if self.head is None:
+            return nullcontext()
+        return watched_head(self.stream.model.get_submodule(self.head.name), self.head, self.stream.device)
+
+    def _add_head(self, shard: Shard, sums: HeadSums) -> None:
+        assert self.head is not None
+        found = BlockSums(
+            hessians={self.head.input_site: sums.hessian},
+            curvature={self.head.name: sums.curvature.cpu()},
+            num_tokens=shard.tokens.numel(),
+        )
+        self.head_sums = fold({**self.head_sums, (0, shard.index): found}, self.num_shards, merge_block_sums)
 
     def backward(self, block: int, module: nn.Module) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
         """Backward through one block.

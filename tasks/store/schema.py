@@ -36,14 +36,15 @@ PARSE_ERRORS: tuple[type[Exception], ...] = (
     ValueError,  # also UnicodeDecodeError and JSONDecodeError
     LookupError,
     OverflowError,
-    MemoryError,
     EOFError,
+    RecursionError,
 )
 """What parsers raise on bytes that are not what they should be."""
 
 
 def damaged(store: ObjectStore, key: str, why: str) -> StoreError:
     """The error for an object that is truncated, changed or foreign."""
+    why = "".join(char if char.isprintable() else "?" for char in why)  # it may quote the object
     return StoreError(f"{key} in {store.url} is damaged or not what it should be: {why}; delete it and run again")
 
 
@@ -53,6 +54,9 @@ def opened(store: ObjectStore, key: str) -> Iterator[BinaryIO]:
     with store.open(key) as file:
         try:
             yield file
+        except MemoryError as error:  # also pyarrow's, which is one of the errors below
+            why = f"it asks for more memory than there is ({one_line(error)}); or this machine is too small for it"
+            raise damaged(store, key, why) from error
         except PARSE_ERRORS as error:
             raise damaged(store, key, one_line(error)) from error
 

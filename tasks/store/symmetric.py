@@ -92,7 +92,7 @@ def write_symmetric(
         raise StoreError(f"cannot write {key}: scalars of {unknown[0]!r}, which is none of its matrices")
     for name, items in numbers.items():
         for item, value in items.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not _is_scalar(value):
                 raise StoreError(
                     f"cannot write {key}: scalar {item!r} of {name!r} is {value!r}, expected a finite number"
                 )
@@ -140,7 +140,7 @@ def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tenso
         for other, other_width in index.widths.items():
             if other == name:
                 break
-            first += sum(1 for _ in _groups(other_width))
+            first += _num_groups(other_width)
         matrix = torch.zeros(width, width)
         for offset, group in enumerate(_groups(width)):
             shape = parquet.metadata.row_group(first + offset)
@@ -175,6 +175,10 @@ def _groups(width: int) -> Iterator[list[tuple[int, int]]]:
 def _num_tiles(width: int) -> int:
     count = -(-width // TILE)
     return count * (count + 1) // 2
+
+
+def _num_groups(width: int) -> int:
+    return -(-_num_tiles(width) // TILES_PER_GROUP)
 
 
 def _group_table(schema: pa.Schema, name: str, matrix: Tensor, group: list[tuple[int, int]]) -> pa.Table:
@@ -225,10 +229,22 @@ def _index(parquet: pq.ParquetFile) -> SymmetricIndex:
     schema = parquet.schema_arrow
     metadata = metadata_of(schema, kind=KIND)
     verify(schema, metadata)
-    # Verified, so of our own making: the conversions cannot fail.
-    entries = json.loads(metadata[_MATRICES])
-    widths = {str(entry["name"]): int(entry["width"]) for entry in entries}
-    groups = sum(1 for width in widths.values() for _ in _groups(width))
-    if parquet.metadata.num_row_groups != groups or metadata["lrpq.rows"] != str(parquet.metadata.num_rows):
+    widths: dict[str, int] = {}
+    scalars: dict[str, Mapping[str, float]] = {}
+    entries = json.loads(metadata.get(_MATRICES, ""))
+    for entry in entries if isinstance(entries, list) else [entries]:
+        match entry:
+            case {"name": str(name), "width": int(width), "scalars": dict(found)} if (
+                width > 0 and name not in widths and all(map(_is_scalar, found.values()))
+            ):
+                widths[name], scalars[name] = width, found
+            case _:
+                raise ValueError("its list of matrices is malformed")
+    groups = sum(map(_num_groups, widths.values()))
+    if parquet.metadata.num_row_groups != groups or metadata.get("lrpq.rows") != str(parquet.metadata.num_rows):
         raise ValueError(f"it has {parquet.metadata.num_row_groups} row groups, expected {groups}")
-    return SymmetricIndex(widths=widths, scalars={entry["name"]: entry["scalars"] for entry in entries})
+    return SymmetricIndex(widths=widths, scalars=scalars)
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -49,18 +49,23 @@ def _tokenizer_json(adds_bos: bool) -> str:
     return text
 
 
-def write_model(
-    folder: Path, *, bos: bool = False, layers: int = 2, hidden: int = 128, ffn: int = 192, **options: Any
-) -> Path:
-    """Write a tiny Llama with its own byte-level BPE; ``options`` as for write_llama."""
-    options = {"dtype": torch.bfloat16, "vocabulary": VOCABULARY, **options}
-    write_llama(folder, layers=layers, hidden=hidden, ffn=ffn, **options)
+def write_tokenizer(folder: Path, *, bos: bool = False) -> None:
+    """Write a byte-level BPE of ``VOCABULARY`` entries beside a model."""
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_tokenizer_json(bos)),
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
     ).save_pretrained(folder)
+
+
+def write_model(
+    folder: Path, *, bos: bool = False, layers: int = 2, hidden: int = 128, ffn: int = 192, **options: Any
+) -> Path:
+    """Write a tiny Llama with its own byte-level BPE; ``options`` as for write_llama."""
+    options = {"dtype": torch.bfloat16, "vocabulary": VOCABULARY, **options}
+    write_llama(folder, layers=layers, hidden=hidden, ffn=ffn, **options)
+    write_tokenizer(folder, bos=bos)
     # Logits of a few units: with the probability of every token in play, losses and divergences mean something.
     files = sorted(folder.glob("*.safetensors"))
     for path in files:

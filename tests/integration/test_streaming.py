@@ -116,7 +116,7 @@ def test_weights_that_are_not_finite_are_named(llama_folder: Path, value: float)
     ("change", "message"),
     [
         ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM.*supported: GPT2LMHeadModel, .*LlamaForCausalLM"),
-        ({"architectures": ["GPTBigCodeForCausalLM"]}, "module transformer.h: not in the LlamaForCausalLM"),
+        ({"architectures": ["GPTNeoXForCausalLM"]}, "module gpt_neox.layers: not in the LlamaForCausalLM"),
         ({"intermediate_size": 256}, "config.json asks for"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantized"),
     ],

@@ -7,16 +7,17 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrpq.checkpoint.describe import matrix_modules
 from lrpq.checkpoint.compressed_tensors import natural_key, quantization_config
+from lrpq.checkpoint.describe import matrix_modules
 from lrpq.errors import ConfigError
-from lrpq.model.layers import Choice
+from lrpq.model.layers import Choice, LinearSpec
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 LAYERS = [f"model.layers.{i}.{kind}" for i in range(24) for kind in KINDS]
@@ -99,8 +100,58 @@ def test_natural_order_counts_layers() -> None:
     assert sorted(["a.10.b", "a.2.b", "a.b", "a.2.a"], key=natural_key) == ["a.b", "a.2.a", "a.2.b", "a.10.b"]
 
 
+def test_names_on_disk_are_in_the_pattern_of_the_module() -> None:
+    """One pattern for both: the loader would warn of one that matches no module."""
+    specs = [
+        spec(f"model.language_model.layers.{i}.mlp.up_proj", f"language_model.model.layers.{i}.mlp.up_proj.weight")
+        for i in range(3)
+    ]
+    config = quantization_config({s.name: Choice(bits=4, group_size=32) for s in specs[:2]}, specs=specs)
+    (group,) = config["config_groups"].values()
+    assert len(group["targets"]) == 1
+    for i, expected in enumerate([[(4, 32)], [(4, 32)], []]):
+        assert matches(config, f"model.language_model.layers.{i}.mlp.up_proj") == expected
+        assert matches(config, f"language_model.model.layers.{i}.mlp.up_proj") == expected
+    assert matches(config, "language_model.layers.0.mlp.up_proj") == []
+
+
+def test_experts_are_described_by_their_block() -> None:
+    specs = [
+        spec(
+            f"model.layers.{i}.mlp.experts.{e}.gate_up_proj",
+            *(f"model.layers.{i}.block_sparse_moe.experts.{e}.{part}.weight" for part in ("w1", "w3")),
+            routed=True,
+        )
+        for i in range(12)
+        for e in range(5)
+    ]
+    choices = {s.name: Choice(bits=4 if ".11." in s.name else 8, group_size=32) for s in specs if ".10." not in s.name}
+    config = quantization_config(choices, specs=specs)
+    targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+    assert len(targets) == 2
+    assert all(target.startswith("re:") and "experts" in target for target in targets)  # what transformers looks for
+    for layer, expected in ((0, [(8, 32)]), (9, [(8, 32)]), (10, []), (11, [(4, 32)])):
+        for projection in ("w1", "w2", "w3", "gate_proj"):
+            assert matches(config, f"model.layers.{layer}.block_sparse_moe.experts.4.{projection}") == expected
+        assert matches(config, f"model.layers.{layer}.mlp.experts") == expected
+        assert matches(config, f"model.layers.{layer}.block_sparse_moe.gate") == []
+
+
+def spec(name: str, *tensors: str, routed: bool = False) -> LinearSpec:
+    return LinearSpec(
+        name=name,
+        block=0,
+        d_out=32,
+        d_in=32,
+        input_site="up",
+        fused_group=name.rsplit(".", 2)[0],
+        tensors=tensors,
+        routed=routed,
+    )
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_linear_modules_are_the_projections_and_the_head(tied: bool) -> None:
+def test_matrix_modules_are_the_projections_and_the_head(tied: bool) -> None:
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=16,
@@ -109,7 +160,8 @@ def test_linear_modules_are_the_projections_and_the_head(tied: bool) -> None:
         num_attention_heads=2,
         tie_word_embeddings=tied,
     )
-    names = linear_modules(config)
+    with torch.device("meta"):
+        names = matrix_modules(LlamaForCausalLM(config))
     assert len(names) == 11 * 7 + 1
     assert names[0] == "lm_head"
     assert [n for n in names if n.endswith("q_proj")] == [f"model.layers.{i}.self_attn.q_proj" for i in range(11)]

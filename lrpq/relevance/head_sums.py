@@ -1,0 +1,53 @@
+"""What a calibration of the head adds up to, where it is quantized too: it is one more layer behind the last block.
+
+All tokens weigh the same: relevance starts at the logits, where nothing but the model's certainty tells tokens apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lrpq.model.layers import LinearSpec
+from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(slots=True, kw_only=True)
+class HeadSums:
+    """Sums over the tokens seen so far; filled in place."""
+
+    hessian: HessianSum
+    """Of the head's inputs, all weights one."""
+    curvature: Float[Tensor, " d_out"]
+    """sum_t g_tj^2 (float64), g the gradient at the head's own outputs, before a cap: softmax - one-hot."""
+
+
+@contextmanager
+def watched_head(head: nn.Module, spec: LinearSpec, device: torch.device) -> Iterator[HeadSums]:
+    """While inside, every forward of the head adds its inputs, and every backward through it its output gradients."""
+    sums = HeadSums(
+        hessian=empty_hessian(spec.d_in, device),
+        curvature=torch.zeros(spec.d_out, dtype=torch.float64, device=device),
+    )
+
+    def add_gradient(gradient: Tensor) -> None:
+        sums.curvature += gradient.float().square().flatten(0, -2).sum(0, dtype=torch.float64)
+
+    def add_input(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        x = arguments[0].detach()
+        sums.hessian = accumulate(sums.hessian, x, torch.ones(x.shape[:-1], device=device))
+        output.register_hook(add_gradient)  # type: ignore[no-untyped-call]
+
+    handle = head.register_forward_hook(add_input)
+    try:
+        yield sums
+    finally:
+        handle.remove()

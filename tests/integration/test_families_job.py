@@ -1,0 +1,91 @@
+"""The whole job on every supported architecture: calibrate, profile, candidates, allocate, refine, assemble, evaluate.
+
+What the checkpoint holds is proved while it is assembled: reloaded by plain transformers, its weights are bit for bit
+those of the codes and its logits those of the dense dequantized model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline_case import Job, file_bytes, start_pool, start_server, stored_bits, write_tokenizer
+from safetensors import safe_open
+from tiny_models import CASES, write_tiny
+from transformers import AutoModelForCausalLM
+
+from lrpq.model.source import open_source
+from lrpq.model.streaming import BlockStream
+
+BUDGET = 4.5
+GROUP_SIZE = 32
+EXPERTS = {"mixtral", "qwen3-moe"}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    start_server(request)
+    return Job(start_pool(request), tmp_path_factory.mktemp("families"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_whole_job(job: Job, name: str) -> None:
+    """Two to four seconds each. Buys: no stage knows an architecture that the table does not."""
+    model = write_tiny(job.folder / f"{name}-model", name)
+    write_tokenizer(model)
+    changes: dict[str, Any] = {
+        "plan__budget_bits": BUDGET,
+        "run__candidates__group_sizes": [GROUP_SIZE],
+        "run__candidates__bits": [2, 3, 4, 5, 6, 8],
+        "evaluation__control": False,
+        "run__dtype": "float32",
+    }
+    if name in EXPERTS:
+        changes |= {"run__calibration__num_windows": 12}
+    manifest = job(model, f"{name}-out", **changes)
+    output = job.folder / f"{name}-out"
+
+    bits, weights = stored_bits(output)
+    stream = BlockStream(open_source(model), dtype=torch.float32)
+    assert weights == sum(spec.num_weights for spec in stream.specs)
+    assert bits <= BUDGET * weights
+    if name not in EXPERTS:  # all experts of a model share one choice, which leaves some of the budget
+        assert bits > (BUDGET - 0.2) * weights
+    half_precision = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    if CASES[name].dtype is torch.float32:
+        half_precision //= 2
+    assert file_bytes(output) < (half_precision if name != "gemma3-multimodal" else 2 * half_precision)
+    assert 0 < manifest["evaluation"]["lrpq"]["kl_nats"] < 5
+    assert manifest["evaluation"]["reference"]["perplexity"] > 1
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == [type(loaded).__name__]
+    with torch.no_grad():
+        assert torch.isfinite(loaded(torch.arange(8, 30)[None]).logits).all()
+
+
+def test_what_is_not_quantized_is_carried_through_untouched(job: Job) -> None:
+    """The vision tower of a multimodal wrapper, routers, norms and embeddings: same names, same bytes."""
+    for name in ("gemma3-multimodal", "mixtral"):
+        model, output = job.folder / f"{name}-model", job.folder / f"{name}-out"
+        quantized = {tensor for s in BlockStream(open_source(model), dtype=torch.float32).specs for tensor in s.stored}
+        before, after = tensors(model), tensors(output)
+        carried = set(before) - quantized
+        assert carried
+        for tensor in carried:
+            assert torch.equal(before[tensor], after[tensor])
+        assert {n.rsplit(".", 1)[0] for n in after if n.endswith("weight_packed")} == {
+            n.removesuffix(".weight") for n in quantized
+        }
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return found

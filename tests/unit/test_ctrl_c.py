@@ -1,0 +1,47 @@
+"""Ctrl-C that a library swallows still ends the run at its next step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from flows import ctrl_c
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_swallowed_interrupt_is_raised_at_the_next_step() -> None:
+    with ctrl_c.remembered():
+        ctrl_c.raise_if_asked()
+        with pytest.raises(KeyboardInterrupt):  # as it always was
+            interrupt()
+        with pytest.raises(KeyboardInterrupt):  # and once more, in case the first one was dropped
+            ctrl_c.raise_if_asked()
+
+
+def test_the_former_handler_is_back_and_nothing_is_remembered() -> None:
+    former = signal.getsignal(signal.SIGINT)
+    with ctrl_c.remembered():
+        assert signal.getsignal(signal.SIGINT) is not former
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert signal.getsignal(signal.SIGINT) is former
+    with ctrl_c.remembered():
+        ctrl_c.raise_if_asked()
+
+
+def test_outside_the_main_thread_no_handler_is_set() -> None:
+    seen: list[object] = []
+
+    def run() -> None:
+        with ctrl_c.remembered():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]
