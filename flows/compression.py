@@ -17,10 +17,8 @@ from flows.progress import Progress
 from flows.result import choices_json, content_key, manifest_of, model_bytes
 from flows.run import Run, step
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
-from lrpq.allocate.parts import check_parts
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
-from lrpq.allocate.targets import Target
 from lrpq.checkpoint.plan import planned_size
 from lrpq.checkpoint.publish import check_output
 from lrpq.model.layers import Choice
@@ -64,14 +62,8 @@ class Compression:
         self.fingerprint = model_fingerprint(self.model)
         self.dtype = resolve_dtype(config.run, self.source)
         self.stream = BlockStream(self.source, dtype=DTYPES[self.dtype])
-        asked = config.run.candidates
-        check_parts(
-            Target(config.plan.target),
-            head=asked.quantize_head is not None,
-            embeddings=asked.quantize_embeddings is not None,
-            tied=self.stream.tied_head,
-        )
-        self.head = self.stream.head_spec if asked.quantize_head is not None else None
+        config.check_parts(tied=self.stream.tied_head)
+        self.head = self.stream.head_spec if config.run.candidates.quantize_head is not None else None
         self.specs = self.stream.specs if self.head is None else (*self.stream.specs, self.head)
         self.run_id = config.run_id or default_run_id(config.run)
         store = open_store(config.store)
@@ -197,7 +189,7 @@ class Compression:
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
         size = planned_size(self.source, quantized, specs=self.specs)
         manifest["size"] = {**asdict(size), "average_bits": size.average_bits}
-        reached = self._assemble(pool, codes, head, quantized, manifest, key)
+        reached = self._assemble(pool, codes, quantized, manifest, key, head=head)
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
         manifest["bytes"] = {"original": model_bytes(self.model), "compressed": reached["total_bytes"]}
         if self.measured is not None:
@@ -211,10 +203,11 @@ class Compression:
         self,
         pool: Pool,
         codes: StageFolder | CandidatesJob,
-        head: CandidatesJob | None,
         quantized: Mapping[str, Choice],
         manifest: Mapping[str, Any],
         key: str,
+        *,
+        head: CandidatesJob | None,
     ) -> Mapping[str, Any]:
         """Write the checkpoint, unless the very same one lies in the output folder already."""
         run, output = self.run_state, self.config.output

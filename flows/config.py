@@ -126,7 +126,7 @@ class CandidateConfig(Section):
         return _chosen(value, GROUP_SIZES)
 
     def smallest_bits(self) -> float:
-        """All-in bits per weight of the smallest choice, where its group size divides the row; no more than a head's."""
+        """All-in bits per weight of the smallest choice, where its group size divides the row, or of the head's."""
         head = math.inf if self.quantize_head is None else float(self.quantize_head)
         if PER_CHANNEL in self.group_sizes:
             return min(float(min(self.bits)), head)
@@ -266,12 +266,7 @@ class CompressConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> CompressConfig:
         widths = self.run.candidates.bits
-        check_parts(
-            Target(self.plan.target),
-            head=self.run.candidates.quantize_head is not None,
-            embeddings=self.run.candidates.quantize_embeddings is not None,
-            tied=False,  # as far as is known without the model
-        )
+        self.check_parts(tied=False)  # as far as is known without the model
         for rule in map(parse_keep, self.plan.keep):
             if rule.bits != UNQUANTIZED_BITS and rule.bits not in widths:
                 raise ConfigError(
@@ -287,6 +282,23 @@ class CompressConfig(Section):
             )
         evaluation_source(self.evaluation, calibration=self.run.calibration.source)
         return self
+
+    def check_parts(self, *, tied: bool) -> None:
+        """Refuse to quantize a head or embeddings that the target does not load.
+
+        Args:
+            tied: the model's head has the embedding's weight.
+
+        Raises:
+            ConfigError: the option, the reason, and what to do instead.
+        """
+        asked = self.run.candidates
+        check_parts(
+            Target(self.plan.target),
+            head=asked.quantize_head is not None,
+            embeddings=asked.quantize_embeddings is not None,
+            tied=tied,
+        )
 
 
 def evaluation_source(evaluation: EvaluationConfig, *, calibration: str) -> str | None:

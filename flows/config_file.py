@@ -62,8 +62,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         return reader(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"config file {path}: cannot be read ({error.strerror}); check the name") from error
-    except ValueError as error:  # syntax, encoding, a key twice
-        raise ConfigError(f"config file {path}: not valid {path.suffix[1:].upper()} ({error})") from error
+    except (ValueError, RecursionError) as error:  # syntax, encoding, a key twice
+        raise ConfigError(f"config file {path}: not valid {path.suffix[1:].upper()} ({_printable(error)})") from error
 
 
 def checked(
@@ -91,9 +91,15 @@ def checked(
         raise ConfigError(place + _unknown_key(model, location, section))
     try:
         # As JSON, so that strict means JSON's types: a list is a tuple, a text a path, but "3" is no number.
-        return model.model_validate_json(json.dumps(values, default=str))
+        text = json.dumps(values, default=str)
+    except (ValueError, RecursionError) as error:  # a hexadecimal number of TOML has no limit
+        raise ConfigError(f"{file or 'options'}: a number too long or lists too deep ({_printable(error)})") from error
+    try:
+        return model.model_validate_json(text)
     except ValidationError as error:
         mistakes = error.errors(include_url=False)
+        if mistakes[0]["type"] == "json_invalid":
+            raise ConfigError(f"{file or 'options'}: lists too deep, or text that is no Unicode") from None
         location = tuple(part for part in mistakes[0]["loc"] if isinstance(part, str))
         given = _has(options or {}, location)
         place = "" if file is None or given else f"{file}: "
@@ -170,7 +176,7 @@ def _wrong_value(
     if mistake["type"] == "value_error":
         return f"{name}: {mistake['ctx']['error']}"
     expected = str(mistake["msg"]).removeprefix("Input should be ").replace("a valid ", "a ").replace("a int", "an int")
-    shown = json.dumps(mistake["input"], ensure_ascii=False, default=str)
+    shown = _printable(json.dumps(mistake["input"], ensure_ascii=False, default=str))
     if len(shown) > MAX_SHOWN:
         shown = shown[: MAX_SHOWN - 3] + "..."
     return f"{name}: expected {expected}, got {shown}"
@@ -200,10 +206,15 @@ def _resolved(config: CompressConfig) -> CompressConfig:
         update={
             "run": config.run.model_copy(update={"model": absolute_model(config.run.model)}),
             "evaluation": config.evaluation.model_copy(update={"source": source}),
-            "output": Path(os.path.abspath(config.output.expanduser())),
+            "output": Path(os.path.abspath(os.path.expanduser(config.output))),  # Path's fails for an unknown user
             "store": absolute_store(config.store),
         }
     )
+
+
+def _printable(text: object) -> str:
+    """Text without line breaks and control characters."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
 def absolute_model(model: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lrpq.errors import CheckpointError
+from tasks.store.documents import parse_object
 
 MANIFEST = "lrpq.json"
 
@@ -27,11 +28,10 @@ def read_manifest_file(path: Path) -> dict[str, Any] | None:
         CheckpointError: the file is there but is not a manifest.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        if not path.exists():
+            return None
+        if not path.is_file():  # a device would be read without end
+            raise ValueError("no file")
+        return dict(parse_object(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a manifest of lrpq ({error}); give another --output") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: not a manifest of lrpq; give another --output")
-    return found

@@ -139,20 +139,13 @@ def check_text(source: str) -> None:
 
 
 def _check_model(config: CompressConfig) -> None:
-    from lrpq.allocate.parts import check_parts
-    from lrpq.allocate.targets import Target
     from lrpq.model.families import family_of
     from lrpq.model.safetensors_source import resolve_model
     from lrpq.model.source import open_source
 
     source = open_source(resolve_model(config.run.model))
     family_of(source.config)
-    check_parts(
-        Target(config.plan.target),
-        head=config.run.candidates.quantize_head is not None,
-        embeddings=config.run.candidates.quantize_embeddings is not None,
-        tied=bool(source.config.tie_word_embeddings),
-    )
+    config.check_parts(tied=bool(source.config.tie_word_embeddings))
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     lengths = {"--length": config.run.calibration.length}
     if config.evaluation.enabled:

@@ -50,9 +50,7 @@ def manifest_of(
     }
 
 
-def content_key(
-    codes: StageFolder | CandidatesJob, plan: Plan, *, head: CandidatesJob | None, fingerprint: str
-) -> str:
+def content_key(codes: StageFolder | CandidatesJob, plan: Plan, *, head: CandidatesJob | None, fingerprint: str) -> str:
     """Names the checkpoint's content: where its codes come from, which of them it takes, the code that writes it."""
     origin = codes.key if isinstance(codes, StageFolder) else codes.folder.key
     origin += "" if head is None else f" {head.folder.key}"

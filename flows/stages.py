@@ -100,7 +100,8 @@ def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream
                     run.progress.advance(label, f"block {missing[position][0]}, {missing[position][1]}")
 
             for block in sites:
-                step(f"candidates · block {block}", partial(wait_for, block))
+                place = "head" if block == stream.num_blocks else f"block {block}"
+                step(f"candidates · {place}", partial(wait_for, block))
         rows = candidates.read_costs(job, sites)
         run.finish(job.folder, label, count_degradations(rows))
         return rows

@@ -9,6 +9,7 @@ from typing import Any
 
 from lrpq.allocate.targets import Target
 from lrpq.checkpoint.assemble import write_checkpoint
+from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.verify import Verification, verify_checkpoint
 from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.model.source import open_source
@@ -36,6 +37,8 @@ class AssembleJob:
     """Quantized modules only."""
     specs: tuple[LinearSpec, ...]
     manifest: Mapping[str, Any]
+    format: str = CheckpointFormat.COMPRESSED_TENSORS.value
+    """What quantized modules are stored as: ``compressed-tensors``, ``dense`` or ``gptq``."""
     target: str = Target.TRANSFORMERS.value
     """What will load it: ``transformers`` or ``vllm``."""
     head: CandidatesJob | None = None
@@ -50,10 +53,13 @@ def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
     """
     source = open_source(Path(job.model))
     load = _loader(job)
+    written_as = CheckpointFormat(job.format)
     proof: list[Verification] = []
 
     def prove(folder: Path) -> None:
-        proof.append(verify_checkpoint(folder, source, quantized=load, choices=job.choices, specs=job.specs))
+        proof.append(
+            verify_checkpoint(folder, source, quantized=load, choices=job.choices, specs=job.specs, format=written_as)
+        )
 
     size = write_checkpoint(
         source,
@@ -62,6 +68,7 @@ def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
         choices=job.choices,
         specs=job.specs,
         manifest=job.manifest,
+        format=written_as,
         target=Target(job.target),
         overwrite=job.overwrite,
         prove=prove,

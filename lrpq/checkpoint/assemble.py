@@ -14,17 +14,25 @@ import torch
 from lrpq.allocate.targets import Target
 from lrpq.checkpoint.carried import CarriedTensors
 from lrpq.checkpoint.describe import config_text
+from lrpq.checkpoint.formats import FORMATS, CheckpointFormat
 from lrpq.checkpoint.layout import INDEX_FILE, index_text, open_shard
-from lrpq.checkpoint.modules import check_experts
+from lrpq.checkpoint.modules import ExpertScope, check_experts
 from lrpq.checkpoint.plan import MAX_SHARD_BYTES, CheckpointSize, plan_checkpoint, planned_size
 from lrpq.checkpoint.publish import MANIFEST, check_output, published_folder
 from lrpq.errors import CheckpointError, ConfigError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.quant.grid import QuantizedWeight
-from lrpq.quant.packing import pack
 
-__all__ = ["CheckpointSize", "CodeLoader", "codes_of", "manifest_text", "planned_size", "write_checkpoint"]
+__all__ = [
+    "CheckpointSize",
+    "CodeLoader",
+    "codes_of",
+    "expert_scope",
+    "manifest_text",
+    "planned_size",
+    "write_checkpoint",
+]
 
 # What loading and using the model needs besides weights. A model card describes the original and is left out;
 # so is code, which would ask for trust_remote_code.
@@ -62,6 +70,7 @@ def write_checkpoint(
     choices: Mapping[str, Choice],
     specs: Sequence[LinearSpec] = (),
     manifest: Mapping[str, Any],
+    format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,
     target: Target = Target.TRANSFORMERS,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
@@ -80,7 +89,8 @@ def write_checkpoint(
         specs: the model's linear layers, which say how a module lies on disk; one that has none is
             ``name + '.weight'`` there.
         manifest: contents of ``lrpq.json``.
-        target: what will load the checkpoint; it limits the choices of experts (`modules.check_experts`).
+        format: what quantized modules are stored as.
+        target: what will load the checkpoint; it limits the choices of experts (`modules.ExpertScope`).
         max_shard_bytes: bytes of tensors in a file; a larger module has a file of its own.
         overwrite: replace a checkpoint that lies at ``output`` once the new one is complete.
         prove: called with the complete folder before it is published; what it raises leaves ``output`` untouched.
@@ -96,9 +106,10 @@ def write_checkpoint(
     if output == original or output in original.parents:
         raise ConfigError(f"output {output}: holds the original model, which would be lost; give another folder")
     check_output(output, overwrite=overwrite)
-    check_experts(choices, specs, target)
-    plan = plan_checkpoint(source, choices, specs=specs, max_shard_bytes=max_shard_bytes)
-    texts = {"config.json": config_text(source, choices, specs), MANIFEST: manifest_text(manifest)}
+    loader = "GPTQ" if format is CheckpointFormat.GPTQ else target.value
+    check_experts(choices, specs, scope=expert_scope(format, target), loader=loader)
+    plan = plan_checkpoint(source, choices, specs=specs, format=format, max_shard_bytes=max_shard_bytes)
+    texts = {"config.json": config_text(source, choices, specs, format), MANIFEST: manifest_text(manifest)}
     carried = CarriedTensors(source)
     if len(plan.shards) > 1:
         num_parameters = sum(math.prod(source.shape(name)) for name in source.names())
@@ -118,9 +129,9 @@ def write_checkpoint(
                         writer.write(unit[0].name, carried.read(unit[0].name))
                         continue
                     weight = codes_of(module.name, quantized, choice=module.choice, shape=module.shape)
-                    for stem, part in zip(module.stems, weight.split(module.rows), strict=True):
-                        for kind, values in pack(part).items():
-                            writer.write(f"{stem}.{kind}", values)
+                    for part, replaced in module.split(weight):
+                        for name, values in FORMATS[format].pack(part, replaced).items():
+                            writer.write(name, values)
         try:
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
@@ -132,6 +143,14 @@ def write_checkpoint(
         if prove is not None:
             prove(folder)
     return plan.size
+
+
+def expert_scope(format: CheckpointFormat, target: Target) -> ExpertScope:
+    """Which experts of a checkpoint share a choice."""
+    if format is CheckpointFormat.DENSE:
+        return ExpertScope.ANY
+    by_transformers = format is CheckpointFormat.COMPRESSED_TENSORS and target is Target.TRANSFORMERS
+    return ExpertScope.MODEL if by_transformers else ExpertScope.BLOCK
 
 
 def codes_of(module: str, quantized: CodeLoader, *, choice: Choice, shape: tuple[int, ...]) -> QuantizedWeight:

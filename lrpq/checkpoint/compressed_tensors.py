@@ -13,27 +13,25 @@ listed too.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lrpq.checkpoint.layout import StoredTensor
+from lrpq.checkpoint.modules import WEIGHT
+from lrpq.checkpoint.patterns import anchored_patterns, natural_key, patterns
 from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice, LinearSpec
+from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.packing import pack
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 WORD_BITS = 32
 SUPPORTED_BITS = range(2, 9)  # a sign and at least one more bit; the packer's upper limit
-_NUMBER = re.compile(r"\\\.(\d+)(?=\\\.|$)")  # the first part of an escaped name that is a number
-
-
-def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
-    """Sort key that puts ``layers.2`` before ``layers.10``."""
-    return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split("."))
 
 
 def check_choice(module: str, choice: Choice, d_in: int) -> None:
@@ -58,12 +56,14 @@ def check_choice(module: str, choice: Choice, d_in: int) -> None:
         )
 
 
-def stored_tensors(module: str, *, d_out: int, d_in: int, choice: Choice) -> tuple[StoredTensor, ...]:
+def stored_tensors(original: StoredTensor, choice: Choice) -> tuple[StoredTensor, ...]:
     """Names, dtypes and shapes of the tensors that hold a quantized module.
 
     Raises:
         ConfigError: the format cannot store the choice.
     """
+    module = original.name.removesuffix(WEIGHT)
+    d_out, d_in = original.shape
     check_choice(module, choice, d_in)
     words = -(-d_in * choice.bits // WORD_BITS)
     return (
@@ -71,6 +71,22 @@ def stored_tensors(module: str, *, d_out: int, d_in: int, choice: Choice) -> tup
         StoredTensor(name=f"{module}.{SCALE}", dtype=torch.bfloat16, shape=(d_out, choice.groups(d_in))),
         StoredTensor(name=f"{module}.{SHAPE}", dtype=torch.int64, shape=(2,)),
     )
+
+
+def packed_tensors(weight: QuantizedWeight, original: StoredTensor) -> dict[str, Tensor]:
+    """Values of ``stored_tensors``."""
+    module = original.name.removesuffix(WEIGHT)
+    return {f"{module}.{kind}": values for kind, values in pack(weight).items()}
+
+
+def loaded(weight: QuantizedWeight, original: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """Scale times code, both in the model's dtype.
+
+    Raises:
+        QuantizationError: a value is beyond float16, where the model is.
+    """
+    values: Tensor = weight.dequantize(dtype, name=original.name)
+    return values
 
 
 def quantization_config(
@@ -96,7 +112,7 @@ def quantization_config(
     members: dict[Choice, list[tuple[str, ...]]] = {}
     for name in sorted(choices, key=natural_key):
         check_choice(name, choices[name], d_in=max(choices[name].group_size, 1))  # widths are checked with the shapes
-        members.setdefault(choices[name], []).append(_patterns(name, by_name.get(name)))
+        members.setdefault(choices[name], []).append(patterns(name, by_name.get(name)))
     return {
         "quant_method": METHOD,
         "format": FORMAT,
@@ -105,22 +121,12 @@ def quantization_config(
         "config_groups": {
             f"group_{i}": {
                 "format": FORMAT,
-                "targets": _targets(members[choice]),
+                "targets": [f"re:{pattern}" for pattern in anchored_patterns(members[choice])],
                 "weights": _weights(choice),
             }
             for i, choice in enumerate(sorted(members))
         },
     }
-
-
-def expert_patterns(spec: LinearSpec) -> tuple[str, ...]:
-    """Regular expressions for the experts of a block: the loaded module that holds them, and their layers on disk.
-
-    All projections match, whatever they are called: vLLM asks for ``gate_proj`` also where the disk says ``w1``.
-    """
-    module = spec.name.rsplit(".", 2)[0]
-    on_disk = sorted({stored.rsplit(".", 3)[0] for stored in spec.stored})
-    return (re.escape(module), *(re.escape(stem) + r"\.\d+\.\w+" for stem in on_disk))
 
 
 def _weights(choice: Choice) -> dict[str, Any]:
@@ -133,40 +139,3 @@ def _weights(choice: Choice) -> dict[str, Any]:
         "group_size": None if by_channel else choice.group_size,
         "dynamic": False,
     }
-
-
-def _patterns(name: str, spec: LinearSpec | None) -> tuple[str, ...]:
-    """Regular expressions of all the names that a module goes by."""
-    if spec is None:
-        return (re.escape(name),)
-    if spec.routed:
-        return expert_patterns(spec)
-    on_disk = [stored.removesuffix(".weight") for stored in spec.stored]
-    return tuple(re.escape(alias) for alias in dict.fromkeys([name, *on_disk]))
-
-
-def _targets(modules: Iterable[tuple[str, ...]]) -> list[str]:
-    """Anchored patterns that match exactly ``modules``: one for all the layers of a kind, whatever their names.
-
-    One pattern a module would be exact too, but Python keeps 512 compiled patterns and the loader tries every
-    pattern on every module: with the 560 linear layers of a 70B model each try would compile anew. Names that a
-    module goes by elsewhere share its pattern, as the loader warns of patterns that match nothing.
-    """
-    layers: dict[tuple[tuple[str, str], ...], dict[str, None]] = {}
-    targets: set[str] = set()
-    for aliases in modules:
-        matches = [match for alias in aliases if (match := _NUMBER.search(alias))]
-        numbers = {match.group(1) for match in matches}
-        if len(numbers) == 1 and len(matches) == len(aliases):
-            around = tuple((match.string[: match.start(1)], match.string[match.end(1) :]) for match in matches)
-            layers.setdefault(around, {}).update(dict.fromkeys(numbers))
-        else:
-            targets.add(_anchored(aliases))
-    for around, indices in layers.items():
-        number = f"(?:{'|'.join(indices)})" if len(indices) > 1 else next(iter(indices))
-        targets.add(_anchored([before + number + after for before, after in around]))
-    return sorted(targets)
-
-
-def _anchored(aliases: Sequence[str]) -> str:
-    return f"re:^{aliases[0]}$" if len(aliases) == 1 else f"re:^(?:{'|'.join(aliases)})$"

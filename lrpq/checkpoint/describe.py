@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrpq.checkpoint.compressed_tensors import expert_patterns, natural_key, quantization_config
+from lrpq.checkpoint.formats import FORMATS, CheckpointFormat
 from lrpq.checkpoint.modules import WEIGHT
+from lrpq.checkpoint.patterns import expert_patterns, natural_key
 from lrpq.errors import ModelError
 from lrpq.model.experts import loaded_weight
 from lrpq.model.layers import Choice, LinearSpec
@@ -21,7 +22,12 @@ from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.skeleton import build_skeleton
 
 
-def config_text(source: ModelSource, choices: Mapping[str, Choice], specs: Sequence[LinearSpec] = ()) -> str:
+def config_text(
+    source: ModelSource,
+    choices: Mapping[str, Choice],
+    specs: Sequence[LinearSpec] = (),
+    format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,
+) -> str:
     """Contents of ``config.json``.
 
     Raises:
@@ -30,7 +36,8 @@ def config_text(source: ModelSource, choices: Mapping[str, Choice], specs: Seque
     model = _empty_model(source)
     _check_linear(model, source, choices, specs)
     document = source.config_document()
-    if any(spec.routed and spec.name in choices for spec in specs):
+    packed_experts = any(spec.routed and spec.name in choices for spec in specs)
+    if packed_experts and format is CheckpointFormat.COMPRESSED_TENSORS:
         # transformers gives packed experts the type of their scales, whatever the rest of the model has
         document |= {"dtype": "bfloat16"}
         document.pop("torch_dtype", None)
@@ -38,7 +45,9 @@ def config_text(source: ModelSource, choices: Mapping[str, Choice], specs: Seque
         # transformers would then take the type of the first tensor in the file, which may now be a bf16 scale
         document["dtype"] = _main_dtype(source)
     ignore = _dense_names(model, source, choices, specs)
-    document["quantization_config"] = quantization_config(choices, specs=specs, ignore=ignore)
+    description = FORMATS[format].describe(choices, specs=specs, ignore=ignore)
+    if description is not None:
+        document["quantization_config"] = description
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 

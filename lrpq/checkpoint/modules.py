@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import enum
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lrpq.allocate.targets import Target
+from lrpq.checkpoint.layout import StoredTensor
 from lrpq.errors import ConfigError, ModelError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
+from lrpq.quant.grid import QuantizedWeight
 
 WEIGHT = ".weight"
+
+
+class ExpertScope(enum.Enum):
+    """Which experts a loader runs with one choice."""
+
+    MODEL = "model"
+    """transformers dequantizes experts while it loads them, all of them by one scheme (its
+    integrations/compressed_tensors.py), and once anything in a checkpoint is packed it reads no dense experts."""
+    BLOCK = "block"
+    """vLLM and GPTQ kernels run the experts of a block as one layer, or all of them dense."""
+    ANY = "any"
+    """Dense weights are each their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,18 +34,23 @@ class QuantizedModule:
     name: str
     """Module name in the model as it is streamed."""
     choice: Choice
-    stems: tuple[str, ...]
-    """Names on disk without ``.weight``."""
-    rows: tuple[int, ...]
-    """Rows of each of them."""
-    d_in: int
+    originals: tuple[StoredTensor, ...]
     routed: bool
     """An expert's: the loaded model has no module of this name."""
 
     @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of each of the tensors."""
+        return tuple(original.shape[0] for original in self.originals)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Shape of the weight, [d_out, d_in]."""
-        return sum(self.rows), self.d_in
+        return sum(self.rows), self.originals[0].shape[1]
+
+    def split(self, weight: QuantizedWeight) -> Iterator[tuple[QuantizedWeight, StoredTensor]]:
+        """Codes of each of the tensors."""
+        return zip(weight.split(self.rows), self.originals, strict=True)
 
 
 def quantized_modules(
@@ -68,9 +87,10 @@ def quantized_modules(
         module = QuantizedModule(
             name=name,
             choice=choice,
-            stems=tuple(tensor.removesuffix(WEIGHT) for tensor in tensors),
-            rows=tuple(shape[0] for shape in shapes),
-            d_in=shapes[0][1],
+            originals=tuple(
+                StoredTensor(name=tensor, dtype=source.dtype(tensor), shape=tuple(shape))
+                for tensor, shape in zip(tensors, shapes, strict=True)
+            ),
             routed=spec is not None and spec.routed,
         )
         if spec is not None and module.shape != (spec.d_out, spec.d_in):
@@ -81,47 +101,32 @@ def quantized_modules(
     return found
 
 
-def check_experts(choices: Mapping[str, Choice], specs: Iterable[LinearSpec], target: Target) -> None:
+def check_experts(
+    choices: Mapping[str, Choice], specs: Iterable[LinearSpec], *, scope: ExpertScope, loader: str
+) -> None:
     """Refuse experts that the loader would read wrongly or not at all.
 
-    transformers dequantizes experts while it loads them, all of them by one scheme, and once anything in a checkpoint
-    is packed it reads no dense experts. vLLM runs the experts of a block under one scheme, or all of them dense.
-
     Raises:
-        ConfigError: two experts that must share a choice do not; both are named.
+        ConfigError: two experts that must share a choice do not, both are named; or experts that must be packed are
+            dense.
     """
     first: dict[str, tuple[str, Choice | None]] = {}
     for spec in specs:
-        if not spec.routed:
+        if not spec.routed or scope is ExpertScope.ANY:
             continue
         choice = choices.get(spec.name)
-        scope = "" if target is Target.TRANSFORMERS else spec.fused_group
-        other, shared = first.setdefault(scope, (spec.name, choice))
+        other, shared = first.setdefault(spec.fused_group if scope is ExpertScope.BLOCK else "", (spec.name, choice))
         if choice != shared:
-            where = "a model" if target is Target.TRANSFORMERS else "a block"
             raise ConfigError(
-                f"experts {other} and {spec.name}: {_words(shared)} and {_words(choice)}, but {target.value} loads all "
-                f"experts of {where} with one choice; "
-                + (
-                    "give one to all experts, or make the checkpoint for vLLM (--target vllm)"
-                    if target is Target.TRANSFORMERS
-                    else "give one to all experts of a block"
-                )
+                f"experts {other} and {spec.name}: {_words(shared)} and {_words(choice)}, but {loader} loads all "
+                f"experts of a {scope.value} with one choice; give them one"
+                + (", or make the checkpoint for vLLM (--target vllm)" if scope is ExpertScope.MODEL else "")
             )
-    if target is Target.TRANSFORMERS and choices and "" in first and first[""][1] is None:
+    if scope is ExpertScope.MODEL and choices and "" in first and first[""][1] is None:
         raise ConfigError(
-            f"expert {first[''][0]}: left dense, but transformers loads no dense experts from a checkpoint with packed "
+            f"expert {first[''][0]}: left dense, but {loader} loads no dense experts from a checkpoint with packed "
             f"layers ({next(iter(choices))}); quantize the experts too, or make the checkpoint for vLLM (--target vllm)"
         )
-
-
-def load_with_transformers(choices: Mapping[str, Choice], specs: Iterable[LinearSpec]) -> bool:
-    """Whether plain transformers loads a checkpoint of these choices."""
-    try:
-        check_experts(choices, specs, Target.TRANSFORMERS)
-    except ConfigError:
-        return False
-    return True
 
 
 def _words(choice: Choice | None) -> str:

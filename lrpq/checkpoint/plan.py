@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lrpq.checkpoint.carried import CarriedTensors
-from lrpq.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE, natural_key, stored_tensors
+from lrpq.checkpoint.formats import FORMATS, NOT_COUNTED, CheckpointFormat
 from lrpq.checkpoint.layout import Shard, StoredTensor, plan_shards
-from lrpq.checkpoint.modules import WEIGHT, QuantizedModule, quantized_modules
+from lrpq.checkpoint.modules import QuantizedModule, quantized_modules
+from lrpq.checkpoint.patterns import natural_key
 from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
@@ -23,7 +25,8 @@ class CheckpointSize:
 
     total_bytes: int
     quantized_bits: int
-    """Packed codes and scales of the quantized modules: what a budget in bits per weight counts."""
+    """Packed codes and scales of the quantized modules (GPTQ: zeros and orders too): what a budget in bits per weight
+    counts."""
     num_quantized_weights: int
     metadata_bits: int
     """Stored shapes of the quantized modules, 128 bits each: in the file, not in the budget per weight."""
@@ -60,6 +63,7 @@ def planned_size(
     choices: Mapping[str, Choice],
     *,
     specs: Sequence[LinearSpec] = (),
+    format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CheckpointSize:
     """Size that ``write_checkpoint`` will reach for these choices, to the byte; reads no weights.
@@ -68,7 +72,7 @@ def planned_size(
         ConfigError: nothing is quantized, or a choice does not fit its module.
         ModelError: a module to quantize is not a matrix of the source.
     """
-    return plan_checkpoint(source, choices, specs=specs, max_shard_bytes=max_shard_bytes).size
+    return plan_checkpoint(source, choices, specs=specs, format=format, max_shard_bytes=max_shard_bytes).size
 
 
 def plan_checkpoint(
@@ -76,6 +80,7 @@ def plan_checkpoint(
     choices: Mapping[str, Choice],
     *,
     specs: Sequence[LinearSpec] = (),
+    format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CheckpointPlan:
     """Lay out all files, tensors in the natural order of their names whatever the source's order or sharding.
@@ -85,6 +90,7 @@ def plan_checkpoint(
         choices: module name -> bits and group size.
         specs: the model's linear layers, which say how a module lies on disk; one that has none is
             ``name + '.weight'`` there.
+        format: what quantized modules are stored as.
         max_shard_bytes: bytes of tensors in a file; a larger module has a file of its own.
 
     Raises:
@@ -94,7 +100,7 @@ def plan_checkpoint(
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
     quantized = quantized_modules(source, choices, specs)
-    owner = {stem + WEIGHT: module for module in quantized.values() for stem in module.stems}
+    owner = {original.name: module for module in quantized.values() for original in module.originals}
     carried = CarriedTensors(source)
     units: list[tuple[StoredTensor, ...]] = []
     copied: list[str] = []
@@ -107,27 +113,16 @@ def plan_checkpoint(
             units.append((carried.stored(name),))
         elif module.name not in planned:  # its tensors are made together, from one module's codes
             planned.add(module.name)
-            units.append(_unit(module))
+            store = FORMATS[format].stored
+            units.append(tuple(t for original in module.originals for t in store(original, module.choice)))
             modules[units[-1][0].name] = module
     shards = plan_shards(units, max_shard_bytes=max_shard_bytes)
-    stems = [stem for module in quantized.values() for stem in module.stems]
-
-    def bits(*kinds: str) -> int:
-        wanted = {f"{stem}.{kind}" for stem in stems for kind in kinds}
-        return BITS_PER_BYTE * sum(t.nbytes for unit in units for t in unit if t.name in wanted)
-
+    made = [tensor for unit in units if unit[0].name in modules for tensor in unit]
+    uncounted = sum(tensor.nbytes for tensor in made if tensor.name.endswith(NOT_COUNTED))
     size = CheckpointSize(
         total_bytes=sum(shard.nbytes for shard in shards),
-        quantized_bits=bits(PACKED, SCALE),
-        num_quantized_weights=sum(sum(module.rows) * module.d_in for module in quantized.values()),
-        metadata_bits=bits(SHAPE),
+        quantized_bits=BITS_PER_BYTE * (sum(tensor.nbytes for tensor in made) - uncounted),
+        num_quantized_weights=sum(math.prod(module.shape) for module in quantized.values()),
+        metadata_bits=BITS_PER_BYTE * uncounted,
     )
     return CheckpointPlan(shards=shards, copied=tuple(copied), modules=modules, size=size)
-
-
-def _unit(module: QuantizedModule) -> tuple[StoredTensor, ...]:
-    return tuple(
-        tensor
-        for stem, rows in zip(module.stems, module.rows, strict=True)
-        for tensor in stored_tensors(stem, d_out=rows, d_in=module.d_in, choice=module.choice)
-    )

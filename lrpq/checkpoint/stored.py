@@ -12,9 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lrpq.checkpoint import gptq
 from lrpq.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE, SUPPORTED_BITS
+from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.layout import INDEX_FILE
 from lrpq.checkpoint.modules import WEIGHT
+from lrpq.checkpoint.publish import MANIFEST
 from lrpq.errors import CheckpointError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import one_line
@@ -24,12 +27,20 @@ from lrpq.quant.packing import unpack
 STORED_AS = {PACKED: ("I32",), SCALE: ("BF16", "F16", "F32"), SHAPE: ("I64", "I32")}
 """Part of a module -> the types it may be stored in."""
 DIMENSIONS = {PACKED: 2, SCALE: 2, SHAPE: 1}
+STORED_AS |= {gptq.QWEIGHT: ("I32",), gptq.QZEROS: ("I32",), gptq.SCALES: ("F16",), gptq.ORDER: ("I32",)}
+DIMENSIONS |= {gptq.QWEIGHT: 2, gptq.QZEROS: 2, gptq.SCALES: 2, gptq.ORDER: 1}
+DENSE = WEIGHT.removeprefix(".")
+STORED_AS[DENSE], DIMENSIONS[DENSE] = ("BF16", "F16", "F32", "F64"), 2
+CODES = {CheckpointFormat.COMPRESSED_TENSORS: PACKED, CheckpointFormat.GPTQ: gptq.QWEIGHT}
+"""The part that says that a module is quantized; a dense checkpoint has none."""
 MAX_QUANTIFIERS = 3
 """Quantifiers in a pattern: each more multiplies the time of a module that almost matches by the length of its name."""
 
 
 class StoredCheckpoint:
-    """A compressed-tensors checkpoint of format pack-quantized, one module at a time.
+    """A checkpoint of any `CheckpointFormat`, one module at a time; modules go by their names on disk.
+
+    A dense one is told from any model by its manifest. It has no codes, and every weight is its own.
 
     Raises:
         CheckpointError: the folder is not such a checkpoint, or a file is damaged; the file is named.
@@ -37,7 +48,7 @@ class StoredCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._groups = _config_groups(folder)
+        self.format, self._groups = _description(folder)
         self._file_of: dict[str, Path] = {}
         for path in self._files():
             with self._opened(path) as handle:
@@ -46,6 +57,9 @@ class StoredCheckpoint:
                 if not name.isprintable():
                     raise CheckpointError(f"{path}: damaged (tensor name {name!r}); fetch the file again")
                 self._file_of[name] = path
+        packed = [name for name in self._file_of if name.endswith(tuple(f".{part}" for part in CODES.values()))]
+        if self.format is CheckpointFormat.DENSE and packed:
+            raise CheckpointError(f"{folder}: tensor {packed[0]} has codes that config.json does not describe")
 
     def choice(self, module: str) -> Choice | None:
         """Bits and group size of a module; None where it is not quantized.
@@ -53,7 +67,7 @@ class StoredCheckpoint:
         Raises:
             CheckpointError: the module is in none of the files, or has codes of no known choice.
         """
-        if f"{module}.{PACKED}" not in self._file_of:
+        if self.format not in CODES or f"{module}.{CODES[self.format]}" not in self._file_of:
             if f"{module}{WEIGHT}" not in self._file_of:
                 raise CheckpointError(
                     f"module {module}: has neither codes nor a weight in {self.folder}; the checkpoint is incomplete "
@@ -66,8 +80,11 @@ class StoredCheckpoint:
         raise CheckpointError(f"module {module} in {self.folder}: has packed codes but no group in config.json")
 
     def modules(self) -> list[str]:
-        """Names of all quantized modules, sorted."""
-        return sorted(name.removesuffix(f".{PACKED}") for name in self._file_of if name.endswith(f".{PACKED}"))
+        """Names of all modules with codes, sorted."""
+        if self.format not in CODES:
+            return []
+        ending = f".{CODES[self.format]}"
+        return sorted(name.removesuffix(ending) for name in self._file_of if name.endswith(ending))
 
     def codes(self, module: str) -> QuantizedWeight | None:
         """Codes and scales of a module; None where it is not quantized.
@@ -78,6 +95,8 @@ class StoredCheckpoint:
         choice = self.choice(module)
         if choice is None:
             return None
+        if self.format is CheckpointFormat.GPTQ:
+            return gptq.unpacked(module, {part: self._part(module, part) for part in gptq.PARTS}, choice)
         parts = {part: self._part(module, part) for part in (PACKED, SCALE, SHAPE)}
         shape = [int(size) for size in parts[SHAPE]]
         if len(shape) != 2 or min(shape) < 1 or not choice.fits(shape[1]):
@@ -100,17 +119,22 @@ class StoredCheckpoint:
         Raises:
             CheckpointError: see ``codes``; or the layer has another shape, or only a part of it is quantized.
         """
-        parts = [self.codes(stored.removesuffix(WEIGHT)) for stored in spec.stored]
-        found = [part for part in parts if part is not None]
-        if not found:
+        modules = [stored.removesuffix(WEIGHT) for stored in spec.stored]
+        parts: list[Tensor]
+        if self.format is CheckpointFormat.DENSE:
+            parts = [self._part(module, DENSE).to(dtype) for module in modules]
+        else:
+            codes = [found for module in modules if (found := self.codes(module)) is not None]
+            parts = [part.dequantize(dtype, name=spec.name) for part in codes]
+        if not parts:
             return None
-        shape = sum(len(part.codes) for part in found), found[0].codes.shape[1]
-        if len(found) < len(parts) or shape != (spec.d_out, spec.d_in):
+        shape = sum(len(part) for part in parts), parts[0].shape[1]
+        if len(parts) < len(modules) or shape != (spec.d_out, spec.d_in) or len({p.shape[1] for p in parts}) > 1:
             raise CheckpointError(
                 f"module {spec.name} in {self.folder}: has shape {shape}, the original {(spec.d_out, spec.d_in)}; give "
                 "the model that the checkpoint was made from"
             )
-        return torch.cat([part.dequantize(dtype, name=spec.name) for part in found])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _part(self, module: str, part: str) -> Tensor:
         name = f"{module}.{part}"
@@ -150,12 +174,18 @@ class StoredCheckpoint:
             raise CheckpointError(f"{path}: missing, truncated or damaged ({one_line(error)})") from error
 
 
-def _config_groups(folder: Path) -> list[tuple[re.Pattern[str], Choice]]:
+def _description(folder: Path) -> tuple[CheckpointFormat, list[tuple[re.Pattern[str], Choice]]]:
     path = folder / "config.json"
     try:
         if path.exists() and not path.is_file():
             raise ValueError("no file")
-        config = json.loads(path.read_bytes())["quantization_config"]
+        document = json.loads(path.read_bytes())
+        if "quantization_config" not in document and (folder / MANIFEST).is_file():
+            return CheckpointFormat.DENSE, []
+        config = document["quantization_config"]
+        if config.get("quant_method") == gptq.METHOD:
+            rules = gptq.stored_choices(config)
+            return CheckpointFormat.GPTQ, [(_pattern(pattern), choice) for pattern, choice in rules]
         if config["format"] != "pack-quantized":
             raise CheckpointError(f"{path}: format {config['format']!r}; expected pack-quantized")
         groups = []
@@ -166,7 +196,7 @@ def _config_groups(folder: Path) -> list[tuple[re.Pattern[str], Choice]]:
         raise CheckpointError(f"{folder}: no config.json; expected a folder written by lrpq compress") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not the configuration of a packed checkpoint ({one_line(error)})") from error
-    return groups
+    return CheckpointFormat.COMPRESSED_TENSORS, groups
 
 
 def _choice(weights: dict[str, Any]) -> Choice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,20 +15,22 @@ from transformers import AutoModelForCausalLM
 from lrpq.checkpoint.assemble import CodeLoader, codes_of
 from lrpq.checkpoint.carried import CarriedTensors
 from lrpq.checkpoint.compressed_tensors import SHAPE
-from lrpq.checkpoint.loading import FAULTY, load_checkpoint
-from lrpq.checkpoint.modules import QuantizedModule, load_with_transformers
+from lrpq.checkpoint.formats import FORMATS, CheckpointFormat, WeightFormat
+from lrpq.checkpoint.layout import StoredTensor
+from lrpq.checkpoint.modules import WEIGHT, ExpertScope, QuantizedModule, check_experts
 from lrpq.checkpoint.plan import CheckpointPlan, plan_checkpoint
-from lrpq.errors import CheckpointError
+from lrpq.errors import CheckpointError, ConfigError
 from lrpq.model.experts import loaded_weight
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.names import stored_names
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.skeleton import build_skeleton
-from lrpq.quant.packing import pack
+from lrpq.quant.grid import QuantizedWeight
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
+TRANSFORMERS = "transformers"
 PROBE_TOKENS = 32
 PROBE_STRIDE = 7919  # a prime, so that the probe walks through any vocabulary instead of its first tokens
 LOADING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError)
@@ -44,8 +46,8 @@ class Verification:
     """Quantized modules whose weights, decompressed by the loader, are bit for bit those of their codes; where
     nothing was loaded, modules whose codes and scales in the files are."""
     loader: str | None
-    """``transformers``, ``lrpq`` where plain transformers fails (`lrpq.checkpoint.loading`), or None where neither
-    loads these choices (experts of several)."""
+    """``transformers``, or None where that does not load it (experts of several choices; the GPTQ format, which takes
+    other packages)."""
     num_tokens: int
     """Tokens of the probe; zero without a loader."""
     max_abs_difference: float | None
@@ -61,15 +63,15 @@ def verify_checkpoint(
     quantized: CodeLoader,
     choices: Mapping[str, Choice],
     specs: Sequence[LinearSpec] = (),
+    format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,
     input_ids: Int64[Tensor, "1 T"] | None = None,
     dense_logits: Callable[[Int64[Tensor, "1 T"]], Float[Tensor, "1 T vocab"]] | None = None,
     tolerance: float = 0.0,
 ) -> Verification:
     """Load ``output`` as a user would, and compare files, weights and logits with what was meant.
 
-    Holds one model in host memory at a time: the reloaded one is gone before the dense one is loaded. A checkpoint
-    whose experts have several choices loads elsewhere only; its codes are compared in the files, and the result says
-    that no logits were.
+    Holds one model in host memory at a time: the reloaded one is gone before the dense one is loaded. What loads
+    elsewhere only has its codes and scales compared in the files, and the result says that no logits were.
 
     Args:
         output: folder of the checkpoint.
@@ -77,6 +79,7 @@ def verify_checkpoint(
         quantized: gives the codes of a module in ``choices``; called twice for each.
         choices: module name -> bits and group size, as written.
         specs: the model's linear layers, as written.
+        format: as written.
         input_ids: a short window of tokens; by default 32 spread over the vocabulary.
         dense_logits: gives the logits of the dense model with the dequantized weights, in the dtype of the
             checkpoint; by default transformers runs the source with its weights replaced.
@@ -86,10 +89,11 @@ def verify_checkpoint(
     Raises:
         CheckpointError: anything differs; the message names the tensor or module and by how much.
     """
-    plan = plan_checkpoint(source, choices, specs=specs)
+    plan = plan_checkpoint(source, choices, specs=specs, format=format)
     modules = list(plan.modules.values())
-    expected = _Expected(quantized, modules)
-    if not load_with_transformers(choices, specs):
+    expected = _Expected(quantized, modules, FORMATS[format])
+    loader = _loader(choices, specs, format)
+    if loader is None:
         num_copied = _compare_files(output, source, plan, codes=expected)
         return Verification(
             num_copied=num_copied,
@@ -106,7 +110,7 @@ def verify_checkpoint(
     return Verification(
         num_copied=num_copied,
         num_modules=len(modules),
-        loader="lrpq" if source.config.model_type in FAULTY else "transformers",
+        loader=loader,
         num_tokens=ids.shape[1],
         max_abs_difference=_compare_logits(output, reloaded, dense, tolerance=tolerance),
         tolerance=tolerance,
@@ -121,23 +125,35 @@ def probe_ids(vocab_size: int, *, num_tokens: int = PROBE_TOKENS) -> Int64[Tenso
 class _Expected:
     """What the loaded model must hold."""
 
-    def __init__(self, quantized: CodeLoader, modules: Sequence[QuantizedModule]) -> None:
+    def __init__(self, quantized: CodeLoader, modules: Sequence[QuantizedModule], format: WeightFormat) -> None:
         self.modules = modules
         self._quantized = quantized
+        self._format = format
 
     def weight(self, module: QuantizedModule, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
         """The module's dequantized weight as the loader computes it."""
-        codes = codes_of(module.name, self._quantized, choice=module.choice, shape=module.shape)
-        return codes.dequantize(dtype, name=module.name)
+        return torch.cat([self._format.dequantize(part, original, dtype) for part, original in self._parts(module)])
 
     def stored(self, module: QuantizedModule) -> dict[str, Tensor]:
         """The module's tensors in the files, by name."""
-        codes = codes_of(module.name, self._quantized, choice=module.choice, shape=module.shape)
-        return {
-            f"{stem}.{kind}": values
-            for stem, part in zip(module.stems, codes.split(module.rows), strict=True)
-            for kind, values in pack(part).items()
-        }
+        packed = [self._format.pack(part, original) for part, original in self._parts(module)]
+        return {name: values for tensors in packed for name, values in tensors.items()}
+
+    def _parts(self, module: QuantizedModule) -> Iterator[tuple[QuantizedWeight, StoredTensor]]:
+        return module.split(codes_of(module.name, self._quantized, choice=module.choice, shape=module.shape))
+
+
+def _loader(choices: Mapping[str, Choice], specs: Sequence[LinearSpec], format: CheckpointFormat) -> str | None:
+    """What loads the checkpoint: see ``Verification.loader``."""
+    if format is CheckpointFormat.DENSE:
+        return TRANSFORMERS
+    if format is CheckpointFormat.GPTQ:
+        return None
+    try:
+        check_experts(choices, specs, scope=ExpertScope.MODEL, loader=TRANSFORMERS)
+    except ConfigError:
+        return None
+    return TRANSFORMERS
 
 
 @torch.no_grad()
@@ -170,9 +186,9 @@ def _compare_files(output: Path, source: ModelSource, plan: CheckpointPlan, *, c
     """
     planned = {t.name: t for shard in plan.shards for unit in shard.units for t in unit}
     shapes = {
-        f"{stem}.{SHAPE}": (rows, module.d_in)
+        f"{original.name.removesuffix(WEIGHT)}.{SHAPE}": original.shape
         for module in plan.modules.values()
-        for stem, rows in zip(module.stems, module.rows, strict=True)
+        for original in module.originals
     }
     found: dict[str, Path] = {}
     copied = set(plan.copied)
@@ -221,8 +237,7 @@ def _reloaded_logits(
 ) -> tuple[Float[Tensor, "1 T vocab"], torch.dtype]:
     """Load the checkpoint, run it (the first forward decompresses) and check the quantized weights."""
     try:
-        load = load_checkpoint if source.config.model_type in FAULTY else AutoModelForCausalLM.from_pretrained
-        model, report = load(output, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(output, local_files_only=True, output_loading_info=True)
         _check_report(output, model, source, plan, report)
         logits: Tensor = model.eval()(input_ids).logits
     except LOADING_ERRORS as error:

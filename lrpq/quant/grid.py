@@ -136,8 +136,8 @@ def search_scales(
 
     The search: absmax / d with d geometric around 2^(bits-1), then refits in which codes and least-squares
     scale alternate (constants and the sweep that chose them: ``_SEARCH``). It runs in units of a power of two
-    near the group's largest weight and importance, which changes no digit: squares of weights beyond 1e19 or
-    below 1e-19 would leave float32's range and every scale would look alike.
+    near the group's largest weight, which changes no digit: squares of weights beyond 1e19 or below 1e-19 would
+    leave float32's range, and every scale would look as good as the first.
 
     Raises QuantizationError if the group size does not divide d_in, or for a weight or importance that is not
     finite.
@@ -164,13 +164,9 @@ def search_scales_transposed(
     width = group_width(choice, d_in, name=name)
     W = Wt.view(d_in // width, width, d_out)
     weights = importance.to(Wt).view(d_in // width, 1, width)
-    weights = weights / power_of_two(weights.amax(-1, keepdim=True))
     scales = torch.empty(d_in // width, d_out, dtype=torch.bfloat16, device=Wt.device)
     for groups, rows in _chunks(W):
-        w = W[groups, :, rows]
-        unit = power_of_two(_absmax(w))
-        best = _search_chunk(w / unit, weights[groups], choice.bits, grid)
-        scales[groups, rows] = _storable(best * unit, choice.bits).squeeze(1)
+        scales[groups, rows] = _search_chunk(W[groups, :, rows], weights[groups], choice.bits, grid).squeeze(1)
     return scales.T.contiguous()
 
 
@@ -194,7 +190,8 @@ def power_of_two(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
     Dividing by it moves exponents alone: digits stay as they are and squares stay in range.
     """
-    return torch.ldexp(torch.ones_like(x), torch.where(x == 0, 0, torch.frexp(x).exponent - 1))
+    # a quotient that is a power of two is exact on every device; ldexp goes through pow, which need not be
+    return torch.where(x == 0, 1.0, x / (2 * torch.frexp(x).mantissa))
 
 
 def check_finite(tensor: Tensor, what: str, *, name: str) -> None:
@@ -218,13 +215,14 @@ def _chunks(W: Tensor) -> Iterator[tuple[slice, slice]]:
 def _search_chunk(w: Tensor, importance: Tensor, bits: int, grid: Grid) -> Tensor:
     """Best scales [groups, 1, rows] of w [groups, width, rows] under importance [groups, 1, width]."""
     bottom, top = code_range(bits)
+    base = _absmax(w)
+    unit = power_of_two(base)
+    w, base = w / unit, base / unit
     t, q = torch.empty_like(w), torch.empty_like(w)
     zero = None
     if grid is Grid.ASYMMETRIC:
         lowest, base = _asymmetric_range(w, bits, dim=1)
         zero, base = _asymmetric_zero(lowest, base, bits), base * (-bottom - 0.5)
-    else:
-        base = _absmax(w)
     # a group of zeros is rounded exactly by any scale: the first one tried, which is then 1
     base = torch.where(base == 0, -bottom - 0.5, base)
 
@@ -257,7 +255,7 @@ def _search_chunk(w: Tensor, importance: Tensor, bits: int, grid: Grid) -> Tenso
             q.sub_(zero)
         product = torch.bmm(importance, torch.mul(w, q, out=t))
         keep_better(_to_bfloat16(product / torch.bmm(importance, q.square_())))
-    return best
+    return _storable(best * unit, bits)
 
 
 def _divisors(bits: int, width: int) -> list[float]:

@@ -198,7 +198,7 @@ def quotient(call: _Call) -> tuple[Any, _Trace]:
         return inverse(call)
     if composed := _composed(call, *call.args[:2]):
         return composed
-    return call.native({1: CONSTANT}), replace(call.mode.trace(call.args[0]), origin=None)
+    return call.native({1: CONSTANT}), call.mode.trace(call.args[0])
 
 
 def _composed(call: _Call, a: Tensor, b: Tensor) -> tuple[Tensor, _Trace] | None:

@@ -235,7 +235,7 @@ def _index(parquet: pq.ParquetFile) -> SymmetricIndex:
     for entry in entries if isinstance(entries, list) else [entries]:
         match entry:
             case {"name": str(name), "width": int(width), "scalars": dict(found)} if (
-                width > 0 and name not in widths and all(map(_is_scalar, found.values()))
+                type(width) is int and width > 0 and name not in widths and all(map(_is_scalar, found.values()))
             ):
                 widths[name], scalars[name] = width, found
             case _:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, cast
@@ -41,6 +42,8 @@ _OURS = ("lrpq.", "sha256:")
 _DIGEST = "lrpq.sha256"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+_MAX_DIMENSIONS = 64  # torch's limit
+_MAX_NUMEL = 2**63 - 1  # torch counts elements in 64 bits with a sign, sizes of zero left out
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -185,8 +188,9 @@ class _Entry:
 def _entry(name: str, entry: JSON) -> _Entry:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if dtype in _DTYPES:
-            sizes = tuple(size for size in shape if isinstance(size, int) and size >= 0)
-            if len(sizes) == len(shape):
+            sizes = tuple(size for size in shape if type(size) is int and size >= 0)
+            numel = math.prod(size for size in sizes if size)
+            if len(sizes) == len(shape) <= _MAX_DIMENSIONS and numel <= _MAX_NUMEL:
                 return _Entry(dtype=_DTYPES[dtype], shape=sizes, begin=begin, end=end)
     raise ValueError(f"the entry of tensor {name!r} is malformed")
 

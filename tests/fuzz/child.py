@@ -122,9 +122,8 @@ class Judge:
         files = mutate(self.corpus[which], self.reader.roles, rng, str(self.place.outside), folder=self.reader.folder)
         return which, files
 
-    def judge(self, seed: int) -> Verdict:
-        """Run one case."""
-        which, files = self.mutated(seed)
+    def judge(self, which: int, files: Files) -> Verdict:
+        """Read a mutated artefact."""
         self.place.fill(files)
         before = self.place.state()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -212,8 +211,9 @@ def run_batch(work: Path, name: str, first: int, count: int, report: int) -> Non
     own = work / str(os.getpid())
     judge = Judge(reader, corpus, Place(own))
     for seed in range(first, first + count):
+        which, files = judge.mutated(seed)
         os.write(report, f"S {seed}\n".encode())
-        verdict = judge.judge(seed)
+        verdict = judge.judge(which, files)
         text = json.dumps(verdict.text.replace(str(own), "WORK")) if verdict.outcome == FAILED or count == 1 else '""'
         os.write(report, f"R {seed} {verdict.outcome} {text}\n".encode())
     shutil.rmtree(own, ignore_errors=True)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from .thrift import BINARY, DOUBLE, FALSE, I32, I64, INTEGERS, LIST, SET, STRUCT, TRUE, Struct, decode, encode, field
 
 MAGIC = b"PAR1"
-ROW_GROUPS, COLUMNS, META = 4, 1, 3
+ROW_GROUPS, KEY_VALUES, COLUMNS, META = 4, 5, 1, 3
 CODEC, TOTAL_COMPRESSED, DATA_PAGE, DICTIONARY_PAGE = 4, 7, 9, 11
 OFFSETS = (9, 10, 11)
 UNCOMPRESSED_SIZE, COMPRESSED_SIZE, CRC = 2, 3, 4
@@ -26,9 +26,9 @@ def mutate_footer(raw: bytes, rng: random.Random, outside: str) -> bytes:
     Raises:
         ValueError, IndexError: not a Parquet file any more.
     """
-    footer, start = _footer(raw)
+    footer, start = read_footer(raw)
     _change(footer, rng, outside)
-    return _joined(raw[:start], footer)
+    return with_footer(raw[:start], footer)
 
 
 def mutate_page(raw: bytes, rng: random.Random, outside: str) -> bytes:
@@ -37,7 +37,7 @@ def mutate_page(raw: bytes, rng: random.Random, outside: str) -> bytes:
     Raises:
         ValueError, IndexError: not a Parquet file any more.
     """
-    footer, start = _footer(raw)
+    footer, start = read_footer(raw)
     columns = [chunk for group in _items(footer, ROW_GROUPS) for chunk in _items(group, COLUMNS)]
     chunk = rng.choice(columns)
     meta = field(chunk, META)[2]
@@ -58,7 +58,7 @@ def mutate_page(raw: bytes, rng: random.Random, outside: str) -> bytes:
                 entry[2] += delta
     if rng.randrange(8):
         field(meta, TOTAL_COMPRESSED)[2] += delta
-    return _joined(raw[:at] + page + raw[body + size : start], footer)
+    return with_footer(raw[:at] + page + raw[body + size : start], footer)
 
 
 def _changed_content(content: bytes, codec: int, header: Struct, rng: random.Random) -> bytes:
@@ -133,7 +133,12 @@ def _items(fields: Struct, number: int) -> list[Struct]:
     return list(field(fields, number)[2][1])
 
 
-def _footer(raw: bytes) -> tuple[Struct, int]:
+def read_footer(raw: bytes) -> tuple[Struct, int]:
+    """The footer of a file, and where it begins.
+
+    Raises:
+        ValueError, IndexError: there is none.
+    """
     length = int.from_bytes(raw[-8:-4], "little")
     start = len(raw) - 8 - length
     if raw[-4:] != MAGIC or start < 4:
@@ -144,6 +149,7 @@ def _footer(raw: bytes) -> tuple[Struct, int]:
     return footer, start
 
 
-def _joined(front: bytes, footer: Struct) -> bytes:
+def with_footer(front: bytes, footer: Struct) -> bytes:
+    """The file: what stands before the footer, and the footer."""
     text = encode(footer)
     return front + text + len(text).to_bytes(4, "little") + MAGIC

@@ -494,14 +494,14 @@ READERS = (
         write=(write_settings_toml,),
         read=_reads_settings("c.toml"),
         roles={"c.toml": "toml"},
-        names_file=False,
+        names_file=True,
     ),
     Reader(
         name="config-json",
         write=(write_settings_json,),
         read=_reads_settings("c.json"),
         roles={"c.json": "json"},
-        names_file=False,
+        names_file=True,
     ),
     Reader(
         name="lrpq-json",

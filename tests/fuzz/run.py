@@ -28,7 +28,7 @@ BATCH = 500
 TIMEOUT_SECONDS = 20.0
 """Of one case, which takes milliseconds; a machine may be busy."""
 START_SECONDS = 120.0
-SHOWN_FAILURES = 10
+SHOWN_FAILURES = 30
 MAX_SHOWN = 4000  # characters of a failure
 FAILED = "failed"
 ENVIRONMENT = {
@@ -167,7 +167,7 @@ def _signature(text: str) -> str:
     """What failures of one cause have in common: where it was raised and of which type, else the first words."""
     places = re.findall(r'File "([^"]*/(?:lrpq|tasks|flows)/[^"]*)", line (\d+)', text)
     last = text.rstrip().splitlines()[-1]
-    return f"{places[-1:]} {last.split(':')[0]}" if places else text[:30]
+    return f"{places[-1:]} {last.split(':')[0]}" if places else text[:70]
 
 
 def _status(status: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 from tasks.store.documents import canonical_text, sha256_text
 from tasks.store.schema import sealed
 
+from . import parquet
 from .values import Pairs, dumped, mutate_value
 
 DIGEST = "lrpq.sha256"
@@ -57,14 +59,15 @@ def mutate_matrices(raw: bytes, rng: random.Random, outside: str) -> bytes:
     Raises:
         ValueError, TypeError, OSError: not such an object any more.
     """
-    parquet = pq.ParquetFile(io.BytesIO(raw))
-    schema = parquet.schema_arrow
-    metadata = {name.decode(): text.decode() for name, text in schema.metadata.items()}
+    footer, start = parquet.read_footer(raw)
+    schema = pq.read_schema(io.BytesIO(raw))
+    metadata = {key.decode(): text.decode() for key, text in schema.metadata.items() if key.startswith(b"lrpq.")}
     metadata.pop(DIGEST)
     name = rng.choice(("lrpq.matrices", "lrpq.matrices", "lrpq.matrices", "lrpq.rows", "lrpq.units"))
     metadata[name] = dumped(mutate_value(json.loads(metadata[name], object_pairs_hook=Pairs), rng, outside))
-    out = io.BytesIO()
-    with pq.ParquetWriter(out, sealed(schema, metadata), compression="zstd", write_page_checksum=True) as writer:
-        for group in range(parquet.num_row_groups):
-            writer.write_table(parquet.read_row_group(group, use_threads=False).cast(writer.schema))
-    return out.getvalue()
+    resealed = sealed(schema, metadata)
+    changed = {**resealed.metadata, b"ARROW:schema": base64.b64encode(resealed.serialize())}  # where it is read from
+    for entry in parquet.field(footer, parquet.KEY_VALUES)[2][1]:
+        key, value = parquet.field(entry, 1), parquet.field(entry, 2)
+        value[2] = changed.get(key[2], value[2])
+    return parquet.with_footer(raw[:start], footer)

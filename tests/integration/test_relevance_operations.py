@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
-from transformers.activations import NewGELUActivation
+from transformers.activations import LaplaceActivation, NewGELUActivation
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
@@ -636,11 +636,53 @@ def test_norm_kernels_agree_with_norms_written_out(name: str) -> None:
     for running in RULE_PASSES:
         close(found[running][0], expected[running][0], rtol=1e-10)
     assert relative(found[Pass.LRP][0], found[Pass.FISHER][0]) > 0.05
+    with_values_and_fisher(lambda x: kernel(x, w.bfloat16(), b.bfloat16()), {"x": pair()["x"].bfloat16()})
+
+
+def test_gate_and_value_of_one_layer_are_told_apart() -> None:
+    """The two halves of a fused projection have one node in the graph."""
+
+    def fused(x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, -1)
+        return functional.silu(gate) * value
+
+    _, found, _ = with_values_and_fisher(fused, {"x": pair()["x"]})
+    assert not found[Pass.CP_LRP][0][:, :2].any()
+    assert torch.equal(found[Pass.CP_LRP][0][:, 2:], found[Pass.FISHER][0][:, 2:])
+    assert torch.equal(found[Pass.LRP][0][:, 2:], found[Pass.FISHER][0][:, 2:] / 2)
+
+
+def test_only_entry_by_entry_functions_of_one_tensor_are_one_activation() -> None:
+    x = pair()["x"]
+    t = torch.tanh(x)
+    _, found, g = with_values_and_fisher(lambda x: torch.tanh(x).flip(0) * x, {"x": x})
+    close(found[Pass.LRP][0], g * t.flip(0) / 2 + (g * x).flip(0) * t / x / 2)
+    close(found[Pass.CP_LRP][0], g * t.flip(0), rtol=1e-12)
+
+    def widened(x: Tensor) -> Tensor:
+        a = x[:, :1]
+        return a * torch.tanh(a * FIXED)
+
+    y, found, g = with_values_and_fisher(widened, {"x": x})
+    close(found[Pass.LRP][0][:, 0], (g * y).sum(-1) / x[:, 0])
+    close(found[Pass.CP_LRP][0][:, 0], (g * y).sum(-1) / x[:, 0])
+
+
+def test_product_of_gates_is_a_gate() -> None:
+    _, found, g = with_values_and_fisher(lambda x, y: (torch.tanh(x) * torch.sigmoid(y)) * (x + y), pair())
+    gate = torch.tanh(pair()["x"]) * torch.sigmoid(pair()["y"])
+    for got in found[Pass.CP_LRP]:
+        close(got, g * gate, rtol=1e-12)
+
+
+def test_inverse_of_an_entry_with_its_mean_is_no_normaliser() -> None:
+    y, found, g = with_values_and_fisher(lambda x: (x + x.mean(-1, keepdim=True)).rsqrt(), {"x": pair()["x"]})
+    close(relevance_sum(pair()["x"], found[Pass.LRP][0]), relevance_sum(y, g), rtol=1e-6)
 
 
 def test_activation_module_of_many_operations_is_one_activation() -> None:
     x = {"x": pair()["x"] - 1.0}
-    for act in (NewGELUActivation(), nn.ReLU(inplace=True)):
+    for act in (NewGELUActivation(), LaplaceActivation(), nn.ReLU(inplace=True)):
         module = Function(lambda x, act=act: act(x * 1.0), act=act)
         plain, true, _ = run(module, x, no_rules)
         y, found, g = run(module, x, operation_rules)

@@ -498,6 +498,20 @@ def test_refining_any_layer_on_any_inputs(kind_of_weight: str, kind_of_inputs: s
         assert errors[0].sum() < 0.9 * errors[1].sum()
 
 
+@pytest.mark.parametrize("power", [-100, -64, 64, 80])
+def test_powers_of_two_leave_the_refined_codes_and_the_rejected_rows(power: int) -> None:
+    X, choice = inputs("outliers"), Choice(bits=3, group_size=32)
+    site = products(X, X * (1 + 0.2 * normal(*X.shape, seed=11)), torch.linspace(0.1, 1, TOKENS))
+    plain, found = (
+        quantize_refined(weight("normal", 100) * factor, site, choice, strength=0.5, name=NAME)
+        for factor in (1.0, 2.0**power)
+    )
+    assert 0 < plain.rejected_rows < 100
+    assert found.rejected_rows == plain.rejected_rows
+    assert torch.equal(found.weight.codes, plain.weight.codes)
+    assert torch.equal(found.weight.scales.double(), plain.weight.scales.double() * 2.0**power)
+
+
 def test_every_raised_damping_is_counted_also_that_of_the_correction() -> None:
     W, X, choice = weight("normal"), inputs("constant"), Choice(bits=4, group_size=-1)
     site = products(X, 0.9 * X, torch.ones(TOKENS))

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrpq.checkpoint.compressed_tensors import natural_key, quantization_config
+from lrpq.checkpoint.compressed_tensors import quantization_config
 from lrpq.checkpoint.describe import matrix_modules
+from lrpq.checkpoint.patterns import natural_key
 from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice, LinearSpec
 
