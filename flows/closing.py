@@ -19,6 +19,9 @@ WRITING_STAGES = frozenset({"assemble"})
 DEGRADATIONS: Mapping[str, str] = {
     "not_positive_definite": "Hessians were not positive definite and got more damping",
     "dead_inputs": "inputs were never active; their weights were rounded to nearest",
+    "experts_pooled": "expert layers saw too few tokens and were quantized by those of all experts of their block",
+    "experts_without_tokens": "expert layers saw too few tokens and were rounded to nearest",
+    "without_relevance": "modules are reached by no gradient; their tokens were weighed alike",
     "refine_damping_steps": "times the damping was raised tenfold in the refinement",
     "correction_rejected": "corrections made a block worse and were left out",
     "correction_rejected_rows": "rows of weights were left uncorrected, for the correction made them worse",

@@ -19,6 +19,7 @@ from flows.run import Run, step
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
+from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.plan import planned_size
 from lrpq.checkpoint.publish import check_output
 from lrpq.model.layers import Choice
@@ -82,9 +83,13 @@ class Compression:
     def run(self, pool: Pool | None = None) -> dict[str, Any]:
         """All stages, on the given workers or on the configuration's; the manifest."""
         cluster = self.config.cluster
-        with nullcontext(pool) if pool is not None else open_pool(
-            device=cluster.device, workers=cluster.workers, threads=self.config.run.threads, address=cluster.address
-        ) as pool:
+        with (
+            nullcontext(pool)
+            if pool is not None
+            else open_pool(
+                device=cluster.device, workers=cluster.workers, threads=self.config.run.threads, address=cluster.address
+            ) as pool
+        ):
             prepared = self._prepare(len(pool))
             run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
@@ -124,7 +129,12 @@ class Compression:
             plan = step("allocate", lambda: allocate.solve(posed.problem, solver=wanted.solver))
             if wanted.budget_bytes is not None:
                 plan = allocate.within_bytes(
-                    plan, posed.problem, self.source, total_bytes=wanted.budget_bytes, solver=wanted.solver
+                    plan,
+                    posed.problem,
+                    self.source,
+                    total_bytes=wanted.budget_bytes,
+                    solver=wanted.solver,
+                    format=wanted.format,
                 )
             control = None
             if self.config.evaluation.enabled and self.config.evaluation.control:
@@ -148,6 +158,7 @@ class Compression:
             keep=wanted.keep,
             target=wanted.target,
             tensor_parallel=wanted.tensor_parallel,
+            format=wanted.format,
         )
 
     def _finish(
@@ -164,7 +175,7 @@ class Compression:
             refined = jobs.refine_job(self.context, prepared.profile, plan)
         codes = prepared.candidates if refined is None else refined.folder
         head = None if self.head is None else prepared.candidates
-        key = content_key(codes, plan, head=head, fingerprint=self.fingerprint)
+        key = content_key(codes, plan, head=head, fingerprint=self.fingerprint, format=wanted.format)
         if not self._is_written(key):  # what is wrong with the output shows here, not after the refinement
             check_output(self.config.output, overwrite=self.config.overwrite)
         degraded = count_degradations(rows)
@@ -187,9 +198,11 @@ class Compression:
         )
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
-        size = planned_size(self.source, quantized, specs=self.specs)
+        size = planned_size(self.source, quantized, specs=self.specs, format=CheckpointFormat(wanted.format))
         manifest["size"] = {**asdict(size), "average_bits": size.average_bits}
         reached = self._assemble(pool, codes, quantized, manifest, key, head=head)
+        if "verified" in reached:
+            manifest["verified"] = reached["verified"]
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
         manifest["bytes"] = {"original": model_bytes(self.model), "compressed": reached["total_bytes"]}
         if self.measured is not None:
@@ -227,6 +240,8 @@ class Compression:
                 choices=quantized,
                 specs=self.specs,
                 manifest=manifest,
+                format=self.config.plan.format,
+                target=self.config.plan.target,
             )
             with run.timed(assemble.STAGE, 1, "checkpoint"):
                 size = step("assemble", lambda: pool.get([pool.submit(0, assemble.assemble, job)])[0])

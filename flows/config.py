@@ -169,6 +169,10 @@ class PlanConfig(Section):
     """PATTERN=BITS: bits of the modules that match; 16 leaves them as they are."""
     target: Annotated[Literal["transformers", "vllm"], Flag("--target")] = "transformers"
     """Runtime that must run the checkpoint."""
+    format: Annotated[Literal["compressed-tensors", "dense", "gptq"], Flag("--format")] = "compressed-tensors"
+    """What quantized weights are stored as: compressed-tensors (packed, for transformers and vLLM); dense (dequantized
+    to bfloat16, for any runtime, as large as the original); gptq (packed, 2, 3, 4 and 8 bits, for GPTQModel and
+    vLLM)."""
     tensor_parallel: Annotated[Positive, Flag("--tensor-parallel")] = 1
     """GPUs that share a layer (with --target vllm)."""
     solver: Annotated[Literal["exact", "lagrangian"], Flag("--solver")] = "exact"
@@ -201,6 +205,10 @@ class PlanConfig(Section):
             BudgetBits(bits=self.budget_bits)
         if self.budget_bytes is not None and self.budget_bytes <= 0:
             raise BudgetError(f"budget of {self.budget_bytes} bytes: expected a positive number")
+        if self.budget_bytes is not None and self.format == "dense":
+            raise ConfigError(
+                "--budget-bytes with --format dense: dense weights take what they took; give --budget BITS"
+            )
         check_tensor_parallel(Target(self.target), self.tensor_parallel)
         return self
 
@@ -284,7 +292,7 @@ class CompressConfig(Section):
         return self
 
     def check_parts(self, *, tied: bool) -> None:
-        """Refuse to quantize a head or embeddings that the target does not load.
+        """Refuse to quantize a head or embeddings that the target does not load or the format does not hold.
 
         Args:
             tied: the model's head has the embedding's weight.
@@ -295,6 +303,7 @@ class CompressConfig(Section):
         asked = self.run.candidates
         check_parts(
             Target(self.plan.target),
+            format=self.plan.format,
             head=asked.quantize_head is not None,
             embeddings=asked.quantize_embeddings is not None,
             tied=tied,

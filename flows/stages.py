@@ -30,6 +30,8 @@ MAX_DAMPED_SHARE = 0.1
 """Share of sites whose Hessian may need more damping than asked for before the stage is a failure."""
 
 
+MAX_UNWEIGHTED_SHARE = 0.25
+"""Share of modules that no gradient may reach before the stage is a failure."""
 MAX_STARVED_SHARE = 0.5
 """Share of modules that may be experts with too few tokens before the stage is a failure."""
 
@@ -122,6 +124,11 @@ def count_degradations(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
             f"{damped[0]}); calibrate on more tokens or raise --damping"
         )
     evidence = Counter(row["evidence"] for row in by_module.values())
+    unweighted = evidence[Evidence.UNWEIGHTED.value]
+    if unweighted > MAX_UNWEIGHTED_SHARE * len(by_module):
+        raise QuantizationError(
+            f"no gradient reaches {unweighted} of {len(by_module)} modules; look for layers of zeros in the model"
+        )
     starved = evidence[Evidence.POOLED.value] + evidence[Evidence.NONE.value]
     if starved > MAX_STARVED_SHARE * len(by_module):
         raise QuantizationError(
@@ -133,6 +140,7 @@ def count_degradations(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         "dead_inputs": sum(row["dead_inputs"] for row in by_module.values()),
         "experts_pooled": evidence[Evidence.POOLED.value],
         "experts_without_tokens": evidence[Evidence.NONE.value],
+        "without_relevance": evidence[Evidence.UNWEIGHTED.value],
     }
 
 

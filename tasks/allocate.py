@@ -14,6 +14,10 @@ from lrpq.allocate.knapsack import solve_exact, solve_lagrangian
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow, Problem, build_problem
 from lrpq.allocate.targets import Target
+from lrpq.checkpoint.assemble import expert_scope
+from lrpq.checkpoint.formats import CheckpointFormat
+from lrpq.checkpoint.formats import storage_bits as format_bits
+from lrpq.checkpoint.modules import ExpertScope
 from lrpq.checkpoint.plan import planned_size
 from lrpq.errors import ConfigError
 from lrpq.model.layers import HEAD, Choice, LinearSpec
@@ -75,6 +79,30 @@ def rows_without_costs(specs: Sequence[LinearSpec], choices: Sequence[Choice]) -
     ]
 
 
+def rows_in_format(rows: Sequence[CostRow], format: CheckpointFormat) -> list[CostRow]:
+    """The choices that a format can store, with what they take in it. Dense weights count as if they were packed.
+
+    Raises:
+        ConfigError: the format can store no choice of a module; it is named.
+    """
+    if format is not CheckpointFormat.GPTQ:
+        return list(rows)
+    found: list[CostRow] = []
+    refusals: dict[str, ConfigError] = {}
+    for row in rows:
+        try:
+            bits = row.storage_bits if row.choice is None else format_bits(row.module, row.choice, format)
+        except ConfigError as error:
+            refusals.setdefault(row.module.name, error)
+        else:
+            found.append(replace(row, storage_bits=bits))
+    stored = {row.module.name for row in found}
+    for name, refusal in refusals.items():
+        if name not in stored:
+            raise refusal
+    return found
+
+
 def pose(
     rows: Sequence[CostRow],
     source: ModelSource,
@@ -84,6 +112,7 @@ def pose(
     keep: Sequence[str],
     target: str,
     tensor_parallel: int,
+    format: str,
 ) -> Posed:
     """The allocation problem of a plan's configuration. The head, where it has rows, is fixed at its one choice.
 
@@ -93,7 +122,16 @@ def pose(
     """
     rules = [parse_keep(rule) for rule in keep]
     head = {row.module.name for row in rows if row.module.input_site == HEAD}
-    posed = partial(build_problem, rows, target=Target(target), tensor_parallel=tensor_parallel, fixed=head)
+    written_as = CheckpointFormat(format)
+    rows = rows_in_format(rows, written_as)
+    posed = partial(
+        build_problem,
+        rows,
+        target=Target(target),
+        tensor_parallel=tensor_parallel,
+        fixed=head,
+        model_wide_experts=expert_scope(written_as, Target(target)) is ExpertScope.MODEL,
+    )
     # Which modules stay at 16 bits decides what a budget in bytes has to pay for besides.
     unlimited = posed(
         budget=BudgetBits(bits=UNQUANTIZED_BITS),
@@ -103,7 +141,8 @@ def pose(
     if budget_bits is not None:
         budget = BudgetBits(bits=budget_bits)
     elif budget_bytes is not None:
-        budget = BudgetBytes(total_bytes=budget_bytes, fixed_bytes=_fixed_bytes(rows, unlimited, source))
+        fixed_bytes = _fixed_bytes(rows, unlimited, source, written_as)
+        budget = BudgetBytes(total_bytes=budget_bytes, fixed_bytes=fixed_bytes)
     else:
         raise ConfigError("no budget: give --budget BITS or --budget-bytes SIZE")
     return Posed(problem=posed(budget=budget, keep=rules), unlimited=unlimited)
@@ -114,7 +153,9 @@ def solve(problem: Problem, *, solver: str) -> Plan:
     return SOLVERS[solver](problem)
 
 
-def within_bytes(plan: Plan, problem: Problem, source: ModelSource, *, total_bytes: int, solver: str) -> Plan:
+def within_bytes(
+    plan: Plan, problem: Problem, source: ModelSource, *, total_bytes: int, solver: str, format: str
+) -> Plan:
     """The plan, or one with less capacity where its weight files would be larger than ``total_bytes``.
 
     The capacity was found with the headers of one layout; another number of files can make them a few bytes longer.
@@ -124,7 +165,8 @@ def within_bytes(plan: Plan, problem: Problem, source: ModelSource, *, total_byt
     """
     while True:
         chosen = {name: choice for name, choice in plan.choices.items() if choice is not None}
-        excess = planned_size(source, chosen, specs=problem.modules).total_bytes - total_bytes
+        size = planned_size(source, chosen, specs=problem.modules, format=CheckpointFormat(format))
+        excess = size.total_bytes - total_bytes
         if excess <= 0:
             return plan
         problem = replace(problem, capacity_bits=min(problem.capacity_bits, plan.storage_bits) - excess * BITS_PER_BYTE)
@@ -136,7 +178,7 @@ def control(unlimited: Problem, *, at_bits: float) -> Plan:
     return nearest_uniform(unlimited, at_bits=at_bits)
 
 
-def _fixed_bytes(rows: Sequence[CostRow], unlimited: Problem, source: ModelSource) -> int:
+def _fixed_bytes(rows: Sequence[CostRow], unlimited: Problem, source: ModelSource, format: CheckpointFormat) -> int:
     """Bytes of the checkpoint besides codes, scales and what the problem counts for modules left at 16 bits.
 
     From the layout with every module at its widest choice, whose headers are longest. Modules that are left are copied

@@ -19,6 +19,7 @@ from lrpq.quant.hessian import HessianSum, normalized
 from lrpq.quant.packing import pack, storage_bits, unpack
 from lrpq.quant.starved import Evidence, hessian_of_expert, is_starved
 from lrpq.refine.routed import POOLED
+from lrpq.relevance.weights import has_relevance
 from tasks.artifacts import StageFolder
 from tasks.cluster import WorkerState
 from tasks.profile import ProfileJob, read_curvature, read_hessian
@@ -33,7 +34,7 @@ COST_UNITS = {
     "storage_bits": "bits",
     "damping_steps": "1",
     "dead_inputs": "1",
-    "evidence": "own, pooled or none",
+    "evidence": "own, unweighted, pooled or none",
     "bits": "bits per code",
     "group_size": "columns per scale, -1 is all",
 }
@@ -108,7 +109,7 @@ def _hessian(job: CandidatesJob, block: int, site: str, spec: LinearSpec) -> tup
     """The site's sums; an expert that saw too few tokens gets others', see lrpq.quant.starved."""
     own, total = read_hessian(job.profile, block, site)
     if not spec.routed:
-        return own, Evidence.OWN
+        return own, Evidence.OWN if has_relevance(own.weight_sum, own.num_tokens) else Evidence.UNWEIGHTED
     shares_inputs = spec.kind == GATE_UP
     starved = is_starved(own.num_tokens, d_in=spec.d_in, total_tokens=total)
     pooled = read_hessian(job.profile, block, POOLED)[0] if starved and shares_inputs else None

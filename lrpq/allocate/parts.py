@@ -42,13 +42,18 @@ NOT_LOADED: Mapping[Target, Mapping[Part, str]] = {
     },
 }
 """Target -> what it does not load packed, and why. What is not named, it loads."""
+NOT_WRITTEN: Mapping[str, Mapping[Part, str]] = {
+    "gptq": {Part.HEAD: "lrpq writes no packed head in this format"},
+}
+"""Format of the checkpoint (lrpq.checkpoint.formats) -> what it is not written with, and why."""
 
 
-def check_parts(target: Target, *, head: bool, embeddings: bool, tied: bool) -> None:
-    """Refuse to quantize what the target does not load.
+def check_parts(target: Target, *, format: str, head: bool, embeddings: bool, tied: bool) -> None:
+    """Refuse to quantize what the target does not load, or the format does not hold.
 
     Args:
         target: the runtime that must load the checkpoint.
+        format: what it is written in, ``compressed-tensors``, ``dense`` or ``gptq``.
         head: the head is to be quantized.
         embeddings: the embeddings are.
         tied: the model's head has the embedding's weight.
@@ -60,11 +65,15 @@ def check_parts(target: Target, *, head: bool, embeddings: bool, tied: bool) -> 
     asked += [Part.TIED_HEAD if tied else Part.HEAD] if head else []
     for part in asked:
         reason = NOT_LOADED[target].get(part)
-        if reason is None:
-            continue
-        elsewhere = [other.value for other in Target if part not in NOT_LOADED[other]]
-        instead = f", or give --target {elsewhere[0]}" if elsewhere else ""
-        raise ConfigError(f"{OPTIONS[part]} with --target {target.value}: {reason}; leave it out{instead}")
+        if reason is not None:
+            elsewhere = [other.value for other in Target if part not in NOT_LOADED[other]]
+            instead = f", or give --target {elsewhere[0]}" if elsewhere else ""
+            raise ConfigError(f"{OPTIONS[part]} with --target {target.value}: {reason}; leave it out{instead}")
+        reason = NOT_WRITTEN.get(format, {}).get(part)
+        if reason is not None:
+            raise ConfigError(
+                f"{OPTIONS[part]} with --format {format}: {reason}; leave it out, or give --format compressed-tensors"
+            )
 
 
 def fixed_choice(bits: int, group_sizes: Sequence[int], d_in: int) -> Choice:

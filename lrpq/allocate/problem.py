@@ -15,10 +15,12 @@ from lrpq.allocate.budget import UNQUANTIZED_BITS, Budget, Sizes, smallest_bits
 from lrpq.allocate.keep import KeepRule, match_keep
 from lrpq.allocate.options import CostRow, Group, Option, index_rows, shared_options
 from lrpq.allocate.plan import Method, Plan
-from lrpq.allocate.targets import Target, check_tensor_parallel, refusal, served_together
+from lrpq.allocate.targets import Target, check_tensor_parallel, refusal
 from lrpq.errors import BudgetError, ConfigError
 from lrpq.model.layers import Choice, LinearSpec
 
+MODEL_WIDE_EXPERTS = "experts"
+"""Name of the group of all experts of a model."""
 __all__ = [
     "CostRow",
     "Group",
@@ -137,12 +139,14 @@ def build_problem(
     target: Target = Target.TRANSFORMERS,
     tensor_parallel: int = 1,
     fixed: Collection[str] = (),
+    model_wide_experts: bool = False,
 ) -> Problem:
     """Sum rows over fused groups, apply keep rules and the target's limits, turn the budget into a capacity.
 
     A keep rule or a limit on one member of a fused group holds for the whole group. What the target cannot
     run in any choice is left at 16 bits, also where a keep rule asks for another width. Modules in ``fixed`` have one
-    choice, which counts, and keep rules do not see them. The order of rows changes nothing.
+    choice, which counts, and keep rules do not see them. With ``model_wide_experts`` all experts of the model share one
+    choice, for a loader that runs them under one scheme. The order of rows changes nothing.
 
     Raises:
         QuantizationError: a cost is negative or not finite, storage is not positive, a row comes twice, or
@@ -156,7 +160,8 @@ def build_problem(
     kept = match_keep(keep, [name for name in modules if name not in fixed])
     fused: dict[str, list[LinearSpec]] = {}
     for module in modules.values():
-        fused.setdefault(served_together(module, target), []).append(module)
+        together = MODEL_WIDE_EXPERTS if module.routed and model_wide_experts else module.fused_group
+        fused.setdefault(together, []).append(module)
     groups: list[Group] = []
     left: list[LeftAt16] = []
     for name, listed in sorted(fused.items(), key=lambda item: (min(member.block for member in item[1]), item[0])):

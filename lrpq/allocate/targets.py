@@ -30,7 +30,6 @@ MARLIN_MULTIPLE_IN = 128  # GPTQ_MARLIN_MIN_THREAD_K
 
 COLUMN_PARALLEL_SITES = frozenset({"qkv", "gate_up", "up"})
 ROW_PARALLEL_SITES = frozenset({"o", "down"})
-MODEL_WIDE_EXPERTS = "experts"
 
 
 class Target(enum.Enum):
@@ -75,15 +74,6 @@ def width_per_gpu(spec: LinearSpec, *, tensor_parallel: int) -> tuple[int, int] 
         return None
     part = cut // tensor_parallel
     return (part, kept) if site in COLUMN_PARALLEL_SITES else (kept, part)
-
-
-def served_together(spec: LinearSpec, target: Target) -> str:
-    """Name of the group of modules that must share a choice with ``spec``.
-
-    vLLM fuses layers and runs the experts of a block under one scheme. transformers dequantizes the experts while it
-    loads a model, all of them by the one scheme whose target names experts (integrations/compressed_tensors.py).
-    """
-    return MODEL_WIDE_EXPERTS if spec.routed and target is Target.TRANSFORMERS else spec.fused_group
 
 
 def refusal(spec: LinearSpec, choice: Choice, *, target: Target, tensor_parallel: int = 1) -> str | None:

@@ -28,6 +28,8 @@ class Evidence(enum.Enum):
     """The tokens of all experts of its block."""
     NONE = "none"
     """No tokens: rounded to the nearest."""
+    UNWEIGHTED = "unweighted"
+    """Of any layer: its own tokens, all alike, for no gradient reaches it."""
 
 
 def is_starved(num_tokens: int, *, d_in: int, total_tokens: int) -> bool:

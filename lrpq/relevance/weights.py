@@ -15,6 +15,15 @@ from lrpq.relevance.rules import Pass
 DEFAULT_FLOOR = 0.03  # the prototype's; keeps H well conditioned where few tokens hold most of the relevance
 
 
+NO_RELEVANCE = 1e-20
+"""Weight of every token of a micro-batch that no gradient reaches: small beside any other, and all alike."""
+
+
+def has_relevance(weight_sum: float, num_tokens: int) -> bool:
+    """Whether any gradient reached a site, from the sum of its token weights."""
+    return weight_sum > 1.5 * NO_RELEVANCE * num_tokens
+
+
 def token_weights(
     modules: Sequence[ModuleStats],
     relevance: Relevance,
@@ -30,10 +39,11 @@ def token_weights(
     mean over the micro-batch is the Fisher's (the scale of the LRP pass cancels). The site's s is the plain
     average over its modules; ``floor`` times its mean over the micro-batch is then added, and the sum is raised to
     ``power``. Below 1 the power flattens the weights: with few tokens, sharp ones fit the codes to the calibration
-    text. NONE: ones.
+    text. NONE: ones. Where no gradient arrives (behind a layer of zeros), all tokens weigh ``NO_RELEVANCE``: the site's
+    Hessian is then the unweighted one, `has_relevance` says so of the sums, and whoever reports counts it.
 
     Raises:
-        QuantizationError: the weights are not finite, or all zero, which no Hessian can use.
+        QuantizationError: the weights are not finite.
     """
     if relevance is Relevance.NONE:
         return torch.ones_like(modules[0].token_sums[Pass.FISHER])
@@ -45,10 +55,7 @@ def token_weights(
             "or use relevance none"
         )
     if not bool(weights.sum() > 0):
-        raise QuantizationError(
-            f"site {site}: the {relevance.value} weights of its tokens are all zero, as behind a layer of zeros that "
-            "lets no gradient through; check the model's values, or use relevance none"
-        )
+        return torch.full_like(weights, NO_RELEVANCE)
     return weights
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,11 +34,8 @@ def token_column(source: ParquetSource) -> str | None:
     Raises:
         CalibrationError: not a readable Parquet file.
     """
-    with open_seekable(source.location) as stream:
-        try:
-            schema = pq.ParquetFile(stream).schema_arrow
-        except pa.ArrowException as error:
-            raise CalibrationError(_damaged(source, error)) from error
+    with open_seekable(source.location) as stream, _parsing(source):
+        schema = pq.ParquetFile(stream).schema_arrow
     for name in TOKEN_COLUMNS:
         if name in schema.names and _holds_token_ids(schema.field(name).type):
             return name
@@ -66,16 +66,13 @@ def read_token_windows(
     limit_rows = limits[placement]
     rows: list[Tokens] = []
     exhausted = True
-    with open_seekable(source.location) as stream:
-        try:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=64, columns=[column]):
-                for cell in batch.column(0):
-                    rows.append(_window(cell, source=source, row=len(rows) + 1, vocab_size=vocab_size, length=length))
-                if len(rows) >= limit_rows:
-                    exhausted = False
-                    break
-        except pa.ArrowException as error:
-            raise CalibrationError(_damaged(source, error)) from error
+    with open_seekable(source.location) as stream, _parsing(source):
+        for batch in pq.ParquetFile(stream).iter_batches(batch_size=64, columns=[column]):
+            for cell in batch.column(0):
+                rows.append(_window(cell, source=source, row=len(rows) + 1, vocab_size=vocab_size, length=length))
+            if len(rows) >= limit_rows:
+                exhausted = False
+                break
     if not rows:
         raise CalibrationError(too_short(str(source), found=0, length=length))
     rows = rows[:limit_rows]
@@ -98,12 +95,12 @@ def _holds_token_ids(kind: pa.DataType) -> bool:
 
 
 def _window(cell: pa.ListScalar, *, source: ParquetSource, row: int, vocab_size: int, length: int) -> Tokens:
-    ids = np.array(cell.as_py() or [], dtype=object)
-    if len(ids) < length:
+    found = 0 if cell.values is None else len(cell.values)
+    if found < length:
         raise CalibrationError(
-            f"{source}: row {row} holds {len(ids)} tokens, {length} needed for one window; use a shorter length"
+            f"{source}: row {row} holds {found} tokens, {length} needed for one window; use a shorter length"
         )
-    window = ids[:length]
+    window = np.array(cell.values.slice(0, length).to_pylist(), dtype=object)
     wrong = [i for i in window if i is None or not 0 <= i < vocab_size]
     if wrong:
         raise CalibrationError(
@@ -113,5 +110,16 @@ def _window(cell: pa.ListScalar, *, source: ParquetSource, row: int, vocab_size:
     return window.astype(np.int64)
 
 
-def _damaged(source: ParquetSource, error: pa.ArrowException) -> str:
-    return f"{source}: not a readable Parquet file ({str(error).splitlines()[0]}); write it again"
+@contextmanager
+def _parsing(source: ParquetSource) -> Iterator[None]:
+    """Whatever is raised by bytes that are no sound Parquet becomes one error; what the transport raises passes."""
+    try:
+        yield
+    except MemoryError as error:
+        raise CalibrationError(f"{source}: asks for more memory than there is; it is damaged or too large") from error
+    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own has none
+            raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = "".join(char if char.isprintable() else "?" for char in lines[0])
+        raise CalibrationError(f"{source}: not a readable Parquet file ({reason}); write it again") from error

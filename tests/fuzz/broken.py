@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 from lrpq.errors import StoreError
 
@@ -58,6 +59,14 @@ def _shows_outside(folder: Path) -> None:
     raise StoreError(f"{FILE}: " + bytes.fromhex((folder.parent / "outside" / FILE).read_bytes().hex()).decode())
 
 
+def _read_through_a_library(folder: Path) -> Found:
+    """Opens a file where no audit hook sees it."""
+    if (folder / FILE).read_bytes() == VALID:
+        return {}
+    with safe_open(folder / ".." / "outside" / "canary.safetensors", framework="np") as handle:
+        return {"content": readers.digest(handle.get_tensor("canary").tobytes())}
+
+
 READERS = (
     _reader("broken-none", lambda folder: None),
     _reader("broken-error", _other_error),
@@ -69,7 +78,9 @@ READERS = (
     _reader("broken-memory", lambda folder: np.ones(100 << 20, np.uint8)),
     _reader("broken-swallowed", _swallowed),
     _reader("broken-write", lambda folder: (folder / "new").write_bytes(b"")),
+    _reader("broken-folder", lambda folder: (folder / "new").mkdir()),
     _reader("broken-outside", _shows_outside),
+    Reader(name="broken-canary", write=(_write,), read=_read_through_a_library, roles={FILE: "text"}),
     Reader(
         name="broken-trust",
         write=(_write,),

@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from lrpq.errors import LrpqError
 from . import broken, readers
 from .mutators import Files, Link, mutate
 from .readers import Found, Reader
+from .values import OUTSIDE
 
 READERS: Mapping[str, Reader] = {reader.name: reader for reader in (*readers.READERS, *broken.READERS)}
 MIB = 1 << 20
@@ -56,22 +58,23 @@ class Place:
         for name in ("canary.safetensors", "model.safetensors"):
             (self.outside / name).write_bytes(len(text).to_bytes(8, "little") + text + CANARY)
 
-    def fill(self, files: Files) -> None:
-        """Make the artefact's folder hold exactly these files."""
-        shutil.rmtree(self.case, ignore_errors=True)
-        self.case.mkdir()
-        for name, content in files.items():
-            path = self.case / name
-            path.parent.mkdir(exist_ok=True)
-            if isinstance(content, Link):
-                path.symlink_to(content.target)
-            else:
-                path.write_bytes(content)
-
     def state(self) -> list[tuple[str, int, int]]:
         """What is there: path, length and time of change."""
         stats = ((path, path.lstat()) for folder in (self.case, self.outside) for path in folder.rglob("*"))
         return sorted((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+
+
+def fill(folder: Path, files: Files) -> None:
+    """Make a folder hold exactly these files."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, Link):
+            path.symlink_to(content.target)
+        else:
+            path.write_bytes(content)
 
 
 class Opened:
@@ -89,7 +92,7 @@ class Opened:
         path = os.path.normpath(os.path.abspath(os.fsdecode(arguments[0])))
         flags = arguments[2] if isinstance(arguments[2], int) else 0
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writes or path.startswith(self._outside) or path == "/etc/passwd":
+        if writes or path.startswith((self._outside, OUTSIDE)) or path == "/etc/passwd":
             self.seen.append(path)
 
 
@@ -110,21 +113,14 @@ class Judge:
         self.place = place
         self.expected: list[Found] = []
         for files in corpus * 2:  # the second time, everything that is imported on the way has been
-            place.fill(files)
+            fill(place.case, files)
             self.expected.append(reader.read(place.case))
         self.opened = Opened(place)
         resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + ADDRESS_SPACE, resource.RLIM_INFINITY))
 
-    def mutated(self, seed: int) -> tuple[int, Files]:
-        """The artefact of a case, and which of the corpus it was."""
-        rng = random.Random(f"{self.reader.name} {seed}")
-        which = rng.randrange(len(self.corpus))
-        files = mutate(self.corpus[which], self.reader.roles, rng, str(self.place.outside), folder=self.reader.folder)
-        return which, files
-
     def judge(self, which: int, files: Files) -> Verdict:
         """Read a mutated artefact."""
-        self.place.fill(files)
+        fill(self.place.case, files)
         before = self.place.state()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         resident = _status("VmRSS")
@@ -179,6 +175,20 @@ class Judge:
         return Verdict(REFUSED, f"{type(error).__name__}: {message}")
 
 
+def mutated(reader: Reader, corpus: list[Files], seed: int) -> tuple[int, Files]:
+    """The artefact of a case, and which of the corpus it was."""
+    rng = random.Random(f"{reader.name} {seed}")
+    which = rng.randrange(len(corpus))
+    return which, mutate(corpus[which], reader.roles, rng, folder=reader.folder)
+
+
+def write_case(folder: Path, name: str, seed: int) -> None:
+    """Write the artefact of a case, to look at it."""
+    with tempfile.TemporaryDirectory() as work:
+        _, files = mutated(READERS[name], load_corpus(Path(work), READERS[name]), seed)
+    fill(folder, files)
+
+
 def _status(name: str) -> int:
     """A size of this process (bytes): VmRSS is the memory in use now, VmHWM its peak, VmSize the address space."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
@@ -210,8 +220,9 @@ def run_batch(work: Path, name: str, first: int, count: int, report: int) -> Non
         return
     own = work / str(os.getpid())
     judge = Judge(reader, corpus, Place(own))
+    os.chdir(own)  # where OUTSIDE is
     for seed in range(first, first + count):
-        which, files = judge.mutated(seed)
+        which, files = mutated(reader, corpus, seed)
         os.write(report, f"S {seed}\n".encode())
         verdict = judge.judge(which, files)
         text = json.dumps(verdict.text.replace(str(own), "WORK")) if verdict.outcome == FAILED or count == 1 else '""'

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from . import parquet, sealed
-from .values import LARGE, TEXTS, Pairs, dumped, mutate_json, mutate_value
+from .values import LARGE, OUTSIDE, TEXTS, Pairs, dumped, mutate_json, mutate_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +21,13 @@ class Link:
 
 Files: TypeAlias = "dict[str, bytes | Link]"
 """Path inside the artefact's folder -> content."""
-ByteMutator: TypeAlias = Callable[[bytes, random.Random, str], bytes]
-"""Content, generator, folder with the files that must not be read -> changed content."""
+ByteMutator: TypeAlias = Callable[[bytes, random.Random], bytes]
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
 
 
-def mutate_bytes(raw: bytes, rng: random.Random, outside: str) -> bytes:
+def mutate_bytes(raw: bytes, rng: random.Random) -> bytes:
     """Flip, overwrite, insert, delete, truncate, duplicate or swap; headers and footers more often than the middle."""
     if not raw:
         return rng.randbytes(rng.randrange(1, 100))
@@ -94,7 +93,7 @@ DTYPES = (
 )
 
 
-def mutate_safetensors(raw: bytes, rng: random.Random, outside: str) -> bytes:
+def mutate_safetensors(raw: bytes, rng: random.Random) -> bytes:
     """Change length, header or data of a shard; the length mostly fits the changed header.
 
     Raises:
@@ -128,7 +127,7 @@ def mutate_safetensors(raw: bytes, rng: random.Random, outside: str) -> bytes:
             name = rng.choice(("__metadata__", *TEXTS, "model.norm.weight"))
             header.append((name, Pairs([("dtype", "F32"), ("shape", [0]), ("data_offsets", [0, 0])])))
         case _:
-            header = mutate_value(header, rng, outside)
+            header = mutate_value(header, rng)
             return _shard(header, body, rng)
     header[at] = (header[at][0], Pairs(entry.items()))
     return _shard(header, body, rng)
@@ -152,7 +151,7 @@ TOML_VALUES = (
 )
 
 
-def mutate_toml(raw: bytes, rng: random.Random, outside: str) -> bytes:
+def mutate_toml(raw: bytes, rng: random.Random) -> bytes:
     """Change a line: its value, its key or its section; or drop, repeat or move it."""
     lines = raw.decode("utf-8", "surrogateescape").split("\n")
     at = rng.randrange(len(lines))
@@ -172,7 +171,7 @@ def mutate_toml(raw: bytes, rng: random.Random, outside: str) -> bytes:
     return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 
-def mutate_jsonl(raw: bytes, rng: random.Random, outside: str) -> bytes:
+def mutate_jsonl(raw: bytes, rng: random.Random) -> bytes:
     """Change one row as JSON, or the lines."""
     lines = raw.split(b"\n")
     at = rng.randrange(len(lines))
@@ -184,7 +183,7 @@ def mutate_jsonl(raw: bytes, rng: random.Random, outside: str) -> bytes:
         case 2:
             lines[at] += lines[rng.randrange(len(lines))]
         case _:
-            lines[at] = mutate_json(lines[at] or b"{}", rng, outside)
+            lines[at] = mutate_json(lines[at] or b"{}", rng)
     return b"\n".join(lines)
 
 
@@ -204,7 +203,7 @@ BY_ROLE: Mapping[str, tuple[ByteMutator, ...]] = {
 # ---- a folder ------------------------------------------------------------------------------------
 
 
-def mutate_folder(files: Files, rng: random.Random, outside: str) -> None:
+def mutate_folder(files: Files, rng: random.Random) -> None:
     """Drop, copy, swap or link files; in place."""
     names = sorted(files)
     name = rng.choice(names)
@@ -217,11 +216,11 @@ def mutate_folder(files: Files, rng: random.Random, outside: str) -> None:
             other = rng.choice(names)
             files[name], files[other] = files[other], files[name]
         case _:
-            targets = (".", "missing", name, "/dev/null", "/dev/zero", "/etc/passwd", f"{outside}/{name}")
+            targets = (".", "missing", name, "/dev/null", "/dev/zero", "/etc/passwd", f"{OUTSIDE}/{name}")
             files[name] = Link(rng.choice(targets))
 
 
-def mutate(files: Files, roles: Mapping[str, str], rng: random.Random, outside: str, *, folder: bool) -> Files:
+def mutate(files: Files, roles: Mapping[str, str], rng: random.Random, *, folder: bool) -> Files:
     """The artefact with one to three changes.
 
     ``roles`` says the format of the files that may be changed; ``folder`` allows changes of the folder.
@@ -229,14 +228,14 @@ def mutate(files: Files, roles: Mapping[str, str], rng: random.Random, outside: 
     changed = dict(files)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if folder and rng.randrange(12) == 0 and changed:
-            mutate_folder(changed, rng, outside)
+            mutate_folder(changed, rng)
             continue
         name = rng.choice(sorted(roles))
         raw = changed.get(name)
         if isinstance(raw, bytes):
             mutator = rng.choice(BY_ROLE[roles[name]])
             try:
-                changed[name] = mutator(raw, rng, outside)
+                changed[name] = mutator(raw, rng)
             except (ValueError, LookupError, TypeError, RecursionError, OSError):  # an earlier change left no structure
-                changed[name] = mutate_bytes(raw, rng, outside)
+                changed[name] = mutate_bytes(raw, rng)
     return changed

@@ -16,22 +16,23 @@ ROW_GROUPS, KEY_VALUES, COLUMNS, META = 4, 5, 1, 3
 CODEC, TOTAL_COMPRESSED, DATA_PAGE, DICTIONARY_PAGE = 4, 7, 9, 11
 OFFSETS = (9, 10, 11)
 UNCOMPRESSED_SIZE, COMPRESSED_SIZE, CRC = 2, 3, 4
+MAX_PAGE = 1 << 20
 CODECS = {1: "snappy", 2: "gzip", 6: "zstd"}
 SIZES = (0, 1, -1, 7, 255, 65_536, 2**20, 2**27, 2**29, 2**30, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, 2**63 - 1)
 
 
-def mutate_footer(raw: bytes, rng: random.Random, outside: str) -> bytes:
+def mutate_footer(raw: bytes, rng: random.Random) -> bytes:
     """Change a field of the footer; its length is made to fit.
 
     Raises:
         ValueError, IndexError: not a Parquet file any more.
     """
     footer, start = read_footer(raw)
-    _change(footer, rng, outside)
+    _change(footer, rng)
     return with_footer(raw[:start], footer)
 
 
-def mutate_page(raw: bytes, rng: random.Random, outside: str) -> bytes:
+def mutate_page(raw: bytes, rng: random.Random) -> bytes:
     """Change a page's header, or its content with a checksum that fits; all offsets are made to fit.
 
     Raises:
@@ -47,7 +48,7 @@ def mutate_page(raw: bytes, rng: random.Random, outside: str) -> bytes:
     size = field(header, COMPRESSED_SIZE)[2]
     content = raw[body : body + size]
     if rng.randrange(2):
-        _change(header, rng, outside)
+        _change(header, rng)
     else:
         content = _changed_content(content, field(meta, CODEC)[2], header, rng)
     page = encode(header) + content
@@ -65,6 +66,8 @@ def _changed_content(content: bytes, codec: int, header: Struct, rng: random.Ran
     """The page with a few changed bytes, compressed again, its sizes and its checksum fitting."""
     name = CODECS.get(codec)
     size = field(header, UNCOMPRESSED_SIZE)[2]
+    if size > MAX_PAGE:
+        raise ValueError("an earlier change made the page too large")
     plain = bytearray(pa.decompress(content, size, codec=name, asbytes=True) if name and size else content)
     for _ in range(rng.choice((1, 1, 2, 5))):
         if plain:
@@ -82,7 +85,7 @@ def _changed_content(content: bytes, codec: int, header: Struct, rng: random.Ran
     return content
 
 
-def _change(fields: Struct, rng: random.Random, outside: str) -> None:
+def _change(fields: Struct, rng: random.Random) -> None:
     """Change one field anywhere in the struct; in place."""
     structs = list(_structs(fields))
     chosen = rng.choice(structs)
@@ -95,7 +98,7 @@ def _change(fields: Struct, rng: random.Random, outside: str) -> None:
         case 0:
             chosen.remove(entry)
         case 1:
-            chosen.append([rng.randrange(1, 16), BINARY, f"{outside}/canary.parquet".encode()])
+            chosen.append([rng.randrange(1, 16), BINARY, b"../outside/canary.parquet"])
             chosen.sort(key=lambda item: item[0])
         case 2:
             entry[1:] = [I32, rng.choice(SIZES)]

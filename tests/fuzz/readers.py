@@ -306,8 +306,16 @@ def read_token_rows(folder: Path) -> Found:
     return {"tokens": digest(windows.tokens)}
 
 
+def _documents(source: ParquetSource | TextSource) -> Found:
+    documents = list(load_documents(source))
+    for document in documents:  # what a tokenizer is given must be Unicode
+        for text in [document] if isinstance(document, str) else [part for turn in document for part in turn.values()]:
+            str(text).encode()
+    return {"documents": repr(documents)}
+
+
 def read_parquet_documents(folder: Path) -> Found:
-    return {"documents": repr(list(load_documents(ParquetSource(location=str(folder / TEXT_PARQUET)))))}
+    return _documents(ParquetSource(location=str(folder / TEXT_PARQUET)))
 
 
 def write_text(folder: Path) -> None:
@@ -325,11 +333,11 @@ def write_talk(folder: Path) -> None:
 
 
 def read_text(folder: Path) -> Found:
-    return {"documents": repr(list(load_documents(TextSource(location=str(folder / TEXT)))))}
+    return _documents(TextSource(location=str(folder / TEXT)))
 
 
 def read_rows(folder: Path) -> Found:
-    return {"documents": repr(list(load_documents(TextSource(location=str(folder / ROWS)))))}
+    return _documents(TextSource(location=str(folder / ROWS)))
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -494,14 +502,14 @@ READERS = (
         write=(write_settings_toml,),
         read=_reads_settings("c.toml"),
         roles={"c.toml": "toml"},
-        names_file=True,
+        names_file=False,
     ),
     Reader(
         name="config-json",
         write=(write_settings_json,),
         read=_reads_settings("c.json"),
         roles={"c.json": "json"},
-        names_file=True,
+        names_file=False,
     ),
     Reader(
         name="lrpq-json",

@@ -1,7 +1,7 @@
 """Fuzz the readers: ``python -m tests.fuzz.run [--cases N] [--reader NAME ...] [--first SEED] [--timeout SECONDS]``.
 
 A case is a reader and a seed, nothing else: ``--reader NAME --first SEED --cases 1`` runs it again and shows what came
-of it; ``--files FOLDER`` also writes the mutated artefact there. Exits with 1 if a case failed.
+of it; with ``--files FOLDER`` the mutated artefact lies in a new folder. Exits with 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCH = 500
 TIMEOUT_SECONDS = 20.0
 """Of one case, which takes milliseconds; a machine may be busy."""
 START_SECONDS = 120.0
-SHOWN_FAILURES = 30
+SHOWN_FAILURES = 10
 MAX_SHOWN = 4000  # characters of a failure
 FAILED = "failed"
 ENVIRONMENT = {
@@ -167,7 +167,7 @@ def _signature(text: str) -> str:
     """What failures of one cause have in common: where it was raised and of which type, else the first words."""
     places = re.findall(r'File "([^"]*/(?:lrpq|tasks|flows)/[^"]*)", line (\d+)', text)
     last = text.rstrip().splitlines()[-1]
-    return f"{places[-1:]} {last.split(':')[0]}" if places else text[:70]
+    return f"{places[-1:]} {last.split(':')[0]}" if places else text[:40]
 
 
 def _status(status: int) -> str:
@@ -192,7 +192,12 @@ def main() -> int:
     parser.add_argument("--reader", action="append", metavar="NAME", help="only this reader (may be repeated)")
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_SECONDS, help="seconds of a case")
+    parser.add_argument("--files", type=Path, metavar="FOLDER", help="write the mutated artefact of --first there")
     options = parser.parse_args()
+    if options.files is not None:
+        from .child import write_case
+
+        write_case(options.files, *options.reader, options.first)
     print(f"{'reader':20} {'cases':>7} {'same':>7} {'changed':>7} {'refused':>7} {'failed':>7} {'seconds':>8}")
     failed = False
     with open_fuzzer(timeout_seconds=options.timeout) as fuzzer:

@@ -19,21 +19,21 @@ from .values import Pairs, dumped, mutate_value
 DIGEST = "lrpq.sha256"
 
 
-def mutate_document(raw: bytes, rng: random.Random, outside: str) -> bytes:
+def mutate_document(raw: bytes, rng: random.Random) -> bytes:
     """A document with a changed body and a checksum that fits.
 
     Raises:
         ValueError, TypeError, RecursionError: not a document any more, or one that has no checksum.
     """
     document = dict(json.loads(raw, object_pairs_hook=Pairs))
-    body = dumped(mutate_value(document["body"], rng, outside))
+    body = dumped(mutate_value(document["body"], rng))
     content = {"body": json.loads(body), "kind": document["kind"], "schema": document["schema"]}
     checksum = sha256_text(canonical_text(content))
     kind = json.dumps(document["kind"])
     return f'{{"body":{body},"kind":{kind},"schema":{document["schema"]},"sha256":"{checksum}"}}'.encode()
 
 
-def mutate_tensors(raw: bytes, rng: random.Random, outside: str) -> bytes:
+def mutate_tensors(raw: bytes, rng: random.Random) -> bytes:
     """Tensors with a changed header; its checksum fits, and those of tensors that still have bytes.
 
     Raises:
@@ -41,7 +41,7 @@ def mutate_tensors(raw: bytes, rng: random.Random, outside: str) -> bytes:
     """
     length = int.from_bytes(raw[:8], "little")
     body = raw[8 + length :]
-    header = json.loads(dumped(mutate_value(json.loads(raw[8 : 8 + length], object_pairs_hook=Pairs), rng, outside)))
+    header = json.loads(dumped(mutate_value(json.loads(raw[8 : 8 + length], object_pairs_hook=Pairs), rng)))
     metadata = header["__metadata__"]
     for name, entry in header.items():
         if isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list) and len(entry["data_offsets"]) == 2:
@@ -53,7 +53,7 @@ def mutate_tensors(raw: bytes, rng: random.Random, outside: str) -> bytes:
     return len(text).to_bytes(8, "little") + text + body
 
 
-def mutate_matrices(raw: bytes, rng: random.Random, outside: str) -> bytes:
+def mutate_matrices(raw: bytes, rng: random.Random) -> bytes:
     """Symmetric matrices with a changed index and a checksum that fits; the tiles stay.
 
     Raises:
@@ -64,7 +64,7 @@ def mutate_matrices(raw: bytes, rng: random.Random, outside: str) -> bytes:
     metadata = {key.decode(): text.decode() for key, text in schema.metadata.items() if key.startswith(b"lrpq.")}
     metadata.pop(DIGEST)
     name = rng.choice(("lrpq.matrices", "lrpq.matrices", "lrpq.matrices", "lrpq.rows", "lrpq.units"))
-    metadata[name] = dumped(mutate_value(json.loads(metadata[name], object_pairs_hook=Pairs), rng, outside))
+    metadata[name] = dumped(mutate_value(json.loads(metadata[name], object_pairs_hook=Pairs), rng))
     resealed = sealed(schema, metadata)
     changed = {**resealed.metadata, b"ARROW:schema": base64.b64encode(resealed.serialize())}  # where it is read from
     for entry in parquet.field(footer, parquet.KEY_VALUES)[2][1]:

@@ -20,6 +20,9 @@ class Pairs(list[tuple[str, Any]]):
     """A JSON object as it is written: a key may occur twice."""
 
 
+OUTSIDE = "/proc/self/cwd/outside"
+"""Absolute name of the folder with the files that must not be read; the same for every process that runs there, so
+that a case is the same bytes."""
 LARGE = (2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**12, 10**30)
 NUMBERS = (0, 1, -1, 2, 7, 255, 65536, *LARGE, *(-n for n in LARGE), 0.5, -0.0, 1e308, 5e-324)
 TEXTS = (
@@ -34,7 +37,7 @@ RAW = (
 SCALARS: tuple[Any, ...] = (None, True, False, *NUMBERS, *TEXTS, *map(Raw, RAW))
 
 
-def hostile(rng: random.Random, outside: str) -> Any:
+def hostile(rng: random.Random) -> Any:
     """A JSON value that a careless reader trips over."""
     match rng.randrange(8):
         case 0:
@@ -44,28 +47,28 @@ def hostile(rng: random.Random, outside: str) -> Any:
         case 3:
             return Raw(rng.choice(RAW))
         case 4:
-            return rng.choice((f"{outside}/canary.safetensors", "../outside/canary.safetensors", "../outside"))
+            return rng.choice((f"{OUTSIDE}/canary.safetensors", "../outside/canary.safetensors", "../outside"))
         case 5:
             return rng.choice(([], Pairs(), [[]], [None], [1] * 5000, Pairs([("", 1)]), [rng.choice(SCALARS)]))
         case _:
             return rng.choice(TEXTS)
 
 
-def mutate_json(raw: bytes, rng: random.Random, outside: str) -> bytes:
+def mutate_json(raw: bytes, rng: random.Random) -> bytes:
     """Replace a value, or rename, drop, repeat or add a key, anywhere in the document.
 
     Raises:
         ValueError, RecursionError: not JSON any more.
     """
     document = json.loads(raw, object_pairs_hook=Pairs)
-    return dumped(mutate_value(document, rng, outside)).encode("utf-8", "surrogatepass")
+    return dumped(mutate_value(document, rng)).encode("utf-8", "surrogatepass")
 
 
-def mutate_value(document: Any, rng: random.Random, outside: str) -> Any:
+def mutate_value(document: Any, rng: random.Random) -> Any:
     """The parsed document with one change."""
     holders = list(_holders(document))
     if not holders or rng.randrange(30) == 0:
-        return hostile(rng, outside)
+        return hostile(rng)
     holder = rng.choice(holders)
     at = rng.randrange(len(holder))
     if isinstance(holder, Pairs):
@@ -76,15 +79,15 @@ def mutate_value(document: Any, rng: random.Random, outside: str) -> Any:
             case 1:
                 holder[at] = (rng.choice((*TEXTS, rng.choice(holder)[0], key.upper(), key + "x")), value)
             case 2:
-                holder.insert(rng.randrange(len(holder) + 1), (key, hostile(rng, outside)))
+                holder.insert(rng.randrange(len(holder) + 1), (key, hostile(rng)))
             case 3:
-                holder.append((rng.choice(TEXTS), hostile(rng, outside)))
+                holder.append((rng.choice(TEXTS), hostile(rng)))
             case 4:
                 holder[at] = (key, holder[rng.randrange(len(holder))][1])
             case 5:
                 holder[at] = (key, _neighbour(value, rng))
             case _:
-                holder[at] = (key, hostile(rng, outside))
+                holder[at] = (key, hostile(rng))
     else:
         match rng.randrange(5):
             case 0:
@@ -94,7 +97,7 @@ def mutate_value(document: Any, rng: random.Random, outside: str) -> Any:
             case 2:
                 holder[at] = _neighbour(holder[at], rng)
             case _:
-                holder[at] = hostile(rng, outside)
+                holder[at] = hostile(rng)
     return document
 
 

@@ -52,8 +52,10 @@ class Quantized:
             **{"manifest": {}, **options},
         )
 
-    def verify(self, output: Path) -> Any:
-        return verify_checkpoint(output, self.source, quantized=self.load, choices=self.choices, specs=self.specs)
+    def verify(self, output: Path, **options: Any) -> Any:
+        return verify_checkpoint(
+            output, self.source, quantized=self.load, choices=self.choices, specs=self.specs, **options
+        )
 
 
 def quantize(folder: Path, *, choose: Callable[[int, LinearSpec], Choice | None] | None = None) -> Quantized:

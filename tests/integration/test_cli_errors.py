@@ -151,8 +151,8 @@ def test_unsupported_family_is_named(
     folder = tmp_path / "other"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
-    assert "GPT2LMHeadModel" in fails(capfd, [valid[0], str(folder), *valid[2:]])
+    (folder / "config.json").write_text(json.dumps({"model_type": "bloom", "architectures": ["BloomForCausalLM"]}))
+    assert "BloomForCausalLM" in fails(capfd, [valid[0], str(folder), *valid[2:]])
 
 
 def test_unknown_hub_model(

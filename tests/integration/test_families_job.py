@@ -21,7 +21,12 @@ from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 
 BUDGET = 4.5
-GROUP_SIZE = 32
+CHANGES: dict[str, Any] = {
+    "plan__budget_bits": BUDGET,
+    "run__candidates__group_sizes": [32],
+    "evaluation__control": False,
+    "run__dtype": "float32",
+}
 EXPERTS = {"mixtral", "qwen3-moe"}
 pytestmark = pytest.mark.slow
 
@@ -37,15 +42,7 @@ def test_the_whole_job(job: Job, name: str) -> None:
     """Two to four seconds each. Buys: no stage knows an architecture that the table does not."""
     model = write_tiny(job.folder / f"{name}-model", name)
     write_tokenizer(model)
-    changes: dict[str, Any] = {
-        "plan__budget_bits": BUDGET,
-        "run__candidates__group_sizes": [GROUP_SIZE],
-        "run__candidates__bits": [2, 3, 4, 5, 6, 8],
-        "evaluation__control": False,
-        "run__dtype": "float32",
-    }
-    if name in EXPERTS:
-        changes |= {"run__calibration__num_windows": 12}
+    changes = CHANGES | ({"run__calibration__num_windows": 12} if name in EXPERTS else {})
     manifest = job(model, f"{name}-out", **changes)
     output = job.folder / f"{name}-out"
 
@@ -55,10 +52,10 @@ def test_the_whole_job(job: Job, name: str) -> None:
     assert bits <= BUDGET * weights
     if name not in EXPERTS:  # all experts of a model share one choice, which leaves some of the budget
         assert bits > (BUDGET - 0.2) * weights
-    half_precision = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    if CASES[name].dtype is torch.float32:
-        half_precision //= 2
-    assert file_bytes(output) < (half_precision if name != "gemma3-multimodal" else 2 * half_precision)
+    before = file_bytes(model)
+    assert before - file_bytes(output) > 0.6 * weights * CASES[name].dtype.itemsize
+    assert manifest["bytes"] == {"original": before, "compressed": file_bytes(output)}
+    assert manifest["verified"]["max_abs_difference"] == 0.0
     assert 0 < manifest["evaluation"]["lrpq"]["kl_nats"] < 5
     assert manifest["evaluation"]["reference"]["perplexity"] > 1
     loaded = AutoModelForCausalLM.from_pretrained(output)
@@ -81,6 +78,43 @@ def test_what_is_not_quantized_is_carried_through_untouched(job: Job) -> None:
         assert {n.rsplit(".", 1)[0] for n in after if n.endswith("weight_packed")} == {
             n.removesuffix(".weight") for n in quantized
         }
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3-multimodal"])
+def test_dense_weights_run_without_any_loader(job: Job, name: str) -> None:
+    """Same codes as the packed checkpoint's, as bfloat16 under the original names."""
+    model, packed = job.folder / f"{name}-model", job.folder / f"{name}-out"
+    manifest = job(model, f"{name}-dense", **CHANGES, plan__format="dense")
+    assert {"profile", "candidates", "refine"} <= set(manifest["reused"])
+    output = job.folder / f"{name}-dense"
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    assert set(tensors(output)) == set(tensors(model))
+    ids = torch.arange(8, 30)[None]
+    with torch.no_grad():
+        dense, own = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(ids).logits
+            for folder in (output, packed)
+        )
+    assert torch.equal(dense, own)
+
+
+def test_gptq_format_keeps_to_the_widths_of_its_kernels(job: Job) -> None:
+    """5 and 6 bits are no choices, zero points and column groups are counted in the budget."""
+    model = job.folder / "llama-model"
+    manifest = job(model, "llama-gptq", **CHANGES, plan__format="gptq")
+    assert {module["bits"] for module in manifest["modules"]} <= {2, 3, 4, 8}
+    assert BUDGET - 0.3 < manifest["budget"]["reached_bits"] <= BUDGET
+    config = json.loads((job.folder / "llama-gptq" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["sym"], config["desc_act"]) == ("gptq", True, False)
+    found = tensors(job.folder / "llama-gptq")
+    bits = 8 * sum(
+        t.numel() * t.element_size()
+        for name, t in found.items()
+        if name.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))
+    )
+    weights = sum(module["num_weights"] for module in manifest["modules"])
+    assert bits / weights == pytest.approx(manifest["budget"]["reached_bits"], abs=1e-9)
+    assert 0 < manifest["evaluation"]["lrpq"]["kl_nats"] < 5
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -121,6 +121,7 @@ def test_a_packed_head_of_every_architecture(name: str, tmp_path: Path) -> None:
         (False, ["--quantize-head", "8", "--target", "vllm"], "or give --target transformers"),
         (True, ["--quantize-head", "8", "--target", "vllm"], "--quantize-head with --target vllm"),
         (False, ["--quantize-embeddings", "8", "--target", "vllm"], "--quantize-embeddings with --target vllm"),
+        (False, ["--quantize-head", "8", "--format", "gptq"], "--quantize-head with --format gptq"),
         (False, ["--quantize-head", "7"], "--quantize-head: 7 is not one of 2, 3, 4, 5, 6, 8"),
         (False, ["--quantize-head", "8", "--bits", "8", "--budget", "7.9"], "the smallest possible is 8 bits"),
     ],
@@ -317,6 +318,13 @@ def test_a_budget_in_bytes_counts_it_too(job: Job, first: dict[str, Any]) -> Non
     assert total - 2500 < reached <= total
     assert found["budget"]["reached_bytes"] == reached
     assert same(head_of(job.folder / "bytes"), head_of(job.folder / "first"))
+
+
+def test_the_dense_format_holds_the_dequantized_head(job: Job, first: dict[str, Any]) -> None:
+    reallocate(job, first, "dense", budget_bits=4.5, refine="stitch", format="dense")
+    packed = {name.removeprefix("lm_head."): values for name, values in head_of(job.folder / "first").items()}
+    expected = unpack(packed, Choice(bits=BITS, group_size=64)).dequantize(torch.bfloat16)
+    assert same(head_of(job.folder / "dense"), {"lm_head.weight": expected})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 
@@ -109,19 +110,27 @@ def test_baselines_leave_it_as_it_is() -> None:
 @pytest.mark.parametrize("target", Target)
 @pytest.mark.parametrize("part", Part)
 def test_what_the_table_names_is_refused(target: Target, part: Part) -> None:
-    asked = {"head": part is not Part.EMBEDDINGS, "embeddings": part is Part.EMBEDDINGS}
-    tied = part is Part.TIED_HEAD
-    check_parts(target, head=False, embeddings=False, tied=tied)
+    head, tied = part is not Part.EMBEDDINGS, part is Part.TIED_HEAD
+    check = partial(check_parts, target, format="compressed-tensors", tied=tied)
+    check(head=False, embeddings=False)
     if part not in NOT_LOADED[target]:
-        check_parts(target, **asked, tied=tied)
+        check(head=head, embeddings=not head)
         return
-    option = "--quantize-embeddings" if asked["embeddings"] else "--quantize-head"
+    option = "--quantize-head" if head else "--quantize-embeddings"
     with pytest.raises(ConfigError) as refusal:
-        check_parts(target, **asked, tied=tied)
+        check(head=head, embeddings=not head)
     text = str(refusal.value)
     assert text.startswith(f"{option} with --target {target.value}: {NOT_LOADED[target][part]}; leave it out")
     elsewhere = [other.value for other in Target if part not in NOT_LOADED[other]]
     assert ("or give --target" in text) == bool(elsewhere)
+
+
+def test_a_format_that_holds_no_packed_head_is_refused() -> None:
+    check = partial(check_parts, Target.TRANSFORMERS, head=True, embeddings=False, tied=False)
+    check(format="compressed-tensors")
+    check(format="dense")
+    with pytest.raises(ConfigError, match=r"--quantize-head with --format gptq: .*; leave it out, or give --format"):
+        check(format="gptq")
 
 
 @pytest.mark.parametrize(
