@@ -26,6 +26,9 @@ from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource, resolve_model
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
+from lrpq.relevance.composite import Relevance
+from lrpq.relevance.passes import has_rule_table
+from lrpq.relevance.rules import Pass
 from tasks import allocate, assemble, evaluate
 from tasks.artifacts import StageFolder
 from tasks.assemble import AssembleJob
@@ -90,11 +93,22 @@ class Compression:
                 device=cluster.device, workers=cluster.workers, threads=self.config.run.threads, address=cluster.address
             ) as pool
         ):
+            self._say_how_relevance_is_found()
             prepared = self._prepare(len(pool))
             run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
             plan, control = self._allocate(rows, prepared)
             return self._finish(pool, prepared, rows, plan, control)
+
+    def _say_how_relevance_is_found(self) -> None:
+        """Warn where rules are applied operation by operation, for want of a table row."""
+        if Relevance(self.config.run.relevance).passes == (Pass.FISHER,):
+            return
+        unknown = sorted({type(block).__name__ for block in self.stream.blocks if not has_rule_table(block)})
+        if unknown:
+            self.run_state.warn(
+                f"no table of relevance rules for {', '.join(unknown)}: rules are applied operation by operation"
+            )
 
     def _prepare(self, num_workers: int) -> Prepared:
         run, config = self.run_state, self.config.run

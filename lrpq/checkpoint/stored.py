@@ -96,7 +96,11 @@ class StoredCheckpoint:
         if choice is None:
             return None
         if self.format is CheckpointFormat.GPTQ:
-            return gptq.unpacked(module, {part: self._part(module, part) for part in gptq.PARTS}, choice)
+            parts = {part: self._part(module, part) for part in gptq.PARTS}
+            try:
+                return gptq.unpacked(module, parts, choice)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.folder}: {error}") from error
         parts = {part: self._part(module, part) for part in (PACKED, SCALE, SHAPE)}
         shape = [int(size) for size in parts[SHAPE]]
         if len(shape) != 2 or min(shape) < 1 or not choice.fits(shape[1]):

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,13 @@ SAME, CHANGED, REFUSED, FAILED = "same", "changed", "refused", "failed"
 class Place:
     """Folders of one process: the artefact that is read, and beside it what must not be touched."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, names: Iterable[str]) -> None:
         self.case = work / "case"
         self.outside = work / "outside"
         self.outside.mkdir(parents=True)
-        for reader in readers.READERS:  # the names that links point to, each with a valid artefact's bytes
-            for name in reader.roles:
-                (self.outside / name).parent.mkdir(exist_ok=True)
-                (self.outside / name).write_bytes(CANARY * 2)
+        for name in names:  # which links point to
+            (self.outside / name).parent.mkdir(exist_ok=True)
+            (self.outside / name).write_bytes(CANARY * 2)
         header = {"canary": {"dtype": "F32", "shape": [len(CANARY) // 4], "data_offsets": [0, len(CANARY)]}}
         text = json.dumps(header).encode()
         for name in ("canary.safetensors", "model.safetensors"):
@@ -60,8 +59,13 @@ class Place:
 
     def state(self) -> list[tuple[str, int, int]]:
         """What is there: path, length and time of change."""
-        stats = ((path, path.lstat()) for folder in (self.case, self.outside) for path in folder.rglob("*"))
-        return sorted((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+        found = []
+        for top in (self.case, self.outside):
+            for folder, folders, names in os.walk(top):
+                for name in (*folders, *names):
+                    stat = os.lstat(os.path.join(folder, name))
+                    found.append((os.path.join(folder, name), stat.st_size, stat.st_mtime_ns))
+        return sorted(found)
 
 
 def fill(folder: Path, files: Files) -> None:
@@ -219,7 +223,7 @@ def run_batch(work: Path, name: str, first: int, count: int, report: int) -> Non
     if not count:
         return
     own = work / str(os.getpid())
-    judge = Judge(reader, corpus, Place(own))
+    judge = Judge(reader, corpus, Place(own, reader.roles))
     os.chdir(own)  # where OUTSIDE is
     for seed in range(first, first + count):
         which, files = mutated(reader, corpus, seed)

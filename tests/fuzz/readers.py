@@ -20,8 +20,9 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from flows.config_file import load_config
 from flows.manifest_file import read_manifest_file, write_manifest_file
 from lrpq.checkpoint.assemble import write_checkpoint
+from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.stored import StoredCheckpoint
-from lrpq.model.layers import Choice
+from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.quant.rtn import round_to_nearest
 from tasks.calibration.documents import load_documents
@@ -139,12 +140,20 @@ def read_config(folder: Path) -> Found:
 
 CHOICES = {
     "model.layers.0.self_attn.q_proj": Choice(bits=3, group_size=16),
-    "model.layers.0.self_attn.v_proj": Choice(bits=4, group_size=-1),
+    "model.layers.0.self_attn.o_proj": Choice(bits=4, group_size=-1),
     "model.layers.0.mlp.down_proj": Choice(bits=8, group_size=32),
 }
 
 
-def _writes_checkpoint(max_shard_bytes: int) -> Callable[[Path], None]:
+LINEARS = tuple(
+    LinearSpec(name=name, block=0, d_out=32, d_in=32, input_site="x", fused_group=name)
+    for name in (*CHOICES, "model.layers.0.mlp.up_proj")
+)
+
+
+def _writes_checkpoint(
+    *, max_shard_bytes: int = 10**9, format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS
+) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         torch.manual_seed(0)
         model = folder.with_name("original")
@@ -156,6 +165,7 @@ def _writes_checkpoint(max_shard_bytes: int) -> Callable[[Path], None]:
             quantized=lambda name: round_to_nearest(source.read(f"{name}.weight"), CHOICES[name]),
             choices=CHOICES,
             manifest={},
+            format=format,
             max_shard_bytes=max_shard_bytes,
         )
 
@@ -170,9 +180,14 @@ def read_checkpoint(folder: Path) -> Found:
         if weight is not None:
             low, high = -(1 << (weight.choice.bits - 1)), (1 << (weight.choice.bits - 1)) - 1
             assert weight.codes.dtype == torch.int8
-            assert not weight.codes.numel() or low <= int(weight.codes.min()) <= int(weight.codes.max()) <= high
-            assert bool(torch.isfinite(weight.dequantize()).all())
+            assert low <= int(weight.codes.min()) <= int(weight.codes.max()) <= high
             found[name] = f"{weight.choice} {digest(weight.codes)} {digest(weight.scales)}"
+    for spec in LINEARS:
+        dense = checkpoint.weight(spec, torch.float32)
+        if dense is not None:
+            assert dense.shape == (spec.d_out, spec.d_in)
+            assert bool(torch.isfinite(dense).all())
+            found[f"{spec.name}.weight"] = digest(dense)
     return found
 
 
@@ -431,14 +446,24 @@ READERS = (
     ),
     Reader(
         name="checkpoint",
-        write=(_writes_checkpoint(10**9),),
+        write=(
+            _writes_checkpoint(),
+            _writes_checkpoint(format=CheckpointFormat.GPTQ),
+        ),
+        read=read_checkpoint,
+        roles={"config.json": "json", "model.safetensors": "safetensors"},
+        folder=True,
+    ),
+    Reader(
+        name="checkpoint-dense",
+        write=(_writes_checkpoint(format=CheckpointFormat.DENSE),),
         read=read_checkpoint,
         roles={"config.json": "json", "model.safetensors": "safetensors"},
         folder=True,
     ),
     Reader(
         name="checkpoint-index",
-        write=(_writes_checkpoint(5_000),),
+        write=(_writes_checkpoint(max_shard_bytes=5_000),),
         read=read_checkpoint,
         roles={INDEX: "json", "model-00002-of-00004.safetensors": "safetensors"},
         folder=True,

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+MEMORY = "/dev/shm"  # artefacts are written and removed thousands of times a second
 ROOT = Path(__file__).parents[2]
 BATCH = 500
 """Cases of one process: enough to pay for starting it, few enough that what one leaves behind does not add up."""
@@ -177,7 +178,7 @@ def _status(status: int) -> str:
 @contextlib.contextmanager
 def open_fuzzer(*, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[Fuzzer]:
     """A fuzzer with a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="lrpq-fuzz-") as work:
+    with tempfile.TemporaryDirectory(prefix="lrpq-fuzz-", dir=MEMORY if os.path.isdir(MEMORY) else None) as work:
         fuzzer = Fuzzer(Path(work), timeout_seconds=timeout_seconds)
         try:
             yield fuzzer

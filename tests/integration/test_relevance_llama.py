@@ -406,10 +406,10 @@ def test_block_backward_leaves_no_hook_and_no_patch_behind() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_class_without_a_rule_is_refused_by_name_but_has_its_fisher() -> None:
+def test_an_operation_without_a_rule_is_refused_by_name_but_has_its_fisher() -> None:
     class UnknownNorm(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x / x.norm(dim=-1, keepdim=True)
+            return x.cumprod(dim=-1)
 
     model, switch = build(), PassSwitch()
     block = parts(model)[0][0]
@@ -417,7 +417,7 @@ def test_a_class_without_a_rule_is_refused_by_name_but_has_its_fisher() -> None:
     block.input_layernorm = UnknownNorm()
     before = attributes(block)
     g = torch.ones_like(hidden)
-    with pytest.raises(ModelError, match=r"input_layernorm of class UnknownNorm has no relevance rule"):
+    with pytest.raises(ModelError, match=r"cumprod in module input_layernorm of class UnknownNorm: no relevance rule"):
         block_backward(block, call_args, hidden, {Pass.FISHER: g, Pass.LRP: g}, sites(block), switch=switch)
     assert same(attributes(block), before)
     result = block_backward(block, call_args, hidden, {Pass.FISHER: g}, sites(block), switch=switch)

@@ -399,8 +399,8 @@ LINEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "min": lambda x, y: x.min(-1).values,
     "sum": lambda x, y: x.sum(-1),
 }
-IN_TORCH = "abs erf exp expm1 log log1p relu selu sigmoid sqrt square tanh"
-IN_FUNCTIONAL = "celu elu gelu hardsigmoid hardswish hardtanh leaky_relu mish relu6 silu softplus softsign"
+IN_TORCH = "abs erf exp expm1 log log1p relu selu sqrt square tanh"
+IN_FUNCTIONAL = "celu elu gelu hardswish hardtanh leaky_relu mish relu6 silu softplus softsign"
 # from x, positive, to the result: identity rule
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: getattr(torch, name) for name in IN_TORCH.split()},
@@ -447,8 +447,10 @@ QUOTIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "divide": lambda x, y: torch.divide(x, y),
     "true_divide": lambda x, y: torch.true_divide(x, y),
 }
+# two classes' softmax: the true gradient, and a gate
+SIGMOIDS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": functional.hardsigmoid}
 # their own tests below
-APART = {"softmax", "scaled_dot_product_attention", "layer_norm", "rms_norm", "grouped_mm", "_grouped_mm"}
+APART = {*SIGMOIDS, "softmax", "scaled_dot_product_attention", "layer_norm", "rms_norm", "grouped_mm", "_grouped_mm"}
 
 
 def pair() -> dict[str, Tensor]:
@@ -495,6 +497,18 @@ def test_activation_follows_the_identity_rule(name: str) -> None:
     y, found, g = with_values_and_fisher(ELEMENTWISE[name], inputs)
     for running in RULE_PASSES:
         close(found[running][0], g * y / rules.stabilize(inputs["x"]))
+
+
+@pytest.mark.parametrize("name", list(SIGMOIDS))
+def test_sigmoid_keeps_its_gradient_and_is_a_gate(name: str) -> None:
+    _, found, _ = with_values_and_fisher(SIGMOIDS[name], {"x": pair()["x"]})
+    for running in RULE_PASSES:
+        assert torch.equal(found[running][0], found[Pass.FISHER][0])
+    _, found, g = with_values_and_fisher(lambda x, y: SIGMOIDS[name](x) * y, pair())
+    close(found[Pass.LRP][0], 0.5 * found[Pass.FISHER][0])
+    close(found[Pass.LRP][1], 0.5 * found[Pass.FISHER][1])
+    assert not found[Pass.CP_LRP][0].any()
+    close(found[Pass.CP_LRP][1], found[Pass.FISHER][1])
 
 
 @pytest.mark.parametrize("name", list(SCALES))
