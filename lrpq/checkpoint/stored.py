@@ -127,6 +127,8 @@ class StoredCheckpoint:
         parts: list[Tensor]
         if self.format is CheckpointFormat.DENSE:
             parts = [self._part(module, DENSE).to(dtype) for module in modules]
+            if not all(bool(torch.isfinite(part).all()) for part in parts):
+                raise CheckpointError(f"module {spec.name} in {self.folder}: a weight is not finite; fetch it again")
         else:
             codes = [found for module in modules if (found := self.codes(module)) is not None]
             parts = [part.dequantize(dtype, name=spec.name) for part in codes]

@@ -9,7 +9,6 @@ Names of modules are the model's, as transformers has them; names of tensors on 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -23,6 +22,7 @@ from lrpq.model.families import family_of
 from lrpq.model.layers import LinearSpec
 from lrpq.model.linears import find_head, find_linears
 from lrpq.model.names import stored_names
+from lrpq.model.recording import Recorded, recording
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.skeleton import build_skeleton, own_modules
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 STEP_BYTES = 2 << 30
-_CACHES = frozenset({"past_key_values", "layer_past"})
 Overrides = Mapping[str, Tensor]
 """Module name -> weight [d_out, d_in] that replaces the one on disk."""
 
@@ -151,10 +150,10 @@ class BlockStream:
         """Input of the first block. Also records what each block is called with for this shape of batch."""
         with nullcontext() if self._embedding_held else self._materialised(self._outside):
             recorded: list[dict[str, Any]] = []
-            with _recording(self.blocks, recorded):
+            with recording(self.blocks, recorded):
                 try:
                     self.model(input_ids=tokens.to(self.device), use_cache=False, logits_to_keep=1)
-                except _Recorded as stop:
+                except Recorded as stop:
                     stop.__traceback__ = None  # its frames hold the embedding, in a cycle until the next collection
                     hidden = stop.hidden
             self._calls[tokens.shape[0], tokens.shape[1]] = recorded
@@ -281,38 +280,6 @@ class BlockStream:
         finally:
             for path in modules:
                 self.model.get_submodule(path).to("meta")
-
-
-class _Recorded(Exception):  # control flow, not an error
-    """Raised by the last recorder: the rest of the forward is not needed."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-@contextmanager
-def _recording(blocks: nn.ModuleList, recorded: list[dict[str, Any]]) -> Iterator[None]:
-    """Replace every block's forward by one that records its keyword arguments and passes its input on."""
-
-    def recorder(names: Sequence[str], last: bool) -> Any:
-        def forward(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
-            arguments = {**dict(zip(names, positional, strict=False)), **named}
-            recorded.append({name: value for name, value in arguments.items() if name not in _CACHES})
-            if last:
-                raise _Recorded(hidden)
-            return hidden
-
-        return forward
-
-    for index, block in enumerate(blocks):
-        names = list(inspect.signature(block.forward).parameters)[1:]
-        block.forward = recorder(names, index == len(blocks) - 1)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 @contextmanager

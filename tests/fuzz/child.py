@@ -183,7 +183,7 @@ def mutated(reader: Reader, corpus: list[Files], seed: int) -> tuple[int, Files]
     """The artefact of a case, and which of the corpus it was."""
     rng = random.Random(f"{reader.name} {seed}")
     which = rng.randrange(len(corpus))
-    return which, mutate(corpus[which], reader.roles, rng, folder=reader.folder)
+    return which, mutate(corpus[which], reader.roles, rng, links=reader.links)
 
 
 def write_case(folder: Path, name: str, seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -203,7 +203,12 @@ BY_ROLE: Mapping[str, tuple[ByteMutator, ...]] = {
 # ---- a folder ------------------------------------------------------------------------------------
 
 
-def mutate_folder(files: Files, rng: random.Random) -> None:
+LINKS = (".", "missing", "config.json", "/dev/null", "/dev/zero", "/etc/passwd")
+"""Where links that take a file's place may point, and nothing but what lies in the folder is found there."""
+LINKS_OUT = (*LINKS, f"{OUTSIDE}/canary.safetensors", "../outside/canary.safetensors")
+
+
+def mutate_folder(files: Files, links: Sequence[str], rng: random.Random) -> None:
     """Drop, copy, swap or link files; in place."""
     names = sorted(files)
     name = rng.choice(names)
@@ -216,19 +221,19 @@ def mutate_folder(files: Files, rng: random.Random) -> None:
             other = rng.choice(names)
             files[name], files[other] = files[other], files[name]
         case _:
-            targets = (".", "missing", name, "/dev/null", "/dev/zero", "/etc/passwd", f"{OUTSIDE}/{name}")
-            files[name] = Link(rng.choice(targets))
+            files[name] = Link(rng.choice(links))
 
 
-def mutate(files: Files, roles: Mapping[str, str], rng: random.Random, *, folder: bool) -> Files:
+def mutate(files: Files, roles: Mapping[str, str], rng: random.Random, *, links: Sequence[str]) -> Files:
     """The artefact with one to three changes.
 
-    ``roles`` says the format of the files that may be changed; ``folder`` allows changes of the folder.
+    ``roles`` says the format of the files that may be changed; with ``links``, files may also be missing, swapped or
+    such links.
     """
     changed = dict(files)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        if folder and rng.randrange(12) == 0 and changed:
-            mutate_folder(changed, rng)
+        if links and rng.randrange(12) == 0 and changed:
+            mutate_folder(changed, links, rng)
             continue
         name = rng.choice(sorted(roles))
         raw = changed.get(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from tasks.store.symmetric import symmetric_index
 from tasks.store.tables import read_table, units_of, write_table
 from tasks.store.tensors import read_metadata, read_symmetric, read_tensors, write_symmetric, write_tensors
 
+from .mutators import LINKS, LINKS_OUT
+
 Found = dict[str, str]
 """What was read: name -> text or digest, so that two readings can be compared."""
 
@@ -50,8 +52,9 @@ class Reader:
     """Reads all of the artefact in a folder."""
     roles: Mapping[str, str]
     """Files that are changed -> their format (mutators.BY_ROLE)."""
-    folder: bool = False
-    """Whether files may also be missing, swapped or links."""
+    links: Sequence[str] = ()
+    """Where links that take a file's place point; none leaves the folder alone. Those of a model may lead out of it,
+    for the hub's cache consists of such links."""
     protected: bool = False
     """Whether checksums must tell every change of what is read."""
     names_file: bool = True
@@ -429,14 +432,14 @@ READERS = (
         write=(write_single,),
         read=read_model,
         roles={"model.safetensors": "safetensors"},
-        folder=True,
+        links=LINKS,
     ),
     Reader(
         name="model-index",
         write=(write_sharded,),
         read=read_model,
         roles={INDEX: "json", SHARDS[0]: "safetensors"},
-        folder=True,
+        links=LINKS,
     ),
     Reader(
         name="model-config",
@@ -452,28 +455,28 @@ READERS = (
         ),
         read=read_checkpoint,
         roles={"config.json": "json", "model.safetensors": "safetensors"},
-        folder=True,
+        links=LINKS,
     ),
     Reader(
         name="checkpoint-dense",
         write=(_writes_checkpoint(format=CheckpointFormat.DENSE),),
         read=read_checkpoint,
         roles={"config.json": "json", "model.safetensors": "safetensors"},
-        folder=True,
+        links=LINKS,
     ),
     Reader(
         name="checkpoint-index",
         write=(_writes_checkpoint(max_shard_bytes=5_000),),
         read=read_checkpoint,
         roles={INDEX: "json", "model-00002-of-00004.safetensors": "safetensors"},
-        folder=True,
+        links=LINKS,
     ),
     Reader(
         name="store-table",
         write=(write_costs, write_windows),
         read=read_costs,
         roles={TABLE: "parquet"},
-        folder=True,
+        links=LINKS_OUT,
         protected=True,
     ),
     Reader(
@@ -481,7 +484,7 @@ READERS = (
         write=(write_hessians,),
         read=read_hessians,
         roles={SYMMETRIC: "parquet"},
-        folder=True,
+        links=LINKS_OUT,
         protected=True,
     ),
     Reader(
@@ -489,7 +492,7 @@ READERS = (
         write=(write_codes,),
         read=read_codes,
         roles={TENSORS: "safetensors"},
-        folder=True,
+        links=LINKS_OUT,
         protected=True,
     ),
     Reader(
@@ -497,7 +500,7 @@ READERS = (
         write=(write_stage,),
         read=read_stage,
         roles={MANIFEST: "json"},
-        folder=True,
+        links=LINKS_OUT,
         protected=True,
     ),
     Reader(
@@ -505,7 +508,7 @@ READERS = (
         write=(write_run,),
         read=read_stored_run,
         roles={RUN: "json"},
-        folder=True,
+        links=LINKS_OUT,
         protected=True,
     ),
     Reader(
@@ -541,6 +544,6 @@ READERS = (
         write=(write_lrpq_json,),
         read=read_lrpq_json,
         roles={"lrpq.json": "json"},
-        folder=True,
+        links=LINKS_OUT,
     ),
 )

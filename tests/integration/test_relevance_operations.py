@@ -504,7 +504,7 @@ def test_sigmoid_keeps_its_gradient_and_is_a_gate(name: str) -> None:
     _, found, _ = with_values_and_fisher(SIGMOIDS[name], {"x": pair()["x"]})
     for running in RULE_PASSES:
         assert torch.equal(found[running][0], found[Pass.FISHER][0])
-    _, found, g = with_values_and_fisher(lambda x, y: SIGMOIDS[name](x) * y, pair())
+    _, found, _ = with_values_and_fisher(lambda x, y: SIGMOIDS[name](x) * y, pair())
     close(found[Pass.LRP][0], 0.5 * found[Pass.FISHER][0])
     close(found[Pass.LRP][1], 0.5 * found[Pass.FISHER][1])
     assert not found[Pass.CP_LRP][0].any()
