@@ -190,7 +190,7 @@ class Compression:
         codes = prepared.candidates if refined is None else refined.folder
         head = None if self.head is None else prepared.candidates
         key = content_key(codes, plan, head=head, fingerprint=self.fingerprint, format=wanted.format)
-        if not self._is_written(key):  # what is wrong with the output shows here, not after the refinement
+        if self._written(key) is None:  # what is wrong with the output shows here, not after the refinement
             check_output(self.config.output, overwrite=self.config.overwrite)
         degraded = count_degradations(rows)
         if refined is not None:
@@ -215,8 +215,7 @@ class Compression:
         size = planned_size(self.source, quantized, specs=self.specs, format=CheckpointFormat(wanted.format))
         manifest["size"] = {**asdict(size), "average_bits": size.average_bits}
         reached = self._assemble(pool, codes, quantized, manifest, key, head=head)
-        if "verified" in reached:
-            manifest["verified"] = reached["verified"]
+        manifest["verified"] = reached["verified"]
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
         manifest["bytes"] = {"original": model_bytes(self.model), "compressed": reached["total_bytes"]}
         if self.measured is not None:
@@ -238,11 +237,12 @@ class Compression:
     ) -> Mapping[str, Any]:
         """Write the checkpoint, unless the very same one lies in the output folder already."""
         run, output = self.run_state, self.config.output
-        if self._is_written(key):
+        present = self._written(key)
+        if present is not None:
             run.reused.append(assemble.STAGE)
             run.seconds[assemble.STAGE] = 0.0
             run.progress.done(assemble.STAGE, seconds=0.0, reused=True)
-            size: Mapping[str, Any] = manifest["size"]
+            size: Mapping[str, Any] = {**manifest["size"], "verified": present["verified"]}
         else:
             job = AssembleJob(
                 model=str(self.model),
@@ -262,13 +262,14 @@ class Compression:
                 run.progress.advance(assemble.STAGE)
         return size
 
-    def _is_written(self, key: str) -> bool:
-        """Whether the output folder holds this very checkpoint, its weight files of the right length."""
+    def _written(self, key: str) -> dict[str, Any] | None:
+        """Manifest in the output folder, if it is this very checkpoint's: proved, its files of the right length."""
         present = read_manifest_file(self.config.output / MANIFEST)
-        if present is None or present.get("content_key") != key:
-            return False
+        if present is None or present.get("content_key") != key or not isinstance(present.get("verified"), dict):
+            return None
         size = present.get("size")
-        return isinstance(size, dict) and size.get("total_bytes") == model_bytes(self.config.output)
+        whole = isinstance(size, dict) and size.get("total_bytes") == model_bytes(self.config.output)
+        return present if whole else None
 
     def _evaluate(
         self, pool: Pool, prepared: Prepared, windows: StoredWindows, control: Plan | None, key: str

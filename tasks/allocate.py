@@ -137,6 +137,12 @@ def pose(
         budget=BudgetBits(bits=UNQUANTIZED_BITS),
         keep=[rule for rule in rules if rule.bits == UNQUANTIZED_BITS],
     )
+    dense = [item.module.name for item in unlimited.left if item.module.routed]
+    if dense and expert_scope(written_as, Target(target)) is ExpertScope.MODEL:
+        raise ConfigError(
+            f"{dense[0]}: left at 16 bits, but transformers loads no dense experts from a checkpoint with packed "
+            "layers; quantize the experts too, or use --target vllm or --format dense"
+        )
     budget: Budget
     if budget_bits is not None:
         budget = BudgetBits(bits=budget_bits)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lrpq.allocate.targets import Target
-from lrpq.checkpoint.assemble import write_checkpoint
+from lrpq.checkpoint.assemble import manifest_text, write_checkpoint
 from lrpq.checkpoint.formats import CheckpointFormat
+from lrpq.checkpoint.publish import MANIFEST
 from lrpq.checkpoint.verify import Verification, verify_checkpoint
 from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.model.source import open_source
@@ -60,6 +61,8 @@ def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
         proof.append(
             verify_checkpoint(folder, source, quantized=load, choices=job.choices, specs=job.specs, format=written_as)
         )
+        proved = manifest_text({**job.manifest, "verified": asdict(proof[0])})
+        (folder / MANIFEST).write_text(proved, encoding="utf-8")
 
     size = write_checkpoint(
         source,

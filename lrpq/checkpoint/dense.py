@@ -1,7 +1,7 @@
 """The dense format: dequantized weights in 16 bits under the original's names, read by whatever reads the original.
 
-A bfloat16 or float16 original keeps its type, a float32 one has its quantized modules in bfloat16, beside whose eight
-digits nothing of a code and a bfloat16 scale is lost but the rounding of their product.
+A bfloat16 or float16 original keeps its type: the values are those that the packed checkpoint loads as. A float32 one
+has its quantized modules in bfloat16, every value rounded once; what is not quantized stays float32.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ MAX_DIMENSIONS = 64  # torch's limit
 MAX_NUMEL = 2**63 - 1  # torch counts elements in 64 bits with a sign, sizes of zero left out
 LISTED = re.compile(r"(?:^|_)(?:layers?|labels?|depths?|repeats?)(?:_|$)")
 """Numbers of a configuration that transformers makes lists or mappings of that length from."""
-MAX_LISTED = 100_000
+MAX_LISTED = 10_000
 
 
 def resolve_model(model: str) -> Path:
@@ -223,11 +223,18 @@ def _read_config(folder: Path) -> PreTrainedConfig:
             if abs(number) > MAX_LISTED and LISTED.search(name):
                 raise ValueError(f"{name} is {number}, expected {MAX_LISTED} at most")
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        names = config.architectures
+        if names is not None and not (isinstance(names, list) and all(map(_is_name, names))):
+            raise ValueError("architectures is no list of names")
     except Exception as error:  # whatever the configuration's own parser raises is a bad configuration
         raise ModelError(f"{path}: not a configuration transformers can read ({one_line(error)})") from error
     if getattr(config, "quantization_config", None):
         raise ModelError(f"model {folder}: already quantized; give the original model")
     return config
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable()
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -251,7 +258,7 @@ def _locate_tensors(folder: Path) -> dict[str, str]:
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise ModelError(f"{index}: not a safetensors index ({one_line(error)}); fetch it again") from error
         for name, shard in located.items():
-            if not name.isprintable() or not isinstance(shard, str) or not shard.isprintable():
+            if not _is_name(name) or not _is_name(shard):
                 raise ModelError(f"{index}: tensor {name!r} is in {shard!r}; expected printable names; fetch it again")
             if Path(shard).name != shard or shard == "..":
                 raise ModelError(f"{index}: shard name {shard!r} leaves the model folder")

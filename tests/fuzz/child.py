@@ -37,7 +37,7 @@ ADDRESS_SPACE = 4096 * MIB
 ALLOWED_BYTES = 64 * MIB
 ALLOWED_RATIO = 10
 """A case may use this much memory, and this many times its own size."""
-NO_MEMORY = re.compile(r"bad_alloc|allocat|out of memory|MemoryError", re.IGNORECASE)
+NO_MEMORY = re.compile(r"bad_alloc|can.t allocate|out of memory", re.IGNORECASE)
 CANARY = b"a value from outside the folder "
 SAME, CHANGED, REFUSED, FAILED = "same", "changed", "refused", "failed"
 

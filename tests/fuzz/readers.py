@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from flows.config_file import load_config
 from flows.manifest_file import read_manifest_file, write_manifest_file
@@ -24,6 +24,7 @@ from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.stored import StoredCheckpoint
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.source import open_source
 from lrpq.quant.rtn import round_to_nearest
 from tasks.calibration.documents import load_documents
 from tasks.calibration.sources import ParquetSource, TextSource
@@ -78,7 +79,23 @@ LLAMA: Mapping[str, Any] = {
     "max_position_embeddings": 64, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
     "bos_token_id": 1, "eos_token_id": [2, 3], "dtype": "float32", "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
 }  # fmt: skip
-CONFIGURED = ("llama", "qwen2", "qwen3", "gemma3", "mistral", "mixtral", "gpt2", "deepseek_v3", "llava", "bert", "t5")
+CONFIGURED = (
+    *(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "phi3",
+        "opt",
+        "gpt_neox",
+        "gpt_bigcode",
+    ),
+    *("mixtral", "qwen3_moe", "gpt2", "deepseek_v3", "llava", "bert", "t5"),
+)
+"""Those that are supported, and some others."""
 
 
 def _write_tensors(path: Path, *, seed: int = 0, prefix: str = "") -> list[str]:
@@ -115,6 +132,12 @@ def write_sharded(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
+def write_gpt2(folder: Path) -> None:
+    config = GPT2Config(n_embd=8, n_head=2, n_layer=1, n_positions=8, vocab_size=16, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
 def _writes_config_of(model_type: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         _write_tensors(folder / "model.safetensors")
@@ -124,7 +147,7 @@ def _writes_config_of(model_type: str) -> Callable[[Path], None]:
 
 
 def read_model(folder: Path) -> Found:
-    source = ModelSource(folder)
+    source = open_source(folder)
     found = {}
     for name in source.names():
         tensor = source.read(name)
@@ -448,6 +471,12 @@ READERS = (
         roles={"config.json": "json"},
     ),
     Reader(
+        name="model-gpt2",
+        write=(write_gpt2,),
+        read=read_model,
+        roles={"config.json": "json", "model.safetensors": "safetensors"},
+    ),
+    Reader(
         name="checkpoint",
         write=(
             _writes_checkpoint(),
@@ -547,3 +576,4 @@ READERS = (
         links=LINKS_OUT,
     ),
 )
+READERS_BY_NAME: Mapping[str, Reader] = {reader.name: reader for reader in READERS}

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from tiny_models import CASES, write_tiny
 from transformers import AutoModelForCausalLM
 
+from lrpq.errors import ConfigError
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 
@@ -78,6 +79,17 @@ def test_what_is_not_quantized_is_carried_through_untouched(job: Job) -> None:
         assert {n.rsplit(".", 1)[0] for n in after if n.endswith("weight_packed")} == {
             n.removesuffix(".weight") for n in quantized
         }
+
+
+def test_dense_experts_beside_packed_layers_are_refused_before_anything_is_computed(job: Job) -> None:
+    """transformers would not load them; as dense weights they may stay as they are."""
+    model = job.folder / "mixtral-model"
+    keep = {"plan__keep": ["*.experts.*=16"], "run__calibration__num_windows": 12}
+    with pytest.raises(ConfigError, match=r"experts\.0\.\w+: left at 16 bits, but transformers loads no dense experts"):
+        job(model, "mixtral-keep", **CHANGES, **keep)
+    assert "profile" not in job.progress.stages
+    manifest = job(model, "mixtral-keep", **CHANGES, **keep, plan__format="dense")
+    assert {m["bits"] for m in manifest["modules"] if "experts" in m["name"]} == {16}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3-multimodal"])
