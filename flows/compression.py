@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -154,6 +156,8 @@ class Compression:
             if self.config.evaluation.enabled and self.config.evaluation.control:
                 control = allocate.control(posed.unlimited, at_bits=plan.average_bits)
             run.progress.advance("allocate")
+        for note in posed.notes:
+            run.warn(note)
         if not run.store.exists(folder.manifest):
             run.finish(folder, "allocate", {"choices": choices_json(plan.choices), "cost_nats": plan.cost_nats})
         if plan.stopped_early:
@@ -199,6 +203,9 @@ class Compression:
                 "refine_damping_steps": counts["damping_steps"],
                 "correction_rejected_rows": counts["rejected_rows"],
                 "rows": counts["rows"],
+                # the router runs on the quantized prefix: these are of the codes in the checkpoint
+                "experts_pooled": counts["experts_pooled"],
+                "experts_without_tokens": counts["experts_without_tokens"],
             }
         quantized = {name: choice for name, choice in plan.choices.items() if choice is not None}
         manifest = manifest_of(
@@ -306,11 +313,14 @@ class Compression:
 
 
 def resolve_dtype(config: RunConfig, source: ModelSource) -> str:
-    """The dtype asked for; by default bfloat16 for a bfloat16 model, else float32."""
+    """The dtype asked for; by default bfloat16 where most weights are stored so, else float32."""
     if config.dtype != "auto":
         return config.dtype
-    stored = source.dtype(next(name for name in source.names() if name.endswith("weight")))
-    return "bfloat16" if str(stored) == "torch.bfloat16" else "float32"
+    counts: Counter[str] = Counter()
+    for name in source.names():
+        if len(source.shape(name)) > 1 and name.endswith("weight"):  # not the masks that old checkpoints store
+            counts[str(source.dtype(name))] += math.prod(source.shape(name))
+    return "bfloat16" if counts and counts.most_common(1)[0][0] == "torch.bfloat16" else "float32"
 
 
 def _computed_nothing(run: Run) -> bool:

@@ -130,11 +130,7 @@ def count_degradations(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
             f"no gradient reaches {unweighted} of {len(by_module)} modules; look for layers of zeros in the model"
         )
     starved = evidence[Evidence.POOLED.value] + evidence[Evidence.NONE.value]
-    if starved > MAX_STARVED_SHARE * len(by_module):
-        raise QuantizationError(
-            f"{starved} of {len(by_module)} modules are experts that too few calibration tokens were sent to; "
-            "calibrate on more tokens (--calibration-windows, --length)"
-        )
+    _check_starved(starved, len(by_module))
     return {
         "not_positive_definite": len(damped),
         "dead_inputs": sum(row["dead_inputs"] for row in by_module.values()),
@@ -142,6 +138,14 @@ def count_degradations(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         "experts_without_tokens": evidence[Evidence.NONE.value],
         "without_relevance": evidence[Evidence.UNWEIGHTED.value],
     }
+
+
+def _check_starved(starved: int, num_modules: int) -> None:
+    if starved > MAX_STARVED_SHARE * num_modules:
+        raise QuantizationError(
+            f"{starved} of {num_modules} modules are experts that too few calibration tokens were sent to; "
+            "calibrate on more tokens (--calibration-windows, --length)"
+        )
 
 
 def run_refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, *, label: str) -> Mapping[str, Any]:
@@ -163,6 +167,7 @@ def run_refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, *, lab
             f"{label}: the damping was raised {counts['damping_steps']} times in {num_modules} modules, because their "
             "Hessians are not positive definite; calibrate on more tokens or raise the damping"
         )
+    _check_starved(counts["experts_pooled"] + counts["experts_without_tokens"], num_modules)
     return run.finish(job.folder, label, counts)
 
 
@@ -170,11 +175,12 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
     pool.each(refine.enter, job, block)  # waits: a block that cannot be read is an error here, not a later one
     quantized: list[Any] = []
     pooled: list[Any] = []
+    summed: list[Any] = []
     for layers in stream.steps(block):
         members = [spec for spec in layers if job.choices[spec.name] is not None]
         missing = {spec.name for spec in members if not run.store.exists(job.folder.module(spec.name))}
         if missing:
-            pool.each_refs(refine.products, block, layers, *quantized)
+            summed += pool.each_refs(refine.products, block, layers, *quantized)
         if missing and layers[0].routed and layers[0].kind == GATE_UP and not pooled:
             pooled = pool.each_refs(refine.take, POOLED)
         new: dict[str, Any] = {}
@@ -188,7 +194,9 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
                 elif job.choices[spec.name] is not None:
                     new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
         quantized += new.values()
-    pool.get(pool.each_refs(refine.advance, block, *quantized))
+    advanced = pool.each_refs(refine.advance, block, *quantized)
+    pool.get(summed)  # what went wrong there is the cause of what goes wrong later
+    pool.get(advanced)
     return refine.read_counts(run.store, job.folder, [s for s in stream.block_specs(block) if job.choices[s.name]])
 
 

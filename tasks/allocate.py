@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 from lrpq.allocate.baselines import nearest_uniform
 from lrpq.allocate.budget import UNQUANTIZED_BITS, Budget, BudgetBits, BudgetBytes
-from lrpq.allocate.keep import parse_keep
+from lrpq.allocate.keep import KeepRule, parse_keep
 from lrpq.allocate.knapsack import solve_exact, solve_lagrangian
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow, Problem, build_problem
@@ -35,6 +36,8 @@ class Posed:
     problem: Problem
     unlimited: Problem
     """Without limit and without rules for single modules, except those that leave them at 16 bits."""
+    notes: tuple[str, ...]
+    """What a user may not expect of the rules."""
 
 
 def cost_rows(rows: Iterable[Mapping[str, Any]], specs: Sequence[LinearSpec]) -> list[CostRow]:
@@ -151,7 +154,20 @@ def pose(
         budget = BudgetBytes(total_bytes=budget_bytes, fixed_bytes=fixed_bytes)
     else:
         raise ConfigError("no budget: give --budget BITS or --budget-bytes SIZE")
-    return Posed(problem=posed(budget=budget, keep=rules), unlimited=unlimited)
+    problem = posed(budget=budget, keep=rules)
+    return Posed(problem=problem, unlimited=unlimited, notes=tuple(_bound_besides(rules, problem)))
+
+
+def _bound_besides(rules: Sequence[KeepRule], problem: Problem) -> Iterator[str]:
+    """Say of each rule which modules it binds only because they share a choice with those it names."""
+    for rule in rules:
+        others: list[str] = []
+        for group in problem.groups:
+            named = [fnmatchcase(member.name, rule.pattern) for member in group.members]
+            if any(named):
+                others += [m.name for m, matched in zip(group.members, named, strict=True) if not matched]
+        if others:
+            yield f"--keep {rule} also binds {len(others)} modules that share a choice with them, such as {others[0]}"
 
 
 def solve(problem: Problem, *, solver: str) -> Plan:

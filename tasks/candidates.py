@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +11,6 @@ import torch
 
 from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import HEAD, Choice, LinearSpec
-from lrpq.model.source import open_source
 from lrpq.quant.gptq import factorize, gptq, predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum, normalized
@@ -27,6 +25,7 @@ from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tables import read_table, write_table
 from tasks.store.tensors import read_tensors, write_tensors
+from tasks.streams import held_source
 
 STAGE = "candidates"
 COST_UNITS = {
@@ -67,7 +66,7 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
         return False
     device = torch.device(state.device)
     label = specs[0].name if specs[0].routed else specs[0].fused_group
-    source = open_source(Path(job.profile.stream.model))
+    source = held_source(state, job.profile.stream)
     sums, evidence = _hessian(job, block, site, specs[0])
     H = normalized(sums, name=label).to(device)
     curvature = read_curvature(job.profile, block, [spec.name for spec in specs])
@@ -113,7 +112,10 @@ def _hessian(job: CandidatesJob, block: int, site: str, spec: LinearSpec) -> tup
     shares_inputs = spec.kind == GATE_UP
     starved = is_starved(own.num_tokens, d_in=spec.d_in, total_tokens=total)
     pooled = read_hessian(job.profile, block, POOLED)[0] if starved and shares_inputs else None
-    return hessian_of_expert(own, pooled, total_tokens=total)
+    sums, evidence = hessian_of_expert(own, pooled, total_tokens=total)
+    if evidence is Evidence.OWN and not has_relevance(own.weight_sum, own.num_tokens):
+        evidence = Evidence.UNWEIGHTED
+    return sums, evidence
 
 
 def read_costs(job: CandidatesJob, sites: Mapping[int, list[str]]) -> list[dict[str, Any]]:

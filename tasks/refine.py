@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import Choice, LinearSpec
-from lrpq.model.source import open_source
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.packing import pack, unpack
 from lrpq.quant.starved import Evidence, hessian_of_expert
 from lrpq.refine.quantize import Refined, quantize_refined
-from lrpq.refine.routed import POOLED, dense_weights, routed_products
+from lrpq.refine.routed import dense_weights, routed_products
 from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
@@ -29,7 +27,7 @@ from tasks.profile import ROWS
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
-from tasks.streams import StreamJob, my_shards, open_stream, shard_slices
+from tasks.streams import StreamJob, held_source, my_shards, open_stream, shard_slices
 
 STAGE = "refine"
 COUNTS = ("rejected_rows", "rows", "damping_steps", "dead_inputs", "experts_pooled", "experts_without_tokens")
@@ -79,15 +77,16 @@ def enter(state: WorkerState, job: RefineJob, block: int) -> None:
     state.held["module"] = module
     state.held["weights"] = None
     state.held["products"] = {}
+    state.held["pooled"] = False
     if job.token_weights is not None:
         sweep: RefineSweep = state.held[STAGE]
         stored = read_tensors(
             open_store(job.stream.store), job.token_weights.block("token-weights", block, "safetensors")
         )
-        state.held["weights"] = _shard_weights(stored, sweep.shards, job.stream)
+        state.held["weights"] = shard_weights(stored, sweep.shards, job.stream)
 
 
-def _shard_weights(
+def shard_weights(
     stored: Mapping[str, Tensor], shards: Collection[int], job: StreamJob
 ) -> dict[str, dict[int, Tensor]]:
     """Site -> shard -> token weights of all its tokens, from what the profile stored of a block."""
@@ -98,9 +97,16 @@ def _shard_weights(
         if site.endswith(ROWS):
             continue
         rows = stored.get(site + ROWS)
-        dense = s if rows is None else dense_weights(s, rows.long(), total)
-        found[site] = {shard: dense[slices[shard]] for shard in shards}
+        if rows is not None:
+            s = dense_weights(s, rows.long(), total, default=_mean_of_experts(stored, kind=site.rsplit(".", 1)[-1]))
+        found[site] = {shard: s[slices[shard]] for shard in shards}
     return found
+
+
+def _mean_of_experts(stored: Mapping[str, Tensor], *, kind: str) -> float:
+    """Mean token weight of one projection of a block's experts."""
+    weights = torch.cat([s for site, s in stored.items() if site + ROWS in stored and site.endswith(f".{kind}")])
+    return float(weights.mean()) if weights.numel() else 1.0
 
 
 def products(
@@ -118,7 +124,8 @@ def products(
     weights = state.held["weights"]
     held = state.held["products"]
     if step[0].routed:
-        pooled = step[0].kind == GATE_UP and POOLED not in held
+        pooled = step[0].kind == GATE_UP and not state.held["pooled"]
+        state.held["pooled"] |= pooled
         dense = _dense(sweep, before)
         held |= routed_products(sweep, block, state.held["module"], step, weights, dense, pooled=pooled)
         return
@@ -146,6 +153,7 @@ def end(state: WorkerState) -> None:
     state.held.pop("weights", None)
     state.held.pop("module", None)
     state.held.pop("products", None)
+    state.held.pop("pooled", None)
     state.held.pop(STAGE)
 
 
@@ -172,7 +180,7 @@ def quantize(
         if evidence is not Evidence.OWN:  # nothing to correct towards
             merged = SiteProducts(hessian=sums, shift=None)
     refined = quantize_refined(
-        open_source(Path(job.stream.model)).read_rows(spec.stored).to(state.device, torch.float32),
+        held_source(state, job.stream).read_rows(spec.stored).to(state.device, torch.float32),
         merged,
         choice,
         strength=job.strength,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.relevance.sweep import Shard
@@ -42,6 +43,17 @@ class StreamJob:
 def open_stream(state: WorkerState, job: StreamJob) -> BlockStream:
     """The model, streamed on this worker's device."""
     return BlockStream(open_source(Path(job.model)), dtype=DTYPES[job.dtype], device=state.device)
+
+
+def held_source(state: WorkerState, job: StreamJob) -> ModelSource:
+    """The model's tensors, opened once by a worker as long as its files are the same: opening reads every header."""
+    files = sorted(path for path in Path(job.model).iterdir() if path.suffix in (".safetensors", ".json"))
+    identity = [(job.model, path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    held: tuple[object, ModelSource] | None = state.held.get("source")
+    if held is None or held[0] != identity:
+        held = identity, open_source(Path(job.model))
+        state.held["source"] = held
+    return held[1]
 
 
 def my_shards(state: WorkerState, job: StreamJob) -> list[Shard]:

@@ -88,7 +88,13 @@ CASES: Mapping[str, Case] = {
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",
         {
-            "text_config": {**_SIZES, "head_dim": 16, "sliding_window": 8, "layer_types": _SLIDING},
+            "text_config": {
+                **_SIZES,
+                "head_dim": 16,
+                "sliding_window": 8,
+                "layer_types": _SLIDING,
+                "final_logit_softcapping": 1.0,  # transformers ignores it here
+            },
             "vision_config": {
                 "hidden_size": 16,
                 "intermediate_size": 32,

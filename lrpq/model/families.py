@@ -77,8 +77,8 @@ LLAMA = Family(
     units=(_ATTENTION, _MLP),
 )
 GEMMA = replace(LLAMA, logit_cap="final_logit_softcapping")
-GEMMA_MULTIMODAL = replace(
-    GEMMA,
+GEMMA_MULTIMODAL = replace(  # transformers caps the logits of the text model alone
+    LLAMA,
     blocks="model.language_model.layers",
     outside=("model.language_model.embed_tokens",),
     tail=("model.language_model.norm",),

@@ -84,16 +84,11 @@ def _spec(
     if not isinstance(linear, nn.Linear):
         raise ModelError(f"{name}: expected nn.Linear, got {type(linear).__name__}")
     tensors = stored.get(f"{name}.weight", (f"{name}.weight",))
-    rows = [source.shape(tensor) for tensor in tensors]
-    expected = (linear.out_features, linear.in_features)
-    found = (sum(shape[0] for shape in rows), rows[0][-1])
-    if found != expected or any(shape[1:] != expected[1:] for shape in rows):
-        raise ModelError(f"tensor {tensors[0]}: shape {rows[0]}, config.json asks for {expected} in {len(rows)} parts")
     return LinearSpec(
         name=name,
         block=index,
-        d_out=expected[0],
-        d_in=expected[1],
+        d_out=linear.out_features,
+        d_in=linear.in_features,
         input_site=site,
         # an expert layer is served as one: its experts and both of its projections run under one scheme
         fused_group=f"{prefix}.{EXPERTS}" if routed else f"{prefix}.{site}",

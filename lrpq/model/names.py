@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -34,3 +35,32 @@ def stored_names(model: Any, source: ModelSource) -> Mapping[str, str]:
             raise ModelError(f"model {source.folder}: tensors {found[name]} and {stored} are both {name}")
         found[name] = stored
     return found
+
+
+def tie(names: dict[str, tuple[str, ...]], first: str, second: str) -> None:
+    """Where only one of two tied tensors is on disk, it serves for both."""
+    for here, there in ((first, second), (second, first)):
+        if here not in names and there in names:
+            names[here] = names[there]
+
+
+def check_shapes(modules: Mapping[str, nn.Module], names: Mapping[str, tuple[str, ...]], source: ModelSource) -> None:
+    """Compare every tensor of some modules of the model, by path, with what is on disk, before any is read.
+
+    Raises:
+        ModelError: a tensor is missing or has another shape than config.json describes; it is named.
+    """
+    for path, module in modules.items():
+        for local, tensor in module.state_dict().items():
+            name = f"{path}.{local}"
+            stored = names.get(name, (name,))
+            shapes, wanted = [source.shape(part) for part in stored], tuple(tensor.shape)
+            if len(shapes) == 1:
+                fits = shapes[0] == wanted
+            else:
+                fits = all(shape[1:] == wanted[1:] for shape in shapes) and sum(s[0] for s in shapes) == wanted[0]
+            if not fits:
+                raise ModelError(
+                    f"tensor {stored[0]}: shape {shapes[0]}, config.json asks for {wanted}"
+                    + (f" in {len(stored)} parts" if len(stored) > 1 else "")
+                )

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from lrpq.errors import ModelError
 from lrpq.model.experts import expert_tensors, replace_experts
 from lrpq.model.families import family_of
 from lrpq.model.layers import LinearSpec
 from lrpq.model.linears import find_head, find_linears
-from lrpq.model.names import stored_names
+from lrpq.model.names import check_shapes, stored_names, tie
 from lrpq.model.recording import Recorded, recording
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.skeleton import build_skeleton, own_modules
@@ -29,7 +30,7 @@ from lrpq.model.skeleton import build_skeleton, own_modules
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-STEP_BYTES = 2 << 30
+STEP_BYTES = 512 << 20
 Overrides = Mapping[str, Tensor]
 """Module name -> weight [d_out, d_in] that replaces the one on disk."""
 
@@ -69,7 +70,13 @@ class BlockStream:
         self._outside = own_modules(self.model, self.family.outside, self.family.optional)
         self._tail = own_modules(self.model, self.family.tail, self.family.optional)
         self.blocks: nn.ModuleList = cast("nn.ModuleList", self.model.get_submodule(self.family.blocks))
+        if not len(self.blocks):
+            raise ModelError(f"model {source.folder}: config.json describes a model without decoder blocks")
         self._replace_experts()
+        if self.tied_head:
+            tie(self._stored, f"{self.family.head}.weight", f"{self._outside[0]}.weight")
+        parts = (*self._outside, self.family.blocks, *self._tail, self.family.head)
+        check_shapes({path: self.model.get_submodule(path) for path in parts}, self._stored, source)
         self.specs: tuple[LinearSpec, ...] = tuple(find_linears(self.blocks, self.family, self._stored, source))
         self._by_block: dict[int, list[LinearSpec]] = {}
         for spec in self.specs:
@@ -110,12 +117,12 @@ class BlockStream:
         """Layers of a block whose inputs are found in one forward, in the order of execution.
 
         A site is a step. Experts of a block do not read each other's outputs, so many of their sites share a step: as
-        many as have Hessians of ``STEP_BYTES`` together.
+        many as have sums C and D of ``STEP_BYTES`` together. The merge tree of n shards holds them log2(n) + 1 times.
         """
         found: list[list[LinearSpec]] = []
         held = 0
         for spec in self.block_specs(block):
-            size = 4 * spec.d_in * spec.d_in
+            size = 2 * 4 * spec.d_in * spec.d_in
             last = found[-1][-1] if found else None
             same_site = last is not None and last.input_site == spec.input_site
             beside = last is not None and last.routed and spec.routed and last.kind == spec.kind
@@ -244,9 +251,14 @@ class BlockStream:
                     f"{name}.{layout.path}", experts.num_experts, gate_up=layout.gate_up, down=layout.down
                 )
                 self._stored |= {
-                    weight: tuple(stored for part in names for stored in self._stored.get(part, (part,)))
+                    weight: tuple(stored for part in names for stored in self._on_disk(part))
                     for weight, names in parts.items()
                 }
+
+    def _on_disk(self, name: str) -> tuple[str, ...]:
+        """Tensors of an expert's projection; renaming knows no prefix of names that the model itself does not have."""
+        bare = name.removeprefix(f"{self.model.base_model_prefix}.")
+        return self._stored.get(name) or self._stored.get(bare) or (name,)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         prefix = f"{self.family.blocks}.{index}."
@@ -265,21 +277,18 @@ class BlockStream:
             _assign(block, weights)
             yield block
         finally:
-            block.to("meta")
+            _empty(block)
 
     @contextmanager
     def _materialised(self, modules: Sequence[str]) -> Iterator[None]:
         try:
             for path in modules:
                 module = self.model.get_submodule(path)
-                prefix = path
-                if path == self.family.head and f"{path}.weight" not in self._stored and self.tied_head:
-                    prefix = self.family.outside[0]
-                _assign(module, {name: self._read(f"{prefix}.{name}") for name in module.state_dict()})
+                _assign(module, {name: self._read(f"{path}.{name}") for name in module.state_dict()})
             yield
         finally:
             for path in modules:
-                self.model.get_submodule(path).to("meta")
+                _empty(self.model.get_submodule(path))
 
 
 @contextmanager
@@ -299,3 +308,11 @@ def _replaced(weights: Iterable[tuple[nn.Module, Tensor]]) -> Iterator[None]:
 def _assign(module: nn.Module, weights: dict[str, Tensor]) -> None:
     module.load_state_dict(weights, strict=True, assign=True)
     module.requires_grad_(False)
+
+
+def _empty(module: nn.Module) -> None:
+    """Give the weights' memory back; buffers that were computed stay, for nobody computes them again."""
+    computed = [(m, name, getattr(m, name)) for m in module.modules() for name in m._non_persistent_buffers_set]
+    module.to("meta")
+    for owner, name, buffer in computed:
+        setattr(owner, name, buffer)

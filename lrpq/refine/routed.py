@@ -2,7 +2,7 @@
 
 The router runs on the quantized prefix's hidden states, so an expert's tokens are not those of the original model. A
 token that only the quantized prefix sends to an expert has no original input there: it adds nothing to the shift D, and
-weighs as the mean of the tokens that the original model sends there.
+weighs as the mean of the tokens that the original model sends there (to all experts of the block, if it sends none).
 
 One forward of the block gives the sums of many experts; they need the memory of as many Hessians.
 """
@@ -43,11 +43,14 @@ class _Seen:
 
 
 def dense_weights(
-    values: Float[Tensor, "rows=n"], rows: Int[Tensor, "rows=n"], num_tokens: int
+    values: Float[Tensor, "rows=n"], rows: Int[Tensor, "rows=n"], num_tokens: int, *, default: float = 1.0
 ) -> Float[Tensor, "tokens=num_tokens"]:
-    """Weights of all tokens from those of the ``rows`` sent to an expert: the others weigh as the mean of these."""
-    mean = values.mean() if values.numel() else torch.ones(())
-    dense = torch.full((num_tokens,), float(mean), dtype=torch.float32)
+    """Weights of all tokens from those of the ``rows`` sent to an expert: the others weigh as the mean of these.
+
+    ``default``: what all weigh where there are none, in the unit of the other experts' weights.
+    """
+    mean = float(values.mean()) if values.numel() else default
+    dense = torch.full((num_tokens,), mean, dtype=torch.float32)
     dense[rows] = values.float()
     return dense
 

@@ -59,7 +59,7 @@ class SiteWeights:
     values: Mapping[str, Float[Tensor, " tokens"]]
     """Site -> s, float32: one a token; of an expert's site, one a token that was sent there."""
     rows: Mapping[str, Int[Tensor, " tokens"]]
-    """Of the sites of experts: which of the shard's tokens those are, ascending."""
+    """Of the sites of experts: which of the shard's tokens those are, in the order of ``values``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

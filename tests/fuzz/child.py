@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .mutators import Files, Link, mutate
 from .readers import Found, Reader
 from .values import OUTSIDE
 
-READERS: Mapping[str, Reader] = {reader.name: reader for reader in (*readers.READERS, *broken.READERS)}
+READERS = {reader.name: reader for reader in (*readers.READERS, *broken.READERS)}
 MIB = 1 << 20
 ADDRESS_SPACE = 4096 * MIB
 """Far more than a case may use, so that one that uses more is seen, but cannot take the machine down."""
@@ -71,7 +71,7 @@ class Place:
 def fill(folder: Path, files: Files) -> None:
     """Make a folder hold exactly these files."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -210,6 +210,7 @@ def load_corpus(folder: Path, reader: Reader) -> list[Files]:
             write(place)
         paths = sorted(path for path in place.rglob("*") if path.is_file())
         corpus.append({str(path.relative_to(place)): path.read_bytes() for path in paths})
+        assert reader.roles.keys() <= corpus[-1].keys(), f"{reader.name} has no file {reader.roles} in {place}"
     return corpus
 
 

@@ -162,9 +162,9 @@ def mutate_toml(raw: bytes, rng: random.Random) -> bytes:
         case 1:
             lines.insert(rng.randrange(len(lines) + 1), lines[at])
         case 2:
-            lines[at] = rng.choice(("[x]", "[run]", "[[run]]", "[" + "a." * 3000 + "a]", "[run.calibration.x]", "["))
+            lines[at] = rng.choice(("[x]", "[run]", "[[run]]", "[" + "a." * 1000 + "a]", "[run.calibration.x]", "["))
         case 3 if equals:
-            lines[at] = rng.choice(("x", "''", "seed", "a" * 3000, "a." * 3000 + "a", '"\\n"', "é")) + "=1"
+            lines[at] = rng.choice(("x", "''", "seed", "a" * 3000, "a." * 1000 + "a", '"\\n"', "é")) + "=1"
         case _:
             if equals:
                 lines[at] = key + "= " + rng.choice(TOML_VALUES)

@@ -1,7 +1,7 @@
 """Fuzz the readers: ``python -m tests.fuzz.run [--cases N] [--reader NAME ...] [--first SEED] [--timeout SECONDS]``.
 
 A case is a reader and a seed, nothing else: ``--reader NAME --first SEED --cases 1`` runs it again and shows what came
-of it; with ``--files FOLDER`` the mutated artefact lies in a new folder. Exits with 1 if a case failed.
+of it; with ``--files FOLDER`` the mutated artefact is kept. Exits with 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -193,12 +193,13 @@ def main() -> int:
     parser.add_argument("--reader", action="append", metavar="NAME", help="only this reader (may be repeated)")
     parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_SECONDS, help="seconds of a case")
-    parser.add_argument("--files", type=Path, metavar="FOLDER", help="write the mutated artefact of --first there")
+    parser.add_argument("--files", type=Path, metavar="FOLDER", help="write the mutated artefacts of --first there")
     options = parser.parse_args()
     if options.files is not None:
         from .child import write_case
 
-        write_case(options.files, *options.reader, options.first)
+        for name in options.reader or ():
+            write_case(options.files / name, name, options.first)
     print(f"{'reader':20} {'cases':>7} {'same':>7} {'changed':>7} {'refused':>7} {'failed':>7} {'seconds':>8}")
     failed = False
     with open_fuzzer(timeout_seconds=options.timeout) as fuzzer:

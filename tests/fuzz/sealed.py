@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from tasks.store.documents import canonical_text, sha256_text
 from tasks.store.schema import sealed
 
-from . import parquet
+from . import parquet, thrift
 from .values import Pairs, dumped, mutate_value
 
 DIGEST = "lrpq.sha256"
@@ -67,7 +67,7 @@ def mutate_matrices(raw: bytes, rng: random.Random) -> bytes:
     metadata[name] = dumped(mutate_value(json.loads(metadata[name], object_pairs_hook=Pairs), rng))
     resealed = sealed(schema, metadata)
     changed = {**resealed.metadata, b"ARROW:schema": base64.b64encode(resealed.serialize())}  # where it is read from
-    for entry in parquet.field(footer, parquet.KEY_VALUES)[2][1]:
-        key, value = parquet.field(entry, 1), parquet.field(entry, 2)
+    for entry in thrift.field(footer, parquet.KEY_VALUES)[2][1]:
+        key, value = thrift.field(entry, 1), thrift.field(entry, 2)
         value[2] = changed.get(key[2], value[2])
     return parquet.with_footer(raw[:start], footer)

@@ -23,13 +23,13 @@ from lrpq.model.safetensors_source import ModelSource
 from tasks.calibration.sources import ParquetSource
 from tasks.calibration.token_rows import token_column
 from tasks.store.documents import SCHEMA_VERSION, canonical_text, parse_document, sha256_text
-from tasks.store.local import LocalStore
 from tasks.store.schema import sealed
 from tasks.store.symmetric import read_symmetric, symmetric_index
 from tasks.store.tables import read_table, units_of
 from tasks.store.tensors import read_tensors
 
-from . import parquet, readers
+from . import artefacts, parquet, thrift
+from .readers import READERS_BY_NAME
 
 DEEP = "[" * 100_000 + "]" * 100_000
 INDEX = "model.safetensors.index.json"
@@ -47,7 +47,7 @@ def refused(kind: type[Exception], match: str, read: Callable[[], object]) -> No
 
 
 def shard_with(folder: Path, header: str, content: bytes = b"") -> None:
-    readers.write_single(folder)
+    artefacts.write_single(folder)
     text = header.encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
 
@@ -75,7 +75,7 @@ def test_a_shard_without_tensors(tmp_path: Path) -> None:
 
 
 def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
-    readers.write_single(tmp_path)
+    artefacts.write_single(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     os.mkfifo(tmp_path / "model.safetensors")
     refused(ModelError, "missing", lambda: ModelSource(tmp_path))
@@ -95,7 +95,7 @@ def test_a_pipe_is_no_shard(tmp_path: Path) -> None:
     ],
 )
 def test_an_index_that_is_none(tmp_path: Path, weight_map: str, message: str) -> None:
-    readers.write_sharded(tmp_path)
+    artefacts.write_sharded(tmp_path)
     (tmp_path / INDEX).write_text(f'{{"weight_map": {weight_map}}}')
     refused(ModelError, f"{INDEX}: .*{message}", lambda: ModelSource(tmp_path))
 
@@ -113,13 +113,13 @@ def test_an_index_that_is_none(tmp_path: Path, weight_map: str, message: str) ->
 def test_a_configuration_that_would_fill_the_memory_or_that_names_nothing(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    readers.write_single(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**readers.LLAMA, **change}))
+    artefacts.write_single(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**artefacts.LLAMA, **change}))
     refused(ModelError, rf"config\.json: .*{message}", lambda: ModelSource(tmp_path))
 
 
 def test_a_configuration_that_is_nested_too_deeply(tmp_path: Path) -> None:
-    readers.write_single(tmp_path)
+    artefacts.write_single(tmp_path)
     (tmp_path / "config.json").write_text(f'{{"model_type": "llama", "x": {DEEP}}}')
     refused(ModelError, r"config\.json: not a configuration", lambda: ModelSource(tmp_path))
 
@@ -130,7 +130,7 @@ def test_a_configuration_that_is_nested_too_deeply(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("written") / "checkpoint"
-    readers.READERS_BY_NAME["checkpoint"].write[0](folder)
+    READERS_BY_NAME["checkpoint"].write[0](folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -205,11 +205,11 @@ def test_a_part_of_a_module_that_cannot_be_its(checkpoint: Path, part: str, valu
 
 def test_a_dense_weight_that_is_not_finite(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
-    readers.READERS_BY_NAME["checkpoint-dense"].write[0](folder)
+    READERS_BY_NAME["checkpoint-dense"].write[0](folder)
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{MODULE}.weight"][0, 0] = math.inf
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    spec = next(spec for spec in readers.LINEARS if spec.name == MODULE)
+    spec = next(spec for spec in artefacts.LINEARS if spec.name == MODULE)
     refused(
         CheckpointError,
         f"{MODULE}.*a weight is not finite",
@@ -220,32 +220,28 @@ def test_a_dense_weight_that_is_not_finite(tmp_path: Path) -> None:
 # ---- the store -----------------------------------------------------------------------------------
 
 
-def store_of(folder: Path) -> LocalStore:
-    return LocalStore(root=folder.resolve(), url=str(folder))
-
-
 def with_footer_text(path: Path, key: bytes, change: Callable[[bytes], bytes], *, new_key: bytes = b"") -> None:
     """Change an entry of a Parquet file's metadata."""
     footer, start = parquet.read_footer(path.read_bytes())
-    for entry in parquet.field(footer, parquet.KEY_VALUES)[2][1]:
-        name, value = parquet.field(entry, 1), parquet.field(entry, 2)
+    for entry in thrift.field(footer, parquet.KEY_VALUES)[2][1]:
+        name, value = thrift.field(entry, 1), thrift.field(entry, 2)
         if name[2] == key:
             name[2], value[2] = new_key or key, change(value[2])
     path.write_bytes(parquet.with_footer(path.read_bytes()[:start], footer))
 
 
 def test_metadata_that_no_checksum_covers_is_not_given_out(tmp_path: Path) -> None:
-    readers.write_costs(tmp_path)
-    expected = read_table(store_of(tmp_path), readers.TABLE, "costs")
-    with_footer_text(tmp_path / readers.TABLE, b"ARROW:schema", lambda text: text, new_key=b"foreign")
-    found = read_table(store_of(tmp_path), readers.TABLE, "costs")
+    artefacts.write_costs(tmp_path)
+    expected = read_table(artefacts.store_of(tmp_path), artefacts.TABLE, "costs")
+    with_footer_text(tmp_path / artefacts.TABLE, b"ARROW:schema", lambda text: text, new_key=b"foreign")
+    found = read_table(artefacts.store_of(tmp_path), artefacts.TABLE, "costs")
     assert found.schema.metadata == expected.schema.metadata
     assert units_of(found) == {"cost": "nats"}
 
 
 def test_the_name_of_a_list_element_is_as_it_was_written(tmp_path: Path) -> None:
-    readers.write_windows(tmp_path)
-    path = tmp_path / readers.TABLE
+    artefacts.write_windows(tmp_path)
+    path = tmp_path / artefacts.TABLE
     table = pq.read_table(path)
     named = pa.list_(pa.field("element\x1b", pa.int64()))
     pq.write_table(
@@ -254,18 +250,20 @@ def test_the_name_of_a_list_element_is_as_it_was_written(tmp_path: Path) -> None
         use_compliant_nested_type=False,
     )
     refused(
-        StoreError, "its column 'tokens' is of type", lambda: read_table(store_of(tmp_path), readers.TABLE, "costs")
+        StoreError,
+        "its column 'tokens' is of type",
+        lambda: read_table(artefacts.store_of(tmp_path), artefacts.TABLE, "costs"),
     )
 
 
 def test_what_a_parser_quotes_does_not_reach_the_terminal(tmp_path: Path) -> None:
-    readers.write_costs(tmp_path)
-    path = tmp_path / readers.TABLE
+    artefacts.write_costs(tmp_path)
+    path = tmp_path / artefacts.TABLE
     raw = bytearray(path.read_bytes())
     start = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
     raw[start] = 0x1F  # a field of no type: the parser shows the byte
     path.write_bytes(raw)
-    refused(StoreError, "is damaged", lambda: read_table(store_of(tmp_path), readers.TABLE, "costs"))
+    refused(StoreError, "is damaged", lambda: read_table(artefacts.store_of(tmp_path), artefacts.TABLE, "costs"))
 
 
 @pytest.mark.parametrize(
@@ -285,8 +283,8 @@ def test_what_a_parser_quotes_does_not_reach_the_terminal(tmp_path: Path) -> Non
     ],
 )
 def test_an_index_of_matrices_with_a_checksum_that_fits(tmp_path: Path, entries: str) -> None:
-    readers.write_hessians(tmp_path)
-    path = tmp_path / readers.SYMMETRIC
+    artefacts.write_hessians(tmp_path)
+    path = tmp_path / artefacts.SYMMETRIC
     file = pq.ParquetFile(path)
     metadata = {name.decode(): text.decode() for name, text in file.schema_arrow.metadata.items()}
     metadata.pop("lrpq.sha256")
@@ -295,18 +293,22 @@ def test_an_index_of_matrices_with_a_checksum_that_fits(tmp_path: Path, entries:
     with pq.ParquetWriter(path, schema) as writer:
         for group in groups:
             writer.write_table(group)
-    refused(StoreError, "is damaged", lambda: symmetric_index(store_of(tmp_path), readers.SYMMETRIC))
-    refused(StoreError, "is damaged", lambda: read_symmetric(store_of(tmp_path), readers.SYMMETRIC, "qkv"))
+    refused(StoreError, "is damaged", lambda: symmetric_index(artefacts.store_of(tmp_path), artefacts.SYMMETRIC))
+    refused(StoreError, "is damaged", lambda: read_symmetric(artefacts.store_of(tmp_path), artefacts.SYMMETRIC, "qkv"))
 
 
 @pytest.mark.parametrize("shape", [[0, 2**63], [2**62, 4, 0], [1, 0, *[1] * 63], [True, 0]])
 def test_a_stored_shape_without_elements_that_torch_does_not_take(tmp_path: Path, shape: list[int]) -> None:
     metadata = {"lrpq.schema": str(SCHEMA_VERSION), "sha256:a": sha256_text("")}
-    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}, "__metadata__": metadata}
+    header: dict[str, Any] = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}, "__metadata__": metadata}
     metadata["lrpq.sha256"] = sha256_text(canonical_text(header))
     text = json.dumps(header).encode()
     (tmp_path / "t.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    refused(StoreError, "entry of tensor 'a' is malformed", lambda: read_tensors(store_of(tmp_path), "t.safetensors"))
+    refused(
+        StoreError,
+        "entry of tensor 'a' is malformed",
+        lambda: read_tensors(artefacts.store_of(tmp_path), "t.safetensors"),
+    )
 
 
 @pytest.mark.parametrize("depth", [960, 980, 990, 1000, 200_000])

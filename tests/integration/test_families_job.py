@@ -38,11 +38,18 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return Job(start_pool(request), tmp_path_factory.mktemp("families"))
 
 
+def written(job: Job, name: str) -> Path:
+    """The model of a case with a tokenizer, written once."""
+    folder = job.folder / f"{name}-model"
+    if not folder.is_dir():
+        write_tokenizer(write_tiny(folder, name))
+    return folder
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_whole_job(job: Job, name: str) -> None:
     """Two to four seconds each. Buys: no stage knows an architecture that the table does not."""
-    model = write_tiny(job.folder / f"{name}-model", name)
-    write_tokenizer(model)
+    model = written(job, name)
     changes = CHANGES | ({"run__calibration__num_windows": 12} if name in EXPERTS else {})
     manifest = job(model, f"{name}-out", **changes)
     output = job.folder / f"{name}-out"
@@ -69,7 +76,9 @@ def test_the_whole_job(job: Job, name: str) -> None:
 def test_what_is_not_quantized_is_carried_through_untouched(job: Job) -> None:
     """The vision tower of a multimodal wrapper, routers, norms and embeddings: same names, same bytes."""
     for name in ("gemma3-multimodal", "mixtral"):
-        model, output = job.folder / f"{name}-model", job.folder / f"{name}-out"
+        model, output = written(job, name), job.folder / f"{name}-out"
+        if not output.exists():
+            job(model, f"{name}-out", **CHANGES, run__calibration__num_windows=12)
         quantized = {tensor for s in BlockStream(open_source(model), dtype=torch.float32).specs for tensor in s.stored}
         before, after = tensors(model), tensors(output)
         carried = set(before) - quantized
@@ -83,7 +92,7 @@ def test_what_is_not_quantized_is_carried_through_untouched(job: Job) -> None:
 
 def test_dense_experts_beside_packed_layers_are_refused_before_anything_is_computed(job: Job) -> None:
     """transformers would not load them; as dense weights they may stay as they are."""
-    model = job.folder / "mixtral-model"
+    model = written(job, "mixtral")
     keep = {"plan__keep": ["*.experts.*=16"], "run__calibration__num_windows": 12}
     with pytest.raises(ConfigError, match=r"experts\.0\.\w+: left at 16 bits, but transformers loads no dense experts"):
         job(model, "mixtral-keep", **CHANGES, **keep)
@@ -92,10 +101,19 @@ def test_dense_experts_beside_packed_layers_are_refused_before_anything_is_compu
     assert {m["bits"] for m in manifest["modules"] if "experts" in m["name"]} == {16}
 
 
+def test_a_keep_rule_for_one_expert_says_that_it_binds_them_all(job: Job) -> None:
+    keep = {"plan__keep": ["model.layers.1.mlp.experts.3.*=5"], "run__calibration__num_windows": 12}
+    manifest = job(written(job, "mixtral"), "mixtral-one", **(CHANGES | keep | {"plan__budget_bits": 6.0}))
+    assert {m["bits"] for m in manifest["modules"] if "experts" in m["name"]} == {5}
+    assert any("also binds 14 modules" in warning for warning in manifest["warnings"])
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3-multimodal"])
 def test_dense_weights_run_without_any_loader(job: Job, name: str) -> None:
     """Same codes as the packed checkpoint's, as bfloat16 under the original names."""
-    model, packed = job.folder / f"{name}-model", job.folder / f"{name}-out"
+    model, packed = written(job, name), job.folder / f"{name}-out"
+    if not packed.exists():
+        job(model, f"{name}-out", **CHANGES)
     manifest = job(model, f"{name}-dense", **CHANGES, plan__format="dense")
     assert {"profile", "candidates", "refine"} <= set(manifest["reused"])
     output = job.folder / f"{name}-dense"
@@ -112,7 +130,7 @@ def test_dense_weights_run_without_any_loader(job: Job, name: str) -> None:
 
 def test_gptq_format_keeps_to_the_widths_of_its_kernels(job: Job) -> None:
     """5 and 6 bits are no choices, zero points and column groups are counted in the budget."""
-    model = job.folder / "llama-model"
+    model = written(job, "llama")
     manifest = job(model, "llama-gptq", **CHANGES, plan__format="gptq")
     assert {module["bits"] for module in manifest["modules"]} <= {2, 3, 4, 8}
     assert BUDGET - 0.3 < manifest["budget"]["reached_bits"] <= BUDGET

@@ -25,6 +25,8 @@ from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.sweep import ProfileSweep, Shard, SiteWeights, merge_block_sums
 from lrpq.shards import root
+from tasks.refine import shard_weights
+from tasks.streams import StreamJob
 
 WINDOWS, LENGTH, SHARDS, FLOOR = 4, 20, 2, 0.03
 TOKENS = torch.randint(3, VOCABULARY - 8, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(2))
@@ -236,6 +238,34 @@ def test_a_token_that_only_the_quantized_prefix_sends_weighs_as_the_mean() -> No
     s = dense_weights(torch.tensor([2.0, 4.0]), torch.tensor([3, 1]), 5)
     assert s.tolist() == [3.0, 4.0, 3.0, 2.0, 3.0]
     assert dense_weights(torch.empty(0), torch.empty(0, dtype=torch.long), 2).tolist() == [1.0, 1.0]
+    assert dense_weights(torch.empty(0), torch.empty(0, dtype=torch.long), 2, default=0.25).tolist() == [0.25, 0.25]
+
+
+def test_an_expert_that_the_original_never_reaches_weighs_as_the_others_of_its_block() -> None:
+    """Weights have a unit, mean g^2: ones beside 1e-7 would make the pooled sum that expert's alone."""
+    stored = {
+        "qkv": torch.ones(6),
+        "experts.0.gate_up": torch.tensor([1e-7, 3e-7]),
+        "experts.0.gate_up.rows": torch.tensor([1, 4], dtype=torch.int32),
+        "experts.1.gate_up": torch.empty(0),
+        "experts.1.gate_up.rows": torch.empty(0, dtype=torch.int32),
+    }
+    job = StreamJob(
+        model="",
+        dtype="float32",
+        store="",
+        windows="",
+        length=3,
+        num_tokens=6,
+        num_shards=2,
+        micro_batch=1,
+        num_workers=1,
+    )
+    found = shard_weights(stored, [0, 1], job)
+    assert [s.tolist() for s in found["experts.1.gate_up"].values()] == [[pytest.approx(2e-7)] * 3] * 2
+    assert torch.cat(list(found["experts.0.gate_up"].values())).tolist() == pytest.approx(
+        [2e-7, 1e-7, 2e-7, 2e-7, 3e-7, 2e-7]
+    )
 
 
 def test_experts_without_tokens_are_rounded_and_those_with_few_share(folder: Path) -> None:
