@@ -26,7 +26,7 @@ READABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "B
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 MAX_DIMENSIONS = 64  # torch's limit
 MAX_NUMEL = 2**63 - 1  # torch counts elements in 64 bits with a sign, sizes of zero left out
-LISTED = re.compile(r"(?:^|_)(?:layers?|labels?|depths?|repeats?)(?:_|$)")
+LISTED = re.compile(r"(?:^|_)(?:layers?|depths?|repeats?)$|^num_labels$")
 """Numbers of a configuration that transformers makes lists or mappings of that length from."""
 MAX_LISTED = 10_000
 
