@@ -17,17 +17,19 @@ _asked = threading.Event()
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Inside, SIGINT is remembered and then handled as it was before; outside the main thread nothing changes."""
+    """Inside, SIGINT is remembered and then handled as it was before.
+
+    Nothing changes where it is ignored (as in a job that a shell started in the background) and outside the main thread.
+    """
     _asked.clear()
-    if threading.current_thread() is not threading.main_thread():
+    former = signal.getsignal(signal.SIGINT)
+    if not callable(former) or threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = signal.getsignal(signal.SIGINT)
 
     def handler(number: int, frame: FrameType | None) -> None:
         _asked.set()
-        if callable(former):
-            former(number, frame)
+        former(number, frame)
 
     signal.signal(signal.SIGINT, handler)
     try:

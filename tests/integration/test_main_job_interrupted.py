@@ -97,6 +97,9 @@ def run(command: list[str], *, when: Callable[[dict[str, Any]], bool] = lambda e
         text=True,
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
     )
     lines: list[str] = []
     out: list[str] = []

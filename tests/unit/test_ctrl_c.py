@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from flows import ctrl_c
+
+
+@pytest.fixture(autouse=True)
+def handled() -> Iterator[None]:
+    """Python's own handler, which a test run in the background does not have."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 def interrupt() -> None:
@@ -45,3 +54,10 @@ def test_outside_the_main_thread_no_handler_is_set() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGINT)]
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with ctrl_c.remembered():
+        interrupt()
+        ctrl_c.raise_if_asked()
