@@ -19,7 +19,7 @@ _asked = threading.Event()
 def remembered() -> Iterator[None]:
     """Inside, SIGINT is remembered and then handled as it was before.
 
-    Nothing changes where it is ignored (as in a job that a shell started in the background) and outside the main thread.
+    Nothing changes where it is ignored (as in a job that a shell put in the background) or outside the main thread.
     """
     _asked.clear()
     former = signal.getsignal(signal.SIGINT)

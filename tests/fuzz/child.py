@@ -37,6 +37,8 @@ ADDRESS_SPACE = 4096 * MIB
 ALLOWED_BYTES = 64 * MIB
 ALLOWED_RATIO = 10
 """A case may use this much memory, and this many times its own size."""
+CPU_SECONDS = 900
+"""Of a batch, for the case that the parent dies and nobody ends a fork that hangs."""
 NO_MEMORY = re.compile(r"bad_alloc|can.t allocate|out of memory", re.IGNORECASE)
 CANARY = b"a value from outside the folder "
 SAME, CHANGED, REFUSED, FAILED = "same", "changed", "refused", "failed"
@@ -242,6 +244,7 @@ def main() -> None:
     os.dup2(os.open(work / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     os.write(report, f"ready {' '.join(reader.name for reader in readers.READERS)}\n".encode())
     for line in sys.stdin:
         name, first, count = line.split()

@@ -128,7 +128,9 @@ class Fuzzer:
             line = self._line(self.timeout_seconds if running is not None else START_SECONDS)
             if line is None:
                 why = f"no answer within {self.timeout_seconds:g} s"
-                os.kill(pid, signal.SIGKILL)
+                assert pid, "no fork"  # zero would be this whole process group
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
                 continue
             kind, _, rest = line.partition(" ")
             if kind == "P":

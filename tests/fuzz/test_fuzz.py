@@ -25,6 +25,8 @@ OPEN = {"parquet-documents", "jsonl"}
 SHORT_TIMEOUT = 1.5
 HANGING = "broken-hang"
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory and files are watched through /proc")
+
 
 @pytest.fixture(scope="module")
 def fuzzer() -> Iterator[Fuzzer]:
