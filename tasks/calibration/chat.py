@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypedDict, TypeGuard
+from typing import TypeAlias, TypedDict, TypeGuard
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -29,12 +29,12 @@ ROLES = {
 }  # the ShareGPT names
 
 
-def is_conversation(value: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+def is_conversation(value: object) -> TypeGuard[Sequence[object]]:
     """Whether a cell of a row is a list of messages."""
     return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
 
 
-def read_conversation(cell: Sequence[Mapping[str, Any]], *, where: str) -> Conversation:
+def read_conversation(cell: Sequence[object], *, where: str) -> Conversation:
     """Bring ``{role, content}`` or ShareGPT's ``{from, value}`` messages into one form.
 
     Raises:
@@ -42,6 +42,11 @@ def read_conversation(cell: Sequence[Mapping[str, Any]], *, where: str) -> Conve
     """
     conversation: Conversation = []
     for position, message in enumerate(cell, 1):
+        if not isinstance(message, Mapping):
+            raise CalibrationError(
+                f"{where}: message {position} is {type(message).__name__}, "
+                "expected {role, content} or {from, value} with text content"
+            )
         role = message.get("role", message.get("from"))
         content = _text_of(message.get("content", message.get("value")))
         if not isinstance(role, str) or content is None:

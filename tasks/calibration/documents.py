@@ -10,13 +10,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrpq.errors import CalibrationError
 from tasks.calibration.chat import MESSAGE_COLUMNS, Conversation, is_conversation, read_conversation
 from tasks.calibration.fetch import PIECE_CHARS, open_seekable, text_lines, text_pieces
 from tasks.calibration.hub import hub_rows
+from tasks.calibration.parquet import parsing
 from tasks.calibration.pydoc import pydoc_documents
 from tasks.calibration.sources import HubSource, ParquetSource, PydocSource, SelfSource, Source, TextSource
 
@@ -60,7 +60,19 @@ def _row_documents(source: TextSource | HubSource | ParquetSource, *, text_colum
             )
         document = _document_in(row[column], column=column, where=where)
         if document is not None:
+            _check_unicode(document, where=where)
             yield document
+
+
+def _check_unicode(document: Document, *, where: str) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and no tokenizer can read."""
+    texts = [document] if isinstance(document, str) else [part for m in document for part in (m["role"], m["content"])]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            bad = f"U+{ord(text[error.start]):04X}"
+            raise CalibrationError(f"{where}: half a surrogate pair ({bad}) is no text; repair or drop it") from error
 
 
 def _document_in(cell: object, *, column: str, where: str) -> Document | None:
@@ -109,8 +121,9 @@ def _json_rows(location: str) -> Iterator[Mapping[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{location}: line {number} is not JSON ({error.msg}); repair or drop it") from error
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, or deep nesting
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise CalibrationError(f"{location}: line {number} is not JSON ({reason}); repair or drop it") from error
         if not isinstance(row, dict):
             raise CalibrationError(f'{location}: line {number} is not a JSON object; expected {{"text": ...}}')
         yield row
@@ -118,8 +131,12 @@ def _json_rows(location: str) -> Iterator[Mapping[str, Any]]:
 
 def _parquet_rows(location: str) -> Iterator[Mapping[str, Any]]:
     with open_seekable(location) as stream:
-        try:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-        except pa.ArrowException as error:
-            raise CalibrationError(f"{location}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        with parsing(location):
+            batches = pq.ParquetFile(stream).iter_batches(batch_size=256)
+        while True:
+            with parsing(location):  # not around the yield: what readers of the rows raise is theirs
+                batch = next(batches, None)
+                rows = [] if batch is None else batch.to_pylist()
+            if batch is None:
+                return
+            yield from rows

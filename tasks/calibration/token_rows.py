@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +9,7 @@ import torch
 
 from lrpq.errors import CalibrationError
 from tasks.calibration.fetch import open_seekable
+from tasks.calibration.parquet import parsing
 from tasks.calibration.sources import ParquetSource
 from tasks.calibration.windows import (
     MAX_STREAM_TOKENS,
@@ -34,7 +32,7 @@ def token_column(source: ParquetSource) -> str | None:
     Raises:
         CalibrationError: not a readable Parquet file.
     """
-    with open_seekable(source.location) as stream, _parsing(source):
+    with open_seekable(source.location) as stream, parsing(source):
         schema = pq.ParquetFile(stream).schema_arrow
     for name in TOKEN_COLUMNS:
         if name in schema.names and _holds_token_ids(schema.field(name).type):
@@ -66,7 +64,7 @@ def read_token_windows(
     limit_rows = limits[placement]
     rows: list[Tokens] = []
     exhausted = True
-    with open_seekable(source.location) as stream, _parsing(source):
+    with open_seekable(source.location) as stream, parsing(source):
         for batch in pq.ParquetFile(stream).iter_batches(batch_size=64, columns=[column]):
             for cell in batch.column(0):
                 rows.append(_window(cell, source=source, row=len(rows) + 1, vocab_size=vocab_size, length=length))
@@ -108,18 +106,3 @@ def _window(cell: pa.ListScalar, *, source: ParquetSource, row: int, vocab_size:
             "was made with another tokenizer"
         )
     return window.astype(np.int64)
-
-
-@contextmanager
-def _parsing(source: ParquetSource) -> Iterator[None]:
-    """Whatever is raised by bytes that are no sound Parquet becomes one error; what the transport raises passes."""
-    try:
-        yield
-    except MemoryError as error:
-        raise CalibrationError(f"{source}: asks for more memory than there is; it is damaged or too large") from error
-    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own has none
-            raise
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = "".join(char if char.isprintable() else "?" for char in lines[0])
-        raise CalibrationError(f"{source}: not a readable Parquet file ({reason}); write it again") from error

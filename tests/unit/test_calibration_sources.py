@@ -344,3 +344,20 @@ def test_the_reference_loses_no_paragraph() -> None:
 def test_self_has_no_documents() -> None:
     with pytest.raises(CalibrationError, match="sample_windows"):
         documents("self")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "\\ud800"}', r"row 1: half a surrogate pair \(U\+D800\)"),
+        ('{"text": ' + "1" * 5000 + "}", "line 1 is not JSON"),
+        ('{"text": ' + "[" * 100_000 + "}", "line 1 is not JSON"),
+        ('{"messages": [{"role": "user", "content": "a"}, 7]}', "row 1: message 2 is int"),
+    ],
+    ids=["surrogate", "number", "nesting", "message"],
+)
+def test_json_that_is_no_text_is_refused_by_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(CalibrationError, match=message):
+        list(load_documents(parse_source(f"text:{path}")))
