@@ -28,8 +28,7 @@ from flows.progress import JsonlProgress
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from tasks.cluster import Pool, open_pool
-from tests.integration.pipeline_case import write_tokenizer
-from tests.tiny_models import CASES, VOCABULARY, write_tiny
+from tests.tiny_models import CASES, VOCABULARY, write_tiny, write_tokenizer
 
 LENGTH = 24
 BUDGET = 4.5

@@ -1,17 +1,22 @@
-"""Tiny random models of every supported architecture, written as real checkpoints."""
+"""Tiny random models of every supported architecture, written as real checkpoints, and a tokenizer for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from tasks.calibration.pydoc import pydoc_documents
 
 VOCABULARY = 320
+SPECIAL = ("<unk>", "<s>", "</s>")
 _SIZES: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -197,3 +202,30 @@ def write_tiny(folder: Path, name: str, *, seed: int = 0, **changes: Any) -> Pat
     case = CASES[name]
     build_model(case, seed=seed, **changes).save_pretrained(folder, max_shard_size=case.max_shard_size)
     return folder
+
+
+@cache
+def _tokenizer_json(adds_bos: bool) -> str:
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["\n\n".join(pydoc_documents("calibrate"))[:60_000]], trainer)
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    text: str = backend.to_str()
+    return text
+
+
+def write_tokenizer(folder: Path, *, bos: bool = False) -> None:
+    """Write a byte-level BPE of ``VOCABULARY`` entries beside a model."""
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json(bos)),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)

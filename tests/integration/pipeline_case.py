@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +17,14 @@ import torch
 from conftest import write_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import VOCABULARY, write_tokenizer
 
 from flows.config import CompressConfig
-from tasks.calibration.pydoc import pydoc_documents
 from tasks.cluster import Pool, open_pool
 
-VOCABULARY = 320
-SPECIAL = ("<unk>", "<s>", "</s>")
 WORKERS = 2
 _POOL = pytest.StashKey[Pool]()
 _SERVER = pytest.StashKey[str]()
-
-
-@cache
-def _tokenizer_json(adds_bos: bool) -> str:
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["\n\n".join(pydoc_documents("calibrate"))[:60_000]], trainer)
-    if adds_bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    text: str = backend.to_str()
-    return text
-
-
-def write_tokenizer(folder: Path, *, bos: bool = False) -> None:
-    """Write a byte-level BPE of ``VOCABULARY`` entries beside a model."""
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_tokenizer_json(bos)),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    ).save_pretrained(folder)
 
 
 def write_model(

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_case import Job, file_bytes, start_pool, start_server, stored_bits, write_tokenizer
+from pipeline_case import Job, file_bytes, start_pool, start_server, stored_bits
 from safetensors import safe_open
-from tiny_models import CASES, write_tiny
+from tiny_models import CASES, write_tiny, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from lrpq.errors import ConfigError
