@@ -149,8 +149,8 @@ def _load(
         raise ConfigError(f"windows of {length} tokens: the model reads at most {longest}; give a shorter length")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever the tokenizers library raises is a bad tokenizer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"model {model}: its tokenizer cannot be loaded ({reason})") from error
     return load_windows(
         parse_source(source),

@@ -102,7 +102,7 @@ def _holds(output: Path, *, run_id: str, plan: PlanConfig) -> bool:
     """Whether the folder's manifest says that it is this run's checkpoint under this plan."""
     try:
         manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or not one of ours: the checks that follow say what is wrong
+    except (OSError, ValueError, RecursionError):  # none, or not one of ours: the checks that follow say what is wrong
         return False
     if not isinstance(manifest, dict) or not isinstance(manifest.get("configuration"), dict):
         return False

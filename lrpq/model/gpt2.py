@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import OPTConfig
 
 from lrpq.errors import ModelError
-from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.safetensors_source import ModelSource, one_line
 
 ARCHITECTURE = "GPT2LMHeadModel"
 POSITION_OFFSET = 2  # OPT's table of positions has two rows in front that are never used
@@ -70,7 +70,10 @@ class GPT2AsOPT(ModelSource):
         _check_exact(self._gpt2.config, self.folder)
         self._parts = {name: part for s in self._gpt2.names() for name, part in _opt_tensors(s, self.folder)}
         self._document = _opt_document(self._gpt2.config, self._gpt2.config_document())
-        self.config = OPTConfig.from_dict(self._document)
+        try:
+            self.config = OPTConfig.from_dict(self._document)
+        except Exception as error:  # whatever transformers raises, as in ModelSource
+            raise ModelError(f"{self.folder / 'config.json'}: no configuration of GPT-2 ({one_line(error)})") from error
 
     def config_document(self) -> dict[str, Any]:
         """The configuration to write, as OPT's."""

@@ -226,8 +226,9 @@ def run_batch(work: Path, name: str, first: int, count: int, report: int) -> Non
     if not count:
         return
     own = work / str(os.getpid())
-    judge = Judge(reader, corpus, Place(own, reader.roles))
+    place = Place(own, reader.roles)
     os.chdir(own)  # where OUTSIDE is
+    judge = Judge(reader, corpus, place)
     for seed in range(first, first + count):
         which, files = mutated(reader, corpus, seed)
         os.write(report, f"S {seed}\n".encode())

@@ -66,8 +66,8 @@ def _changed_content(content: bytes, codec: int, header: Struct, rng: random.Ran
     """The page with a few changed bytes, compressed again, its sizes and its checksum fitting."""
     name = CODECS.get(codec)
     size = field(header, UNCOMPRESSED_SIZE)[2]
-    if size > MAX_PAGE:
-        raise ValueError("an earlier change made the page too large")
+    if not 0 <= size <= MAX_PAGE:
+        raise ValueError("an earlier change left no size of a page")
     plain = bytearray(pa.decompress(content, size, codec=name, asbytes=True) if name and size else content)
     for _ in range(rng.choice((1, 1, 2, 5))):
         if plain:
