@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
 
 from flows import jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
@@ -316,11 +316,7 @@ def resolve_dtype(config: RunConfig, source: ModelSource) -> str:
     """The dtype asked for; by default bfloat16 where most weights are stored so, else float32."""
     if config.dtype != "auto":
         return config.dtype
-    counts: Counter[str] = Counter()
-    for name in source.names():
-        if len(source.shape(name)) > 1 and name.endswith("weight"):  # not the masks that old checkpoints store
-            counts[str(source.dtype(name))] += math.prod(source.shape(name))
-    return "bfloat16" if counts and counts.most_common(1)[0][0] == "torch.bfloat16" else "float32"
+    return "bfloat16" if source.main_dtype() is torch.bfloat16 else "float32"
 
 
 def _computed_nothing(run: Run) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lrpq.allocate.targets import Target
-from lrpq.checkpoint.carried import CarriedTensors
 from lrpq.checkpoint.describe import config_text
 from lrpq.checkpoint.formats import FORMATS, CheckpointFormat
 from lrpq.checkpoint.layout import INDEX_FILE, index_text, open_shard
@@ -110,7 +109,6 @@ def write_checkpoint(
     check_experts(choices, specs, scope=expert_scope(format, target), loader=loader)
     plan = plan_checkpoint(source, choices, specs=specs, format=format, max_shard_bytes=max_shard_bytes)
     texts = {"config.json": config_text(source, choices, specs, format), MANIFEST: manifest_text(manifest)}
-    carried = CarriedTensors(source)
     if len(plan.shards) > 1:
         num_parameters = sum(math.prod(source.shape(name)) for name in source.names())
         texts[INDEX_FILE] = index_text(plan.shards, num_parameters=num_parameters)
@@ -126,7 +124,7 @@ def write_checkpoint(
                 for unit in shard.units:
                     module = plan.modules.get(unit[0].name)
                     if module is None:
-                        writer.write(unit[0].name, carried.read(unit[0].name))
+                        writer.write(unit[0].name, source.read(unit[0].name))
                         continue
                     weight = codes_of(module.name, quantized, choice=module.choice, shape=module.shape)
                     for part, replaced in module.split(weight):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +41,7 @@ def config_text(
         document.pop("torch_dtype", None)
     elif getattr(source.config, "dtype", None) is None:
         # transformers would then take the type of the first tensor in the file, which may now be a bf16 scale
-        document["dtype"] = _main_dtype(source)
+        document["dtype"] = str(source.main_dtype()).removeprefix("torch.")
     ignore = _dense_names(model, source, choices, specs)
     description = FORMATS[format].describe(choices, specs=specs, ignore=ignore)
     if description is not None:
@@ -97,12 +95,3 @@ def _dense_names(
         if spec.routed and spec.name not in choices:
             ignored |= {f"re:^{pattern}$" for pattern in expert_patterns(spec)}
     return sorted(ignored)
-
-
-def _main_dtype(source: ModelSource) -> str:
-    """Name of the floating-point type that most weights are stored in."""
-    counts: Counter[str] = Counter()
-    for name in source.names():
-        if name.endswith(WEIGHT):
-            counts[str(source.dtype(name)).removeprefix("torch.")] += math.prod(source.shape(name))
-    return counts.most_common(1)[0][0]

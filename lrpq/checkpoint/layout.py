@@ -21,19 +21,9 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import CheckpointError
+from lrpq.model.safetensors_source import READABLE
 
-DTYPE_NAMES: Mapping[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in READABLE.items()}
 ALIGNMENT = 8  # bytes; the safetensors library aligns the first tensor so, and no element type here is wider
 METADATA = {"format": "pt"}  # transformers refuses a file without it
 SINGLE_FILE = "model.safetensors"

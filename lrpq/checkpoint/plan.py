@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lrpq.checkpoint.carried import CarriedTensors
 from lrpq.checkpoint.formats import FORMATS, NOT_COUNTED, CheckpointFormat
 from lrpq.checkpoint.layout import Shard, StoredTensor, plan_shards
 from lrpq.checkpoint.modules import QuantizedModule, quantized_modules
@@ -101,7 +100,6 @@ def plan_checkpoint(
         raise ConfigError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
     quantized = quantized_modules(source, choices, specs)
     owner = {original.name: module for module in quantized.values() for original in module.originals}
-    carried = CarriedTensors(source)
     units: list[tuple[StoredTensor, ...]] = []
     copied: list[str] = []
     modules: dict[str, QuantizedModule] = {}
@@ -110,7 +108,7 @@ def plan_checkpoint(
         module = owner.get(name)
         if module is None:
             copied.append(name)
-            units.append((carried.stored(name),))
+            units.append((StoredTensor(name=name, dtype=source.dtype(name), shape=tuple(source.shape(name))),))
         elif module.name not in planned:  # its tensors are made together, from one module's codes
             planned.add(module.name)
             store = FORMATS[format].stored

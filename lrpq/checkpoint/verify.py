@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lrpq.checkpoint.assemble import CodeLoader, codes_of
-from lrpq.checkpoint.carried import CarriedTensors
 from lrpq.checkpoint.compressed_tensors import SHAPE
 from lrpq.checkpoint.formats import FORMATS, CheckpointFormat, WeightFormat
 from lrpq.checkpoint.layout import StoredTensor
@@ -192,7 +191,6 @@ def _compare_files(output: Path, source: ModelSource, plan: CheckpointPlan, *, c
     }
     found: dict[str, Path] = {}
     copied = set(plan.copied)
-    carried = CarriedTensors(source)
     for path in sorted(output.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt", device="cpu") as handle:
@@ -209,7 +207,7 @@ def _compare_files(output: Path, source: ModelSource, plan: CheckpointPlan, *, c
                             f"expected {planned[name].dtype} {list(planned[name].shape)}"
                         )
                     if name in copied:
-                        _compare(f"tensor {name} in {path}", tensor, carried.read(name))
+                        _compare(f"tensor {name} in {path}", tensor, source.read(name))
                     elif name in shapes:
                         # transformers does not read the number of rows, other loaders do
                         _compare(f"tensor {name} in {path}", tensor, torch.tensor(shapes[name]))

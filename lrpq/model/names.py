@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from lrpq.errors import ModelError
-from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.safetensors_source import ORIGINAL_WANTED, ModelSource
 
 
 def stored_names(model: Any, source: ModelSource) -> Mapping[str, str]:
@@ -59,6 +59,9 @@ def check_shapes(modules: Mapping[str, nn.Module], names: Mapping[str, tuple[str
                 fits = shapes[0] == wanted
             else:
                 fits = all(shape[1:] == wanted[1:] for shape in shapes) and sum(s[0] for s in shapes) == wanted[0]
+            whole = [part for part in stored if not source.dtype(part).is_floating_point]
+            if whole and tensor.is_floating_point():
+                raise ModelError(f"tensor {whole[0]} in {source.folder}: holds whole numbers; {ORIGINAL_WANTED}")
             if not fits:
                 raise ModelError(
                     f"tensor {stored[0]}: shape {shapes[0]}, config.json asks for {wanted}"

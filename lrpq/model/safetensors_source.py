@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 INDEX = "model.safetensors.index.json"
-READABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+READABLE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    # masks and position ids of old checkpoints: carried over, never computed with
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' names of element types."""
+ORIGINAL_WANTED = (
+    "expected F32, F16 or BF16 weights (an already quantized model cannot be compressed: give the original)"
+)
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 MAX_DIMENSIONS = 64  # torch's limit
 MAX_NUMEL = 2**63 - 1  # torch counts elements in 64 bits with a sign, sizes of zero left out
@@ -112,15 +129,20 @@ class ModelSource:
         """Stored dtype of a tensor, from the header.
 
         Raises:
-            ModelError: the dtype is not a floating-point type that can be quantized from.
+            ModelError: a dtype that no checkpoint of an unquantized model has.
         """
         stored = self._entry(name).dtype
         if stored not in READABLE:
-            raise ModelError(
-                f"tensor {name} in {self.folder}: stored as {stored}; expected F32, F16 or BF16 weights "
-                "(an already quantized model cannot be compressed: give the original)"
-            )
+            raise ModelError(f"tensor {name} in {self.folder}: stored as {stored}; {ORIGINAL_WANTED}")
         return READABLE[stored]
+
+    def main_dtype(self) -> torch.dtype:
+        """Floating-point dtype that most weights are stored in; float32 if there are none."""
+        counts: Counter[torch.dtype] = Counter()
+        for name in self.names():
+            if name.endswith("weight") and (dtype := self.dtype(name)).is_floating_point:
+                counts[dtype] += math.prod(self.shape(name))
+        return counts.most_common(1)[0][0] if counts else torch.float32
 
     def nbytes(self, name: str) -> int:
         """Bytes a tensor takes in its file."""

@@ -19,7 +19,6 @@ from transformers.models.gemma import modeling_gemma as gemma
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
-from transformers.models.gpt_bigcode import modeling_gpt_bigcode as gpt_bigcode
 from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
@@ -210,9 +209,6 @@ COMPOSITE: Mapping[type[nn.Module], Rule] = {
     gpt2.GPT2MLP: linear,
     gpt2.GPT2Attention: attention_patch,
     gpt2.GPT2Block: linear,
-    gpt_bigcode.GPTBigCodeMLP: linear,
-    gpt_bigcode.GPTBigCodeAttention: attention_patch,
-    gpt_bigcode.GPTBigCodeBlock: linear,
     gpt_neox.GPTNeoXMLP: linear,
     gpt_neox.GPTNeoXAttention: attention_patch,
     gpt_neox.GPTNeoXLayer: linear,

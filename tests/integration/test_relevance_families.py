@@ -18,7 +18,6 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
-    GPTBigCodeConfig,
     GPTNeoXConfig,
     MixtralConfig,
     OPTConfig,
@@ -41,7 +40,6 @@ TOKENS = torch.randint(VOCAB, (N, T), generator=torch.Generator().manual_seed(1)
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
 LLAMA_LIKE = SIZE | {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": WINDOW}
 LLAMA_LIKE |= {"max_position_embeddings": 64, "pad_token_id": 0, "tie_word_embeddings": False}
-BIGCODE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64}
 QWEN3_MOE = LLAMA_LIKE | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 BOTH_KINDS = ["sliding_attention", "full_attention"]
 
@@ -67,10 +65,6 @@ CASES = {
     "opt, norms last": Case(OPTConfig, SIZE | {"ffn_dim": 48, "do_layer_norm_before": False}, silent={}),
     "neox": Case(GPTNeoXConfig, SIZE | {"intermediate_size": 48, "hidden_act": "gelu_fast"}, silent={}),
     "neox, in series": Case(GPTNeoXConfig, SIZE | {"intermediate_size": 48, "use_parallel_residual": False}, silent={}),
-    "bigcode, one key head": Case(GPTBigCodeConfig, BIGCODE, silent={}),
-    "bigcode, all heads": Case(
-        GPTBigCodeConfig, BIGCODE | {"multi_query": False, "activation_function": "gelu_new"}, silent={}
-    ),
     "mixtral": Case(MixtralConfig, LLAMA_LIKE | {"num_local_experts": 4}),
     "qwen3 moe": Case(Qwen3MoeConfig, QWEN3_MOE | {"use_sliding_window": True, "norm_topk_prob": True}),
     "qwen3 moe, dense block": Case(Qwen3MoeConfig, QWEN3_MOE | {"use_sliding_window": True, "mlp_only_layers": [1]}),
@@ -325,7 +319,7 @@ def relevance_balance(
 
 
 # An activation outside a gate passes y z / (z + 1e-9): the stabiliser keeps 1e-9 / |z| of it
-UNGATED = ("opt", "neox", "bigcode")
+UNGATED = ("opt", "neox")
 # softmaxes that transformers computes in float32 whatever the dtype: the eager kernel's and the routers'
 FLOAT32_SOFTMAX = ("gemma2, soft cap", "mixtral", "qwen3 moe")
 
