@@ -2,8 +2,8 @@
 
     python -m benchmarks.load_gptq GPTQ_DIR DENSE_DIR
 
-Both of the same codes (`lrpq compress --format gptq`, then `lrpq reallocate --format dense` with the same choices). Needs
-the package gptqmodel, which wants an environment of its own; nothing of lrpq is imported.
+Both of the same codes: `lrpq compress --format gptq --keep '*=4'`, then `lrpq reallocate --format dense --keep '*=4'`.
+Needs the package gptqmodel, which wants an environment of its own; nothing of lrpq is imported.
 """
 
 from __future__ import annotations
