@@ -62,7 +62,9 @@ class Failure:
 def resumable(run_id: str | None = None) -> Iterator[None]:
     """Turn Ctrl-C into ``Interrupted``, however deep Prefect or Ray have wrapped it.
 
-    Put around everything a command does: what it opened is closed by then.
+    Put around everything a command does: what it opened is closed by then. A library that is interrupted halfway may
+    raise something else in its own cleaning up (Prefect: "Task run is not set"), with no link to the interruption:
+    after Ctrl-C any error but one the user can act upon is its consequence.
     """
     try:
         with ctrl_c.remembered():
@@ -70,7 +72,9 @@ def resumable(run_id: str | None = None) -> Iterator[None]:
     except KeyboardInterrupt:
         raise Interrupted(run_id) from None
     except Exception as error:
-        if any(isinstance(link, KeyboardInterrupt) for link in causes(error)):
+        if any(isinstance(link, KeyboardInterrupt) for link in causes(error)) or (
+            ctrl_c.was_asked() and user_error(error) is None
+        ):
             raise Interrupted(run_id) from error
         raise
 

@@ -38,7 +38,12 @@ def remembered() -> Iterator[None]:
         signal.signal(signal.SIGINT, former)
 
 
+def was_asked() -> bool:
+    """Whether Ctrl-C came since ``remembered`` was last entered."""
+    return _asked.is_set()
+
+
 def raise_if_asked() -> None:
     """Raise KeyboardInterrupt if Ctrl-C came and was lost."""
-    if _asked.is_set():
+    if was_asked():
         raise KeyboardInterrupt

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from flows import ctrl_c
+from flows.boundary import Interrupted, resumable
+from lrpq.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +63,23 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
     with ctrl_c.remembered():
         interrupt()
         ctrl_c.raise_if_asked()
+
+
+def test_an_error_of_the_cleaning_up_is_the_interruption() -> None:
+    with pytest.raises(Interrupted), resumable("m-12345678"):
+        try:
+            interrupt()
+        except KeyboardInterrupt:
+            pass
+        raise ValueError("Task run is not set")  # as Prefect does, without a link to what interrupted it
+
+
+def test_an_error_the_user_can_act_upon_stays_what_it_is() -> None:
+    with pytest.raises(ConfigError), resumable():
+        try:
+            interrupt()
+        except KeyboardInterrupt:
+            pass
+        raise ConfigError("budget 1: too small")
+    with pytest.raises(ValueError, match="a mistake"), resumable():  # the earlier Ctrl-C is forgotten
+        raise ValueError("a mistake")
