@@ -79,7 +79,7 @@ def evaluation_only_windows(store: ObjectStore, config: EvaluationConfig, *, mod
     """Windows for measuring a checkpoint outside of a run."""
     if config.source is None:
         raise ConfigError("no evaluation text: give --evaluation SOURCE, e.g. text:FILE")
-    windows = _load(
+    windows = load_for(
         model,
         source=config.source,
         num_windows=config.num_windows,
@@ -111,7 +111,7 @@ def _windows(run: Run, *, model: Path, fingerprint: str, label: str, **asked: An
     extra = run.stored(folder, label)
     if extra is None:
         with run.timed(label, 1, "text"):
-            windows = step(label, lambda: _load(model, **asked))
+            windows = step(label, lambda: load_for(model, **asked))
             write_windows(run.store, key, windows.tokens)
             run.progress.advance(label)
         if windows.missing_windows:
@@ -133,7 +133,7 @@ def _windows(run: Run, *, model: Path, fingerprint: str, label: str, **asked: An
     return StoredWindows(key=key, digest=extra["digest"], num_windows=int(extra["num_windows"]), source=extra["source"])
 
 
-def _load(
+def load_for(
     model: Path,
     *,
     source: str,
@@ -141,8 +141,15 @@ def _load(
     length: int,
     seed: int,
     placement: Placement,
-    text_column: str | None,
+    text_column: str | None = None,
 ) -> Windows:
+    """Read a source with the model's own tokenizer and cut it into windows.
+
+    Raises:
+        ConfigError: windows longer than the model reads.
+        ModelError: no tokenizer that loads.
+        CalibrationError: the source cannot be read, or does not fill one window.
+    """
     config = ModelSource(model).config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and length > longest:

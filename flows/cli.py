@@ -3,6 +3,7 @@
     lrpq compress MODEL --budget 3.25 --output DIR
     lrpq reallocate RUN --budget 4.25 --output DIR
     lrpq evaluate DIR --reference MODEL --evaluation SOURCE
+    lrpq compare MODEL --budgets 3.25,4.25 --methods lrpq,control
     lrpq runs
     lrpq status RUN
 
@@ -21,6 +22,7 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from flows.boundary import EXIT_INTERRUPTED, EXIT_USER, Failure, describe, one_line
+from flows.commands.compare import compare
 from flows.commands.compress import compress
 from flows.commands.evaluate import evaluate
 from flows.commands.reallocate import reallocate
@@ -50,7 +52,7 @@ def lrpq(
         raise typer.Exit(EXIT_USER)
 
 
-for _command in (compress, reallocate, evaluate, runs, status):
+for _command in (compress, reallocate, evaluate, compare, runs, status):
     app.command()(_command)
 
 
@@ -84,7 +86,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _usage(error: TyperException, arguments: Sequence[str]) -> str:
-    known = {"compress", "reallocate", "evaluate", "runs", "status"}
+    known = {"compress", "reallocate", "evaluate", "compare", "runs", "status"}
     command = next((f"lrpq {part}" for part in arguments if part in known), "lrpq")
     return one_line(f"{error.format_message().rstrip('.')}; see {command} --help")
 

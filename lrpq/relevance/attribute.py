@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
+Observer = Callable[[str, Pass, Tensor, Tensor, Tensor], None]
+"""Called in every pass for every listed layer with its name, the pass, its input [tokens, d_in], its output and the
+gradient at its output [tokens, d_out], all in the model's dtype and detached; a layer held constant is not reported."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleStats:
     """Sums over the squared output gradients g^2 [n*t, d_out] of one linear layer in one micro-batch."""
@@ -59,6 +64,7 @@ def block_backward(
     sites: Mapping[str, Sequence[tuple[str, nn.Module]]],
     *,
     switch: PassSwitch,
+    observer: Observer | None = None,
 ) -> BlockBackward:
     """Recompute ``block`` on ``hidden`` and send every gradient of ``upstream`` through that one graph.
 
@@ -72,6 +78,7 @@ def block_backward(
         upstream: gradient at the block's output for every pass to run; FISHER among them.
         sites: site name -> modules (name for the result, module) that read the same input.
         switch: switch of the sweep.
+        observer: sees inputs, outputs and gradients while they exist; metrics that need more than sums of squares.
 
     Raises:
         QuantizationError: the arguments do not allow it, or a gradient is not finite; see the messages.
@@ -79,7 +86,7 @@ def block_backward(
     """
     _check_arguments(block, call_args, upstream)
     named = [(site, name, module) for site, members in sites.items() for name, module in members]
-    recorder = _Recorder(switch=switch)
+    recorder = _Recorder(switch=switch, observer=observer)
     with rules_for(block, switch, upstream), _recording(recorder, named), torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         output = block(leaf, **call_args)
@@ -111,6 +118,7 @@ class _Recorder:
     """Filled by the hooks while the block runs forward and backward."""
 
     switch: PassSwitch
+    observer: Observer | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
@@ -129,11 +137,12 @@ class _Recorder:
                     "expected one call on one shared input; give it a site of its own"
                 )
             self.widths[name] = output.shape[-1]
-            output.register_hook(lambda g: self.accumulate(name, g))  # type: ignore[no-untyped-call]
+            seen = None if self.observer is None else (known, output.detach().flatten(0, -2))
+            output.register_hook(lambda g: self.accumulate(name, g, seen))  # type: ignore[no-untyped-call]
 
         return hook
 
-    def accumulate(self, name: str, g: Tensor | None) -> None:
+    def accumulate(self, name: str, g: Tensor | None, seen: tuple[Tensor, Tensor] | None) -> None:
         if g is None:  # the running pass holds this layer constant
             return
         # Cast before squaring: in bf16 the squares would keep three digits and their sums fewer.
@@ -141,6 +150,8 @@ class _Recorder:
         self.token_sums[name, self.switch.current] = squares.sum(dim=-1)
         if self.switch.current is Pass.FISHER:
             self.channel_sums[name] = squares.sum(dim=0, dtype=torch.float64)
+        if self.observer is not None and seen is not None:
+            self.observer(name, self.switch.current, *seen, g.detach().flatten(0, -2))
 
     def stats(self, name: str, passes: Collection[Pass]) -> ModuleStats:
         constant = torch.zeros_like(self.token_sums[name, Pass.FISHER])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,7 @@ class ProfileSweep:
         self.shards = shards
         self.num_shards = num_shards
         self.relevance = relevance
+        self.passes: tuple[Pass, ...] = relevance.passes
         self.floor = floor
         self.power = power
         self.seed = seed
@@ -123,7 +124,8 @@ class ProfileSweep:
         """Of the head, by node of the merge tree; filled by ``seed_gradients``, empty without ``with_head``."""
         self.switch = PassSwitch()
         self._hidden: dict[tuple[int, int], Tensor] = {}
-        self._upstream: dict[tuple[int, int], Mapping[Pass, Tensor]] = {}
+        self.upstream: dict[tuple[int, int], Mapping[Pass, Tensor]] = {}
+        """(shard, micro-batch) -> gradients at the output of the block that comes next in the backward sweep."""
 
     def embed(self) -> None:
         """Compute the first block's inputs."""
@@ -151,16 +153,20 @@ class ProfileSweep:
                             norm,
                             head,
                             self._hidden.pop((shard.index, position)),
-                            generators=[sequence_generator(self.seed, first + i) for i in range(len(tokens))],
+                            **self.labels(first, tokens),
                             switch=self.switch,
-                            passes=self.relevance.passes,
+                            passes=self.passes,
                         )
-                        self._upstream[shard.index, position] = gradients
+                        self.upstream[shard.index, position] = gradients
                         total_nats += nats
                         num_tokens += tokens.numel()
                 if sums is not None:
                     self._add_head(shard, sums)
         return total_nats, num_tokens
+
+    def labels(self, first: int, tokens: Int[Tensor, "n t"]) -> dict[str, Any]:
+        """What ``head_gradient`` explains: labels sampled from the model, by the number of the window."""
+        return {"generators": [sequence_generator(self.seed, first + i) for i in range(len(tokens))]}
 
     def _watched_head(self) -> AbstractContextManager[HeadSums | None]:
         if self.head is None:
@@ -208,11 +214,11 @@ class ProfileSweep:
                 module,
                 self.stream.call_arguments(block, (hidden.shape[0], hidden.shape[1])),
                 hidden,
-                self._upstream[shard.index, position],
+                self.upstream[shard.index, position],
                 sites,
                 switch=self.switch,
             )
-            self._upstream[shard.index, position] = result.gradients
+            self.upstream[shard.index, position] = result.gradients
             for site, inputs in result.inputs.items():
                 stats = [result.modules[name] for name, _ in sites[site]]
                 s = token_weights(stats, self.relevance, site=f"{block}.{site}", floor=self.floor, power=self.power)

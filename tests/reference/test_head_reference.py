@@ -124,8 +124,8 @@ def test_bytes_do_not_depend_on_the_number_of_workers(folder: Path) -> None:
 def test_the_gradients_are_the_same_with_and_without_the_head(folder: Path) -> None:
     plain, watching = (sweep(folder, range(NUM_SHARDS), with_head=asked) for asked in (False, True))
     assert plain.head_sums == {}
-    for place, gradients in plain._upstream.items():
-        assert all(torch.equal(g, watching._upstream[place][p]) for p, g in gradients.items())
+    for place, gradients in plain.upstream.items():
+        assert all(torch.equal(g, watching.upstream[place][p]) for p, g in gradients.items())
 
 
 def test_spec_of_the_head(folder: Path, tmp_path: Path) -> None:

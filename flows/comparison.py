@@ -1,0 +1,288 @@
+"""``lrpq compare``: from what was asked to rows, one at a time, each kept as soon as it is measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from flows.calibrate import load_for
+from flows.compression import resolve_dtype
+from flows.config import (
+    BIT_WIDTHS,
+    GROUP_SIZES,
+    MAX_SEED,
+    CalibrationConfig,
+    EvaluationConfig,
+    Flag,
+    RunConfig,
+    Section,
+    evaluation_source,
+)
+from flows.progress import Progress
+from lrpq import __version__
+from lrpq.allocate.budget import BudgetBits
+from lrpq.compare.methods import METHODS, methods_named
+from lrpq.compare.run import Comparison, Row
+from lrpq.compare.terms import Terms
+from lrpq.compare.workbench import Workbench
+from lrpq.errors import ConfigError
+from lrpq.evaluate.divergence import summarize
+from lrpq.model.safetensors_source import resolve_model
+from lrpq.model.source import open_source
+from tasks.cluster import resolve_device
+from tasks.model_identity import model_fingerprint
+from tasks.store.documents import parse_object
+from tasks.streams import DTYPES
+
+FILE = "compare.json"
+REFERENCE_METHOD = "lrpq"
+"""Differences are paired with this method's."""
+
+
+class CompareConfig(Section):
+    """What is compared, on which terms."""
+
+    model: Annotated[str, Field(min_length=1), Flag("MODEL")]
+    """Hub id, or folder of safetensors."""
+    methods: Annotated[tuple[str, ...], Field(min_length=1, strict=False), Flag("--methods")] = (
+        "lrpq",
+        "control",
+        "gptq-in-order",
+        "nearest",
+    )
+    """Methods, with commas between them; ``weights:*`` stands for all that begin so."""
+    budgets: Annotated[tuple[float, ...], Field(min_length=1, strict=False), Flag("--budgets")] = (3.25, 4.25)
+    """All-in bits per quantized weight, with commas between them."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...], Field(min_length=1, strict=False)] = (0,)
+    """Seeds of the calibration windows and of the sampled labels."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    bits: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--bits")] = BIT_WIDTHS
+    """Code widths to choose from (bits per weight)."""
+    group_sizes: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--group-size")] = (64,)
+    """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(methods_named(list(value)))
+
+    @field_validator("budgets")
+    @classmethod
+    def _budgets(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for bits in value:
+            BudgetBits(bits=bits)
+        return tuple(sorted(set(value)))
+
+    @field_validator("bits")
+    @classmethod
+    def _bits(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _among(value, BIT_WIDTHS)
+
+    @field_validator("group_sizes")
+    @classmethod
+    def _group_sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _among(value, GROUP_SIZES)
+
+    def settings(self) -> dict[str, Any]:
+        """What two rows must share to be compared; methods, budgets and seeds may be added later."""
+        whole: dict[str, Any] = json.loads(self.model_dump_json(exclude={"methods", "budgets", "seeds", "model"}))
+        return whole
+
+
+def _among(value: tuple[int, ...], known: tuple[int, ...]) -> tuple[int, ...]:
+    for item in value:
+        if item not in known:
+            raise ValueError(f"{item} is not one of {', '.join(map(str, known))}")
+    return tuple(item for item in known if item in value)
+
+
+def listed() -> list[dict[str, str]]:
+    """All methods: name, axis, source."""
+    return [{"method": name, "axis": m.axis.value, "source": m.source} for name, m in METHODS.items()]
+
+
+class ComparisonRun:
+    """One comparison; rows of an earlier one in the same folder are kept and not measured again.
+
+    Raises:
+        ConfigError: the folder holds a comparison on other terms, or something else.
+    """
+
+    def __init__(
+        self, config: CompareConfig, output: Path, progress: Progress, *, device: str, overwrite: bool
+    ) -> None:
+        self.config, self.output, self.progress = config, output, progress
+        self.device = resolve_device(device)
+        self.model = resolve_model(config.model)
+        self.source = open_source(self.model)
+        self.dtype = resolve_dtype(RunConfig(model=config.model), self.source)
+        self.document: dict[str, Any] = {
+            "lrpq": __version__,
+            "model": config.model,
+            "fingerprint": model_fingerprint(self.model),
+            "dtype": self.dtype,
+            "device": self.device,
+            "settings": config.settings(),
+            "rows": [],
+        }
+        kept = None if overwrite else _read(output / FILE)
+        if kept is not None:
+            self._continue(kept)
+
+    def _continue(self, kept: dict[str, Any]) -> None:
+        for key in ("fingerprint", "dtype", "settings"):
+            if kept.get(key) != self.document[key]:
+                raise ConfigError(
+                    f"{self.output / FILE}: a comparison with another {key}; its rows do not compare with these: give "
+                    "another --output, or --overwrite"
+                )
+        self.document["rows"] = list(kept.get("rows", ()))
+
+    def run(self) -> dict[str, Any]:
+        """Measure what is missing; the whole document, which also lies in the output folder."""
+        methods = methods_named(list(self.config.methods))
+        for seed in self.config.seeds:
+            done = {(row["method"], row["budget_bits"]) for row in self.document["rows"] if row["seed"] == seed}
+            missing = [(name, bits) for bits in self.config.budgets for name in methods if (name, bits) not in done]
+            if missing:
+                self._measure(missing, seed)
+        self.document["table"] = summary(self.document["rows"])
+        self._write()
+        return self.document
+
+    def _measure(self, missing: Sequence[tuple[str, float]], seed: int) -> None:
+        label, started = f"evidence, seed {seed}", time.monotonic()
+        self.progress.stage(label, 1, "model")
+        comparison = self._comparison(missing, seed)
+        comparison.gather()
+        self.progress.advance(label)
+        self.progress.done(label, seconds=time.monotonic() - started, reused=False)
+        label, started = f"methods, seed {seed}", time.monotonic()
+        self.progress.stage(label, len(missing), "row")
+        for row in comparison.rows():
+            self.document["rows"].append(_plain(row, seed=seed, evidence=comparison.evidence_seconds))
+            self.document["original"] = asdict(summarize(list(comparison.original)))
+            self._write()
+            self.progress.advance(label, f"{row.method} at {row.budget_bits:g} bits")
+        self.progress.done(label, seconds=time.monotonic() - started, reused=False)
+
+    def _comparison(self, missing: Sequence[tuple[str, float]], seed: int) -> Comparison:
+        asked, measured = self.config.calibration, self.config.evaluation
+        tokens = load_for(
+            self.model,
+            source=asked.source,
+            num_windows=asked.num_windows,
+            length=asked.length,
+            seed=seed,
+            placement="random",
+            text_column=asked.text_column,
+        ).tokens
+        source = evaluation_source(measured, calibration=asked.source)
+        if source is None:
+            raise ConfigError("a comparison needs a text to measure on; give --evaluation")
+        windows = load_for(
+            self.model,
+            source=source,
+            num_windows=measured.num_windows,
+            length=measured.length,
+            seed=0,
+            placement="spread",
+        ).tokens
+        terms = Terms(
+            bits=self.config.bits,
+            group_sizes=self.config.group_sizes,
+            seed=seed,
+            dtype=DTYPES[self.dtype],
+            device=self.device,
+            shards=min(8, len(tokens)),
+            micro_batch=16 if self.device == "cuda" else 4,
+        )
+        bench = Workbench(self.source, tokens, terms)
+        return Comparison(bench, METHODS, missing, windows)
+
+    def _write(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give another --output") from error
+    try:
+        return dict(parse_object(raw))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not a comparison ({error}); give another --output, or --overwrite") from error
+
+
+def _plain(row: Row, *, seed: int, evidence: float) -> dict[str, Any]:
+    found = summarize(list(row.scores))
+    return {
+        "method": row.method,
+        "source": METHODS[row.method].source,
+        "seed": seed,
+        "budget_bits": row.budget_bits,
+        "all_in_bits": row.all_in_bits,
+        "predicted_nats": row.predicted_nats,
+        **asdict(found),
+        "kl_windows": [score.kl_nats for score in row.scores],
+        "seconds": row.seconds,
+        "evidence_seconds": evidence,
+        "peak_bytes": row.peak_bytes,
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method and budget: means over seeds, and the KL's difference to lrpq's, paired by window.
+
+    The standard error is over windows and seeds together, windows being the larger source of noise.
+    """
+    return list(_summaries(rows))
+
+
+def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    keys = dict.fromkeys((row["budget_bits"], row["method"]) for row in rows)
+    ours = {(row["budget_bits"], row["seed"]): row["kl_windows"] for row in rows if row["method"] == REFERENCE_METHOD}
+    for budget, method in sorted(keys, key=lambda key: (key[0], list(keys).index(key))):
+        found = [row for row in rows if (row["budget_bits"], row["method"]) == (budget, method)]
+        kl = [value for row in found for value in row["kl_windows"]]
+        paired = [
+            a - b
+            for row in found
+            if (budget, row["seed"]) in ours
+            for a, b in zip(row["kl_windows"], ours[budget, row["seed"]], strict=True)
+        ]
+        yield {
+            "budget_bits": budget,
+            "method": method,
+            "seeds": len(found),
+            "all_in_bits": statistics.fmean(row["all_in_bits"] for row in found),
+            "kl_nats": statistics.fmean(kl),
+            "kl_standard_error": _error(kl),
+            "against_lrpq": statistics.fmean(paired) if paired else None,
+            "against_lrpq_error": _error(paired),
+            "perplexity": statistics.fmean(row["perplexity"] for row in found),
+            "predicted_nats": statistics.fmean(row["predicted_nats"] for row in found),
+            "seconds": statistics.fmean(row["seconds"] for row in found),
+            "peak_mb": max(row["peak_bytes"] for row in found) / 1e6,
+        }
+
+
+def _error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

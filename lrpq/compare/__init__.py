@@ -1,0 +1,8 @@
+"""Methods side by side on equal terms: same model, tokens, grid, all-in bits and activation order.
+
+terms.py      what all methods of a comparison share
+workbench.py  profile, plans, codes and scores of one model and one set of tokens, each computed once
+recipes.py    a method as data: allocation, token weights, rounding, correction, what follows rounding
+methods.py    the methods under their standard names, with sources
+allocation.py from a measure of importance to a plan under a budget
+"""

@@ -1,0 +1,55 @@
+"""From a measure of importance to a plan under a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from lrpq.allocate.baselines import nearest_uniform, two_level
+from lrpq.allocate.budget import BudgetBits
+from lrpq.allocate.knapsack import solve_exact
+from lrpq.allocate.plan import Plan
+from lrpq.allocate.problem import CostRow, build_problem
+from lrpq.errors import ConfigError
+from lrpq.model.layers import Choice
+
+
+def by_costs(rows: Sequence[CostRow], *, budget_bits: float) -> Plan:
+    """The exact optimum for these costs."""
+    return solve_exact(build_problem(rows, budget=BudgetBits(bits=budget_bits)))
+
+
+def by_ranking(rows: Sequence[CostRow], scores: Mapping[str, float], *, budget_bits: float) -> Plan:
+    """Two adjacent-but-one widths around the budget: the important modules at the wider, as many as fit.
+
+    The published rankings choose between two widths. At a budget of n bits and scales these are n - 1 and n + 1.
+    """
+    low, high = levels(rows, budget_bits=budget_bits)
+    return two_level(build_problem(rows, budget=BudgetBits(bits=budget_bits)), scores, low=low, high=high)
+
+
+def uniform(rows: Sequence[CostRow], *, budget_bits: float) -> Plan:
+    """The uniform plan nearest to the budget."""
+    smallest = min(budget_bits, 16.0)
+    return nearest_uniform(build_problem(rows, budget=BudgetBits(bits=smallest)), at_bits=budget_bits)
+
+
+def levels(rows: Sequence[CostRow], *, budget_bits: float) -> tuple[Choice, Choice]:
+    """The widest choice below the budget's whole bits and the narrowest above them, of one group size.
+
+    Raises:
+        ConfigError: no two choices lie on both sides.
+    """
+    choices = sorted({row.choice for row in rows if row.choice is not None})
+    size = choices[0].group_size
+    whole = int(budget_bits)
+    below = [c for c in choices if c.group_size == size and c.bits < whole]
+    above = [c for c in choices if c.group_size == size and c.bits > whole]
+    if not below or not above:
+        raise ConfigError(f"a ranking at {budget_bits:g} bits needs choices narrower and wider than {whole} bits")
+    return below[-1], above[0]
+
+
+def with_costs(rows: Sequence[CostRow], costs: Mapping[str, Mapping[Choice, float]]) -> list[CostRow]:
+    """The same modules and sizes with other costs."""
+    return [replace(row, cost_nats=costs[row.module.name][row.choice]) for row in rows if row.choice is not None]

@@ -1,0 +1,115 @@
+"""The methods of a comparison under their standard names, with sources.
+
+A method differs from lrpq's default, or from the control, in one thing: its axis says which.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
+from lrpq.errors import ConfigError
+from lrpq.importance.registry import MEASURES
+
+
+class Axis(enum.Enum):
+    """What a method changes."""
+
+    WHOLE = "whole method"
+    ALLOCATION = "allocation of the bits"
+    WEIGHTS = "token weights of the Hessian"
+    REMOVED = "lrpq without one ingredient"
+    ADDED = "the control with one ingredient"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One row of the table."""
+
+    axis: Axis
+    source: str
+    recipe: Recipe
+
+
+EQUAL_LOSS, ONE_AT_A_TIME, NOISE = "equal-loss", "measured", "noise-factors"
+"""Allocations that need the budget or measurements."""
+
+_WEIGHT_SOURCES: Mapping[str, str] = {
+    "none": "plain GPTQ Hessian",
+    "inverse-norm": "1/|x|^2, the gradient-free control",
+    "attention": "RSQ (arXiv:2503.01820)",
+    "fisher": "GuidedQuant, one group (arXiv:2505.07004)",
+    "lrp": "AttnLRP (arXiv:2402.05602)",
+    "cp-lrp": "CP-LRP (arXiv:2202.07304)",
+}
+_MEASURED_SOURCES: Mapping[str, str] = {
+    EQUAL_LOSS: "BAQ's equal-loss rule, on modules",
+    ONE_AT_A_TIME: "AdaQuant's integer program (arXiv:2006.10518): measured KL of single modules",
+    NOISE: "HIGGS (arXiv:2411.17525): factors fitted by noise",
+}
+
+
+def _methods() -> dict[str, Method]:
+    found = {
+        "lrpq": Method(axis=Axis.WHOLE, source="this project", recipe=DEFAULT),
+        "control": Method(
+            axis=Axis.WHOLE, source="uniform GPTQ (arXiv:2210.17323), sequential, activation order", recipe=CONTROL
+        ),
+        "gptq-in-order": Method(
+            axis=Axis.WHOLE,
+            source="uniform GPTQ without activation order",
+            recipe=replace(CONTROL, rounding=Rounding.GPTQ_IN_ORDER),
+        ),
+        "nearest": Method(
+            axis=Axis.WHOLE, source="rounding to nearest", recipe=replace(CONTROL, rounding=Rounding.NEAREST)
+        ),
+    }
+    for name, measure in MEASURES.items():
+        if name != DEFAULT.allocation:
+            recipe = replace(DEFAULT, allocation=name)
+            found[f"allocation:{name}"] = Method(axis=Axis.ALLOCATION, source=measure.source, recipe=recipe)
+    for name, source in _MEASURED_SOURCES.items():
+        recipe = replace(DEFAULT, allocation=name)
+        found[f"allocation:{name}"] = Method(axis=Axis.ALLOCATION, source=source, recipe=recipe)
+    for name, source in _WEIGHT_SOURCES.items():
+        recipe = replace(DEFAULT, weighting=name)
+        found[f"weights:{name}"] = Method(axis=Axis.WEIGHTS, source=source, recipe=recipe)
+    removed = {
+        "allocation": replace(DEFAULT, allocation="uniform"),
+        "token-weights": replace(DEFAULT, weighting="none"),
+        "correction": replace(DEFAULT, correction=0.0),
+    }
+    for name, recipe in removed.items():
+        found[f"without:{name}"] = Method(axis=Axis.REMOVED, source="ablation", recipe=recipe)
+    added = {
+        "allocation": replace(CONTROL, allocation=DEFAULT.allocation),
+        "token-weights": replace(CONTROL, weighting=DEFAULT.weighting),
+        "correction": replace(CONTROL, correction=DEFAULT.correction),
+    }
+    for name, recipe in added.items():
+        found[f"control+{name}"] = Method(axis=Axis.ADDED, source="ablation", recipe=recipe)
+    return found
+
+
+METHODS: Mapping[str, Method] = _methods()
+DEFAULT_METHODS: tuple[str, ...] = ("lrpq", "control", "gptq-in-order", "nearest")
+
+
+def methods_named(names: list[str]) -> dict[str, Method]:
+    """Look methods up; a name that ends in ``*`` stands for all that begin so.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    found: dict[str, Method] = {}
+    for name in names:
+        if name.endswith("*"):
+            matching = {known: m for known, m in METHODS.items() if known.startswith(name[:-1])}
+        else:
+            matching = {name: METHODS[name]} if name in METHODS else {}
+        if not matching:
+            raise ConfigError(f"method {name!r}: not known; `lrpq compare --list` shows all {len(METHODS)}")
+        found |= matching
+    return found

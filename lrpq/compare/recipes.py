@@ -1,0 +1,35 @@
+"""A method as data."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Rounding(enum.Enum):
+    """How codes are found."""
+
+    GPTQ = "gptq"
+    """Static activation order."""
+    GPTQ_IN_ORDER = "gptq, columns from left to right"
+    NEAREST = "nearest"
+    """Scales searched under the diagonal of H."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The default is lrpq's; a method replaces what its name says."""
+
+    allocation: str = "lrpq"
+    """Measure of importance, or "uniform"."""
+    weighting: str = "blend"
+    """Token weights of the Hessians that codes are made with."""
+    rounding: Rounding = Rounding.GPTQ
+    correction: float = 0.5
+    """Strength a of the correction for the quantized layers before; 0 corrects nothing."""
+    correction_damping: float = 0.1
+
+
+DEFAULT = Recipe()
+CONTROL = Recipe(allocation="uniform", weighting="none", correction=0.0)
+"""The strong uniform GPTQ: sequential, static activation order, searched scales."""

@@ -1,0 +1,273 @@
+"""One model and one set of calibration tokens: evidence, codes and scores, each computed once.
+
+Everything is the core's own streamed sweeps in one process, so it runs wherever torch does. Memory: one block's
+weights, the streams' hidden states, and of every module its costs and token weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrpq.allocate.problem import CostRow
+from lrpq.compare.recipes import Recipe, Rounding
+from lrpq.compare.terms import Terms
+from lrpq.evaluate.divergence import WindowScore, score_windows
+from lrpq.importance.evidence import ModuleEvidence
+from lrpq.importance.gather import BlockEvidence, GatherSweep, ModuleSums, means
+from lrpq.importance.registry import Measure
+from lrpq.model.kept import KeptInputs
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.streaming import BlockStream
+from lrpq.quant.gptq import factorize, gptq
+from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.hessian import normalized
+from lrpq.quant.packing import storage_bits
+from lrpq.quant.rtn import round_to_nearest
+from lrpq.refine.quantize import quantize_refined
+from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
+from lrpq.relevance.composite import Relevance
+from lrpq.relevance.rules import Pass
+from lrpq.relevance.sweep import Shard
+from lrpq.shards import root, split
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+KEPT_BYTES = 8 << 30
+"""Host memory for kept block inputs before they spill to disk."""
+Weights = Mapping[str, QuantizedWeight]
+Codes = dict[str, QuantizedWeight]
+
+
+@dataclass(slots=True, kw_only=True)
+class Gathered:
+    """What one walk back gave."""
+
+    costs: dict[str, list[CostRow]] = field(default_factory=dict)
+    """Measure -> a row for every module and choice."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Ranking measure -> module -> importance."""
+    token_weights: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
+    """Weighting -> block -> site -> s of all tokens."""
+    candidates: dict[str, list[QuantizedWeight]] = field(default_factory=dict)
+    """Module -> GPTQ candidates on the original inputs, on the host; empty unless they are kept."""
+
+
+class Workbench:
+    """Args:
+    source: the model.
+    tokens: calibration windows.
+    terms: what all methods share.
+    """
+
+    def __init__(self, source: ModelSource, tokens: Int[Tensor, "windows length"], terms: Terms) -> None:
+        self.source, self.tokens, self.terms = source, tokens, terms
+
+    def stream(self, attention: str | None = None) -> BlockStream:
+        """The model, opened anew."""
+        return BlockStream(self.source, dtype=self.terms.dtype, device=self.terms.device, attention=attention)
+
+    def gather(
+        self,
+        measures: Mapping[str, Measure],
+        *,
+        weightings: Sequence[str],
+        candidates_by: str,
+        keep_candidates: bool = False,
+    ) -> Gathered:
+        """Evaluate measures and token weights in one walk back through the model, two if the text's labels are needed.
+
+        Args:
+            measures: by name.
+            weightings: token weightings to keep.
+            candidates_by: weighting whose Hessian the candidates are quantized by.
+            keep_candidates: keep all candidates of all modules in host memory.
+        """
+        wanted = {*weightings, candidates_by, *(m.weighting for m in measures.values() if m.weighting is not None)}
+        text: dict[str, ModuleSums] = {}
+        if any(measure.text_labels for measure in measures.values()):
+            for evidence in self.walk_back(weightings=(), text_labels=True):
+                text |= evidence.modules
+        found = Gathered(token_weights={name: {} for name in wanted})
+        passes = frozenset().union(*(measure.passes for measure in measures.values()))
+        stream = self.stream()
+        for block, evidence in zip(
+            range(stream.num_blocks - 1, -1, -1),
+            self.walk_back(weightings=tuple(sorted(wanted)), extra_passes=passes),
+            strict=True,
+        ):
+            for name in wanted:
+                found.token_weights[name][block] = evidence.weights[name]
+            for module in self._modules(stream, block, evidence, text, measures, candidates_by):
+                _evaluate(found, module, measures)
+                if keep_candidates:
+                    found.candidates[module.spec.name] = [_on_host(q) for q in module.candidates]
+        return found
+
+    def walk_back(
+        self, *, weightings: Sequence[str], extra_passes: frozenset[Pass] = frozenset(), text_labels: bool = False
+    ) -> Iterator[BlockEvidence]:
+        """Evidence of the blocks, last block first."""
+        terms = self.terms
+        stream = self.stream("eager" if "attention" in weightings else None)
+        with KeptInputs(memory_bytes=KEPT_BYTES) as kept:
+            sweep = GatherSweep(
+                stream,
+                [Shard(index=0, first_window=0, tokens=self.tokens)],
+                num_shards=1,
+                relevance=Relevance.NONE,
+                floor=terms.floor,
+                power=terms.power,
+                seed=terms.seed,
+                micro_batch=terms.micro_batch,
+                kept=kept,
+                weightings=weightings,
+                extra_passes=extra_passes,
+                text_labels=text_labels,
+            )
+            sweep.embed()
+            for block, module in stream.stream(range(stream.num_blocks)):
+                sweep.forward(block, module)
+            sweep.seed_gradients()
+            for block, module in stream.stream(range(stream.num_blocks - 1, -1, -1)):
+                yield sweep.gather(
+                    block, module, with_gradient=text_labels, rounded=self._rounded if text_labels else None
+                )
+
+    def _rounded(self, spec: LinearSpec) -> list[QuantizedWeight]:
+        W = self.source.read_rows(spec.stored).to(self.terms.device, torch.float32)
+        return [round_to_nearest(W, choice, grid=self.terms.grid, name=spec.name) for choice in self._fitting(spec)]
+
+    def _fitting(self, spec: LinearSpec) -> list[Choice]:
+        return [choice for choice in self.terms.choices if choice.fits(spec.d_in)]
+
+    def _modules(
+        self,
+        stream: BlockStream,
+        block: int,
+        evidence: BlockEvidence,
+        text: Mapping[str, ModuleSums],
+        measures: Mapping[str, Measure],
+        candidates_by: str,
+    ) -> list[ModuleEvidence]:
+        curvature = means(evidence)
+        with_rounded = any(measure.rounded for measure in measures.values())
+        found = []
+        for site, specs in stream.sites(block).items():
+            hessians = {name: normalized(sums[site], name=specs[0].name) for name, sums in evidence.hessians.items()}
+            factor = factorize(hessians[candidates_by], damping=self.terms.damping, name=specs[0].name)
+            for spec in specs:
+                W = stream.weight(spec)
+                sums, own = evidence.modules[spec.name], text.get(spec.name)
+                found.append(
+                    ModuleEvidence(
+                        spec=spec,
+                        W=W,
+                        candidates=gptq(W, factor, self._fitting(spec), grid=self.terms.grid, name=spec.name),
+                        rounded=self._rounded(spec) if with_rounded else (),
+                        hessians=hessians,
+                        curvature=curvature[spec.name],
+                        trace=sums.trace / evidence.num_tokens,
+                        relevance=sums.relevance / evidence.num_tokens,
+                        gradient=None if own is None or own.gradient is None else own.gradient / evidence.num_tokens,
+                        output_error=None
+                        if own is None or own.output_error is None
+                        else (own.output_error / evidence.num_tokens).tolist(),
+                        block_cosine=evidence.cosine,
+                    )
+                )
+        return found
+
+    @torch.no_grad()
+    def codes(self, choices: Mapping[str, Choice | None], recipe: Recipe, gathered: Gathered) -> Codes:
+        """Codes of every module by the recipe, sequentially: each site behind the quantized sites before it."""
+        terms, stream = self.terms, self.stream()
+        shards = {i: self.tokens[r.start : r.stop] for i, r in enumerate(split(len(self.tokens), terms.shards))}
+        sweep = RefineSweep(
+            stream, shards, num_shards=terms.shards, micro_batch=terms.micro_batch, with_shift=recipe.correction > 0
+        )
+        sweep.embed()
+        weights = None if recipe.weighting == "none" else gathered.token_weights[recipe.weighting]
+        found: Codes = {}
+        for block, module in stream.stream(range(stream.num_blocks)):
+            before: dict[str, Tensor] = {}
+            for site, specs in stream.sites(block).items():
+                s = None if weights is None else _by_shard(weights[block][site], shards)
+                products = root(sweep.products(block, module, specs, s, before), terms.shards, merge_products)
+                for spec in specs:
+                    choice = choices[spec.name]
+                    if choice is not None:
+                        found[spec.name] = self._quantize(stream.weight(spec), products, choice, recipe, spec.name)
+                before |= {s.name: found[s.name].dequantize(stream.dtype) for s in specs if s.name in found}
+            sweep.advance(block, module, before)
+        return found
+
+    def _quantize(
+        self, W: Tensor, products: SiteProducts, choice: Choice, recipe: Recipe, name: str
+    ) -> QuantizedWeight:
+        terms = self.terms
+        if recipe.rounding is Rounding.NEAREST:
+            H = normalized(products.hessian, name=name)
+            return round_to_nearest(W, choice, importance=H.diagonal(), grid=terms.grid, name=name)
+        if recipe.rounding is Rounding.GPTQ_IN_ORDER:
+            H = normalized(products.hessian, name=name)
+            factor = factorize(H, damping=terms.damping, act_order=False, name=name)
+            return gptq(W, factor, [choice], grid=terms.grid, name=name)[0]
+        return quantize_refined(
+            W,
+            products,
+            choice,
+            strength=recipe.correction,
+            damping=terms.damping,
+            correction_damping=recipe.correction_damping,
+            grid=terms.grid,
+            name=name,
+        ).weight
+
+    def scores(
+        self, windows: Int[Tensor, "windows length"], variants: Mapping[str, Weights]
+    ) -> dict[str, list[WindowScore]]:
+        """Scores of the original ("reference") and of sets of codes, a window each."""
+        stream = self.stream()
+
+        def weights_of(codes: Weights) -> Callable[[int], dict[str, Tensor]]:
+            def weights(block: int) -> dict[str, Tensor]:
+                specs = [spec for spec in stream.block_specs(block) if spec.name in codes]
+                return {spec.name: codes[spec.name].dequantize(stream.dtype) for spec in specs}
+
+            return weights
+
+        return score_windows(stream, windows, {name: weights_of(codes) for name, codes in variants.items()})
+
+
+def _evaluate(found: Gathered, module: ModuleEvidence, measures: Mapping[str, Measure]) -> None:
+    spec = module.spec
+    for name, measure in measures.items():
+        if measure.score is not None:
+            found.scores.setdefault(name, {})[spec.name] = measure.score(module)
+        if measure.costs is not None:
+            found.costs.setdefault(name, []).extend(
+                CostRow(
+                    module=spec,
+                    choice=candidate.choice,
+                    storage_bits=storage_bits(spec.d_out, spec.d_in, candidate.choice),
+                    cost_nats=cost,
+                )
+                for candidate, cost in zip(module.candidates, measure.costs(module), strict=True)
+            )
+
+
+def _by_shard(s: Tensor, shards: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Token weights of all windows, cut as the windows are."""
+    sizes = [shards[index].numel() for index in sorted(shards)]
+    return dict(zip(sorted(shards), torch.split(s, sizes), strict=True))
+
+
+def _on_host(q: QuantizedWeight) -> QuantizedWeight:
+    return QuantizedWeight(codes=q.codes.cpu(), scales=q.scales.cpu(), choice=q.choice)

@@ -1,0 +1,240 @@
+"""One walk back through the model that gives every measure of importance its evidence, block by block.
+
+The forward sweep and the seeds are the profile's (lrpq.relevance.sweep). In the backward sweep a block's Hessians under
+all wanted token weightings, its curvatures and its gradients are summed; then its layers are quantized at every choice,
+the measures are evaluated, and all but their values is dropped. Memory: that of the profile, times the number of
+weightings, and one block's candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lrpq.errors import ModelError
+from lrpq.importance.weightings import GRADIENTS, WEIGHTINGS, SiteTokens
+from lrpq.model.host_memory import release_freed_memory
+from lrpq.model.layers import LinearSpec
+from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian
+from lrpq.relevance.attribute import block_backward
+from lrpq.relevance.head import IGNORED_LABEL
+from lrpq.relevance.passes import widen
+from lrpq.relevance.rules import Pass
+from lrpq.relevance.sweep import ProfileSweep
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+Rounded = Callable[[LinearSpec], Sequence[QuantizedWeight]]
+
+
+@dataclass(slots=True, kw_only=True)
+class ModuleSums:
+    """Sums over tokens of one module."""
+
+    squares: dict[Pass, Float[Tensor, " d_out"]]
+    """sum_t g_tj^2 (float64); zero where a pass holds the layer constant (q, k and gate under CP-LRP)."""
+    trace: float = 0.0
+    """sum_t |g_t|^2 |x_t|^2, Fisher pass."""
+    relevance: float = 0.0
+    """sum_t sum_j |y_tj g_tj|, LRP pass."""
+    gradient: Float[Tensor, "d_out d_in"] | None = None
+    """sum_t g_t x_t^T, Fisher pass."""
+    output_error: Tensor | None = None
+    """sum_t sum_j g_tj^2 dy_tj^2 for each way of rounding (float64)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class BlockEvidence:
+    """Sums over tokens of one block."""
+
+    modules: dict[str, ModuleSums]
+    hessians: dict[str, dict[str, HessianSum]]
+    """Weighting -> site -> sums."""
+    weights: dict[str, dict[str, Float[Tensor, " tokens"]]]
+    """Weighting -> site -> s of all tokens, on the host."""
+    num_tokens: int
+    cosine: float
+    """mean_t cos(block input, block output)."""
+
+
+class GatherSweep(ProfileSweep):
+    """The profile's sweep with more to see in its backward half; one shard.
+
+    Args:
+        weightings: token weightings whose Hessians are summed; names of WEIGHTINGS.
+        extra_passes: backward passes besides those that the weightings need.
+        text_labels: explain the text's own tokens instead of sampled labels.
+        **profile: as for ProfileSweep.
+
+    Raises:
+        ModelError: a model with experts, which see only some of the tokens.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        weightings: Sequence[str],
+        extra_passes: Collection[Pass] = (),
+        text_labels: bool = False,
+        **profile: Any,
+    ) -> None:
+        super().__init__(*arguments, **profile)
+        if any(spec.routed for spec in self.stream.specs):
+            raise ModelError("measures of importance are gathered for dense models only; this one has experts")
+        self.weightings = tuple(weightings)
+        self.text_labels = text_labels
+        wanted = {Pass.FISHER, *extra_passes}
+        for name in self.weightings:
+            wanted.update(GRADIENTS[name].passes if name in GRADIENTS else ())
+        self.passes = tuple(running for running in Pass if running in wanted)
+
+    def labels(self, first: int, tokens: Int[Tensor, "n t"]) -> dict[str, Any]:
+        """Sampled labels, or of every token the one that follows it in the text."""
+        if not self.text_labels:
+            return super().labels(first, tokens)
+        following = torch.full_like(tokens, IGNORED_LABEL)
+        following[:, :-1] = tokens[:, 1:]
+        return {"labels": following}
+
+    def gather(
+        self, block: int, module: nn.Module, *, with_gradient: bool = False, rounded: Rounded | None = None
+    ) -> BlockEvidence:
+        """Walk one block back; last block first.
+
+        Args:
+            block: its index.
+            module: the block with its weights.
+            with_gradient: also sum the gradient of every weight matrix.
+            rounded: also sum the output errors of these quantized weights of every layer.
+        """
+        stream, (shard,) = self.stream, self.shards
+        sites = {
+            site: [(spec.name, module.get_submodule(stream.local_name(spec))) for spec in members]
+            for site, members in stream.sites(block).items()
+        }
+        specs = stream.block_specs(block)
+        found = BlockEvidence(
+            modules={spec.name: self._empty(spec) for spec in specs},
+            hessians={
+                name: {site: empty_hessian(m[0].d_in, stream.device) for site, m in stream.sites(block).items()}
+                for name in self.weightings
+            },
+            weights={name: {} for name in self.weightings},
+            num_tokens=shard.tokens.numel(),
+            cosine=0.0,
+        )
+        changes = {} if rounded is None else {s.name: _changes(stream.weight(s), rounded(s)) for s in specs}
+
+        def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:
+            _add(found.modules[name], running, x, y, widen(g), changes.get(name), with_gradient)
+
+        pieces: dict[tuple[str, str], list[Tensor]] = {}
+        for position in range(len(shard.tokens.split(self.micro_batch))):
+            hidden = self.kept.take((block, shard.index, position))
+            arguments = stream.call_arguments(block, (hidden.shape[0], hidden.shape[1]))
+            with _recorded(module, self.stream.family.units, "attention" in self.weightings) as seen:
+                upstream = self.upstream[shard.index, position]
+                result = block_backward(
+                    module, arguments, hidden, upstream, sites, switch=self.switch, observer=observe
+                )
+            self.upstream[shard.index, position] = result.gradients
+            found.cosine += float(torch.cosine_similarity(hidden.float(), seen.output.float(), dim=-1).double().sum())
+            for site, x in result.inputs.items():
+                tokens = SiteTokens(
+                    site=f"{block}.{site}",
+                    stats=[result.modules[name] for name, _ in sites[site]],
+                    x=x,
+                    attention=seen.attention,
+                    floor=self.floor,
+                    power=self.power,
+                )
+                for name in self.weightings:
+                    s = WEIGHTINGS[name](tokens)
+                    found.hessians[name][site] = accumulate(found.hessians[name][site], x, s)
+                    pieces.setdefault((name, site), []).append(s.float().cpu())
+        for (name, site), parts in pieces.items():
+            found.weights[name][site] = torch.cat(parts)
+        found.cosine /= found.num_tokens
+        release_freed_memory()
+        return found
+
+    def _empty(self, spec: LinearSpec) -> ModuleSums:
+        zeros = {p: torch.zeros(spec.d_out, dtype=torch.float64, device=self.stream.device) for p in self.passes}
+        return ModuleSums(squares=zeros)
+
+
+def _add(
+    sums: ModuleSums,
+    running: Pass,
+    x: Tensor,
+    y: Tensor,
+    g: Float[Tensor, "tokens d_out"],
+    changes: Float[Tensor, "choices d_out d_in"] | None,
+    with_gradient: bool,
+) -> None:
+    squares = g.square()
+    total = squares.sum(0, dtype=torch.float64)
+    sums.squares[running] += total
+    if running is Pass.LRP:
+        sums.relevance += float((widen(y) * g).abs().sum(dtype=torch.float64))
+    if running is not Pass.FISHER:
+        return
+    x = widen(x)
+    sums.trace += float((squares.sum(1).double() * x.square().sum(1).double()).sum())
+    if with_gradient:
+        gradient = g.T @ x
+        sums.gradient = gradient if sums.gradient is None else sums.gradient.add_(gradient)
+    if changes is not None:
+        error = torch.stack([((x @ dW.T).square() * squares).sum(dtype=torch.float64) for dW in changes])
+        sums.output_error = error if sums.output_error is None else sums.output_error + error
+
+
+def _changes(W: Tensor, rounded: Sequence[QuantizedWeight]) -> Float[Tensor, "choices d_out d_in"]:
+    return torch.stack([W - q.dequantize(W.dtype) for q in rounded])
+
+
+@dataclass(slots=True)
+class _Seen:
+    output: Tensor
+    attention: Tensor | None = None
+
+
+@contextmanager
+def _recorded(block: nn.Module, units: Sequence[Any], with_attention: bool) -> Iterator[_Seen]:
+    """Note the block's output and, of its attention, what every token receives."""
+    seen = _Seen(output=torch.empty(0))
+
+    def note_output(_: nn.Module, __: Any, output: Any) -> None:
+        seen.output = (output[0] if isinstance(output, tuple) else output).detach()
+
+    def note_attention(_: nn.Module, __: Any, output: Any) -> None:
+        if output[1] is None:
+            raise ModelError("the attention of this model does not return its weights; open it with attention 'eager'")
+        seen.attention = output[1].detach().float().sum((1, 2))
+
+    handles = [block.register_forward_hook(note_output)]
+    if with_attention:
+        found = [unit.path for unit in units if unit.returns_tuple]
+        if len(found) != 1:
+            raise ModelError("attention weights: this architecture names no attention module that returns them")
+        handles.append(block.get_submodule(found[0]).register_forward_hook(note_attention))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def means(evidence: BlockEvidence) -> Mapping[str, dict[Pass, Tensor]]:
+    """Curvature c of every module and pass: mean over tokens, float64."""
+    return {
+        name: {running: total / evidence.num_tokens for running, total in sums.squares.items()}
+        for name, sums in evidence.modules.items()
+    }
