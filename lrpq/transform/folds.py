@@ -38,7 +38,7 @@ class Fold(Protocol):
 class ScaleColumns:
     """W diag(factor): the layer's inputs were divided by ``factor``, or a norm's gain moves into it."""
 
-    factor: Float[Tensor, "d_in"]
+    factor: Float[Tensor, "columns=d_in"]
     rowwise: bool = field(default=True, init=False)
 
     def __call__(self, W: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
@@ -50,10 +50,10 @@ class ScaleColumns:
 class ScaleLastRows:
     """diag(factor) times the last rows, as many as there are factors; of a bias, its last entries."""
 
-    factor: Float[Tensor, "rows"]
+    factor: Float[Tensor, "rows=d_out"]
     rowwise: bool = field(default=False, init=False)
 
-    def __call__(self, W: Float[Tensor, "d_out *d_in"]) -> Float[Tensor, "d_out *d_in"]:
+    def __call__(self, W: Float[Tensor, "d_out columns=d_in"]) -> Float[Tensor, "d_out columns=d_in"]:
         """Scaled rows."""
         changed = W.clone()
         changed[-len(self.factor) :] *= self.factor.view(-1, *[1] * (W.ndim - 1))
@@ -80,7 +80,7 @@ class RotateLastRows:
     num_rows: int
     rowwise: bool = field(default=False, init=False)
 
-    def __call__(self, W: Float[Tensor, "d_out *d_in"]) -> Float[Tensor, "d_out *d_in"]:
+    def __call__(self, W: Float[Tensor, "d_out columns=d_in"]) -> Float[Tensor, "d_out columns=d_in"]:
         """Rotated rows."""
         changed = W.clone()
         blocks = W[-self.num_rows :].reshape(-1, len(self.Q), W[0].numel())
@@ -92,11 +92,11 @@ class RotateLastRows:
 class ScaleGain:
     """A norm's gain times ``factor``; what is stored is the gain minus ``offset`` (Gemma: 1)."""
 
-    factor: Float[Tensor, "h"]
+    factor: Float[Tensor, "channels=h"]
     offset: float
     rowwise: bool = field(default=False, init=False)
 
-    def __call__(self, W: Float[Tensor, "h"]) -> Float[Tensor, "h"]:
+    def __call__(self, W: Float[Tensor, "channels=h"]) -> Float[Tensor, "channels=h"]:
         """The stored part of the changed gain."""
         return (W + self.offset) * self.factor - self.offset
 
@@ -108,7 +108,7 @@ class UnitGain:
     offset: float
     rowwise: bool = field(default=False, init=False)
 
-    def __call__(self, W: Float[Tensor, "h"]) -> Float[Tensor, "h"]:
+    def __call__(self, W: Float[Tensor, "channels=h"]) -> Float[Tensor, "channels=h"]:
         """Constant."""
         return torch.full_like(W, 1.0 - self.offset)
 
@@ -174,18 +174,22 @@ def folded(W: Tensor, folds: Sequence[Fold], *, dtype: torch.dtype, name: str) -
     Raises:
         CheckpointError: a value leaves the range of ``dtype``.
     """
+    if not folds:
+        return _in_range(W.to(dtype), name)
     if W.ndim == 2 and all(fold.rowwise for fold in folds):
-        parts = W.split(max(1, CHUNK_ELEMENTS // max(W.shape[1], 1)))
+        step = max(1, CHUNK_ELEMENTS // max(W.shape[1], 1))
     else:
-        parts = (W,)
+        step = max(1, len(W))
     made = torch.empty(W.shape, dtype=dtype)
-    start = 0
-    for part in parts:
-        values = part.double()
+    for start in range(0, len(W), step):
+        values = W[start : start + step].double()
         for fold in folds:
             values = fold(values)
-        made[start : start + len(part)] = values
-        start += len(part)
+        made[start : start + step] = values
+    return _in_range(made, name)
+
+
+def _in_range(made: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(made).all()):
-        raise CheckpointError(f"tensor {name}: folded values leave the range of {dtype}; write float32 instead")
+        raise CheckpointError(f"tensor {name}: folded values leave the range of {made.dtype}; write float32 instead")
     return made

@@ -86,6 +86,12 @@ EXPERTS = replace(
     no_smoothing="a scale for the experts would have to be judged on the tokens that the router sends to each, which "
     "is not done",
 )
+LAYER_NORM = Graph(
+    norms=(),
+    linears=(),
+    no_rotation="its LayerNorm subtracts the mean over channels, which does not commute with a rotation",
+    no_smoothing="its norms have biases and its MLP no gate, and no table says which of its sites could be scaled",
+)
 
 GRAPHS: Mapping[str, Graph] = {
     "LlamaForCausalLM": LLAMA,
@@ -98,24 +104,20 @@ GRAPHS: Mapping[str, Graph] = {
     "Gemma3ForConditionalGeneration": GEMMA,
     "MixtralForCausalLM": EXPERTS,
     "Qwen3MoeForCausalLM": EXPERTS,
+    "OPTForCausalLM": LAYER_NORM,
+    "GPTNeoXForCausalLM": LAYER_NORM,
 }
-_LAYER_NORM = (
-    "its LayerNorm subtracts the mean over channels, which does not commute with a rotation, and its MLP is not gated"
-)
-NO_GRAPH: Mapping[str, str] = {
-    "OPTForCausalLM": f"{_LAYER_NORM} (GPT-2 is read as OPT)",
-    "GPTNeoXForCausalLM": _LAYER_NORM,
-}
-"""Families that lrpq compresses and does not transform, and why."""
+"""As lrpq.model.families; GPT-2 is read as OPT."""
 
 
 def rotatable_graph(source: ModelSource) -> Graph:
     """The table's entry of a model whose residual stream can be rotated.
 
     Raises:
-        ModelError: the architecture is unknown or computes another function when rotated; it says why.
+        ModelError: the architecture is unknown, or computes another function when rotated; it says why.
     """
-    architecture, graph = _graph_of(source, "rotated")
+    architecture, _ = family_of(source.config)
+    graph = GRAPHS[architecture]
     if graph.no_rotation is not None:
         raise _refused(source, architecture, "rotated", graph.no_rotation)
     return graph
@@ -125,20 +127,13 @@ def smoothable_graph(source: ModelSource) -> Graph:
     """The table's entry of a model whose channels can be scaled.
 
     Raises:
-        ModelError: the architecture is unknown or not supported; it says why.
+        ModelError: the architecture is unknown, or its channels cannot be scaled; it says why.
     """
-    architecture, graph = _graph_of(source, "smoothed")
+    architecture, _ = family_of(source.config)
+    graph = GRAPHS[architecture]
     if graph.no_smoothing is not None:
         raise _refused(source, architecture, "smoothed", graph.no_smoothing)
     return graph
-
-
-def _graph_of(source: ModelSource, verb: str) -> tuple[str, Graph]:
-    architecture, _ = family_of(source.config)
-    if architecture not in GRAPHS:
-        reason = NO_GRAPH.get(architecture, "no table says what its norms feed")
-        raise _refused(source, architecture, verb, reason)
-    return architecture, GRAPHS[architecture]
 
 
 def _refused(source: ModelSource, architecture: str, verb: str, reason: str) -> ModelError:

@@ -47,7 +47,7 @@ def random_orthogonal(size: int, generator: torch.Generator) -> Float[Tensor, "s
     """
     gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
     Q, R = torch.linalg.qr(gaussian)
-    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).contiguous()
 
 
 def randomized_hadamard(size: int, generator: torch.Generator) -> Float[Tensor, "size size"]:

@@ -159,5 +159,5 @@ def _embedding_and_head(stream: BlockStream) -> tuple[FoldedTensor, FoldedTensor
     return FoldedTensor(name=names[0], origin=one, folds=()), FoldedTensor(name=names[1], origin=other, folds=())
 
 
-def _gain(stream: BlockStream, name: str, offset: float) -> Float[Tensor, "h"]:
+def _gain(stream: BlockStream, name: str, offset: float) -> Float[Tensor, "channels=h"]:
     return stream.source.read_rows(stream.stored(name)).double() + offset

@@ -94,9 +94,10 @@ def write_folded(
 
 
 def _stored(source: ModelSource, made: FoldedTensor, dtype: torch.dtype | None) -> StoredTensor:
-    own = source.dtype(made.origin)
-    kept = dtype is None or not own.is_floating_point
-    return StoredTensor(name=made.name, dtype=own if kept else dtype, shape=tuple(source.shape(made.origin)))
+    stored = source.dtype(made.origin)
+    if dtype is not None and stored.is_floating_point:
+        stored = dtype
+    return StoredTensor(name=made.name, dtype=stored, shape=tuple(source.shape(made.origin)))
 
 
 def _config_text(source: ModelSource, plan: FoldPlan, dtype: torch.dtype | None) -> str:
