@@ -22,8 +22,8 @@ def site_layers(stream: BlockStream, block: int, site: str) -> tuple[LinearSpec,
 
 def stored_biases(stream: BlockStream, module: str) -> tuple[str, ...]:
     """Tensor on disk of a linear layer's bias, of none where it has none."""
-    name = f"{module}.bias"
-    return stream.stored(name) if name in stream.model.state_dict() else ()
+    has_one = getattr(stream.model.get_submodule(module), "bias", None) is not None
+    return stream.stored(f"{module}.bias") if has_one else ()
 
 
 def routers_of(stream: BlockStream, block: int, paths: Sequence[str]) -> list[str]:
