@@ -26,10 +26,13 @@ from lrpq.quant.grid import QuantizedWeight
 __all__ = [
     "CheckpointSize",
     "CodeLoader",
+    "check_destination",
+    "check_space",
     "codes_of",
     "expert_scope",
     "manifest_text",
     "planned_size",
+    "write_beside_weights",
     "write_checkpoint",
 ]
 
@@ -100,11 +103,7 @@ def write_checkpoint(
         ModelError: a module to quantize is not a linear layer of the source.
         CheckpointError: codes are missing, are not what the choices say, cannot be stored, or writing failed.
     """
-    output = output.resolve()
-    original = source.folder.resolve()
-    if output == original or output in original.parents:
-        raise ConfigError(f"output {output}: holds the original model, which would be lost; give another folder")
-    check_output(output, overwrite=overwrite)
+    output = check_destination(source, output, overwrite=overwrite)
     loader = "GPTQ" if format is CheckpointFormat.GPTQ else target.value
     check_experts(choices, specs, scope=expert_scope(format, target), loader=loader)
     plan = plan_checkpoint(source, choices, specs=specs, format=format, max_shard_bytes=max_shard_bytes)
@@ -113,12 +112,7 @@ def write_checkpoint(
         num_parameters = sum(math.prod(source.shape(name)) for name in source.names())
         texts[INDEX_FILE] = index_text(plan.shards, num_parameters=num_parameters)
     with published_folder(output, overwrite=overwrite) as folder:
-        free = shutil.disk_usage(folder).free
-        if free < plan.size.total_bytes:
-            raise ConfigError(
-                f"output {output}: {free:,} bytes are free, the checkpoint takes {plan.size.total_bytes:,}; "
-                "free some or give a folder on another disk"
-            )
+        check_space(folder, output, plan.size.total_bytes)
         for shard in plan.shards:
             with open_shard(folder, shard) as writer:
                 for unit in shard.units:
@@ -130,17 +124,54 @@ def write_checkpoint(
                     for part, replaced in module.split(weight):
                         for name, values in FORMATS[format].pack(part, replaced).items():
                             writer.write(name, values)
-        try:
-            for name, text in texts.items():
-                (folder / name).write_text(text, encoding="utf-8")
-            for path in carried_files(source.folder):
-                (folder / path).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source.folder / path, folder / path)
-        except OSError as error:
-            raise CheckpointError(f"{output}: cannot be written ({error})") from error
+        write_beside_weights(source, folder, texts, output=output)
         if prove is not None:
             prove(folder)
     return plan.size
+
+
+def check_destination(source: ModelSource, output: Path, *, overwrite: bool = False) -> Path:
+    """The resolved output folder, checked before any work.
+
+    Raises:
+        ConfigError: the output is taken (``publish.check_output``), or holds the original.
+    """
+    output = output.resolve()
+    original = source.folder.resolve()
+    if output == original or output in original.parents:
+        raise ConfigError(f"output {output}: holds the original model, which would be lost; give another folder")
+    check_output(output, overwrite=overwrite)
+    return output
+
+
+def check_space(folder: Path, output: Path, total_bytes: int) -> None:
+    """Compare the disk that ``folder`` is on with what will be written there.
+
+    Raises:
+        ConfigError: the disk is too small.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < total_bytes:
+        raise ConfigError(
+            f"output {output}: {free:,} bytes are free, the checkpoint takes {total_bytes:,}; "
+            "free some or give a folder on another disk"
+        )
+
+
+def write_beside_weights(source: ModelSource, folder: Path, texts: Mapping[str, str], *, output: Path) -> None:
+    """Write what a model folder holds beside its weights: texts by file name, and what the original has (``CARRIED``).
+
+    Raises:
+        CheckpointError: a file cannot be written; ``output`` is named.
+    """
+    try:
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        for path in carried_files(source.folder):
+            (folder / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.folder / path, folder / path)
+    except OSError as error:
+        raise CheckpointError(f"{output}: cannot be written ({error})") from error
 
 
 def expert_scope(format: CheckpointFormat, target: Target) -> ExpertScope:

@@ -138,6 +138,10 @@ class BlockStream:
         """Module name inside its block, e.g. ``self_attn.q_proj``."""
         return spec.name.removeprefix(f"{self.family.blocks}.{spec.block}.")
 
+    def stored(self, name: str) -> tuple[str, ...]:
+        """Names on disk of a tensor of the model; their rows, one after the other, make it."""
+        return self._stored.get(name, (name,))
+
     def weight(self, spec: LinearSpec) -> Float[Tensor, "d_out d_in"]:
         """Read one layer's weights as stored, as float32 on the computing device."""
         return self.source.read_rows(spec.stored).to(self.device, torch.float32)
@@ -265,7 +269,7 @@ class BlockStream:
         return {name: self._read(prefix + name) for name in self.blocks[index].state_dict()}
 
     def _read(self, name: str) -> Tensor:
-        return self.source.read_rows(self._stored.get(name, (name,))).to(self.device, self.dtype)
+        return self.source.read_rows(self.stored(name)).to(self.device, self.dtype)
 
     @contextmanager
     def _with_weights(self, index: int, weights: dict[str, Tensor], overrides: Overrides) -> Iterator[nn.Module]:

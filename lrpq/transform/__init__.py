@@ -1,0 +1,1 @@
+"""Transforms that a model's weights absorb: another parametrisation of the same function, easier to quantize."""
