@@ -161,16 +161,11 @@ class ComparisonRun:
         return self.document
 
     def _measure(self, missing: Sequence[tuple[str, float]], seed: int) -> None:
-        label, started = f"evidence, seed {seed}", time.monotonic()
-        self.progress.stage(label, 1, "model")
-        comparison = self._comparison(missing, seed)
-        comparison.gather()
-        self.progress.advance(label)
-        self.progress.done(label, seconds=time.monotonic() - started, reused=False)
-        label, started = f"methods, seed {seed}", time.monotonic()
+        label, started = f"seed {seed}", time.monotonic()
         self.progress.stage(label, len(missing), "row")
+        comparison = self._comparison(missing, seed)
         for row in comparison.rows():
-            self.document["rows"].append(_plain(row, seed=seed, evidence=comparison.evidence_seconds))
+            self.document["rows"].append(_plain(row, seed=seed))
             self.document["original"] = asdict(summarize(list(comparison.original)))
             self._write()
             self.progress.advance(label, f"{row.method} at {row.budget_bits:g} bits")
@@ -231,7 +226,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise ConfigError(f"{path}: is not a comparison ({error}); give another --output, or --overwrite") from error
 
 
-def _plain(row: Row, *, seed: int, evidence: float) -> dict[str, Any]:
+def _plain(row: Row, *, seed: int) -> dict[str, Any]:
     found = summarize(list(row.scores))
     return {
         "method": row.method,
@@ -243,7 +238,7 @@ def _plain(row: Row, *, seed: int, evidence: float) -> dict[str, Any]:
         **asdict(found),
         "kl_windows": [score.kl_nats for score in row.scores],
         "seconds": row.seconds,
-        "evidence_seconds": evidence,
+        "evidence_seconds": row.evidence_seconds,
         "peak_bytes": row.peak_bytes,
     }
 

@@ -20,6 +20,7 @@ class Axis(enum.Enum):
     WHOLE = "whole method"
     ALLOCATION = "allocation of the bits"
     WEIGHTS = "token weights of the Hessian"
+    TRANSFORM = "transform before quantizing"
     REMOVED = "lrpq without one ingredient"
     ADDED = "the control with one ingredient"
 
@@ -51,6 +52,15 @@ _MEASURED_SOURCES: Mapping[str, str] = {
 }
 
 
+_TRANSFORM_SOURCES: Mapping[str, str] = {
+    "hadamard": "QuaRot, residual stream (arXiv:2404.00456); a tied head is untied",
+    "random-rotation": "random orthogonal, residual stream; a tied head is untied",
+    "hadamard-values": "SpinQuant's R1 and R2, not learned (arXiv:2405.16406); a tied head is untied",
+    "awq": "AWQ scaling, without clipping (arXiv:2306.00978)",
+    "smoothquant+": "SmoothQuant+, one exponent for the model (arXiv:2312.03788)",
+}
+
+
 def _methods() -> dict[str, Method]:
     found = {
         "lrpq": Method(axis=Axis.WHOLE, source="this project", recipe=DEFAULT),
@@ -76,6 +86,9 @@ def _methods() -> dict[str, Method]:
     for name, source in _WEIGHT_SOURCES.items():
         recipe = replace(DEFAULT, weighting=name)
         found[f"weights:{name}"] = Method(axis=Axis.WEIGHTS, source=source, recipe=recipe)
+    for name, source in _TRANSFORM_SOURCES.items():
+        found[f"transform:{name}"] = Method(axis=Axis.TRANSFORM, source=source, recipe=replace(DEFAULT, transform=name))
+        found[f"control+{name}"] = Method(axis=Axis.ADDED, source=source, recipe=replace(CONTROL, transform=name))
     removed = {
         "allocation": replace(DEFAULT, allocation="uniform"),
         "token-weights": replace(DEFAULT, weighting="none"),

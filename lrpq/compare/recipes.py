@@ -28,6 +28,8 @@ class Recipe:
     correction: float = 0.5
     """Strength a of the correction for the quantized layers before; 0 corrects nothing."""
     correction_damping: float = 0.1
+    transform: str = "none"
+    """Of the model before it is quantized."""
 
 
 DEFAULT = Recipe()

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrpq.allocate.plan import Plan
-from lrpq.allocate.problem import CostRow
-from lrpq.compare import allocation
 from lrpq.compare.memory import peak_memory
-from lrpq.compare.methods import EQUAL_LOSS, NOISE, ONE_AT_A_TIME, Method
-from lrpq.compare.workbench import Gathered, Workbench
-from lrpq.errors import ConfigError
-from lrpq.evaluate.divergence import ORIGINAL, WindowScore
-from lrpq.importance.equal_loss import equal_loss
-from lrpq.importance.measured import filled, noise_factors, one_at_a_time, relative_error
-from lrpq.importance.registry import MEASURES, Measure
+from lrpq.compare.methods import Method
+from lrpq.compare.prepared import Prepared
+from lrpq.compare.recipes import Recipe
+from lrpq.compare.transforms import DEPENDS_ON_BITS, NONE, TRANSFORMS, TransformInputs
+from lrpq.compare.workbench import Workbench
+from lrpq.evaluate.divergence import ORIGINAL, VARIANT, WindowScore
 from lrpq.model.layers import Choice
+from lrpq.model.source import open_source
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-PROBE_WINDOWS = 4
-"""Calibration windows on which single modules are measured."""
-MEASURED_BITS = (2, 3, 4)
-"""Widths that are measured; wider ones follow the estimate, scaled to meet the widest measured."""
+Key = tuple[str, Choice | None]
+"""A transform, and the choice its search was made for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +39,9 @@ class Row:
     """Of the plan under lrpq's costs."""
     scores: Sequence[WindowScore]
     seconds: float
-    """For its codes; evidence, which methods share, is apart."""
+    """For its codes."""
+    evidence_seconds: float
+    """For its transform and for the evidence of all methods that share it."""
     peak_bytes: int
 
 
@@ -64,103 +63,55 @@ class Comparison:
         self.bench, self.windows = bench, windows
         self.wanted = tuple(wanted)
         self.methods = {name: methods[name] for name, _ in wanted}
-        self.budgets = sorted({budget for _, budget in wanted})
-        self.gathered = Gathered()
-        self.evidence_seconds = 0.0
         self.original: Sequence[WindowScore] = ()
-        self._costs: dict[str, list[CostRow]] = {}
+        """The original's own scores, once a row has been yielded."""
 
     def rows(self) -> Iterator[Row]:
-        """Yield a row as soon as it is measured; after ``gather``."""
+        """Yield a row as soon as it is measured; methods on one transformed model follow each other."""
+        groups: dict[Key, list[tuple[str, float]]] = {}
         for name, budget in self.wanted:
-            yield self._row(name, self.methods[name], budget)
+            groups.setdefault(self._key(self.methods[name].recipe, budget), []).append((name, budget))
+        for key, members in groups.items():
+            with tempfile.TemporaryDirectory(prefix="lrpq-transformed-") as scratch:
+                started = time.monotonic()
+                bench = self._bench(key, Path(scratch) / "model")
+                recipes = [self.methods[name].recipe for name, _ in members]
+                prepared = Prepared(bench, recipes, sorted({budget for _, budget in members}))
+                evidence_seconds = time.monotonic() - started
+                for name, budget in members:
+                    yield self._row(prepared, name, budget, evidence_seconds)
 
-    def gather(self) -> None:
-        """Find what the methods need to know: costs, scores, token weights."""
-        recipes = [method.recipe for method in self.methods.values()]
-        allocations = {recipe.allocation for recipe in recipes}
-        measures: dict[str, Measure] = {"lrpq": MEASURES["lrpq"]}
-        measures |= {name: MEASURES[name] for name in allocations if name in MEASURES}
-        if EQUAL_LOSS in allocations:
-            measures |= {
-                f"{EQUAL_LOSS}@{budget:g}": Measure(
-                    source="BAQ", costs=equal_loss("none", at_bits=int(budget)), weighting="none"
-                )
-                for budget in self.budgets
-            }
-        if NOISE in allocations:
-            measures[NOISE] = Measure(source="HIGGS", costs=lambda e: [relative_error(e.W, q) for q in e.candidates])
-        weightings = {recipe.weighting for recipe in recipes}
-        started = time.monotonic()
-        self.gathered = self.bench.gather(
-            measures,
-            weightings=sorted(weightings),
-            candidates_by=str(MEASURES["lrpq"].weighting),
-            keep_candidates=ONE_AT_A_TIME in allocations,
-        )
-        self._costs = dict(self.gathered.costs)
-        if NOISE in allocations:
-            self._costs[NOISE] = self._noise_costs()
-        if ONE_AT_A_TIME in allocations:
-            self._costs[ONE_AT_A_TIME] = self._measured_costs()
-        self.evidence_seconds = time.monotonic() - started
-
-    def _noise_costs(self) -> list[CostRow]:
+    def _key(self, recipe: Recipe, budget: float) -> Key:
+        if recipe.transform not in DEPENDS_ON_BITS:
+            return recipe.transform, None
         terms = self.bench.terms
-        factors = noise_factors(
-            self.bench.stream(), self.bench.tokens[:PROBE_WINDOWS], seed=terms.seed, micro_batch=terms.micro_batch
-        )
-        rows = self.gathered.costs[NOISE]
-        costs: dict[str, dict[Choice, float]] = {}
-        for row in rows:
-            if row.choice is not None:
-                costs.setdefault(row.module.name, {})[row.choice] = factors[row.module.name] * row.cost_nats
-        return allocation.with_costs(rows, costs)
+        return recipe.transform, Choice(bits=max(min(terms.bits), int(budget)), group_size=terms.group_sizes[0])
 
-    def _measured_costs(self) -> list[CostRow]:
-        terms = self.bench.terms
-        chosen = [choice for choice in terms.choices if choice.bits in MEASURED_BITS]
-        if not chosen:
-            raise ConfigError(f"measured costs need one of the widths {', '.join(map(str, MEASURED_BITS))}")
-        measured = one_at_a_time(
-            self.bench.stream(),
-            self.bench.tokens[:PROBE_WINDOWS],
-            lambda spec: self.gathered.candidates[spec.name],
-            chosen,
-            micro_batch=terms.micro_batch,
-        )
-        rows = self.gathered.costs["lrpq"]
-        estimated: dict[str, dict[Choice, float]] = {}
-        for row in rows:
-            if row.choice is not None:
-                estimated.setdefault(row.module.name, {})[row.choice] = row.cost_nats
-        return allocation.with_costs(rows, filled(measured, estimated))
+    def _bench(self, key: Key, folder: Path) -> Workbench:
+        transform, choice = key
+        if transform == NONE:
+            return self.bench
+        source, tokens, terms = self.bench.source, self.bench.tokens, self.bench.terms
+        inputs = TransformInputs(source=source, tokens=tokens, terms=terms, choice=choice or terms.choices[0])
+        TRANSFORMS[transform](inputs, folder)
+        return Workbench(open_source(folder), tokens, terms)
 
-    def plan(self, name: str, budget: float) -> Plan:
-        """The plan of an allocation, by its name."""
-        ours = self.gathered.costs["lrpq"]
-        if name == "uniform":
-            return allocation.uniform(ours, budget_bits=budget)
-        if name in self.gathered.scores:
-            return allocation.by_ranking(ours, self.gathered.scores[name], budget_bits=budget)
-        key = f"{EQUAL_LOSS}@{budget:g}" if name == EQUAL_LOSS else name
-        return allocation.by_costs(self._costs[key], budget_bits=budget)
-
-    def _row(self, name: str, method: Method, budget: float) -> Row:
-        plan = self.plan(method.recipe.allocation, budget)
-        ours = {(row.module.name, row.choice): row.cost_nats for row in self.gathered.costs["lrpq"]}
+    def _row(self, prepared: Prepared, name: str, budget: float, evidence_seconds: float) -> Row:
+        recipe = self.methods[name].recipe
+        plan = prepared.plan(recipe.allocation, budget)
         started = time.monotonic()
         with peak_memory(self.bench.terms.device) as peak:
-            codes = self.bench.codes(plan.choices, method.recipe, self.gathered)
+            codes = prepared.bench.codes(plan.choices, recipe, prepared.gathered)
         seconds = time.monotonic() - started
-        scores = self.bench.scores(self.windows, {name: codes})
+        scores = prepared.bench.scores(self.windows, codes, original=self.bench)
         self.original = scores[ORIGINAL]
         return Row(
             method=name,
             budget_bits=budget,
             all_in_bits=plan.average_bits,
-            predicted_nats=sum(ours[module, choice] for module, choice in plan.choices.items()),
-            scores=scores[name],
+            predicted_nats=prepared.predicted_nats(plan),
+            scores=scores[VARIANT],
             seconds=seconds,
+            evidence_seconds=evidence_seconds,
             peak_bytes=peak.bytes,
         )

@@ -6,7 +6,7 @@ weights, the streams' hidden states, and of every module its costs and token wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from lrpq.allocate.problem import CostRow
 from lrpq.compare.recipes import Recipe, Rounding
 from lrpq.compare.terms import Terms
-from lrpq.evaluate.divergence import WindowScore, score_windows
+from lrpq.evaluate.divergence import VARIANT, WindowScore, score_other_model, score_windows
 from lrpq.importance.evidence import ModuleEvidence
 from lrpq.importance.gather import BlockEvidence, GatherSweep, ModuleSums, means
 from lrpq.importance.registry import Measure
@@ -231,19 +231,18 @@ class Workbench:
         ).weight
 
     def scores(
-        self, windows: Int[Tensor, "windows length"], variants: Mapping[str, Weights]
+        self, windows: Int[Tensor, "windows length"], codes: Weights, *, original: Workbench
     ) -> dict[str, list[WindowScore]]:
-        """Scores of the original ("reference") and of sets of codes, a window each."""
+        """Scores of the original ("reference") and of this model with these codes ("variant"), a window each."""
         stream = self.stream()
 
-        def weights_of(codes: Weights) -> Callable[[int], dict[str, Tensor]]:
-            def weights(block: int) -> dict[str, Tensor]:
-                specs = [spec for spec in stream.block_specs(block) if spec.name in codes]
-                return {spec.name: codes[spec.name].dequantize(stream.dtype) for spec in specs}
+        def weights(block: int) -> dict[str, Tensor]:
+            specs = [spec for spec in stream.block_specs(block) if spec.name in codes]
+            return {spec.name: codes[spec.name].dequantize(stream.dtype) for spec in specs}
 
-            return weights
-
-        return score_windows(stream, windows, {name: weights_of(codes) for name, codes in variants.items()})
+        if original is self:
+            return score_windows(stream, windows, {VARIANT: weights})
+        return score_other_model(original.stream(), stream, windows, weights)
 
 
 def _evaluate(found: Gathered, module: ModuleEvidence, measures: Mapping[str, Measure]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 ORIGINAL = "reference"
+VARIANT = "variant"
 BlockWeights = Callable[[int], Mapping[str, Tensor]]
 """Block index -> the variant's dense weights by module name; modules that are not named keep the original's.
 
@@ -60,14 +61,7 @@ def score_windows(
         CheckpointError: a variant gives logits that are not finite.
     """
     batches = list(windows.split(micro_batch))
-    with stream.embedding():
-        embedded = [stream.embed(batch) for batch in batches]
-    hidden = {name: list(embedded) for name in (ORIGINAL, *variants)}
-    for index, block in stream.stream(range(stream.num_blocks)):
-        hidden[ORIGINAL] = [stream.run(block, index, h) for h in hidden[ORIGINAL]]
-        for name, weights in variants.items():
-            with stream.swapped(block, weights(index)):
-                hidden[name] = [stream.run(block, index, h) for h in hidden[name]]
+    hidden = _final_states(stream, batches, {ORIGINAL: None, **variants})
     scores: dict[str, list[WindowScore]] = {name: [] for name in hidden}
     heads = {
         name: {module: W.to(stream.device) for module, W in weights(stream.num_blocks).items()}
@@ -79,14 +73,72 @@ def score_windows(
 
                 def log_probabilities(name: str, position: int = position, row: int = row) -> Float[Tensor, "t vocab"]:
                     with stream.swapped_head(heads.get(name, {})):
-                        logits: Tensor = head(norm(hidden[name][position][row : row + 1]))[0, :-1]
-                    return logits.float().log_softmax(-1)
+                        return _log_probabilities(norm, head, hidden[name][position][row])
 
                 original = log_probabilities(ORIGINAL)
                 for name in hidden:
                     quantized = original if name == ORIGINAL else log_probabilities(name)
                     scores[name].append(_window_score(name, original, quantized, tokens[1:]))
     return scores
+
+
+@torch.no_grad()
+def score_other_model(
+    stream: BlockStream,
+    other: BlockStream,
+    windows: Int[Tensor, "windows length"],
+    weights: BlockWeights,
+    *,
+    micro_batch: int = 1,
+) -> dict[str, list[WindowScore]]:
+    """Score a variant of another model with the same vocabulary against the original, such as a rotated one.
+
+    Args:
+        stream: the original model.
+        other: the model that the weights belong to.
+        windows: token ids; the first token of a window is context only.
+        weights: of the other model's blocks.
+        micro_batch: windows computed at once.
+
+    Returns:
+        Scores of the original (under the name "reference") and of the other ("variant").
+
+    Raises:
+        CheckpointError: the variant gives logits that are not finite.
+    """
+    batches = list(windows.split(micro_batch))
+    original = _final_states(stream, batches, {ORIGINAL: None})[ORIGINAL]
+    changed = _final_states(other, batches, {VARIANT: weights})[VARIANT]
+    scores: dict[str, list[WindowScore]] = {ORIGINAL: [], VARIANT: []}
+    with stream.head() as (norm, head), other.head() as (other_norm, other_head):
+        for position, batch in enumerate(batches):
+            for row, tokens in enumerate(batch.to(stream.device)):
+                p = _log_probabilities(norm, head, original[position][row])
+                q = _log_probabilities(other_norm, other_head, changed[position][row])
+                scores[ORIGINAL].append(_window_score(ORIGINAL, p, p, tokens[1:]))
+                scores[VARIANT].append(_window_score(VARIANT, p, q, tokens[1:]))
+    return scores
+
+
+def _final_states(
+    stream: BlockStream, batches: Sequence[Tensor], variants: Mapping[str, BlockWeights | None]
+) -> dict[str, list[Tensor]]:
+    """Output of the last block, by variant and batch; a variant without weights is the model as it is."""
+    with stream.embedding():
+        embedded = [stream.embed(batch) for batch in batches]
+    hidden = {name: list(embedded) for name in variants}
+    for index, block in stream.stream(range(stream.num_blocks)):
+        for name, weights in variants.items():
+            with stream.swapped(block, {} if weights is None else weights(index)):
+                hidden[name] = [stream.run(block, index, h) for h in hidden[name]]
+    return hidden
+
+
+def _log_probabilities(
+    norm: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "t h"]
+) -> Float[Tensor, "t vocab"]:
+    logits = head(norm(hidden[None]))[0, :-1]
+    return logits.float().log_softmax(-1)
 
 
 def _window_score(name: str, p: Float[Tensor, "t vocab"], q: Float[Tensor, "t vocab"], y: Tensor) -> WindowScore:

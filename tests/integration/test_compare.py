@@ -46,7 +46,7 @@ def everything(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_method_has_a_row_within_its_budget(everything: Path) -> None:
     found = document(everything)
-    assert [row["method"] for row in found["rows"]] == list(METHODS)
+    assert sorted(row["method"] for row in found["rows"]) == sorted(METHODS)
     assert len(METHODS) >= 25
     for row in found["rows"]:
         assert row["all_in_bits"] <= 3.5

@@ -1,0 +1,105 @@
+"""A workbench with what its methods need to know: costs under every wanted allocation, token weights, plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lrpq.allocate.plan import Plan
+from lrpq.allocate.problem import CostRow
+from lrpq.compare import allocation
+from lrpq.compare.methods import EQUAL_LOSS, NOISE, ONE_AT_A_TIME
+from lrpq.compare.recipes import DEFAULT, Recipe
+from lrpq.compare.workbench import Workbench
+from lrpq.errors import ConfigError
+from lrpq.importance.equal_loss import equal_loss
+from lrpq.importance.measured import filled, noise_factors, one_at_a_time, relative_error
+from lrpq.importance.registry import MEASURES, Measure
+from lrpq.model.layers import Choice
+
+PROBE_WINDOWS = 4
+"""Calibration windows on which single modules are measured."""
+MEASURED_BITS = (2, 3, 4)
+"""Widths that are measured; wider ones follow the estimate, scaled to meet the widest measured."""
+
+
+class Prepared:
+    """Args:
+    bench: model, tokens and terms.
+    recipes: what will be asked of it.
+    budgets: at which all-in bits.
+    """
+
+    def __init__(self, bench: Workbench, recipes: Sequence[Recipe], budgets: Sequence[float]) -> None:
+        self.bench = bench
+        allocations = {recipe.allocation for recipe in recipes}
+        self.gathered = bench.gather(
+            _measures(allocations, budgets),
+            weightings=sorted({recipe.weighting for recipe in recipes}),
+            candidates_by=DEFAULT.weighting,
+            keep_candidates=ONE_AT_A_TIME in allocations,
+        )
+        self.costs: dict[str, list[CostRow]] = dict(self.gathered.costs)
+        if NOISE in allocations:
+            self.costs[NOISE] = self._noise_costs()
+        if ONE_AT_A_TIME in allocations:
+            self.costs[ONE_AT_A_TIME] = self._measured_costs()
+
+    def plan(self, name: str, budget: float) -> Plan:
+        """The plan of an allocation, by its name."""
+        ours = self.gathered.costs[DEFAULT.allocation]
+        if name == "uniform":
+            return allocation.uniform(ours, budget_bits=budget)
+        if name in self.gathered.scores:
+            return allocation.by_ranking(ours, self.gathered.scores[name], budget_bits=budget)
+        return allocation.by_costs(self.costs[_key(name, budget)], budget_bits=budget)
+
+    def predicted_nats(self, plan: Plan) -> float:
+        """The plan under lrpq's own costs, whatever chose it."""
+        ours = {(row.module.name, row.choice): row.cost_nats for row in self.gathered.costs[DEFAULT.allocation]}
+        return sum(ours[module, choice] for module, choice in plan.choices.items())
+
+    def _noise_costs(self) -> list[CostRow]:
+        terms = self.bench.terms
+        factors = noise_factors(
+            self.bench.stream(), self.bench.tokens[:PROBE_WINDOWS], seed=terms.seed, micro_batch=terms.micro_batch
+        )
+        rows = self.gathered.costs[NOISE]
+        costs: dict[str, dict[Choice, float]] = {}
+        for row in rows:
+            if row.choice is not None:
+                costs.setdefault(row.module.name, {})[row.choice] = factors[row.module.name] * row.cost_nats
+        return allocation.with_costs(rows, costs)
+
+    def _measured_costs(self) -> list[CostRow]:
+        terms = self.bench.terms
+        chosen = [choice for choice in terms.choices if choice.bits in MEASURED_BITS]
+        if not chosen:
+            raise ConfigError(f"measured costs need one of the widths {', '.join(map(str, MEASURED_BITS))}")
+        measured = one_at_a_time(
+            self.bench.stream(),
+            self.bench.tokens[:PROBE_WINDOWS],
+            lambda spec: self.gathered.candidates[spec.name],
+            chosen,
+            micro_batch=terms.micro_batch,
+        )
+        rows = self.gathered.costs[DEFAULT.allocation]
+        estimated: dict[str, dict[Choice, float]] = {}
+        for row in rows:
+            if row.choice is not None:
+                estimated.setdefault(row.module.name, {})[row.choice] = row.cost_nats
+        return allocation.with_costs(rows, filled(measured, estimated))
+
+
+def _measures(allocations: set[str], budgets: Sequence[float]) -> dict[str, Measure]:
+    found = {name: MEASURES[name] for name in (DEFAULT.allocation, *sorted(allocations)) if name in MEASURES}
+    if EQUAL_LOSS in allocations:
+        for budget in budgets:
+            costs = equal_loss("none", at_bits=int(budget))
+            found[_key(EQUAL_LOSS, budget)] = Measure(source="BAQ", costs=costs, weighting="none")
+    if NOISE in allocations:
+        found[NOISE] = Measure(source="HIGGS", costs=lambda e: [relative_error(e.W, q) for q in e.candidates])
+    return found
+
+
+def _key(name: str, budget: float) -> str:
+    return f"{EQUAL_LOSS}@{budget:g}" if name == EQUAL_LOSS else name
