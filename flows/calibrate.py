@@ -13,12 +13,13 @@ from flows.config import CompressConfig, EvaluationConfig, RunConfig, evaluation
 from flows.run import Run, step
 from lrpq.errors import ConfigError, ModelError
 from lrpq.model.safetensors_source import ModelSource
+from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.load import load_windows
 from tasks.calibration.overlap import overlap_warning
 from tasks.calibration.pydoc import pydoc_documents
 from tasks.calibration.sources import ParquetSource, PydocSource, TextSource, parse_source
 from tasks.calibration.stored import read_windows, write_windows
-from tasks.calibration.windows import Placement, Windows
+from tasks.calibration.windows import Placement, Windows, tokens_digest
 from tasks.store.objects import ObjectStore
 
 STAGE = "calibrate"
@@ -33,11 +34,23 @@ class StoredWindows:
     """sha256 of the tokens."""
     num_windows: int
     source: str
+    held_out: HeldOut | None = None
+    """Windows of the same text beside these; None if there are none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Windows that nothing is calibrated on."""
+
+    key: str
+    digest: str
+    num_windows: int
 
 
 def calibration_windows(run: Run, config: RunConfig, *, model: Path, fingerprint: str) -> StoredWindows:
-    """The run's calibration windows, drawn at random from the source by the run's seed."""
+    """The run's calibration windows and those held out, drawn at random from the source by the run's seed."""
     asked = config.calibration
+    held_out = default_held_out(asked.num_windows) if asked.held_out is None else asked.held_out
     return _windows(
         run,
         model=model,
@@ -49,6 +62,7 @@ def calibration_windows(run: Run, config: RunConfig, *, model: Path, fingerprint
         placement="random",
         text_column=asked.text_column,
         label=STAGE,
+        held_out=held_out,
     )
 
 
@@ -100,19 +114,24 @@ def _measured_source(config: EvaluationConfig, *, calibration: str) -> str:
     return source
 
 
-def _windows(run: Run, *, model: Path, fingerprint: str, label: str, **asked: Any) -> StoredWindows:
+def _windows(
+    run: Run, *, model: Path, fingerprint: str, label: str, num_windows: int, held_out: int = 0, **asked: Any
+) -> StoredWindows:
     folder = run.folder(
         STAGE,
         inputs={"model": fingerprint},
-        parameters={**asked, "text": _text_digest(asked["source"])},
-        code=["tasks.calibration.load"],
+        parameters={**asked, "num_windows": num_windows, "held_out": held_out, "text": _text_digest(asked["source"])},
+        code=["tasks.calibration.load", "tasks.calibration.held_out"],
     )
-    key = folder.object("windows.parquet")
+    key, held_out_key = folder.object("windows.parquet"), folder.object("held-out.parquet")
     extra = run.stored(folder, label)
     if extra is None:
         with run.timed(label, 1, "text"):
-            windows = step(label, lambda: load_for(model, **asked))
+            drawn = step(label, lambda: load_for(model, num_windows=num_windows + held_out, **asked))
+            windows, rest = split_held_out(drawn, num_windows=num_windows)
             write_windows(run.store, key, windows.tokens)
+            if len(rest):
+                write_windows(run.store, held_out_key, rest)
             run.progress.advance(label)
         if windows.missing_windows:
             run.warn(
@@ -128,9 +147,20 @@ def _windows(run: Run, *, model: Path, fingerprint: str, label: str, **asked: An
                 "source": windows.source,
                 "documents": windows.num_documents,
                 "tokens_in_text": windows.stream_tokens,
+                "held_out": len(rest),
+                "held_out_digest": tokens_digest(rest) if len(rest) else None,
             },
         )
-    return StoredWindows(key=key, digest=extra["digest"], num_windows=int(extra["num_windows"]), source=extra["source"])
+    beside: HeldOut | None = None
+    if extra["held_out"]:
+        beside = HeldOut(key=held_out_key, digest=extra["held_out_digest"], num_windows=int(extra["held_out"]))
+    return StoredWindows(
+        key=key,
+        digest=extra["digest"],
+        num_windows=int(extra["num_windows"]),
+        source=extra["source"],
+        held_out=beside,
+    )
 
 
 def load_for(

@@ -22,6 +22,7 @@ DEGRADATIONS: Mapping[str, str] = {
     "experts_pooled": "expert layers saw too few tokens and were quantized by those of all experts of their block",
     "experts_without_tokens": "expert layers saw too few tokens and were rounded to nearest",
     "without_relevance": "modules are reached by no gradient; their tokens were weighed alike",
+    "kept_uniform": "result was worse than the uniform candidate on held-out windows, which was written instead",
     "refine_damping_steps": "times the damping was raised tenfold in the refinement",
     "correction_rejected": "corrections made a block worse and were left out",
     "correction_rejected_rows": "rows of weights were left uncorrected, for the correction made them worse",
@@ -56,6 +57,8 @@ def _closing(manifest: Mapping[str, Any]) -> list[RenderableType]:
     if modules := manifest.get("modules"):
         parts.append(bits_table(modules, kept=manifest.get("kept_16bit", ())))
     parts.append(quality_table(manifest.get("evaluation", {}), sizes=manifest.get("bytes", {})))
+    if guard := manifest.get("guard"):
+        parts.append(Text(guard_line(guard)))
     if seconds := manifest.get("seconds"):
         parts.append(seconds_table(seconds, reused=manifest.get("reused", ())))
     for counter, count in manifest.get("degraded", {}).items():
@@ -85,6 +88,14 @@ def budget_line(budget: Mapping[str, Any]) -> str:
     if budget.get("gap") is not None:
         parts.append(f"gap {budget['gap']:.2%}")
     return ", ".join(parts)
+
+
+def guard_line(guard: Mapping[str, Any]) -> str:
+    """Say what the result was held against before it was written."""
+    return (
+        f"held-out calibration windows ({guard['windows']}): KL {guard['lrpq']['kl_nats']:.4f} nats a token, uniform "
+        f"{guard['uniform_choice']} {guard['uniform']['kl_nats']:.4f}; written: {guard['kept']}"
+    )
 
 
 def bits_table(modules: Sequence[Mapping[str, Any]], *, kept: Sequence[str] = ()) -> Table:

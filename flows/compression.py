@@ -13,6 +13,7 @@ import torch
 from flows import jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.config import CompressConfig, RunConfig, default_run_id
+from flows.guard import Contender, guarded
 from flows.jobs import JobContext
 from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
 from flows.progress import Progress
@@ -58,6 +59,17 @@ class Prepared:
     candidates: CandidatesJob
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plans:
+    """What the allocation decides."""
+
+    ours: Plan
+    uniform: Plan | None
+    """The widest uniform one under the same budget: what the result must not be worse than."""
+    control: Plan | None
+    """The uniform one nearest in size to what is reached, which is measured beside the result."""
+
+
 class Compression:
     """One compression; methods in the order in which they run."""
 
@@ -99,8 +111,8 @@ class Compression:
             prepared = self._prepare(len(pool))
             run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
-            plan, control = self._allocate(rows, prepared)
-            return self._finish(pool, prepared, rows, plan, control)
+            plans = self._allocate(rows, prepared)
+            return self._finish(pool, prepared, rows, plans)
 
     def _say_how_relevance_is_found(self) -> None:
         """Warn where rules are applied operation by operation, for want of a table row."""
@@ -115,6 +127,7 @@ class Compression:
     def _prepare(self, num_workers: int) -> Prepared:
         run, config = self.run_state, self.config.run
         windows = calibration_windows(run, config, model=self.model, fingerprint=self.fingerprint)
+        self.windows = windows
         self.measured: StoredWindows | None = None
         if self.config.evaluation.enabled:  # read now: a text that is too short must not show after the work
             self.measured = evaluation_windows(
@@ -130,8 +143,8 @@ class Compression:
         self._pose(rows)
         return Prepared(stream=self.stream, stream_job=stream_job, profile=profile_job, candidates=candidates_job)
 
-    def _allocate(self, rows: list[dict[str, Any]], prepared: Prepared) -> tuple[Plan, Plan | None]:
-        """The plan under the budget, and the uniform control at the width nearest to what it reaches."""
+    def _allocate(self, rows: list[dict[str, Any]], prepared: Prepared) -> Plans:
+        """The plan under the budget, and the uniform ones beside it."""
         run, wanted = self.run_state, self.config.plan
         folder = run.folder(
             "allocate",
@@ -152,6 +165,9 @@ class Compression:
                     solver=wanted.solver,
                     format=wanted.format,
                 )
+            uniform = allocate.uniform_within(
+                posed.problem, self.source, total_bytes=wanted.budget_bytes, format=wanted.format
+            )
             control = None
             if self.config.evaluation.enabled and self.config.evaluation.control:
                 control = allocate.control(posed.unlimited, at_bits=plan.average_bits)
@@ -164,7 +180,7 @@ class Compression:
             run.warn(f"the allocation met its time limit: its cost may be {plan.gap:.2%} above the best possible")
         if not plan.binding:
             run.warn("the budget is larger than every module at its best choice needs; it is not used up")
-        return plan, control
+        return Plans(ours=plan, uniform=uniform, control=control)
 
     def _pose(self, rows: list[CostRow]) -> allocate.Posed:
         wanted = self.config.plan
@@ -184,17 +200,17 @@ class Compression:
         pool: Pool,
         prepared: Prepared,
         rows: list[dict[str, Any]],
-        plan: Plan,
-        control: Plan | None,
+        plans: Plans,
     ) -> dict[str, Any]:
         run, wanted = self.run_state, self.config.plan
         refined: RefineJob | None = None
         if wanted.refine == "sequential":
-            refined = jobs.refine_job(self.context, prepared.profile, plan)
-        codes = prepared.candidates if refined is None else refined.folder
+            refined = jobs.refine_job(self.context, prepared.profile, plans.ours)
+        ours = Contender(codes=prepared.candidates if refined is None else refined.folder, plan=plans.ours)
+        uniform = None if plans.uniform is None else Contender(codes=prepared.candidates, plan=plans.uniform)
         head = None if self.head is None else prepared.candidates
-        key = content_key(codes, plan, head=head, fingerprint=self.fingerprint, format=wanted.format)
-        if self._written(key) is None:  # what is wrong with the output shows here, not after the refinement
+        keys = [self._content_key(c, head=head) for c in (ours, uniform) if c is not None]
+        if all(self._written(key) is None for key in keys):  # what is wrong with the output shows here, not later
             check_output(self.config.output, overwrite=self.config.overwrite)
         degraded = count_degradations(rows)
         if refined is not None:
@@ -207,6 +223,18 @@ class Compression:
                 "experts_pooled": counts["experts_pooled"],
                 "experts_without_tokens": counts["experts_without_tokens"],
             }
+        guard, kept = guarded(
+            run,
+            pool,
+            prepared.stream_job,
+            self.windows.held_out,
+            ours,
+            uniform,
+            head=head,
+            wanted=self.config.run.calibration.held_out != 0,
+        )
+        degraded["kept_uniform"] = int(kept is uniform)
+        plan, codes, key = kept.plan, kept.codes, self._content_key(kept, head=head)
         quantized = {name: choice for name, choice in plan.choices.items() if choice is not None}
         manifest = manifest_of(
             self.config,
@@ -217,6 +245,7 @@ class Compression:
             rows=rows,
             degraded=degraded,
         )
+        manifest["guard"] = guard
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
         size = planned_size(self.source, quantized, specs=self.specs, format=CheckpointFormat(wanted.format))
@@ -226,11 +255,20 @@ class Compression:
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
         manifest["bytes"] = {"original": model_bytes(self.model), "compressed": reached["total_bytes"]}
         if self.measured is not None:
-            manifest["evaluation"] = self._evaluate(pool, prepared, self.measured, control, key)
+            manifest["evaluation"] = self._evaluate(pool, prepared, self.measured, plans.control, key)
         manifest |= {"seconds": run.seconds, "reused": run.reused, "warnings": run.warnings}
         manifest["computed_nothing"] = _computed_nothing(run)
         write_manifest_file(self.config.output / MANIFEST, manifest)
         return manifest
+
+    def _content_key(self, contender: Contender, *, head: CandidatesJob | None) -> str:
+        return content_key(
+            contender.codes,
+            contender.plan,
+            head=head,
+            fingerprint=self.fingerprint,
+            format=self.config.plan.format,
+        )
 
     def _assemble(
         self,

@@ -88,6 +88,10 @@ class CalibrationConfig(Section):
     """Calibration windows (sequences)."""
     length: Annotated[WindowLength, Flag("--length")] = 2048
     """Tokens of a calibration window, at most the model's max_position_embeddings."""
+    held_out: Annotated[int | None, Field(ge=0), Flag("--held-out-windows")] = None
+    """Further windows of the same text that nothing is calibrated on: the result must be no worse on them than the
+    uniform candidate, or that is what is written; 0 skips it; an eighth of the calibration windows, at most 16, if not
+    given."""
     text_column: Annotated[str | None, Flag("--text-column")] = None
     """Column that holds the text of a hub or Parquet source; found by itself if not given."""
 

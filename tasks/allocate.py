@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-from lrpq.allocate.baselines import nearest_uniform
+from lrpq.allocate.baselines import nearest_uniform, widest_uniform
 from lrpq.allocate.budget import UNQUANTIZED_BITS, Budget, BudgetBits, BudgetBytes
 from lrpq.allocate.keep import KeepRule, parse_keep
 from lrpq.allocate.knapsack import solve_exact, solve_lagrangian
@@ -193,6 +193,16 @@ def within_bytes(
             return plan
         problem = replace(problem, capacity_bits=min(problem.capacity_bits, plan.storage_bits) - excess * BITS_PER_BYTE)
         plan = solve(problem, solver=solver)
+
+
+def uniform_within(problem: Problem, source: ModelSource, *, total_bytes: int | None, format: str) -> Plan | None:
+    """The widest uniform plan under the same budget; None where there is none (a keep rule, a target's limits)."""
+    plan = widest_uniform(problem)
+    if plan is None or total_bytes is None:
+        return plan
+    chosen = {name: choice for name, choice in plan.choices.items() if choice is not None}
+    size = planned_size(source, chosen, specs=problem.modules, format=CheckpointFormat(format))
+    return plan if size.total_bytes <= total_bytes else None
 
 
 def control(unlimited: Problem, *, at_bits: float) -> Plan:

@@ -29,9 +29,9 @@ STAGE = "evaluate"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredCodes:
-    """A variant whose codes lie in the store."""
+    """A variant whose codes lie in the store: refined ones, or candidates."""
 
-    folder: StageFolder
+    folder: StageFolder | CandidatesJob
     choices: Mapping[str, Choice | None]
     head: CandidatesJob | None = None
     """Where the head's codes are, if it is quantized."""
@@ -104,6 +104,8 @@ def _weights(stream: BlockStream, store_url: str, variant: Variant) -> Callable[
         def dense(spec: LinearSpec, choice: Choice) -> Tensor:
             if spec.input_site == HEAD and variant.head is not None:
                 codes = read_candidate(store, variant.head, spec, choice)
+            elif isinstance(variant.folder, CandidatesJob):
+                codes = read_candidate(store, variant.folder, spec, choice)
             else:
                 codes = read_refined(store, variant.folder, spec.name, choice)
             weight: Tensor = codes.dequantize(stream.dtype)

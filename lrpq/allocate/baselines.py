@@ -53,6 +53,18 @@ def nearest_uniform(problem: Problem, *, at_bits: float | None = None) -> Plan:
     return uniform(problem, min(reversed(choices), key=distance))
 
 
+def widest_uniform(problem: Problem) -> Plan | None:
+    """Return the uniform plan of most bits that is within the capacity; None if no common choice is.
+
+    Of choices of equal size the one with the lower cost.
+    """
+    free = [group for group in problem.groups if not group.fixed]
+    common = set.intersection(*({option.choice for option in group.options} for group in free))
+    plans = [uniform(problem, choice) for choice in sorted(choice for choice in common if choice is not None)]
+    fitting = [plan for plan in plans if plan.storage_bits <= problem.capacity_bits]
+    return max(fitting, key=lambda plan: (plan.storage_bits, -plan.cost_nats), default=None)
+
+
 def two_level(problem: Problem, scores: Mapping[str, float], *, low: Choice, high: Choice) -> Plan:
     """Rank groups by importance and raise each from ``low`` to ``high``, in that order, if it still fits.
 

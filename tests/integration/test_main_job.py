@@ -117,7 +117,7 @@ def test_manifest_beside_the_checkpoint_says_what_was_done(job: Job, first: dict
     assert first["budget"]["predicted_kl_nats"] == pytest.approx(sum(m["cost_nats"] for m in first["modules"]))
     assert first["configuration"]["run"]["seed"] == 0
     assert set(first["environment"]) >= {"torch", "transformers", "device", "threads"}
-    stages = ["calibrate", "profile", "candidates", "allocate", "refine", "assemble", "control", "evaluate"]
+    stages = ["calibrate", "profile", "candidates", "allocate", "refine", "guard", "assemble", "control", "evaluate"]
     assert set(stages) <= set(first["seconds"])
     assert all(seconds > 0 for seconds in first["seconds"].values())
     assert (first["reused"], first["computed_nothing"], first["kept_16bit"]) == ([], False, [])
@@ -173,7 +173,10 @@ def test_the_same_again_computes_nothing_and_says_so(job: Job, first: dict[str, 
     again = job(model, "first")
     assert again["computed_nothing"]
     assert job.progress.stages == ["allocate"]
-    stages = ["calibrate", "evaluation text", "profile", "candidates", "refine", "assemble", "control", "evaluate"]
+    stages = [
+        *("calibrate", "evaluation text", "profile", "candidates", "refine"),
+        *("guard", "assemble", "control", "evaluate"),
+    ]
     assert job.progress.reused == again["reused"] == stages
     after = snapshot(store), contents(output), snapshot(output)
     assert after[:2] == before[:2]
@@ -212,14 +215,14 @@ def reallocate(job: Job, first: dict[str, Any], output: str, **plan: Any) -> dic
 def test_another_budget_computes_no_profile_and_no_candidates(job: Job, first: dict[str, Any]) -> None:
     before = snapshot(job.folder / "store")
     found = reallocate(job, first, "wider", budget_bits=4.75)
-    assert job.progress.stages == ["allocate", "refine", "assemble", "control", "evaluate"]
+    assert job.progress.stages == ["allocate", "refine", "guard", "assemble", "control", "evaluate"]
     assert not found["computed_nothing"]
     bits, weights = stored_bits(job.folder / "wider")
     assert 4.73 <= bits / weights <= 4.75
     assert found["evaluation"]["lrpq"]["kl_nats"] < 0.7 * first["evaluation"]["lrpq"]["kl_nats"]
     after = snapshot(job.folder / "store")
     assert {name: when for name, when in after.items() if name in before} == before
-    assert {name.split("/")[1] for name in after.keys() - before.keys()} == {"allocate", "refine", "evaluate"}
+    assert {name.split("/")[1] for name in after.keys() - before.keys()} == {"allocate", "refine", "guard", "evaluate"}
 
 
 def test_stitching_takes_the_stored_candidates_as_they_are(job: Job, first: dict[str, Any], model: Path) -> None:

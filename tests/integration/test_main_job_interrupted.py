@@ -184,7 +184,7 @@ def test_ctrl_c_in_the_refinement_and_the_same_command_again(model: Path, undist
     manifest = json.loads(continued.out)
     assert {"calibrate", "evaluation text", "profile", "candidates"} == set(manifest["reused"])
     stages = {event["name"] for event in continued.events if event["event"] == "stage"}
-    assert stages == {"allocate", "refine", "assemble", "evaluate"}
+    assert stages == {"allocate", "refine", "guard", "assemble", "evaluate"}
     after = snapshot(tmp_path / "store")
     assert {name: after.get(name) for name in before} == before  # what was refined is not refined again
     assert contents(tmp_path / "out") == contents(undisturbed)

@@ -1,0 +1,117 @@
+"""The guarantee: on held-out calibration windows the result is no worse than the uniform candidate under its budget.
+
+Otherwise the uniform candidate is what the user gets, and is told so. The comparison is made on windows that nothing
+was calibrated on, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from flows.calibrate import HeldOut
+from flows.run import Run, step
+from lrpq.allocate.plan import Plan
+from tasks import evaluate
+from tasks.artifacts import StageFolder
+from tasks.candidates import CandidatesJob
+from tasks.cluster import Pool
+from tasks.evaluate import EvaluateJob, StoredCodes
+from tasks.streams import StreamJob
+
+STAGE = "guard"
+OURS, UNIFORM = "lrpq", "uniform"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """Codes in the store under a plan."""
+
+    codes: StageFolder | CandidatesJob
+    plan: Plan
+
+    @property
+    def key(self) -> str:
+        """Key of the stage that made the codes."""
+        return self.codes.key if isinstance(self.codes, StageFolder) else self.codes.folder.key
+
+
+def guarded(
+    run: Run,
+    pool: Pool,
+    stream: StreamJob,
+    held_out: HeldOut | None,
+    ours: Contender,
+    uniform: Contender | None,
+    *,
+    head: CandidatesJob | None,
+    wanted: bool,
+) -> tuple[dict[str, Any], Contender]:
+    """What was measured (empty where nothing could be compared: why is a warning), and which of the two is written."""
+    if not wanted:
+        return {}, ours
+    if held_out is None:
+        run.warn("the result is not guarded: no windows of the calibration text were held out")
+        return {}, ours
+    if uniform is None:
+        run.warn("the result is not guarded: no uniform plan is possible under this budget")
+        return {}, ours
+    found = _measured(run, pool, stream, held_out, ours, uniform, head=head)
+    if found["kept"] == OURS:
+        return dict(found), ours
+    run.warn(
+        f"on {found['windows']} held-out windows lrpq's plan has a KL of {found[OURS]['kl_nats']:.4f} nats a token and "
+        f"uniform {found['uniform_choice']} one of {found[UNIFORM]['kl_nats']:.4f}: uniform is what is written"
+    )
+    return dict(found), uniform
+
+
+def _measured(
+    run: Run,
+    pool: Pool,
+    stream: StreamJob,
+    held_out: HeldOut,
+    ours: Contender,
+    uniform: Contender,
+    *,
+    head: CandidatesJob | None,
+) -> Mapping[str, Any]:
+    """Both on the held-out windows, KL in nats a token, and ``kept``: which of them is written."""
+    choice = next(str(c) for c in uniform.plan.choices.values() if c is not None)
+    folder = run.folder(
+        STAGE,
+        inputs={"windows": held_out.digest, OURS: ours.key, UNIFORM: uniform.key},
+        parameters={"choices": {n: str(c) for n, c in ours.plan.choices.items()}, UNIFORM: choice},
+        code=["tasks.evaluate"],
+    )
+    done = run.stored(folder, STAGE)
+    if done is not None:
+        return done
+    job = EvaluateJob(
+        stream=replace(
+            stream,
+            windows=held_out.key,
+            num_tokens=held_out.num_windows * stream.length,
+            num_shards=held_out.num_windows,
+            micro_batch=1,
+        ),
+        variants={
+            name: StoredCodes(folder=contender.codes, choices=contender.plan.choices, head=head)
+            for name, contender in ((OURS, ours), (UNIFORM, uniform))
+        },
+    )
+    with run.timed(STAGE, 1, "pass"):
+        scores = evaluate.merged_scores(step(STAGE, lambda: pool.each(evaluate.score, job)))
+        run.progress.advance(STAGE)
+    found = {name: evaluate.summarize(scores[name]) for name in (OURS, UNIFORM)}
+    return run.finish(
+        folder,
+        STAGE,
+        {
+            "windows": held_out.num_windows,
+            "uniform_choice": choice,
+            "kept": OURS if found[OURS].kl_nats <= found[UNIFORM].kl_nats else UNIFORM,
+            **{name: asdict(summary) for name, summary in found.items()},
+        },
+    )
