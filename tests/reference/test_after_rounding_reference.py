@@ -7,6 +7,7 @@ import torch
 
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
+from lrpq.quant.best_rows import MULTIPLIERS, gptq_best_rows
 from lrpq.quant.descent import descend
 from lrpq.quant.gptq import factorize, gptq, loss
 from lrpq.quant.grid import Grid, QuantizedWeight, code_range
@@ -229,3 +230,20 @@ def test_low_rank_correction_is_exact_at_full_rank_and_falls_with_rank() -> None
     assert errors["weighted", 4][0] == pytest.approx(float(S[4:].square().sum()), rel=1e-2)
     with pytest.raises(QuantizationError, match="up_proj: rank 17 of a 24 x 16 layer"):
         low_rank(residual, 17, name="up_proj")
+
+
+@pytest.mark.parametrize("grid", list(Grid))
+def test_every_row_keeps_its_best_scales(grid: Grid) -> None:
+    W, H = layer(50, 32)
+    factor, choices = factorize(H), [Choice(bits=b, group_size=g) for b, g in ((2, 16), (3, -1))]
+    plain = gptq(W, factor, choices, grid=grid)
+    found = gptq_best_rows(W, factor, choices, H, scales=[q.scales for q in plain], grid=grid)
+    for i, (q, start) in enumerate(zip(found, plain, strict=True)):
+        each = []
+        for multiplier in MULTIPLIERS:
+            scales = [(s.scales.double() * multiplier).bfloat16() for s in plain]
+            each.append(row_losses(W, gptq(W, factor, choices, scales=scales, grid=grid)[i], H))
+        assert torch.allclose(row_losses(W, q, H), torch.stack(each).amin(0), rtol=1e-12)
+        assert 0 < (q.scales == start.scales).all(1).sum() < 50
+    with pytest.raises(QuantizationError, match="down_proj: give at least one multiplier"):
+        gptq_best_rows(W, factor, choices, H, scales=[], name="down_proj")
