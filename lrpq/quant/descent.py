@@ -73,7 +73,8 @@ def descend(
     one. Computes in the dtype of H; each product starts from the errors, so nothing drifts. Memory besides inputs and
     results: 5 bytes times d_in times at most 4,096 rows on CPU.
 
-    Raises QuantizationError naming the layer for shapes that do not belong together or values that are not finite.
+    Raises QuantizationError naming the layer for shapes that do not belong together, values that are not finite or so
+    large that their products could overflow, or a scale of zero.
     """
     d_out, d_in = T.shape
     if tuple(H.shape) != (d_in, d_in) or any(q.codes.shape != T.shape for q in quantized) or not quantized:
@@ -83,6 +84,7 @@ def descend(
         )
     check_finite(T, "target", name=name)
     check_finite(H, "Hessian", name=name)
+    _check_reach(T, quantized, H, name=name)
     widths = [group_width(q.choice, d_in, name=name) for q in quantized]
     run = math.gcd(*widths)
     ranges = torch.tensor([code_range(q.choice.bits) for q in quantized], dtype=H.dtype, device=H.device)
@@ -116,6 +118,18 @@ def descend(
         )
         for c, q, m in zip(codes, quantized, unsettled, strict=True)
     ]
+
+
+def _check_reach(T: Tensor, quantized: Sequence[QuantizedWeight], H: Tensor, *, name: str) -> None:
+    """Raise if D H might overflow or a scale is zero: an infinity or NaN would end as codes like any other."""
+    if not all(bool(q.scales.all()) for q in quantized):
+        raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
+    grid_end = max(2**q.choice.bits * float(q.scales.abs().amax()) for q in quantized)
+    error = float(T.abs().amax()) + grid_end
+    if not error * len(H) * float(H.abs().amax()) < torch.finfo(H.dtype).max:
+        raise QuantizationError(
+            f"{name}: errors up to {error:.3g} may overflow {H.dtype} under its Hessian; check the source model"
+        )
 
 
 def _rows(q: QuantizedWeight, rows: slice) -> QuantizedWeight:
@@ -170,6 +184,7 @@ def _sweep(state: _State, H: Tensor, inverse: Sequence[Tensor], run: int, *, blo
     G, steps, change, reach, below, above = (H.new_empty(min(block, d_in), stacked) for _ in range(6))
     g, n, d, f, low, high, s = (x.unbind(0) for x in (G, steps, change, reach, below, above, state.scales))
     moved = torch.zeros(stacked, dtype=torch.bool, device=H.device)
+    largest = torch.finfo(H.dtype).max
     for start in range(0, d_in, block):
         stop = min(start + block, d_in)
         size = stop - start
@@ -178,6 +193,7 @@ def _sweep(state: _State, H: Tensor, inverse: Sequence[Tensor], run: int, *, blo
         torch.sub(top, state.codes[start:stop], out=above[:size])
         for k in range(size):
             torch.div(inverse[start + k], s[(start + k) // run], out=f[k])
+        reach[:size].clamp_(-largest, largest)  # of tiny scales and inputs: infinity times zero would be no number
         own = H[start:stop, start:stop]
         for first in range(0, size, _LEAF_COLUMNS):
             last = min(first + _LEAF_COLUMNS, size)

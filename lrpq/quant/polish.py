@@ -12,7 +12,7 @@ from torch import Tensor
 from lrpq.errors import QuantizationError
 from lrpq.quant.descent import descend
 from lrpq.quant.gptq import loss
-from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.grid import QuantizedWeight, power_of_two
 from lrpq.quant.refit import refit
 
 if TYPE_CHECKING:
@@ -69,11 +69,15 @@ def polish(
 
 
 def _damped(H: Tensor, damping: float) -> Tensor:
+    """Damped H in units of a power of two near its largest entry: products with small weights then keep their digits.
+
+    The scale of H changes neither codes nor scales.
+    """
     diagonal = H.diagonal()
-    mean = diagonal.sum(dtype=torch.float64) / (diagonal > 0).sum().clamp(min=1)
+    mean = float(diagonal.sum(dtype=torch.float64)) / max(1, int((diagonal > 0).sum()))
     damped = H.clone()
-    damped.diagonal().add_((damping * mean).to(H.dtype))
-    return damped
+    damped.diagonal().add_(damping * mean)
+    return damped.div_(power_of_two(diagonal.amax()))
 
 
 def _guarded(T: Tensor, after: QuantizedWeight, before: QuantizedWeight, H: Tensor) -> Polished:

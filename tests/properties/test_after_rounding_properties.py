@@ -144,3 +144,29 @@ def test_what_does_not_belong_together_is_refused_by_name() -> None:
             call(W, H[:8, :8])
     with pytest.raises(QuantizationError, match="k_proj: damping"):
         polish(W, [q], H, damping=-1.0, name="k_proj")
+
+
+@pytest.mark.parametrize("weight_power", [-100, -30, 0, 30])
+@pytest.mark.parametrize("hessian_power", [-60, 0, 60])
+def test_units_change_nothing_in_single_precision(weight_power: int, hessian_power: int) -> None:
+    W, H = (x.float() for x in layer(7, 48, 2))
+    start = gptq(W, factorize(H), [Choice(bits=3, group_size=16)], grid=Grid.SIGNED)
+    (expected,) = polish(W, start, H)
+    (scaled,) = [
+        QuantizedWeight(codes=q.codes, scales=q.scales * 2.0**weight_power, choice=q.choice, zero_points=None)
+        for q in start
+    ]
+    (found,) = polish(W * 2.0**weight_power, [scaled], H * 2.0**hessian_power)
+    assert torch.equal(found.weight.codes, expected.weight.codes)
+    assert torch.equal(found.weight.scales, expected.weight.scales * 2.0**weight_power)
+    assert found.restored_rows == expected.restored_rows
+
+
+def test_what_could_overflow_is_refused_by_name() -> None:
+    W, H = (x.float() for x in layer(4, 16, 0))
+    (q,) = gptq(W, factorize(H), [Choice(bits=3, group_size=8)])
+    with pytest.raises(QuantizationError, match=r"q_proj: errors up to .* may overflow"):
+        descend(W * 1e30, [q], H * 1e10, name="q_proj")
+    zero = QuantizedWeight(codes=q.codes, scales=q.scales * 0, choice=q.choice)
+    with pytest.raises(QuantizationError, match="q_proj: a scale is zero"):
+        descend(W, [zero], H, name="q_proj")
