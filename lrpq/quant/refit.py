@@ -1,0 +1,115 @@
+"""Scales refitted under H: with the codes held, the best scales of a row solve a small linear system.
+
+Let Z_g be the codes of a row in group g (less the zero point) and zero elsewhere. The row is Q = sum_g s_g Z_g, and its
+error (T - Q) H (T - Q)^T is a parabola in the scales s. From the present ones the best step ds solves
+
+    A ds = b,      A_gh = Z_g H Z_h^T,      b_g = Z_g H (T - Q)^T,
+
+G equations in G unknowns for each row. The scale search before rounding (quant/grid.py) sees the diagonal of H and the
+codes of round-to-nearest; here both are the real ones. Fitting scales to fixed codes under the layer's error is an old
+step (e.g. the alternating forms in QuantEase, arXiv:2309.01885, and in AQLM, Egiazarian et al. 2024, arXiv:2401.06118,
+for codebooks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrpq.errors import QuantizationError
+from lrpq.quant.grid import QuantizedWeight, check_finite
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+_ELEMENTS = 2**22  # of one temporary: G^2 (the systems) or d_in (products) times rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refitted:
+    """A weight whose scales were refitted, and how it went."""
+
+    weight: QuantizedWeight
+    """The codes that came in, new scales."""
+    rejected_rows: int
+    """Rows that keep their scales: the rounded ones are no better, or not storable on the same grid."""
+
+
+def refit(
+    T: Float[Tensor, "d_out d_in"],
+    quantized: QuantizedWeight,
+    H: Float[Tensor, "d_in d_in"],
+    *,
+    name: str = "layer",
+) -> Refitted:
+    """Scales that minimise every row's error under H, all of a row jointly, rounded to bfloat16.
+
+    A row keeps its old scales unless the new ones, *as rounded*, have the lower error, and where one of them would
+    change its sign or vanish: a symmetric grid stays one. A group of zeros keeps its scale.
+
+    3 d_in^2 FLOPs a row and d_in G elementwise, products in the dtype of H; the systems are solved, and rounded scales
+    judged, in float64. Memory besides inputs and results: some temporaries of 2^22 elements.
+
+    Raises QuantizationError naming the layer for shapes that do not belong together or values that are not finite.
+    """
+    d_out, d_in = T.shape
+    if tuple(H.shape) != (d_in, d_in) or quantized.codes.shape != T.shape:
+        raise QuantizationError(
+            f"{name}: a target of {d_out} x {d_in}, a Hessian of {len(H)}, codes of {tuple(quantized.codes.shape)}:"
+            " they must be of one layer"
+        )
+    check_finite(T, "target", name=name)
+    check_finite(H, "Hessian", name=name)
+    scales = quantized.scales.clone()
+    num_groups = scales.shape[1]
+    num_rows = max(1, _ELEMENTS // max(d_in, num_groups**2))
+    rejected = 0
+    for start in range(0, d_out, num_rows):
+        rows = slice(start, start + num_rows)
+        old = scales[rows].double()
+        A, b = _systems(T[rows], quantized, rows, H)
+        new = (old + _solve(A, b)).bfloat16()
+        step = new.double() - old
+        growth = torch.einsum("rg,rgh,rh->r", step, A, step) - 2 * (step * b).sum(1)
+        storable = torch.isfinite(new) & (new * old > 0) & (new.abs() >= torch.finfo(torch.bfloat16).tiny)
+        better = (growth < 0) & storable.all(1)
+        scales[rows] = torch.where(better.unsqueeze(1), new, scales[rows])
+        rejected += int((~better).sum())
+    weight = QuantizedWeight(
+        codes=quantized.codes, scales=scales, choice=quantized.choice, zero_points=quantized.zero_points
+    )
+    return Refitted(weight=weight, rejected_rows=rejected)
+
+
+def _systems(T: Tensor, quantized: QuantizedWeight, rows: slice, H: Tensor) -> tuple[Tensor, Tensor]:
+    """A [rows, G, G] and b [rows, G] of the text above, float64."""
+    num, d_in = T.shape
+    s = quantized.scales[rows].to(H.dtype).unsqueeze(2)
+    num_groups = s.shape[1]
+    width = d_in // num_groups
+    Z = quantized.codes[rows].view(num, num_groups, width).to(H.dtype)
+    if quantized.zero_points is not None:
+        Z = Z - quantized.zero_points[rows].to(H.dtype).unsqueeze(2)
+    D = T.to(H.dtype) - (Z * s).view(num, d_in)
+    b = torch.einsum("rgw,rgw->rg", Z, (D @ H).view(num, num_groups, width)).double()
+    A = torch.empty(num, num_groups, num_groups, dtype=torch.float64, device=T.device)
+    for g in range(num_groups):  # each pair of groups once: A is symmetric
+        columns = slice(g * width, (g + 1) * width)
+        ZH = (Z[:, g] @ H[columns, columns.start :]).view(num, num_groups - g, width)
+        A[:, g, g:] = torch.einsum("rgw,rgw->rg", ZH, Z[:, g:])
+        A[:, g:, g] = A[:, g, g:]
+    return A, b
+
+
+def _solve(A: Tensor, b: Tensor) -> Tensor:
+    """ds of every row; zero where the system is not positive definite, and for groups without codes."""
+    diagonal = A.diagonal(dim1=1, dim2=2)
+    empty = diagonal <= 0
+    system = A.clone()
+    system.diagonal(dim1=1, dim2=2).copy_(torch.where(empty, 1.0, diagonal))
+    L, info = torch.linalg.cholesky_ex(system)
+    ds = torch.cholesky_solve(torch.where(empty, 0.0, b).unsqueeze(2), L).squeeze(2)
+    return torch.where((info == 0).unsqueeze(1) & torch.isfinite(ds), ds, 0.0)
