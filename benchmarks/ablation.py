@@ -28,7 +28,8 @@ from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.gptq import factorize, gptq, predicted_cost
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq, predicted_cost
 from lrpq.quant.grid import Grid
 from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import storage_bits

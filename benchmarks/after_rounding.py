@@ -29,7 +29,8 @@ from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.best_rows import gptq_best_rows
 from lrpq.quant.descent import descend
-from lrpq.quant.gptq import Factor, factorize, gptq, loss
+from lrpq.quant.factor import Factor, factorize
+from lrpq.quant.gptq import gptq, loss
 from lrpq.quant.grid import Grid, QuantizedWeight, search_scales
 from lrpq.quant.hessian import damped_cholesky, normalized
 from lrpq.quant.importance import DEFAULT_SHARE, search_importance

@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 
 from lrpq.model.layers import Choice
-from lrpq.quant.gptq import Factor, factorize, gptq, predicted_cost
+from lrpq.quant.factor import Factor, factorize
+from lrpq.quant.gptq import gptq, predicted_cost
 from lrpq.quant.grid import search_scales
 
 MODEL_BLOCKS = 30

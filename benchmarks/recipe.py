@@ -25,7 +25,8 @@ from lrpq.checkpoint.assemble import write_checkpoint
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.gptq import factorize, gptq
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import normalized
 from lrpq.quant.rtn import round_to_nearest

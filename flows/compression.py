@@ -149,7 +149,9 @@ class Compression:
         folder = run.folder(
             "allocate",
             inputs={"candidates": prepared.candidates.folder.key},
-            parameters=json.loads(wanted.model_dump_json(exclude={"refine", "correction", "correction_damping"})),
+            parameters=json.loads(
+                wanted.model_dump_json(exclude={"refine", "correction", "correction_damping", "polish"})
+            ),
             code=["tasks.allocate"],
         )
         cost_rows = allocate.cost_rows(rows, self.specs)

@@ -189,6 +189,9 @@ class PlanConfig(Section):
     correction_damping: Annotated[float, Field(gt=0, le=10)] = 0.1
     """Added to the diagonal of the matrix the correction inverts (share of the diagonal's mean)."""
 
+    polish: Annotated[int, Field(ge=0, le=20)] = 2
+    """Rounds of coordinate descent on the codes and a refit of the scales after rounding; 0 is none."""
+
     @field_validator("budget_bytes", mode="before")
     @classmethod
     def _size(cls, value: Any) -> Any:

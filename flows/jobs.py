@@ -105,6 +105,7 @@ def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJo
     parameters = {
         "strength": wanted.correction,
         "correction_damping": wanted.correction_damping,
+        "polish": wanted.polish,
         **_refining(context, profile.stream, plan),
     }
     return RefineJob(
@@ -117,6 +118,7 @@ def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJo
         strength=wanted.correction,
         damping=candidate.damping,
         correction_damping=wanted.correction_damping,
+        polish_rounds=wanted.polish,
         grid=candidate.grid,
     )
 
@@ -137,6 +139,7 @@ def control_job(context: JobContext, stream: StreamJob, plan: Plan) -> RefineJob
         strength=0.0,
         damping=candidate.damping,
         correction_damping=context.config.plan.correction_damping,  # not used at strength 0
+        polish_rounds=0,
         grid=candidate.grid,
     )
 

@@ -11,7 +11,8 @@ import torch
 
 from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import HEAD, Choice, LinearSpec
-from lrpq.quant.gptq import factorize, gptq, predicted_cost
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq, predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum, normalized
 from lrpq.quant.packing import pack, storage_bits, unpack

@@ -49,6 +49,8 @@ class RefineJob:
     """Of GPTQ, share of the mean diagonal."""
     correction_damping: float
     """Of the correction, share of the mean diagonal."""
+    polish_rounds: int
+    """Of coordinate descent and refit after rounding."""
     grid: str
     """``signed`` or ``symmetric``, see quant/grid.py."""
 
@@ -186,6 +188,7 @@ def quantize(
         strength=job.strength,
         damping=job.damping,
         correction_damping=job.correction_damping,
+        polish_rounds=job.polish_rounds,
         grid=Grid(job.grid),
         name=spec.name,
     )

@@ -93,6 +93,7 @@ def _methods() -> dict[str, Method]:
         "allocation": replace(DEFAULT, allocation="uniform"),
         "token-weights": replace(DEFAULT, weighting="none"),
         "correction": replace(DEFAULT, correction=0.0),
+        "polish": replace(DEFAULT, polish_rounds=0),
     }
     for name, recipe in removed.items():
         found[f"without:{name}"] = Method(axis=Axis.REMOVED, source="ablation", recipe=recipe)
@@ -100,6 +101,7 @@ def _methods() -> dict[str, Method]:
         "allocation": replace(CONTROL, allocation=DEFAULT.allocation),
         "token-weights": replace(CONTROL, weighting=DEFAULT.weighting),
         "correction": replace(CONTROL, correction=DEFAULT.correction),
+        "polish": replace(CONTROL, polish_rounds=DEFAULT.polish_rounds),
     }
     for name, recipe in added.items():
         found[f"control+{name}"] = Method(axis=Axis.ADDED, source="ablation", recipe=recipe)

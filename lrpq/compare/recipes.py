@@ -28,10 +28,12 @@ class Recipe:
     correction: float = 0.5
     """Strength a of the correction for the quantized layers before; 0 corrects nothing."""
     correction_damping: float = 0.1
+    polish_rounds: int = 2
+    """Of coordinate descent and refit after rounding."""
     transform: str = "none"
     """Of the model before it is quantized."""
 
 
 DEFAULT = Recipe()
-CONTROL = Recipe(allocation="uniform", weighting="none", correction=0.0)
+CONTROL = Recipe(allocation="uniform", weighting="none", correction=0.0, polish_rounds=0)
 """The strong uniform GPTQ: sequential, static activation order, searched scales."""

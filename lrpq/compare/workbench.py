@@ -24,7 +24,8 @@ from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.gptq import factorize, gptq
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import storage_bits
@@ -226,6 +227,7 @@ class Workbench:
             strength=recipe.correction,
             damping=terms.damping,
             correction_damping=recipe.correction_damping,
+            polish_rounds=recipe.polish_rounds,
             grid=terms.grid,
             name=name,
         ).weight

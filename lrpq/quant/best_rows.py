@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
-from lrpq.quant.gptq import Factor, gptq, loss
+from lrpq.quant.factor import Factor
+from lrpq.quant.gptq import gptq, loss
 from lrpq.quant.grid import Grid, QuantizedWeight
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
+from lrpq.quant.factor import Factor
 from lrpq.quant.grid import (
     Grid,
     QuantizedWeight,
@@ -37,10 +37,10 @@ from lrpq.quant.grid import (
     search_scales_transposed,
     zero_points,
 )
-from lrpq.quant.hessian import damped_cholesky
+from lrpq.quant.importance import search_importance
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
 # Columns below which a sweep step uses vector operations instead of halving again: swept 3 .. 18 on 2 cores.
 LEAF_COLUMNS = 6
@@ -52,56 +52,6 @@ _GPU_ELEMENTS = 2**30  # of d_in times stacked rows: 9 bytes each
 # multiplied.
 _LOSS_ROWS = 1024
 _LOSS_BLOCKS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Factor:
-    """What GPTQ needs of a Hessian; computed once for all layers and bit widths that read the same input."""
-
-    R: Float[Tensor, "d_in d_in"]
-    """Upper triangular, unit diagonal: the factor of the damped, permuted H with column k divided by R_kk."""
-    diagonal: Float[Tensor, "columns=d_in"]
-    """R_kk before the division, in the order of the sweep."""
-    order: Int[Tensor, "columns=d_in"]
-    """Original column index of each step of the sweep."""
-    importance: Float[Tensor, "columns=d_in"]
-    """diag(H), undamped, in the original order: the weights of the scale search."""
-    damping: float
-    """Added to every diagonal entry, in units of H."""
-    num_damping_steps: int
-    """How often the damping had to grow tenfold before the factorisation succeeded."""
-    num_dead: int
-    """Inputs that were zero on all calibration tokens; their columns are rounded to nearest."""
-
-
-def factorize(
-    H: Float[Tensor, "d_in d_in"], *, damping: float = 0.01, act_order: bool = True, name: str = "layer"
-) -> Factor:
-    """Factor the damped Hessian for the sweep. d^3/3 FLOPs (see the module's text), dtype and device of H.
-
-    ``act_order``: columns by falling diag H, ties by index (static activation order: group scales do not
-    move); otherwise from left to right. ``damping`` is relative to the mean of diag H over live inputs.
-
-    Raises QuantizationError naming the layer if H is not finite or stays indefinite (``damped_cholesky``).
-    """
-    importance = H.diagonal().clone()
-    if act_order:
-        order = torch.argsort(importance, descending=True, stable=True)
-    else:
-        order = torch.arange(len(H), device=H.device)
-    backwards = order.flip(0)
-    cholesky = damped_cholesky(H[backwards][:, backwards], damping=damping, name=name)
-    R = cholesky.L.flip(0, 1)
-    diagonal = R.diagonal().clone()
-    return Factor(
-        R=R.div_(diagonal),
-        diagonal=diagonal,
-        order=order,
-        importance=importance,
-        damping=cholesky.damping,
-        num_damping_steps=cholesky.num_damping_steps,
-        num_dead=cholesky.num_dead,
-    )
 
 
 def gptq(
@@ -118,8 +68,9 @@ def gptq(
     """Quantize W for every choice in one sweep over the columns; results in the order of ``choices``.
 
     Rows do not interact: layers that share an input may be stacked and the result taken apart with ``split``.
-    ``scales`` (rounded to bfloat16 first; one tensor a choice) are searched where not given, with diag(H) of
-    the factor or of another ``H`` as importance. Computes in the dtype of the factor (fp32; fp64 in tests).
+    ``scales`` (rounded to bfloat16 first; one tensor a choice) are searched where not given, with the importance that
+    ``search_importance`` finds in the factor, or diag(H) of another ``H``. Computes in the dtype of the factor (fp32;
+    fp64 in tests).
     Memory besides inputs and results: W once more, and 9 bytes times d_in times at most 4,608 rows on CPU.
 
     Raises QuantizationError naming the layer for values that are not finite or so large that the column loop could
@@ -136,7 +87,7 @@ def gptq(
     widths = [group_width(choice, d_in, name=name) for choice in choices]
     Wt = W.T.to(factor.R.dtype).contiguous()
     if scales is None:
-        weights = factor.importance if H is None else H.diagonal()
+        weights = search_importance(factor, name=name) if H is None else H.diagonal()
         check_finite(weights, "Hessian", name=name)
         scales = [search_scales_transposed(Wt, weights, choice, grid=grid, name=name) for choice in choices]
     zeros = [zero_points(Wt.T, choice) for choice in choices] if grid is Grid.ASYMMETRIC else []

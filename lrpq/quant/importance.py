@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lrpq.errors import QuantizationError
-from lrpq.quant.gptq import Factor
+from lrpq.quant.factor import Factor
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -10,7 +10,8 @@ from lrpq.model.layers import Choice
 from lrpq.quant import descent as descent_module
 from lrpq.quant import refit as refit_module
 from lrpq.quant.descent import descend
-from lrpq.quant.gptq import factorize, gptq
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq
 from lrpq.quant.grid import Grid, QuantizedWeight, code_range
 from lrpq.quant.polish import polish
 from lrpq.quant.refit import refit

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant import gptq as gptq_module
-from lrpq.quant.gptq import Factor, factorize, gptq, loss, predicted_cost
+from lrpq.quant.factor import Factor, factorize
+from lrpq.quant.gptq import gptq, loss, predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight, code_range
 from lrpq.quant.hessian import accumulate, empty_hessian, normalized
+from lrpq.quant.importance import search_importance
 from lrpq.quant.rtn import round_to_nearest
 
 ALL_BITS = [Choice(bits=bits, group_size=-1) for bits in (2, 3, 4, 5, 6, 8)]
@@ -76,8 +78,9 @@ def test_diagonal_hessian_gives_round_to_nearest(d_out: int, d_in: int, seed: in
     W, H = layer(d_out, d_in, seed)
     H = H.diagonal().diag()
     for grid in (Grid.SYMMETRIC, Grid.SIGNED, Grid.ASYMMETRIC):
-        for q in gptq(W, factorize(H), ALL_BITS, grid=grid):
-            plain = round_to_nearest(W, q.choice, importance=H.diagonal(), grid=grid)
+        factor = factorize(H)
+        for q in gptq(W, factor, ALL_BITS, grid=grid):
+            plain = round_to_nearest(W, q.choice, importance=search_importance(factor), grid=grid)
             assert same([q], [plain])
 
 

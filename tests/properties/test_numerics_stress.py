@@ -21,7 +21,8 @@ from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.gptq import Factor, factorize, gptq, loss, predicted_cost
+from lrpq.quant.factor import Factor, factorize
+from lrpq.quant.gptq import gptq, loss, predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight, code_range, power_of_two
 from lrpq.quant.hessian import accumulate, empty_hessian, merge, normalized
 from lrpq.quant.packing import pack, storage_bits, unpack

@@ -9,7 +9,8 @@ from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant.best_rows import MULTIPLIERS, gptq_best_rows
 from lrpq.quant.descent import descend
-from lrpq.quant.gptq import factorize, gptq, loss
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq, loss
 from lrpq.quant.grid import Grid, QuantizedWeight, code_range
 from lrpq.quant.hessian import damped_cholesky
 from lrpq.quant.importance import search_importance

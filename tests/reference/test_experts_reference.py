@@ -17,7 +17,8 @@ from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.gptq import factorize, gptq
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq
 from lrpq.quant.hessian import accumulate, empty_hessian, merge, normalized
 from lrpq.quant.starved import MIN_TOKEN_SHARE, Evidence, hessian_of_expert, is_starved
 from lrpq.refine.routed import POOLED, dense_weights, routed_products

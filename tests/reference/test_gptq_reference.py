@@ -6,7 +6,8 @@ import torch
 
 from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
-from lrpq.quant.gptq import factorize, gptq, loss, predicted_cost
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq, loss, predicted_cost
 from lrpq.quant.grid import Grid, code_range, search_scales
 from lrpq.quant.hessian import (
     HessianSum,
@@ -17,6 +18,7 @@ from lrpq.quant.hessian import (
     mirror,
     normalized,
 )
+from lrpq.quant.importance import search_importance
 from lrpq.quant.rtn import round_to_nearest
 from lrpq.shards import root
 
@@ -243,7 +245,10 @@ def test_scales_are_searched_with_the_hessian_given() -> None:
     W, H = weights(6, 64).float(), hessian_of(correlated_inputs(100, 64)).float()
     choice = Choice(bits=3, group_size=32)
     other = torch.diag(torch.linspace(0.01, 3, 64))
-    assert torch.equal(gptq(W, factorize(H), [choice])[0].scales, search_scales(W, H.diagonal(), choice))
+    factor = factorize(H)
+    searched = search_scales(W, search_importance(factor), choice)
+    assert torch.equal(gptq(W, factor, [choice])[0].scales, searched)
+    assert not torch.equal(searched, search_scales(W, H.diagonal(), choice))
     assert torch.equal(gptq(W, factorize(H), [choice], H=other)[0].scales, search_scales(W, other.diagonal(), choice))
     given = search_scales(W, torch.ones(64), choice)
     assert torch.equal(gptq(W, factorize(H), [choice], scales=[given])[0].scales, given)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.gptq import factorize, gptq
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq
 from lrpq.quant.grid import Grid
 from lrpq.quant.hessian import normalized
 from lrpq.refine.quantize import quantize_refined
