@@ -18,8 +18,8 @@ from lrpq.quant.refit import refit
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# Ten times GPTQ's, as for the correction. With 32,768 tokens .03 and .1 are equal on held-out tokens (within .3% at every
-# width), with 8,192 .1 is 1 to 2% better, and with 256 it is 1 to 5% (docs/log.md).
+# Ten times GPTQ's, as for the correction. With 32,768 tokens .03 and .1 are equal on held-out tokens (within .3% at
+# every width), with 8,192 .1 is 1 to 2% better, and with 256 it is 1 to 5% (docs/log.md).
 DEFAULT_DAMPING = 0.1
 
 
