@@ -9,7 +9,7 @@ depends on columns whose own errors come first. A geometric mean of both,
 
 gives lower losses after GPTQ than diag(H) does, at no cost: the factor is there. With 32,768 tokens a = 0.75 is a
 little better still than a = 0.5; but R_kk^2 is small where H has few tokens to tell inputs apart, and with 256 of them
-a = 1 and 0.75 are worse on held-out tokens than diag(H), 0.5 is not (`benchmarks/after_rounding.py`).
+a = 1 and 0.75 are worse on held-out tokens than diag(H), 0.5 is not in the mean (docs/log.md).
 1 / (H^-1)_kk for R_kk^2, which does not depend on the order, gives the same within 1% and needs the inverse.
 """
 
