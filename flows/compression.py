@@ -48,6 +48,9 @@ from tasks.streams import DTYPES, StreamJob
 NOT_STORED = frozenset({"allocate", assemble.STAGE})
 """Stages done again in every run: seconds of arithmetic on stored costs, and copying stored codes to the output."""
 
+REFINEMENT = {"refine", "correction", "correction_damping", "polish"}
+"""Fields of the plan that the allocation does not depend on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -149,9 +152,7 @@ class Compression:
         folder = run.folder(
             "allocate",
             inputs={"candidates": prepared.candidates.folder.key},
-            parameters=json.loads(
-                wanted.model_dump_json(exclude={"refine", "correction", "correction_damping", "polish"})
-            ),
+            parameters=json.loads(wanted.model_dump_json(exclude=REFINEMENT)),
             code=["tasks.allocate"],
         )
         cost_rows = allocate.cost_rows(rows, self.specs)

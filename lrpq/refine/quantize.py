@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
-from lrpq.quant.factor import Factor, factorize
+from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq
-from lrpq.quant.grid import Grid, QuantizedWeight
+from lrpq.quant.grid import Grid, QuantizedWeight, power_of_two
 from lrpq.quant.hessian import damped_cholesky, normalized
 from lrpq.quant.polish import polish
 from lrpq.refine.sweep import SiteProducts
@@ -60,52 +60,83 @@ def quantize_refined(
         damping: share of the mean diagonal of C that GPTQ adds to it.
         correction_damping: the same for the correction, which needs more: it fits d_in numbers a row to the
             calibration tokens, and a held-out text pays for what it fits of their noise (docs/log.md).
-        polish_rounds: rounds of coordinate descent on the codes and a refit of the scales, after rounding and the
-            choice of rows, towards what each row was rounded from; 0 leaves out.
+        polish_rounds: rounds of coordinate descent on the codes and a refit of the scales (quant/polish.py), towards
+            what each row was rounded from; rows whose calibration error that raises stay as rounded; 0 is none.
         grid: signed or symmetric.
         name: module name for errors.
     """
     C = normalized(products.hessian, name=name).to(W.device)
     factor = factorize(C, damping=damping, name=name)
+    prefix: _Prefix | None = None
     if products.shift is None or strength == 0.0:
-        target, weight, rejected, steps = W, gptq(W, factor, [choice], grid=grid, name=name)[0], 0, 0
+        rounded = _Rounded(target=W, weight=gptq(W, factor, [choice], grid=grid, name=name)[0])
     else:
-        target, weight, rejected, steps = _corrected(
-            W, products, C, factor, choice, strength=strength, damping=correction_damping, grid=grid, name=name
-        )
-    polished = polish(target, [weight], C, rounds=polish_rounds, name=name)[0] if polish_rounds else None
+        prefix = _Prefix.of(W, C, products.shift.to(W.device) / products.hessian.weight_sum)
+        cholesky = damped_cholesky(prefix.C, damping=correction_damping, name=name)
+        corrected = correct(W, prefix.D, prefix.C, strength=strength, cholesky=cholesky, WD=prefix.WD, name=name)
+        both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
+        rounded = prefix.better(W, corrected, both)
+        rounded.damping_steps = cholesky.num_damping_steps
+    weight = rounded.weight
+    if polish_rounds:
+        polished = polish(rounded.target, [weight], C, rounds=polish_rounds, name=name)[0].weight
+        weight = polished if prefix is None else prefix.lower(polished, weight)
     return Refined(
-        weight=weight if polished is None else polished.weight,
-        rejected_rows=rejected,
+        weight=weight,
+        rejected_rows=rounded.rejected_rows,
         rows=W.shape[0],
-        damping_steps=factor.num_damping_steps + steps,
+        damping_steps=factor.num_damping_steps + rounded.damping_steps,
         dead_inputs=factor.num_dead,
     )
 
 
-def _corrected(
-    W: Float[Tensor, "d_out d_in"],
-    products: SiteProducts,
-    C: Float[Tensor, "d_in d_in"],
-    factor: Factor,
-    choice: Choice,
-    *,
-    strength: float,
-    damping: float,
-    grid: Grid,
-    name: str,
-) -> tuple[Tensor, QuantizedWeight, int, int]:
-    """What each row was rounded from, its codes, the number of rows not corrected, and steps of damping."""
-    assert products.shift is not None
-    D = products.shift.to(W.device) / products.hessian.weight_sum
-    WD = W @ D
-    cholesky = damped_cholesky(C, damping=damping, name=name)
-    corrected = correct(W, D, C, strength=strength, cholesky=cholesky, WD=WD, name=name)
-    both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
-    d_out = W.shape[0]
-    Q = both.dequantize(torch.float32)
-    kept = target_error(W, Q[d_out:], C, D, WD=WD) <= target_error(W, Q[:d_out], C, D, WD=WD)
-    rows = torch.arange(d_out, device=W.device) + torch.where(kept, d_out, 0)
-    weight = QuantizedWeight(codes=both.codes[rows], scales=both.scales[rows], choice=choice)
-    target = torch.where(kept.unsqueeze(1), corrected, W)
-    return target, weight, d_out - int(kept.sum()), cholesky.num_damping_steps
+@dataclass(slots=True, kw_only=True)
+class _Rounded:
+    """Codes, and what each row was rounded from."""
+
+    target: Float[Tensor, "d_out d_in"]
+    weight: QuantizedWeight
+    rejected_rows: int = 0
+    damping_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prefix:
+    """What a layer's error behind the quantized prefix is measured by: see quant/correction.py."""
+
+    W: Float[Tensor, "d_out d_in"]
+    C: Float[Tensor, "d_in d_in"]
+    D: Float[Tensor, "d_in d_in"]
+    WD: Float[Tensor, "d_out d_in"]
+
+    @classmethod
+    def of(cls, W: Tensor, C: Tensor, D: Tensor) -> _Prefix:
+        """In units of a power of two near C's largest entry: with small inputs, W D would vanish in fp32."""
+        unit = power_of_two(C.diagonal().amax())
+        D = D / unit
+        return cls(W=W, C=C / unit, D=D, WD=W @ D)
+
+    def error(self, Q: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "rows=d_out"]:
+        return target_error(self.W, Q, self.C, self.D, WD=self.WD)
+
+    def better(self, W: Tensor, corrected: Tensor, both: QuantizedWeight) -> _Rounded:
+        """Of every row the better of the plain codes (the first half of ``both``) and the corrected ones."""
+        d_out = W.shape[0]
+        Q = both.dequantize(torch.float32)
+        kept = self.error(Q[d_out:]) <= self.error(Q[:d_out])
+        rows = torch.arange(d_out, device=W.device) + torch.where(kept, d_out, 0)
+        return _Rounded(
+            target=torch.where(kept.unsqueeze(1), corrected, W),
+            weight=replace(both, codes=both.codes[rows], scales=both.scales[rows]),
+            rejected_rows=d_out - int(kept.sum()),
+        )
+
+    def lower(self, after: QuantizedWeight, before: QuantizedWeight) -> QuantizedWeight:
+        """``after``, but for the rows whose error it raises."""
+        errors = [self.error(q.dequantize(torch.float32)) for q in (after, before)]
+        worse = (errors[0] > errors[1]).unsqueeze(1)
+        return replace(
+            after,
+            codes=torch.where(worse, before.codes, after.codes),
+            scales=torch.where(worse, before.scales, after.scales),
+        )

@@ -30,7 +30,8 @@ TOKENS = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator(
 WEIGHTS = torch.rand(WINDOWS * LENGTH, generator=torch.Generator().manual_seed(4)) ** 3 + 1e-3
 CHOICE = Choice(bits=3, group_size=32)
 GRID = Grid.SIGNED
-HOW: dict[str, Any] = {"damping": 0.01, "correction_damping": 0.05, "grid": GRID, "name": "layer"}
+POLISHED: dict[str, Any] = {"damping": 0.01, "correction_damping": 0.05, "grid": GRID, "name": "layer"}
+HOW: dict[str, Any] = {**POLISHED, "polish_rounds": 0}
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,21 @@ def test_every_row_keeps_the_better_codes(layer: tuple[Tensor, SiteProducts, Ten
     assert refined.rows == len(W)
     # On average the correction pays: it is what refinement is for.
     assert errors[0].sum() < 0.97 * errors[1].sum()
+
+
+def test_polish_raises_the_error_of_no_row_and_lowers_that_of_some(
+    layer: tuple[Tensor, SiteProducts, Tensor, Tensor],
+) -> None:
+    W, products, x, xq = layer
+    for given, strength in ((products, 0.5), (SiteProducts(hessian=products.hessian, shift=None), 0.0)):
+        rounded = quantize_refined(W, given, CHOICE, strength=strength, **HOW)
+        polished = quantize_refined(W, given, CHOICE, strength=strength, **POLISHED)
+        seen = (x, xq) if strength else (xq, xq)
+        before, after = (error_of_rows(W, r.weight.dequantize(), *seen) for r in (rounded, polished))
+        assert bool((after <= before * (1 + 1e-4)).all())
+        assert int((after < before).sum()) >= 4  # a tiny layer of many tokens: little is left to win
+        assert after.sum() < before.sum()
+        assert polished.rejected_rows == rounded.rejected_rows
 
 
 def test_codes_are_one_of_the_two_row_by_row(layer: tuple[Tensor, SiteProducts, Tensor, Tensor]) -> None:
