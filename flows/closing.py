@@ -72,7 +72,9 @@ def _closing(manifest: Mapping[str, Any]) -> list[RenderableType]:
 
 def budget_line(budget: Mapping[str, Any]) -> str:
     """Say what was asked for, what was reached and how far from the best possible it may be."""
-    if budget.get("asked_bytes") is not None:
+    if search := budget.get("search"):
+        asked = f"KL of at most {search['max_kl']:g}: {search['kl_nats']:.4f} held out at {search['bits']:.3f} bits"
+    elif budget.get("asked_bytes") is not None:
         asked = f"budget {shown_bytes(budget['asked_bytes'])}"
     else:
         asked = f"budget {budget['asked_bits']:g} bits a weight"

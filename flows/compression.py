@@ -16,15 +16,17 @@ from flows.config import CompressConfig, RunConfig, default_run_id
 from flows.guard import Contender, guarded
 from flows.jobs import JobContext
 from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
+from flows.planning import Planner, Plans
 from flows.progress import Progress
-from flows.result import choices_json, content_key, manifest_of, model_bytes
+from flows.result import content_key, manifest_of, model_bytes
 from flows.run import Run, step
+from flows.search import Search
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
 from lrpq.allocate.plan import Plan
-from lrpq.allocate.problem import CostRow
 from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.plan import planned_size
 from lrpq.checkpoint.publish import check_output
+from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource, resolve_model
 from lrpq.model.source import open_source
@@ -48,9 +50,6 @@ from tasks.streams import DTYPES, StreamJob
 NOT_STORED = frozenset({"allocate", assemble.STAGE})
 """Stages done again in every run: seconds of arithmetic on stored costs, and copying stored codes to the output."""
 
-REFINEMENT = {"refine", "correction", "correction_damping", "polish"}
-"""Fields of the plan that the allocation does not depend on."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -60,17 +59,6 @@ class Prepared:
     stream_job: StreamJob
     profile: ProfileJob
     candidates: CandidatesJob
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plans:
-    """What the allocation decides."""
-
-    ours: Plan
-    uniform: Plan | None
-    """The widest uniform one under the same budget: what the result must not be worse than."""
-    control: Plan | None
-    """The uniform one nearest in size to what is reached, which is measured beside the result."""
 
 
 class Compression:
@@ -86,6 +74,7 @@ class Compression:
         config.check_parts(tied=self.stream.tied_head)
         self.head = self.stream.head_spec if config.run.candidates.quantize_head is not None else None
         self.specs = self.stream.specs if self.head is None else (*self.stream.specs, self.head)
+        self.planner = Planner(config, self.source, self.specs)
         self.run_id = config.run_id or default_run_id(config.run)
         store = open_store(config.store)
         claim_run(store, self.run_id, json.loads(config.run.model_dump_json()))
@@ -96,6 +85,8 @@ class Compression:
             device=resolve_device(config.cluster.device),
             threads=config.run.threads,
         )
+        self.searched: dict[str, Any] | None = None
+        """With --max-kl: what was searched and found."""
         self.context = JobContext(
             run=self.run_state, config=config, model=self.model, fingerprint=self.fingerprint, dtype=self.dtype
         )
@@ -114,7 +105,8 @@ class Compression:
             prepared = self._prepare(len(pool))
             run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
-            plans = self._allocate(rows, prepared)
+            self._search(pool, prepared, rows)
+            plans = self.planner.plans(self.run_state, rows, candidates_key=prepared.candidates.folder.key)
             return self._finish(pool, prepared, rows, plans)
 
     def _say_how_relevance_is_found(self) -> None:
@@ -143,60 +135,31 @@ class Compression:
         rows = allocate.rows_without_costs(self.stream.specs, candidates_job.choices)
         if self.head is not None and candidates_job.head is not None:
             rows += allocate.rows_without_costs([self.head], [candidates_job.head])
-        self._pose(rows)
+        self.planner.pose(rows)
         return Prepared(stream=self.stream, stream_job=stream_job, profile=profile_job, candidates=candidates_job)
 
-    def _allocate(self, rows: list[dict[str, Any]], prepared: Prepared) -> Plans:
-        """The plan under the budget, and the uniform ones beside it."""
-        run, wanted = self.run_state, self.config.plan
-        folder = run.folder(
-            "allocate",
-            inputs={"candidates": prepared.candidates.folder.key},
-            parameters=json.loads(wanted.model_dump_json(exclude=REFINEMENT)),
-            code=["tasks.allocate"],
-        )
-        cost_rows = allocate.cost_rows(rows, self.specs)
-        with run.timed("allocate", 1, "plan"):
-            posed = self._pose(cost_rows)
-            plan = step("allocate", lambda: allocate.solve(posed.problem, solver=wanted.solver))
-            if wanted.budget_bytes is not None:
-                plan = allocate.within_bytes(
-                    plan,
-                    posed.problem,
-                    self.source,
-                    total_bytes=wanted.budget_bytes,
-                    solver=wanted.solver,
-                    format=wanted.format,
-                )
-            uniform = allocate.uniform_within(
-                posed.problem, self.source, total_bytes=wanted.budget_bytes, format=wanted.format
-            )
-            control = None
-            if self.config.evaluation.enabled and self.config.evaluation.control:
-                control = allocate.control(posed.unlimited, at_bits=plan.average_bits)
-            run.progress.advance("allocate")
-        for note in posed.notes:
-            run.warn(note)
-        if not run.store.exists(folder.manifest):
-            run.finish(folder, "allocate", {"choices": choices_json(plan.choices), "cost_nats": plan.cost_nats})
-        if plan.stopped_early:
-            run.warn(f"the allocation met its time limit: its cost may be {plan.gap:.2%} above the best possible")
-        if not plan.binding:
-            run.warn("the budget is larger than every module at its best choice needs; it is not used up")
-        return Plans(ours=plan, uniform=uniform, control=control)
+    def _search(self, pool: Pool, prepared: Prepared, rows: list[dict[str, Any]]) -> None:
+        """With --max-kl: find the budget that keeps it.
 
-    def _pose(self, rows: list[CostRow]) -> allocate.Posed:
-        wanted = self.config.plan
-        return allocate.pose(
-            rows,
-            self.source,
-            budget_bits=wanted.budget_bits,
-            budget_bytes=wanted.budget_bytes,
-            keep=wanted.keep,
-            target=wanted.target,
-            tensor_parallel=wanted.tensor_parallel,
-            format=wanted.format,
+        Raises:
+            ConfigError: no windows were held out to measure it on.
+            BudgetError: no budget keeps it.
+        """
+        max_kl = self.config.plan.max_kl
+        if max_kl is None:
+            return
+        if self.windows.held_out is None:
+            raise ConfigError("--max-kl is measured on held-out calibration windows and there are none: hold some out")
+        search = Search(
+            context=self.context,
+            pool=pool,
+            stream=self.stream,
+            planner=self.planner,
+            candidates=prepared.candidates,
+            head=None if self.head is None else prepared.candidates,
+            held_out=self.windows.held_out,
         )
+        self.searched = search.run(rows, max_kl=max_kl)
 
     def _finish(
         self,
@@ -205,7 +168,7 @@ class Compression:
         rows: list[dict[str, Any]],
         plans: Plans,
     ) -> dict[str, Any]:
-        run, wanted = self.run_state, self.config.plan
+        run, wanted = self.run_state, self.planner.wanted
         refined: RefineJob | None = None
         if wanted.refine == "sequential":
             refined = jobs.refine_job(self.context, prepared.profile, plans.ours)
@@ -249,6 +212,7 @@ class Compression:
             degraded=degraded,
         )
         manifest["guard"] = guard
+        manifest["budget"] |= {"search": self.searched}
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
         size = planned_size(self.source, quantized, specs=self.specs, format=CheckpointFormat(wanted.format))

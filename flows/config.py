@@ -169,6 +169,9 @@ class PlanConfig(Section):
     """Hard limit on codes, scales and zero points (bits per quantized weight)."""
     budget_bytes: Annotated[int | None, Flag("--budget-bytes")] = None
     """Hard limit on the whole checkpoint (bytes, or a text such as 40GB)."""
+    max_kl: Annotated[float | None, Field(gt=0), Flag("--max-kl")] = None
+    """Instead of a budget: the smallest checkpoint whose KL divergence to the original on held-out calibration windows
+    is no more than this (nats per token)."""
     keep: Annotated[tuple[str, ...], Field(strict=False), Flag("--keep")] = ()
     """PATTERN=BITS: bits of the modules that match; 16 leaves them as they are."""
     target: Annotated[Literal["transformers", "vllm"], Flag("--target")] = "transformers"
@@ -204,10 +207,11 @@ class PlanConfig(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanConfig:
-        if self.budget_bits is None and self.budget_bytes is None:
-            raise ConfigError("no budget: give --budget BITS or --budget-bytes SIZE")
-        if self.budget_bits is not None and self.budget_bytes is not None:
-            raise ConfigError("two budgets: give either --budget BITS or --budget-bytes SIZE, not both")
+        given = [b for b in (self.budget_bits, self.budget_bytes, self.max_kl) if b is not None]
+        if not given:
+            raise ConfigError("no budget: give --budget BITS, --budget-bytes SIZE or --max-kl NATS")
+        if len(given) > 1:
+            raise ConfigError("two budgets: give one of --budget BITS, --budget-bytes SIZE and --max-kl NATS")
         if self.budget_bits is not None:
             BudgetBits(bits=self.budget_bits)
         if self.budget_bytes is not None and self.budget_bytes <= 0:

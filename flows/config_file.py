@@ -19,7 +19,7 @@ from tasks.store.documents import parse_object
 
 S = TypeVar("S", bound=Section)
 MAX_SHOWN = 60  # characters of a refused value in a message
-BUDGETS = ("budget_bits", "budget_bytes")
+BUDGETS = ("budget_bits", "budget_bytes", "max_kl")
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> CompressConfig:

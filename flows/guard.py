@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flows.calibrate import HeldOut
+from flows.result import choices_json
 from flows.run import Run, step
 from lrpq.allocate.plan import Plan
 from tasks import evaluate
@@ -78,40 +79,48 @@ def _measured(
     head: CandidatesJob | None,
 ) -> Mapping[str, Any]:
     """Both on the held-out windows, KL in nats a token, and ``kept``: which of them is written."""
+    found = measure_held_out(run, pool, stream, held_out, {OURS: ours, UNIFORM: uniform}, head=head, label=STAGE)
+    kept = OURS if found[OURS]["kl_nats"] <= found[UNIFORM]["kl_nats"] else UNIFORM
     choice = next(str(c) for c in uniform.plan.choices.values() if c is not None)
+    return {"windows": held_out.num_windows, "uniform_choice": choice, "kept": kept, **found}
+
+
+def measure_held_out(
+    run: Run,
+    pool: Pool,
+    stream: StreamJob,
+    held_out: HeldOut,
+    contenders: Mapping[str, Contender],
+    *,
+    head: CandidatesJob | None,
+    label: str,
+) -> Mapping[str, dict[str, Any]]:
+    """Perplexity and KL divergence of codes in the store on the held-out windows, by name; kept in the store."""
     folder = run.folder(
         STAGE,
-        inputs={"windows": held_out.digest, OURS: ours.key, UNIFORM: uniform.key},
-        parameters={"choices": {n: str(c) for n, c in ours.plan.choices.items()}, UNIFORM: choice},
+        inputs={"windows": held_out.digest, **{name: contender.key for name, contender in contenders.items()}},
+        parameters={name: choices_json(contender.plan.choices) for name, contender in contenders.items()},
         code=["tasks.evaluate"],
     )
-    done = run.stored(folder, STAGE)
-    if done is not None:
-        return done
-    job = EvaluateJob(
-        stream=replace(
-            stream,
-            windows=held_out.key,
-            num_tokens=held_out.num_windows * stream.length,
-            num_shards=held_out.num_windows,
-            micro_batch=1,
-        ),
-        variants={
-            name: StoredCodes(folder=contender.codes, choices=contender.plan.choices, head=head)
-            for name, contender in ((OURS, ours), (UNIFORM, uniform))
-        },
-    )
-    with run.timed(STAGE, 1, "pass"):
-        scores = evaluate.merged_scores(step(STAGE, lambda: pool.each(evaluate.score, job)))
-        run.progress.advance(STAGE)
-    found = {name: evaluate.summarize(scores[name]) for name in (OURS, UNIFORM)}
-    return run.finish(
-        folder,
-        STAGE,
-        {
-            "windows": held_out.num_windows,
-            "uniform_choice": choice,
-            "kept": OURS if found[OURS].kl_nats <= found[UNIFORM].kl_nats else UNIFORM,
-            **{name: asdict(summary) for name, summary in found.items()},
-        },
-    )
+    done = run.stored(folder, label)
+    if done is None:
+        job = EvaluateJob(
+            stream=replace(
+                stream,
+                windows=held_out.key,
+                num_tokens=held_out.num_windows * stream.length,
+                num_shards=held_out.num_windows,
+                micro_batch=1,
+            ),
+            variants={
+                name: StoredCodes(folder=contender.codes, choices=contender.plan.choices, head=head)
+                for name, contender in contenders.items()
+            },
+        )
+        with run.timed(label, 1, "pass"):
+            scores = evaluate.merged_scores(step(label, lambda: pool.each(evaluate.score, job)))
+            run.progress.advance(label)
+        summaries = {name: asdict(evaluate.summarize(scores[name])) for name in contenders}
+        done = run.finish(folder, label, {"scores": summaries})
+    found: Mapping[str, dict[str, Any]] = done["scores"]
+    return found

@@ -11,6 +11,7 @@ def compress(
     *,
     budget: o.Budget = None,
     budget_bytes: o.BudgetBytes = None,
+    max_kl: o.MaxKL = None,
     output: o.Output = None,
     calibration: o.Calibration = None,
     calibration_windows: o.CalibrationWindows = None,
@@ -47,8 +48,8 @@ def compress(
 ) -> None:
     """Compress MODEL to a hard budget.
 
-    --budget 3.25 bounds the bits of a weight, --budget-bytes 40GB the whole checkpoint. The same command again
-    continues where an interrupted one stopped.
+    --budget 3.25 bounds the bits of a weight, --budget-bytes 40GB the whole checkpoint, --max-kl 0.05 what may be
+    lost. The same command again continues where an interrupted one stopped.
     """
     from flows.config import default_run_id
     from flows.config_file import load_config
@@ -71,6 +72,7 @@ def compress(
             "run.threads": threads,
             "plan.budget_bits": budget,
             "plan.budget_bytes": budget_bytes,
+            "plan.max_kl": max_kl,
             "plan.keep": keep or None,
             "plan.target": target,
             "plan.format": format,

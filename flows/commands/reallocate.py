@@ -15,6 +15,7 @@ def reallocate(
     *,
     budget: o.Budget = None,
     budget_bytes: o.BudgetBytes = None,
+    max_kl: o.MaxKL = None,
     output: o.Output = None,
     keep: o.Keep = None,
     target: o.Target = None,
@@ -47,6 +48,7 @@ def reallocate(
         {
             "plan.budget_bits": budget,
             "plan.budget_bytes": budget_bytes,
+            "plan.max_kl": max_kl,
             "plan.keep": keep or None,
             "plan.target": target,
             "plan.format": format,

@@ -131,7 +131,7 @@ class Job:
             for section in sections:
                 below = below[section]
             below[name] = value
-        if "plan__budget_bytes" in changes:
+        if {"plan__budget_bytes", "plan__max_kl"} & set(changes) and "plan__budget_bits" not in changes:
             del document["plan"]["budget_bits"]
         return CompressConfig.model_validate(document)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from pipeline_case import Job, contents, start_pool, start_server, write_model
 
-import flows.compression
+import flows.planning
 from lrpq.allocate.plan import Plan
 from lrpq.checkpoint.stored import StoredCheckpoint
+from lrpq.errors import BudgetError, ConfigError
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
@@ -64,13 +65,13 @@ def test_a_worse_plan_is_not_what_the_user_gets(
     job: Job, model: Path, good: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plan of 2 bits everywhere stands for an allocation that went wrong: the uniform 3 bits are written."""
-    solve = flows.compression.allocate.solve
+    solve = flows.planning.allocate.solve
 
     def all_narrow(problem: Any, *, solver: str) -> Plan:
         plan = solve(problem, solver=solver)
         return replace(plan, choices=dict.fromkeys(plan.choices, Choice(bits=2, group_size=64)))
 
-    monkeypatch.setattr(flows.compression.allocate, "solve", all_narrow)
+    monkeypatch.setattr(flows.planning.allocate, "solve", all_narrow)
     found = job(model, "worse", evaluation__control=False, plan__budget_bits=3.25)
     guard = found["guard"]
     assert guard["kept"] == "uniform"
@@ -117,3 +118,34 @@ def test_calibration_comes_before_what_is_held_out() -> None:
     assert (kept.num_windows, kept.missing_windows, len(rest)) == (5, 0, 0)
     kept, rest = split_held_out(drawn, num_windows=7)
     assert (kept.missing_windows, len(rest)) == (2, 0)
+
+
+def test_the_smallest_checkpoint_within_a_divergence(job: Job, model: Path, good: dict[str, Any]) -> None:
+    """--max-kl: between what two budgets reach, the search ends between their sizes, with the limit kept."""
+    wide = job(model, "wide", evaluation__control=False, plan__budget_bits=4.5)
+    limit = (good["guard"]["lrpq"]["kl_nats"] * wide["guard"]["lrpq"]["kl_nats"]) ** 0.5
+    found = job(model, "within", evaluation__control=False, plan__max_kl=limit)
+    search = found["budget"]["search"]
+    assert search["kl_nats"] == found["guard"]["lrpq"]["kl_nats"] <= limit
+    assert 3.25 < found["budget"]["reached_bits"] <= search["bits"] < 4.5, search
+    assert 1 <= len(search["tried"]) <= 6
+    assert found["configuration"]["plan"]["max_kl"] == limit
+    assert any(kl > limit for _, kl in search["tried"]) or search["bits"] < 3.7  # something smaller was tried
+    stages = list(job.progress.stages)
+    assert stages.count("refine") == 0  # the refinement of the budget that was found is not done twice
+    again = job(model, "within", evaluation__control=False, plan__max_kl=limit)
+    assert again["computed_nothing"]
+    assert again["budget"] == found["budget"]
+    stitched = job(model, "within-stitched", evaluation__control=False, plan__max_kl=limit, plan__refine="stitch")
+    assert stitched["budget"]["search"]["kl_nats"] <= limit
+    assert job.progress.stages.count("refine") == 0
+
+
+def test_a_divergence_that_cannot_be_kept(job: Job, model: Path) -> None:
+    with pytest.raises(BudgetError, match="raise --max-kl"):
+        job(model, "impossible", evaluation__control=False, plan__max_kl=1e-9)
+    assert not (job.folder / "impossible").exists()
+    with pytest.raises(ConfigError, match="held-out"):
+        job(model, "nothing-held", plan__max_kl=0.1, run__calibration__held_out=0)
+    with pytest.raises(ConfigError, match="two budgets"):
+        job.config(model, "two", plan__max_kl=0.1, plan__budget_bits=3.0)

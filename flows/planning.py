@@ -1,0 +1,119 @@
+"""From costs to plans under what the user asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flows.config import CompressConfig, PlanConfig
+from flows.result import choices_json
+from flows.run import Run, step
+from lrpq.allocate.budget import UNQUANTIZED_BITS
+from lrpq.allocate.plan import Plan
+from lrpq.allocate.problem import CostRow
+from lrpq.model.layers import LinearSpec
+from lrpq.model.safetensors_source import ModelSource
+from tasks import allocate
+
+STAGE = "allocate"
+REFINEMENT = {"refine", "correction", "correction_damping", "polish"}
+"""Fields of the plan that the allocation does not depend on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plans:
+    """What the allocation decides."""
+
+    ours: Plan
+    uniform: Plan | None
+    """The widest uniform one under the same budget: what the result must not be worse than."""
+    control: Plan | None
+    """The uniform one nearest in size to what is reached, which is measured beside the result."""
+
+
+class Planner:
+    """Plans of one compression.
+
+    Args:
+        config: what is asked for.
+        source: the model.
+        specs: its layers, with the head where that is quantized.
+    """
+
+    def __init__(self, config: CompressConfig, source: ModelSource, specs: Sequence[LinearSpec]) -> None:
+        self.config, self.source, self.specs = config, source, specs
+        self.wanted: PlanConfig = config.plan
+        """With a budget: where an accuracy is asked for, the widest one until one is found."""
+        if config.plan.max_kl is not None:
+            self.set_budget(UNQUANTIZED_BITS)
+
+    def set_budget(self, bits: float) -> None:
+        """Take a budget in bits in place of the limit on the KL divergence."""
+        self.wanted = self.config.plan.model_copy(update={"max_kl": None, "budget_bits": float(bits)})
+
+    def pose(self, rows: list[CostRow]) -> allocate.Posed:
+        """The allocation problem.
+
+        Raises:
+            ConfigError: see ``tasks.allocate.pose``.
+            BudgetError: the budget is impossible.
+        """
+        wanted = self.wanted
+        return allocate.pose(
+            rows,
+            self.source,
+            budget_bits=wanted.budget_bits,
+            budget_bytes=wanted.budget_bytes,
+            keep=wanted.keep,
+            target=wanted.target,
+            tensor_parallel=wanted.tensor_parallel,
+            format=wanted.format,
+        )
+
+    def cost_rows(self, rows: list[dict[str, Any]]) -> list[CostRow]:
+        """Stored costs as the allocation takes them."""
+        return allocate.cost_rows(rows, self.specs)
+
+    def solved(self, rows: list[CostRow]) -> Plan:
+        """The plan under the budget, nothing else."""
+        return allocate.solve(self.pose(rows).problem, solver=self.wanted.solver)
+
+    def plans(self, run: Run, rows: list[dict[str, Any]], *, candidates_key: str) -> Plans:
+        """The plan under the budget and the uniform ones beside it; a stage of the run."""
+        wanted = self.wanted
+        folder = run.folder(
+            STAGE,
+            inputs={"candidates": candidates_key},
+            parameters=json.loads(wanted.model_dump_json(exclude=REFINEMENT)),
+            code=["tasks.allocate"],
+        )
+        with run.timed(STAGE, 1, "plan"):
+            posed = self.pose(self.cost_rows(rows))
+            plan = step(STAGE, lambda: allocate.solve(posed.problem, solver=wanted.solver))
+            if wanted.budget_bytes is not None:
+                plan = allocate.within_bytes(
+                    plan,
+                    posed.problem,
+                    self.source,
+                    total_bytes=wanted.budget_bytes,
+                    solver=wanted.solver,
+                    format=wanted.format,
+                )
+            uniform = allocate.uniform_within(
+                posed.problem, self.source, total_bytes=wanted.budget_bytes, format=wanted.format
+            )
+            control = None
+            if self.config.evaluation.enabled and self.config.evaluation.control:
+                control = allocate.control(posed.unlimited, at_bits=plan.average_bits)
+            run.progress.advance(STAGE)
+        for note in posed.notes:
+            run.warn(note)
+        if not run.store.exists(folder.manifest):
+            run.finish(folder, STAGE, {"choices": choices_json(plan.choices), "cost_nats": plan.cost_nats})
+        if plan.stopped_early:
+            run.warn(f"the allocation met its time limit: its cost may be {plan.gap:.2%} above the best possible")
+        if not plan.binding:
+            run.warn("the budget is larger than every module at its best choice needs; it is not used up")
+        return Plans(ours=plan, uniform=uniform, control=control)
