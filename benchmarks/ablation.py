@@ -29,7 +29,7 @@ from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.gptq import factorize, gptq, predicted_cost
-from lrpq.quant.grid import Grid
+from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import storage_bits
 from lrpq.refine.quantize import quantize_refined
@@ -142,6 +142,10 @@ class Bench:
         return rows
 
     def refine(self, choices: Mapping[str, Choice | None], recipe: Recipe) -> dict[str, Tensor]:
+        """The refined weights as dense numbers."""
+        return {name: weight.dequantize(torch.bfloat16) for name, weight in self.quantize(choices, recipe).items()}
+
+    def quantize(self, choices: Mapping[str, Choice | None], recipe: Recipe) -> dict[str, QuantizedWeight]:
         stream = self.stream()
         shards = {i: self.tokens[r.start : r.stop] for i, r in enumerate(split(len(self.tokens), NUM_SHARDS))}
         sweep = RefineSweep(
@@ -153,13 +157,12 @@ class Bench:
         )
         sweep.embed()
         weights = None if recipe.relevance is Relevance.NONE else self.profile(recipe).weights
-        dense: dict[str, Tensor] = {}
+        quantized: dict[str, QuantizedWeight] = {}
         for block, module in stream.stream(range(stream.num_blocks)):
             before: dict[str, Tensor] = {}
             for site, specs in stream.sites(block).items():
                 s = None if weights is None else {shard: w.values[site] for shard, w in weights[block].items()}
                 merged = root(sweep.products(block, module, specs, s, before), NUM_SHARDS, merge_products)
-                found = {}
                 for spec in specs:
                     choice = choices[spec.name]
                     assert choice is not None
@@ -173,11 +176,10 @@ class Bench:
                         grid=recipe.grid,
                         name=spec.name,
                     )
-                    found[spec.name] = refined.weight.dequantize(stream.dtype)
-                before |= found
+                    quantized[spec.name] = refined.weight
+                before |= {spec.name: quantized[spec.name].dequantize(stream.dtype) for spec in specs}
             sweep.advance(block, module, before)
-            dense |= before
-        return dense
+        return quantized
 
     def kl(self, dense: Mapping[str, Tensor]) -> list[float]:
         """KL of every window, nats per token."""
