@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.1, 10.0
 """Bounds of a trained scale over the one it started from: no scale changes its sign, vanishes or overflows."""
 
+MARGIN = 0.01
+"""Least distance of a latent from the border of its cell where training starts, in steps of the grid: rounding in
+float32 must give the code it stands for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearState:
@@ -115,8 +119,15 @@ class VectorState:
         yield from (self.start, self.shift)
 
 
-def linear_state(start: QuantizedWeight, trained: Trained, *, name: str) -> LinearState:
+def linear_state(
+    start: QuantizedWeight, original: Float[Tensor, "d_out d_in"], trained: Trained, *, name: str
+) -> LinearState:
     """Training state that stands for exactly ``start``.
+
+    A latent starts where the original weight lies in the cell of its code, so that what was close to another code
+    changes first. Where GPTQ has carried other columns' errors into a weight, the original can lie outside the cell and
+    says nothing: there the latent starts in the middle. All in the middle would change together, in the step in which
+    Adam's equal strides have added up to half a cell.
 
     Raises:
         QuantizationError: the layer has zero points, which nothing here moves.
@@ -132,8 +143,16 @@ def linear_state(start: QuantizedWeight, trained: Trained, *, name: str) -> Line
         shift=torch.zeros_like(start.scales, dtype=torch.float32).requires_grad_()
         if Trained.SCALES in trained
         else None,
-        latent=start.codes.float().requires_grad_() if Trained.CODES in trained else None,
+        latent=_latent(start, original).requires_grad_() if Trained.CODES in trained else None,
     )
+
+
+def _latent(start: QuantizedWeight, original: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+    codes = start.codes.float()
+    scales = start.scales.float().repeat_interleave(codes.shape[1] // start.scales.shape[1], dim=1)
+    offset = original.to(codes) / scales - codes
+    offset = torch.where(offset.abs() > 0.5, 0.0, offset.clamp(MARGIN - 0.5, 0.5 - MARGIN))
+    return (codes + offset).clamp_(*code_range(start.choice.bits))
 
 
 def vector_state(start: Float[Tensor, "values=width"], *, name: str) -> VectorState:

@@ -156,7 +156,7 @@ def build_part(
     for key, tensor in tensors.items():
         module, _, kind = names[key].rpartition(".")
         if kind == "weight" and module in start:
-            linears[key] = linear_state(start[module], options.trained, name=module)
+            linears[key] = linear_state(start[module], tensor.cpu(), options.trained, name=module)
         elif key in vectors and Trained.VECTORS in options.trained:
             trained_vectors[key] = vector_state(tensor.cpu(), name=names[key])
         else:

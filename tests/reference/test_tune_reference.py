@@ -44,7 +44,7 @@ def quantized(stream: BlockStream, *, with_head: bool = False) -> dict[str, Quan
 class Whole:
     """The same parameters and the same forward, written with autograd on transformers' own model."""
 
-    def __init__(self, folder: Path, start: Mapping[str, QuantizedWeight], trained: Trained = ALL) -> None:
+    def __init__(self, folder: Path, start: Mapping[str, QuantizedWeight], latent: Mapping[str, Tensor]) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
         if hasattr(self.model, "set_experts_implementation"):
             self.model.set_experts_implementation("eager")
@@ -52,10 +52,9 @@ class Whole:
             self.original = self.model(WINDOWS, use_cache=False).logits.log_softmax(-1)
         self.start = start
         self.shift = {k: torch.zeros(w.scales.shape, requires_grad=True) for k, w in start.items()}
-        self.latent = {k: w.codes.float().requires_grad_() for k, w in start.items()}
+        self.latent = {k: latent[k].detach().clone().requires_grad_() for k in start}
         self.vectors = {k: p.detach() for k, p in self.model.named_parameters() if p.ndim == 1}
         self.vector_shift = {k: torch.zeros(len(p), requires_grad=True) for k, p in self.vectors.items()}
-        self.trained = trained
 
     def weight(self, name: str) -> Tensor:
         w = self.start[name]
@@ -119,7 +118,8 @@ def gradients_of(sweep: TuneSweep, batch: list[int], monkeypatch: pytest.MonkeyP
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *EXPERTS])
@@ -127,28 +127,27 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monke
     folder = write_tiny(tmp_path / "model", name)
     stream = stream_of(folder)
     start = quantized(stream, with_head=True)
-    whole = Whole(folder, start)
     batch = [4, 0, 3]
-    loss = whole.loss(batch)
-    loss.backward()
-    largest = max(
-        float(p.grad.norm()) for some in whole.parameters().values() for p in some.values() if p.grad is not None
-    )
     with KeptInputs(memory_bytes=1 << 30) as kept:
         sweep = TuneSweep(stream, WINDOWS, start, options(), kept=kept)
         sweep.prepare()
+        whole = Whole(folder, start, parameters_of(sweep)["latent"])
+        loss = whole.loss(batch)
+        loss.backward()
         found = gradients_of(sweep, batch, monkeypatch)
         assert sum(sweep.divergence(batch)) / 3 == pytest.approx(loss.item(), rel=1e-9)
-    for kind, wanted in whole.parameters().items():
-        assert set(found[kind]) == set(wanted) - ({"lm_head"} if stream.tied_head else set())
-        for key, gradient in found[kind].items():
-            reference = wanted[key].grad
+    wanted = {kind: {k: p.grad for k, p in some.items()} for kind, some in whole.parameters().items()}
+    largest = max(float(g.norm()) for some in wanted.values() for g in some.values() if g is not None)
+    for kind, references in wanted.items():
+        assert set(found[kind]) == set(references)
+        for key, reference in references.items():
             assert reference is not None
             if kind == "vector" and key.endswith("k_proj.bias") and name.startswith("opt"):
-                assert float(gradient.norm()) < 1e-12 * largest  # attention ignores what all keys share
+                # attention ignores what all keys share
+                assert float(found[kind][key].norm()) < 1e-12 * largest
                 continue
             assert float(reference.norm()) > 1e-9 * largest, key
-            assert distance(gradient, reference) < 1e-6, (kind, key)
+            assert distance(found[kind][key], reference) < 1e-6, (kind, key)
 
 
 @pytest.mark.parametrize("resident", [False, True], ids=["streamed", "resident"])
@@ -157,17 +156,17 @@ def test_steps_are_those_of_one_adam_on_the_whole_model(name: str, resident: boo
     folder = write_tiny(tmp_path / "model", name)
     stream = stream_of(folder)
     start = quantized(stream)
-    how = options(scale_rate=3e-3, vector_rate=2e-3, code_rate=0.4)
-    whole = Whole(folder, start)
+    how = options(scale_rate=3e-3, vector_rate=2e-3, code_rate=0.1)
     rates = {"shift": how.scale_rate, "latent": how.code_rate, "vector": how.vector_rate}
-    adam = torch.optim.Adam(
-        [{"params": list(some.values()), "lr": rates[kind]} for kind, some in whole.parameters().items()],
-        betas=how.betas,
-        eps=EPSILON,
-    )
     with KeptInputs(memory_bytes=1 << 30) as kept:
         sweep = TuneSweep(stream, WINDOWS, start, how, kept=kept, resident=resident)
         sweep.prepare()
+        whole = Whole(folder, start, parameters_of(sweep)["latent"])
+        adam = torch.optim.Adam(
+            [{"params": list(some.values()), "lr": rates[kind]} for kind, some in whole.parameters().items()],
+            betas=how.betas,
+            eps=EPSILON,
+        )
         for batch, factor in (([0, 1, 2], 1.0), ([3, 4], 0.5), ([2, 0, 4], 0.25)):
             for group, rate in zip(adam.param_groups, rates.values(), strict=True):
                 group["lr"] = rate * factor
@@ -176,7 +175,7 @@ def test_steps_are_those_of_one_adam_on_the_whole_model(name: str, resident: boo
             loss.backward()
             adam.step()
             with torch.no_grad():
-                for key, latent in whole.latent.items():
+                for latent in whole.latent.values():
                     latent.clamp_(-4, 3)
             nats = sweep.step(batch, factor)
             assert sum(nats) / len(batch) == pytest.approx(loss.item(), rel=1e-5)
@@ -185,14 +184,15 @@ def test_steps_are_those_of_one_adam_on_the_whole_model(name: str, resident: boo
     assert any(not torch.equal(weights[key].codes, w.codes) for key, w in start.items())
     for kind, wanted in whole.parameters().items():
         for key, value in wanted.items():
-            assert distance(found[kind][key], value.detach()) < 1e-4, (kind, key)
+            assert distance(found[kind][key], value) < 1e-4, (kind, key)
 
 
 def test_loaded_weight_is_the_one_that_experts_have(tmp_path: Path) -> None:
     """The reference stacks experts in the order in which transformers holds them."""
     folder = write_tiny(tmp_path / "model", "mixtral")
     stream = stream_of(folder)
-    whole = Whole(folder, quantized(stream))
+    start = quantized(stream)
+    whole = Whole(folder, start, {name: w.codes.float() for name, w in start.items()})
     for spec in stream.specs:
         if spec.routed:
-            assert distance(whole.weight(spec.name).detach(), loaded_weight(whole.model, spec.name).detach()) < 0.3
+            assert distance(whole.weight(spec.name), loaded_weight(whole.model, spec.name)) < 0.3
