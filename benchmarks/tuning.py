@@ -2,8 +2,10 @@
 
     python -m benchmarks.tuning MODEL --calibration FILE --text FILE [--budget 3.25] [--epochs 4] [--json FILE]
 
-Profile, allocation and refinement are the ablation's defaults. Every variant starts from the same refined weights, on
-the same calibration windows, and is scored by the evaluation of the pipeline. `--rates` multiplies all learning rates.
+Profile, allocation and refinement are the ablation's defaults. Every variant starts from the same refined weights and is
+scored by the evaluation of the pipeline. It is trained on `--tuning-windows` other windows of the calibration text, or
+on the calibration windows where that is 0; the held-out windows are others again. `--rates` multiplies all learning
+rates.
 """
 
 from __future__ import annotations
@@ -12,11 +14,10 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -71,7 +72,17 @@ def kl(bench: Bench, windows: Tensor, weights: Mapping[str, QuantizedWeight], ve
     return [score.kl_nats for score in scores["variant"]]
 
 
-def run(bench: Bench, start: Mapping[str, QuantizedWeight], options: TuneOptions, *, resident: bool) -> Tuned:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """Windows of the calibration text."""
+
+    training: Tensor
+    held_out: Tensor
+
+
+def run(
+    bench: Bench, texts: Texts, start: Mapping[str, QuantizedWeight], options: TuneOptions, *, resident: bool
+) -> Tuned:
     """Tune, saying how every epoch went."""
 
     def said(number: int, epoch: Epoch) -> None:
@@ -79,22 +90,26 @@ def run(bench: Bench, start: Mapping[str, QuantizedWeight], options: TuneOptions
         print(f"    epoch {number}  {training}held-out {epoch.held_out_mean:.5f}", flush=True)
 
     with KeptInputs(memory_bytes=1 << 36) as kept:
-        return tune(bench.stream(), bench.tokens, start, options, kept=kept, resident=resident, on_epoch=said)
+        return tune(
+            bench.stream(), texts.training, texts.held_out, start, options, kept=kept, resident=resident, on_epoch=said
+        )
 
 
 def scored(
-    bench: Bench, training: Tensor, weights: Mapping[str, QuantizedWeight], vectors: Mapping[str, Tensor]
+    bench: Bench, texts: Texts, weights: Mapping[str, QuantizedWeight], vectors: Mapping[str, Tensor]
 ) -> dict[str, list[float]]:
     return {
-        "training": kl(bench, bench.tokens[training], weights, vectors),
+        "training": kl(bench, texts.training, weights, vectors),
         "evaluation": kl(bench, bench.evaluation, weights, vectors),
     }
 
 
-def compared(bench: Bench, start: Mapping[str, QuantizedWeight], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the table: the start, then every variant at every multiple of the learning rates."""
+def compared(
+    bench: Bench, texts: Texts, start: Mapping[str, QuantizedWeight], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of the table: every variant at every multiple of the learning rates."""
     rows: list[dict[str, Any]] = []
-    before: dict[str, list[float]] = {}
+    before = scored(bench, texts, start, {})
     for variant in arguments.variants:
         for multiple in arguments.rates:
             options = TuneOptions(
@@ -108,12 +123,9 @@ def compared(bench: Bench, start: Mapping[str, QuantizedWeight], arguments: argp
             )
             print(f"{variant}, rates x {multiple}", flush=True)
             began = time.perf_counter()
-            result = run(bench, start, options, resident=not arguments.streamed)
+            result = run(bench, texts, start, options, resident=not arguments.streamed)
             seconds = time.perf_counter() - began
-            training = torch.tensor([i for i in range(len(bench.tokens)) if i not in result.held_out])
-            if not before:
-                before = scored(bench, training, start, {})
-            after = scored(bench, training, result.weights, result.vectors)
+            after = scored(bench, texts, result.weights, result.vectors)
             rows.append(
                 {
                     "variant": variant,
@@ -160,6 +172,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--evaluation-windows", type=int, default=8)
+    parser.add_argument("--tuning-windows", type=int, default=32)
+    parser.add_argument("--held-out-windows", type=int, default=8)
     parser.add_argument("--budget", type=float, default=3.25)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS)[:3], choices=list(VARIANTS))
     parser.add_argument("--epochs", type=int, default=4)
@@ -188,6 +202,12 @@ def main() -> None:
         device=arguments.device,
         seed=arguments.seed,
     )
+    other = arguments.seed + 1_000_000
+    fresh = windows(arguments.calibration, arguments.tuning_windows + arguments.held_out_windows, other, "random")
+    texts = Texts(
+        training=fresh[arguments.held_out_windows :] if arguments.tuning_windows else bench.tokens,
+        held_out=fresh[: arguments.held_out_windows],
+    )
     began = time.perf_counter()
     bench.profile(DEFAULT)
     profiled = time.perf_counter()
@@ -200,7 +220,7 @@ def main() -> None:
         f"refinement {arguments.refine_seconds:.0f} s",
         flush=True,
     )
-    compared(bench, start, arguments)
+    compared(bench, texts, start, arguments)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,8 @@ class TuneOptions:
     """Adam's. The second is below the usual 0.999, for a tuning has hundreds of steps."""
     warm_up: float = 0.1
     """Share of the steps in which the rates rise linearly; then they fall to zero along a cosine."""
-    held_out: float = 0.125
-    """Share of the windows, at least one, that nothing is trained on and that choose the epoch."""
     seed: int = 0
-    """Of which windows are held out and of the order of the others."""
+    """Of the order of the windows."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -60,9 +58,8 @@ class TuneOptions:
         for name in ("scale_rate", "vector_rate", "code_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"tuning: {name} is {getattr(self, name)}; expected a positive number")
-        for name in ("warm_up", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"tuning: {name} is {getattr(self, name)}; expected a share below 1")
+        if not 0 <= self.warm_up < 1:
+            raise ConfigError(f"tuning: warm_up is {self.warm_up}; expected a share below 1")
         if not self.trained:
             raise ConfigError("tuning: nothing is to be trained; name scales, vectors or codes")
 

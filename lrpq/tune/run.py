@@ -48,8 +48,6 @@ class Tuned:
     """0: nothing beat the start, and ``weights`` are the start's."""
     epochs: tuple[Epoch, ...]
     """The start, then every epoch that ended."""
-    held_out: tuple[int, ...]
-    """Indices of the held-out windows."""
     diverged: str | None
     """Why training ended early, if it did: the loss or a gradient was not finite."""
 
@@ -57,6 +55,7 @@ class Tuned:
 def tune(
     stream: BlockStream,
     windows: Int[Tensor, "windows length"],
+    held_out: Int[Tensor, "held_out length"],
     start: Mapping[str, QuantizedWeight],
     options: TuneOptions,
     *,
@@ -64,24 +63,41 @@ def tune(
     resident: bool = False,
     on_epoch: Callable[[int, Epoch], None] | None = None,
 ) -> Tuned:
-    """Tune a quantized model on the divergence from the original. The arguments are those of `TuneSweep`.
+    """Tune a quantized model on the divergence from the original.
+
+    Args:
+        stream: the original model.
+        windows: tokens to train on.
+        held_out: tokens of the same length that choose the epoch. Neither the quantization nor the tuning may have seen
+            them: on windows that GPTQ was calibrated on the start is better than elsewhere, and whatever moves away
+            from that fit looks like a loss.
+        start: the quantized weights by module name.
+        options: what is trained and how fast.
+        kept: where block inputs are kept during a step.
+        resident: as for `TuneSweep`.
+        on_epoch: called with the number of every epoch that ended, 0 for the start.
 
     Raises:
-        CalibrationError: there are fewer than two windows: one is held out.
+        CalibrationError: no windows to train on, none held out, or windows of different lengths.
         QuantizationError: as `TuneSweep`.
     """
-    training, held_out = split_windows(len(windows), options)
-    sweep = TuneSweep(stream, windows, start, options, kept=kept, resident=resident)
+    if not len(windows) or not len(held_out) or windows.shape[1] != held_out.shape[1]:
+        raise CalibrationError(
+            f"tuning: {tuple(windows.shape)} tokens to train on and {tuple(held_out.shape)} held out; expected windows "
+            "of one length in both"
+        )
+    rest = range(len(windows), len(windows) + len(held_out))
+    sweep = TuneSweep(stream, torch.cat([windows, held_out]), start, options, kept=kept, resident=resident)
     sweep.prepare()
-    epochs = [Epoch(training_kl=None, held_out_kl=tuple(sweep.divergence(held_out)))]
+    epochs = [Epoch(training_kl=None, held_out_kl=tuple(sweep.divergence(rest)))]
     if on_epoch is not None:
         on_epoch(0, epochs[0])
     best, weights, vectors = 0, dict(start), dict[str, Tensor]()
-    per_epoch = -(-len(training) // options.batch)
+    per_epoch = -(-len(windows) // options.batch)
     generator = torch.Generator().manual_seed(options.seed)
     diverged = None
     for epoch in range(options.epochs):
-        order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
+        order = torch.randperm(len(windows), generator=generator).tolist()
         nats: list[float] = []
         try:
             for i in range(per_epoch):
@@ -90,7 +106,7 @@ def tune(
         except Diverged as error:
             diverged = str(error)
             break
-        epochs.append(Epoch(training_kl=statistics.fmean(nats), held_out_kl=tuple(sweep.divergence(held_out))))
+        epochs.append(Epoch(training_kl=statistics.fmean(nats), held_out_kl=tuple(sweep.divergence(rest))))
         if on_epoch is not None:
             on_epoch(epoch + 1, epochs[-1])
         if epochs[-1].held_out_mean < epochs[best].held_out_mean:  # false for a NaN
@@ -101,20 +117,6 @@ def tune(
         vectors=vectors,
         best_epoch=best,
         epochs=tuple(epochs),
-        held_out=tuple(held_out),
         diverged=diverged,
     )
 
-
-def split_windows(num_windows: int, options: TuneOptions) -> tuple[list[int], list[int]]:
-    """Windows to train on and windows to hold out, each in rising order; a function of the number and the options.
-
-    Raises:
-        CalibrationError: there are fewer than two windows.
-    """
-    if num_windows < 2:
-        raise CalibrationError(f"tuning: {num_windows} window(s); expected 2 at least, for one is held out")
-    number = min(max(1, round(options.held_out * num_windows)), num_windows - 1)
-    generator = torch.Generator().manual_seed(options.seed)
-    order = torch.randperm(num_windows, generator=generator).tolist()
-    return sorted(order[number:]), sorted(order[:number])

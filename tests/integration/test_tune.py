@@ -23,12 +23,13 @@ from lrpq.quant.grid import Grid, QuantizedWeight, code_range
 from lrpq.quant.packing import pack, unpack
 from lrpq.quant.rtn import round_to_nearest
 from lrpq.tune.options import Trained, TuneOptions, rate_factor
-from lrpq.tune.run import Tuned, split_windows, tune
+from lrpq.tune.run import Tuned, tune
 from lrpq.tune.sweep import TuneSweep
 
 CHOICE = Choice(bits=2, group_size=8)
 ALL = Trained.SCALES | Trained.VECTORS | Trained.CODES
-WINDOWS = torch.randint(3, VOCABULARY - 8, (10, 16), generator=torch.Generator().manual_seed(5))
+WINDOWS = torch.randint(3, VOCABULARY - 8, (8, 16), generator=torch.Generator().manual_seed(5))
+HELD_OUT = torch.randint(3, VOCABULARY - 8, (3, 16), generator=torch.Generator().manual_seed(6))
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +50,9 @@ def options(**changes: Any) -> TuneOptions:
     return TuneOptions(**{"trained": ALL, "epochs": 4, "batch": 3, "micro_batch": 2, **rates, **changes})
 
 
-def tuned(stream: BlockStream, how: TuneOptions, *, resident: bool = False, windows: Tensor = WINDOWS) -> Tuned:
+def tuned(stream: BlockStream, how: TuneOptions, *, resident: bool = False) -> Tuned:
     with KeptInputs(memory_bytes=1 << 30) as kept:
-        return tune(stream, windows, quantized(stream), how, kept=kept, resident=resident)
+        return tune(stream, WINDOWS, HELD_OUT, quantized(stream), how, kept=kept, resident=resident)
 
 
 def scored(
@@ -74,19 +75,16 @@ def scored(
 def test_the_divergence_falls_and_is_the_one_that_evaluation_finds(folder: Path, trained: Trained) -> None:
     stream = stream_of(folder)
     start = quantized(stream)
-    result = tuned(stream, options(trained=trained, held_out=0.3))
-    held_out = WINDOWS[list(result.held_out)]
-    assert len(held_out) == 3
+    result = tuned(stream, options(trained=trained))
     assert result.best_epoch > 0
     assert result.diverged is None
     assert len(result.epochs) == 5
     best = result.epochs[result.best_epoch]
     assert best.held_out_mean == min(epoch.held_out_mean for epoch in result.epochs)
-    assert best.held_out_kl == pytest.approx(scored(stream, held_out, result.weights, result.vectors), rel=1e-4)
-    assert result.epochs[0].held_out_kl == pytest.approx(scored(stream, held_out, start, {}), rel=1e-4)
-    training = [i for i in range(len(WINDOWS)) if i not in result.held_out]
-    before = scored(stream, WINDOWS[training], start, {})
-    after = scored(stream, WINDOWS[training], result.weights, result.vectors)
+    assert best.held_out_kl == pytest.approx(scored(stream, HELD_OUT, result.weights, result.vectors), rel=1e-4)
+    assert result.epochs[0].held_out_kl == pytest.approx(scored(stream, HELD_OUT, start, {}), rel=1e-4)
+    before = scored(stream, WINDOWS, start, {})
+    after = scored(stream, WINDOWS, result.weights, result.vectors)
     assert sum(after) < 0.95 * sum(before)
 
     norms = {"input_layernorm.weight", "post_attention_layernorm.weight", "norm.weight"}
@@ -134,10 +132,9 @@ def test_training_sees_what_is_stored(folder: Path) -> None:
 def test_an_absurd_rate_gives_the_start_back(folder: Path, rate: float) -> None:
     stream = stream_of(folder)
     start = quantized(stream, Choice(bits=6, group_size=16))
+    how = options(scale_rate=rate, vector_rate=rate, code_rate=rate, epochs=2)
     with KeptInputs(memory_bytes=1 << 30) as kept:
-        result = tune(
-            stream, WINDOWS, start, options(scale_rate=rate, vector_rate=rate, code_rate=rate, epochs=2), kept=kept
-        )
+        result = tune(stream, WINDOWS, HELD_OUT, start, how, kept=kept)
     assert result.best_epoch == 0
     assert not result.vectors
     for name, weight in start.items():
@@ -195,7 +192,7 @@ def test_other_families(name: str, tmp_path: Path) -> None:
     windows = torch.randint(3, VOCABULARY - 8, (6, 16), generator=torch.Generator().manual_seed(5))
     start = {k: w for k, w in quantized(stream).items() if not k.endswith(("q_proj", "k_proj"))}
     with KeptInputs(memory_bytes=1 << 30) as kept:
-        result = tune(stream, windows, start, options(), kept=kept)
+        result = tune(stream, windows[:5], windows[5:], start, options(), kept=kept)
     assert result.best_epoch > 0
     assert set(result.weights) == set(start)
 
@@ -206,16 +203,17 @@ def test_what_cannot_be_tuned_is_refused_by_name(folder: Path) -> None:
     name = next(iter(start))
     with KeptInputs(memory_bytes=1 << 30) as kept:
         with pytest.raises(QuantizationError, match=f"{name}: has zero points"):
-            tune(stream, WINDOWS, quantized(stream, grid=Grid.ASYMMETRIC), options(), kept=kept)
+            tune(stream, WINDOWS, HELD_OUT, quantized(stream, grid=Grid.ASYMMETRIC), options(), kept=kept)
         with pytest.raises(QuantizationError, match=r"no.such: .* no such layer"):
-            tune(stream, WINDOWS, {"no.such": start[name]}, options(), kept=kept)
+            tune(stream, WINDOWS, HELD_OUT, {"no.such": start[name]}, options(), kept=kept)
         cut = QuantizedWeight(codes=start[name].codes[:8], scales=start[name].scales[:8], choice=CHOICE)
         with pytest.raises(QuantizationError, match=f"{name}: codes are"):
-            tune(stream, WINDOWS, {name: cut}, options(), kept=kept)
-        with pytest.raises(CalibrationError, match="2 at least"):
-            tune(stream, WINDOWS[:1], start, options(), kept=kept)
+            tune(stream, WINDOWS, HELD_OUT, {name: cut}, options(), kept=kept)
+        for windows, held_out in ((WINDOWS[:0], HELD_OUT), (WINDOWS, HELD_OUT[:0]), (WINDOWS, HELD_OUT[:, :9])):
+            with pytest.raises(CalibrationError, match="of one length"):
+                tune(stream, windows, held_out, start, options(), kept=kept)
         with pytest.raises(CalibrationError, match="2 tokens"):
-            tune(stream, WINDOWS[:, :1], start, options(), kept=kept)
+            tune(stream, WINDOWS[:, :1], HELD_OUT[:, :1], start, options(), kept=kept)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +223,7 @@ def test_what_cannot_be_tuned_is_refused_by_name(folder: Path) -> None:
         {"batch": 0},
         {"scale_rate": 0.0},
         {"code_rate": math.nan},
-        {"held_out": 1.0},
+        {"warm_up": 1.0},
         {"trained": Trained(0)},
     ],
     ids=str,
@@ -241,10 +239,3 @@ def test_the_rate_rises_and_falls() -> None:
     assert all(a > b for a, b in itertools.pairwise(factors[2:]))
     assert 0 < factors[-1] < 0.01
     assert rate_factor(0, 1, warm_up=0.1) == 1.0
-
-
-@pytest.mark.parametrize(("windows", "held_out"), [(2, 1), (7, 1), (16, 2), (64, 8)])
-def test_windows_are_split_into_two_sets(windows: int, held_out: int) -> None:
-    training, rest = split_windows(windows, options())
-    assert len(rest) == held_out
-    assert sorted([*training, *rest]) == list(range(windows))
