@@ -2,7 +2,7 @@
 
     python -m benchmarks.tuning MODEL --calibration FILE --text FILE [--budget 3.25] [--epochs 4] [--json FILE]
 
-Profile, allocation and refinement are the ablation's defaults. Every variant starts from the same refined weights and is
+Profile, allocation and refinement are the ablation's defaults. All variants start from the same refined weights and are
 scored by the evaluation of the pipeline. It is trained on `--tuning-windows` other windows of the calibration text, or
 on the calibration windows where that is 0; the held-out windows are others again. `--rates` multiplies all learning
 rates.
