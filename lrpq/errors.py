@@ -6,6 +6,7 @@
     |-- ModelError         the source model: unknown, unsupported, truncated, not finite
     |-- CalibrationError   calibration or evaluation text: empty, too short, unreadable
     |-- QuantizationError  a layer cannot be quantized as asked
+    |   `-- Diverged       a loss or a gradient of the tuning is not finite
     |-- CheckpointError    the written checkpoint is not what was meant
     `-- StoreError         the store: not writable, a damaged or missing object
         `-- RunMismatch    the run id exists with another configuration
@@ -39,6 +40,10 @@ class CalibrationError(LrpqError):
 
 class QuantizationError(LrpqError):
     """A layer cannot be quantized as asked."""
+
+
+class Diverged(QuantizationError):
+    """A loss or a gradient of the tuning is not finite."""
 
 
 class CheckpointError(LrpqError):
