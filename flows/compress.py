@@ -144,31 +144,20 @@ def run_evaluate(
     if windows is not None or questions:
         with open_pool(device=cluster.device, workers=cluster.workers, threads=1, address=cluster.address) as pool:
             if windows is not None:
-                job = EvaluateJob(
-                    stream=StreamJob(
-                        model=str(model),
-                        dtype=dtype,
-                        store=store,
-                        windows=windows.key,
-                        length=evaluation.length,
-                        num_tokens=windows.num_windows * evaluation.length,
-                        num_shards=windows.num_windows,
-                        micro_batch=1,
-                        num_workers=len(pool),
-                    ),
-                    variants={"checkpoint": CheckpointCodes(path=str(checkpoint.absolute()))},
+                stream = StreamJob(
+                    model=str(model),
+                    dtype=dtype,
+                    store=store,
+                    windows=windows.key,
+                    length=evaluation.length,
+                    num_tokens=windows.num_windows * evaluation.length,
+                    num_shards=windows.num_windows,
+                    micro_batch=1,
+                    num_workers=len(pool),
                 )
-                started = time.monotonic()
-                progress.stage(evaluate.STAGE, 1, "pass")
-                scores = evaluate.merged_scores(pool.each(evaluate.score, job))
-                progress.advance(evaluate.STAGE)
-                progress.done(evaluate.STAGE, seconds=time.monotonic() - started, reused=False)
-                result["evaluation"] = {
-                    "source": windows.source,
-                    "windows": windows.num_windows,
-                    "length": evaluation.length,
-                    **{name: asdict(evaluate.summarize(rows)) for name, rows in scores.items()},
-                }
+                summaries = _divergence(pool, stream, checkpoint, progress)
+                text = {"source": windows.source, "windows": windows.num_windows, "length": evaluation.length}
+                result["evaluation"] = {**text, **summaries}
             if questions:
                 models = QuestionsJob(model=str(model), dtype=dtype, checkpoint=str(checkpoint.absolute()))
                 found |= answer_tasks(pool, models, asked, questions, progress)
@@ -176,3 +165,14 @@ def run_evaluate(
         found |= harness_tasks(asked, model=model, checkpoint=checkpoint, device=cluster.device, progress=progress)
         result["tasks"] = found
     return result
+
+
+def _divergence(pool: Pool, stream: StreamJob, checkpoint: Path, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Summaries of the original and the checkpoint on the stream's windows."""
+    job = EvaluateJob(stream=stream, variants={"checkpoint": CheckpointCodes(path=str(checkpoint.absolute()))})
+    started = time.monotonic()
+    progress.stage(evaluate.STAGE, 1, "pass")
+    scores = evaluate.merged_scores(pool.each(evaluate.score, job))
+    progress.advance(evaluate.STAGE)
+    progress.done(evaluate.STAGE, seconds=time.monotonic() - started, reused=False)
+    return {name: asdict(evaluate.summarize(rows)) for name, rows in scores.items()}
