@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flows.config import CompressConfig, EvaluationConfig, RunConfig, evaluation_source
 from flows.run import Run, step
@@ -184,14 +184,9 @@ def load_for(
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and length > longest:
         raise ConfigError(f"windows of {length} tokens: the model reads at most {longest}; give a shorter length")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the tokenizers library raises is a bad tokenizer
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"model {model}: its tokenizer cannot be loaded ({reason})") from error
     return load_windows(
         parse_source(source),
-        tokenizer,
+        load_tokenizer(model),
         num_windows=num_windows,
         length=length,
         seed=seed,
@@ -200,6 +195,19 @@ def load_for(
         vocab_size=config.vocab_size,
         model_dir=model,
     )
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        ModelError: none that loads.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the tokenizers library raises is a bad tokenizer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"model {model}: its tokenizer cannot be loaded ({reason})") from error
 
 
 def _text_digest(source: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +19,14 @@ from flows.compression import Compression, resolve_dtype
 from flows.config import ClusterConfig, CompressConfig, EvaluationConfig, PlanConfig, RunConfig, default_store
 from flows.prefect_server import prefect_api
 from flows.progress import Progress
+from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
 from lrpq.errors import ConfigError
 from lrpq.model.safetensors_source import resolve_model
 from lrpq.model.source import open_source
 from tasks import evaluate
 from tasks.cluster import Pool, open_pool
 from tasks.evaluate import CheckpointCodes, EvaluateJob
+from tasks.question_scores import QuestionsJob
 from tasks.store.manifest import read_run
 from tasks.store.opened import open_store
 from tasks.streams import StreamJob
@@ -114,38 +117,62 @@ def run_evaluate(
     evaluation: EvaluationConfig,
     cluster: ClusterConfig,
     progress: Progress,
+    *,
+    tasks: Mapping[str, Task] | None = None,
 ) -> dict[str, Any]:
-    """Perplexity and KL divergence of a written checkpoint to its original."""
+    """A written checkpoint against its original: perplexity and KL divergence on a text, accuracy on questions.
+
+    Args:
+        checkpoint: its folder.
+        reference: the original.
+        evaluation: the text; nothing is measured on one if no source is named.
+        cluster: where it is computed.
+        progress: where it is reported.
+        tasks: by name, as from ``read_tasks``.
+
+    Raises:
+        LrpqError: anything the user can act upon.
+    """
     store, model = default_store(), resolve_model(reference)
     dtype = resolve_dtype(RunConfig(model=reference), open_source(model))
-    windows = evaluation_only_windows(open_store(store), evaluation, model=model)
-    with open_pool(device=cluster.device, workers=cluster.workers, threads=1, address=cluster.address) as pool:
-        job = EvaluateJob(
-            stream=StreamJob(
-                model=str(model),
-                dtype=dtype,
-                store=store,
-                windows=windows.key,
-                length=evaluation.length,
-                num_tokens=windows.num_windows * evaluation.length,
-                num_shards=windows.num_windows,
-                micro_batch=1,
-                num_workers=len(pool),
-            ),
-            variants={"checkpoint": CheckpointCodes(path=str(checkpoint.absolute()))},
-        )
-        started = time.monotonic()
-        progress.stage(evaluate.STAGE, 1, "pass")
-        scores = evaluate.merged_scores(pool.each(evaluate.score, job))
-        progress.advance(evaluate.STAGE)
-        progress.done(evaluate.STAGE, seconds=time.monotonic() - started, reused=False)
-    return {
-        "checkpoint": str(checkpoint),
-        "reference": reference,
-        "evaluation": {
-            "source": windows.source,
-            "windows": windows.num_windows,
-            "length": evaluation.length,
-            **{name: asdict(evaluate.summarize(rows)) for name, rows in scores.items()},
-        },
-    }
+    asked = tasks or {}
+    questions = encoded_tasks(asked, model)
+    measured = evaluation.source is not None
+    windows = evaluation_only_windows(open_store(store), evaluation, model=model) if measured else None
+    result: dict[str, Any] = {"checkpoint": str(checkpoint), "reference": reference}
+    found: dict[str, dict[str, Any]] = {}
+    if windows is not None or questions:
+        with open_pool(device=cluster.device, workers=cluster.workers, threads=1, address=cluster.address) as pool:
+            if windows is not None:
+                stream = StreamJob(
+                    model=str(model),
+                    dtype=dtype,
+                    store=store,
+                    windows=windows.key,
+                    length=evaluation.length,
+                    num_tokens=windows.num_windows * evaluation.length,
+                    num_shards=windows.num_windows,
+                    micro_batch=1,
+                    num_workers=len(pool),
+                )
+                summaries = _divergence(pool, stream, checkpoint, progress)
+                text = {"source": windows.source, "windows": windows.num_windows, "length": evaluation.length}
+                result["evaluation"] = {**text, **summaries}
+            if questions:
+                models = QuestionsJob(model=str(model), dtype=dtype, checkpoint=str(checkpoint.absolute()))
+                found |= answer_tasks(pool, models, asked, questions, progress)
+    if asked:
+        found |= harness_tasks(asked, model=model, checkpoint=checkpoint, device=cluster.device, progress=progress)
+        result["tasks"] = found
+    return result
+
+
+def _divergence(pool: Pool, stream: StreamJob, checkpoint: Path, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Summaries of the original and the checkpoint on the stream's windows."""
+    job = EvaluateJob(stream=stream, variants={"checkpoint": CheckpointCodes(path=str(checkpoint.absolute()))})
+    started = time.monotonic()
+    progress.stage(evaluate.STAGE, 1, "pass")
+    scores = evaluate.merged_scores(pool.each(evaluate.score, job))
+    progress.advance(evaluate.STAGE)
+    progress.done(evaluate.STAGE, seconds=time.monotonic() - started, reused=False)
+    return {name: asdict(evaluate.summarize(rows)) for name, rows in scores.items()}

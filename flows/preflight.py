@@ -85,17 +85,20 @@ def check_named_folder(model: str, *, option: str) -> None:
         raise ModelError(f"model {model!r}: the folder has no *.safetensors; save the model as safetensors first")
 
 
-def preflight_evaluation(checkpoint: Path, reference: str, evaluation: EvaluationConfig) -> None:
-    """Check what ``lrpq evaluate`` is given.
+def preflight_evaluation(
+    checkpoint: Path, reference: str, evaluation: EvaluationConfig, *, tasks: bool = False
+) -> None:
+    """Check what ``lrpq evaluate`` is given; with tasks it needs no text.
 
     Raises:
         LrpqError: the first thing that is wrong.
     """
     check_named_folder(str(checkpoint.absolute()), option="DIR")
     check_named_folder(reference, option="--reference")
-    if evaluation.source is None:
-        raise ConfigError("no text to measure on: give --evaluation SOURCE, such as text:FILE")
-    check_text(evaluation.source)
+    if evaluation.source is not None:
+        check_text(evaluation.source)
+    elif not tasks:
+        raise ConfigError("nothing to measure on: give --evaluation SOURCE, such as text:FILE, or --tasks FILE.jsonl")
 
 
 def _holds(output: Path, *, run_id: str, plan: PlanConfig) -> bool:

@@ -22,7 +22,15 @@ from tasks.refine import read_refined
 from tasks.store.opened import open_store
 from tasks.streams import StreamJob, my_shards, open_stream
 
-__all__ = ["CheckpointCodes", "EvaluateJob", "StoredCodes", "merged_scores", "score", "summarize"]
+__all__ = [
+    "CheckpointCodes",
+    "EvaluateJob",
+    "StoredCodes",
+    "checkpoint_weights",
+    "merged_scores",
+    "score",
+    "summarize",
+]
 
 STAGE = "evaluate"
 
@@ -87,17 +95,7 @@ def merged_scores(parts: list[dict[int, dict[str, list[dict[str, float]]]]]) -> 
 
 def _weights(stream: BlockStream, store_url: str, variant: Variant) -> Callable[[int], dict[str, Tensor]]:
     if isinstance(variant, CheckpointCodes):
-        checkpoint = StoredCheckpoint(Path(variant.path))
-        _check_belongs(checkpoint, stream)
-
-        def from_checkpoint(block: int) -> dict[str, Tensor]:
-            return {
-                spec.name: weight
-                for spec in _specs(stream, block)
-                if (weight := checkpoint.weight(spec, stream.dtype)) is not None
-            }
-
-        return from_checkpoint
+        return checkpoint_weights(stream, Path(variant.path))
     store = open_store(store_url)
 
     def from_store(block: int) -> dict[str, Tensor]:
@@ -121,6 +119,25 @@ def _weights(stream: BlockStream, store_url: str, variant: Variant) -> Callable[
         }
 
     return from_store
+
+
+def checkpoint_weights(stream: BlockStream, folder: Path) -> Callable[[int], dict[str, Tensor]]:
+    """Block -> dense weights of a written checkpoint; behind the last block its head's.
+
+    Raises:
+        CheckpointError: not a checkpoint of ours, or of another model than the stream's.
+    """
+    checkpoint = StoredCheckpoint(folder)
+    _check_belongs(checkpoint, stream)
+
+    def of_block(block: int) -> dict[str, Tensor]:
+        return {
+            spec.name: weight
+            for spec in _specs(stream, block)
+            if (weight := checkpoint.weight(spec, stream.dtype)) is not None
+        }
+
+    return of_block
 
 
 def _specs(stream: BlockStream, block: int) -> tuple[LinearSpec, ...]:

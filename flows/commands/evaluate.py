@@ -18,6 +18,7 @@ def evaluate(
     evaluation: o.Evaluation = None,
     evaluation_windows: o.EvaluationWindows = None,
     evaluation_length: o.EvaluationLength = None,
+    tasks: o.Tasks = None,
     workers: o.Workers = None,
     device: o.Device = None,
     address: o.Address = None,
@@ -25,10 +26,12 @@ def evaluate(
 ) -> None:
     """Measure DIR against its original.
 
-    Perplexity of both, and the KL divergence of the compressed model to the original in nats per token.
+    With --evaluation: perplexity of both, and the KL divergence of the compressed model to the original in nats per
+    token. With --tasks: both models' accuracy on multiple-choice questions, and their paired difference.
     """
     from flows.config import ClusterConfig, EvaluationConfig, default_store
     from flows.config_file import absolute_model, checked
+    from lrpq.errors import ConfigError
 
     given = o.nested(
         {
@@ -48,7 +51,14 @@ def evaluate(
         from flows.preflight import check_store, preflight_evaluation
 
         with reported(as_json=as_json) as report:
-            preflight_evaluation(checkpoint, reference, measured)
+            from flows.task_accuracy import read_tasks
+
+            preflight_evaluation(checkpoint, reference, measured, tasks=bool(tasks))
+            if measured.source is None and texts:
+                raise ConfigError(
+                    "--evaluation-windows and --evaluation-length cut a text: give --evaluation SOURCE too"
+                )
+            asked = read_tasks(tasks or ())
             check_store(default_store())
             from flows.compress import run_evaluate
 
@@ -59,5 +69,6 @@ def evaluate(
                     evaluation=measured,
                     cluster=cluster,
                     progress=report.progress,
+                    tasks=asked,
                 )
             )

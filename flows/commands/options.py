@@ -70,6 +70,16 @@ Output = Annotated[Path | None, option("output")]
 Overwrite = Annotated[bool | None, option("overwrite")]
 Store = Annotated[str | None, option("store")]
 RunId = Annotated[str | None, option("run_id")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        help="Multiple-choice questions, one JSON object a line (ctx, choices, label), or a task of "
+        "lm-evaluation-harness (needs lrpq[tasks], the hub and memory for a whole model). Can be given again.",
+        metavar="FILE.jsonl|lm-eval:NAME[:LIMIT]",
+        show_default=False,
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="TOML or JSON file of settings; options override it.", metavar="FILE"),

@@ -10,6 +10,7 @@ from flows.closing import print_closing, print_evaluation
 from flows.output import open_console, stdout_kept_free, write_document
 from flows.prefect_server import quiet_prefect
 from flows.progress import Progress, open_progress
+from flows.task_table import print_tasks
 
 
 class Report:
@@ -41,6 +42,9 @@ def reported(*, as_json: bool) -> Iterator[Report]:
     if as_json:
         write_document(report.result)
     elif report.is_evaluation:
-        print_evaluation(report.result.get("evaluation", report.result), open_console())
+        if measured := report.result.get("evaluation"):
+            print_evaluation(measured, open_console())
+        if tasks := report.result.get("tasks"):
+            print_tasks(tasks, open_console())
     else:
         print_closing(report.result, open_console())

@@ -61,7 +61,7 @@ def score_windows(
         CheckpointError: a variant gives logits that are not finite.
     """
     batches = list(windows.split(micro_batch))
-    hidden = _final_states(stream, batches, {ORIGINAL: None, **variants})
+    hidden = final_states(stream, batches, {ORIGINAL: None, **variants})
     scores: dict[str, list[WindowScore]] = {name: [] for name in hidden}
     heads = {
         name: {module: W.to(stream.device) for module, W in weights(stream.num_blocks).items()}
@@ -107,8 +107,8 @@ def score_other_model(
         CheckpointError: the variant gives logits that are not finite.
     """
     batches = list(windows.split(micro_batch))
-    original = _final_states(stream, batches, {ORIGINAL: None})[ORIGINAL]
-    changed = _final_states(other, batches, {VARIANT: weights})[VARIANT]
+    original = final_states(stream, batches, {ORIGINAL: None})[ORIGINAL]
+    changed = final_states(other, batches, {VARIANT: weights})[VARIANT]
     scores: dict[str, list[WindowScore]] = {ORIGINAL: [], VARIANT: []}
     with stream.head() as (norm, head), other.head() as (other_norm, other_head):
         for position, batch in enumerate(batches):
@@ -120,10 +120,10 @@ def score_other_model(
     return scores
 
 
-def _final_states(
+def final_states(
     stream: BlockStream, batches: Sequence[Tensor], variants: Mapping[str, BlockWeights | None]
 ) -> dict[str, list[Tensor]]:
-    """Output of the last block, by variant and batch; a variant without weights is the model as it is."""
+    """Output of the last block, by variant and batch of tokens; a variant without weights is the model as it is."""
     with stream.embedding():
         embedded = [stream.embed(batch) for batch in batches]
     hidden = {name: list(embedded) for name in variants}

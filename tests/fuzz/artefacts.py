@@ -228,6 +228,14 @@ def write_talk(folder: Path) -> None:
     (folder / ROWS).write_text("\n".join(json.dumps({"messages": talk}) for talk in (TALK, shared, TALK)) + "\n")
 
 
+def write_questions(folder: Path) -> None:
+    rows = [
+        {"id": 1, "ctx": "The sky is ", "choices": ["blue", "square"], "label": 0},
+        {"ctx": "", "choices": ["é ☃", "a", "b c"], "label": 2, "more": {"a": [1.5, None]}},
+    ]
+    (folder / ROWS).write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
 TOKEN_PARQUET = (
     _writes_parquet({"tokens": _ids(pa.list_(pa.int64()))}, compression="none", use_dictionary=False),
     _writes_parquet({"text": ["a"] * 20, "input_ids": _ids(pa.list_(pa.int32(), 8))}, row_group_size=7),

@@ -19,6 +19,7 @@ from lrpq.model.source import open_source
 from tasks.calibration.documents import load_documents
 from tasks.calibration.sources import ParquetSource, TextSource
 from tasks.calibration.token_rows import read_token_windows, token_column
+from tasks.questions import read_questions
 from tasks.store.manifest import read_manifest, read_run
 from tasks.store.symmetric import symmetric_index
 from tasks.store.tables import read_table, units_of
@@ -159,6 +160,14 @@ def read_rows(folder: Path) -> Found:
     return _documents(TextSource(location=str(folder / a.ROWS)))
 
 
+def read_multiple_choice(folder: Path) -> Found:
+    found = read_questions(folder / a.ROWS).questions
+    for question in found:  # what a tokenizer is given must be Unicode
+        "".join((question.context, *question.choices)).encode()
+        assert 0 <= question.label < len(question.choices) >= 2
+    return {"questions": repr(found)}
+
+
 def _reads_settings(file: str) -> Callable[[Path], Found]:
     return lambda folder: {"config": load_config(folder / file, {}).model_dump_json()}
 
@@ -272,6 +281,7 @@ READERS = (
     ),
     Reader(name="text", write=(a.write_text,), read=read_text, roles={a.TEXT: "text"}),
     Reader(name="jsonl", write=(a.write_rows, a.write_talk), read=read_rows, roles={a.ROWS: "jsonl"}),
+    Reader(name="questions", write=(a.write_questions,), read=read_multiple_choice, roles={a.ROWS: "jsonl"}),
     Reader(
         name="config-toml",
         write=(a.write_settings_toml,),
