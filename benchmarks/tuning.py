@@ -30,10 +30,10 @@ from lrpq.compare.workbench import Workbench
 from lrpq.evaluate.divergence import score_windows
 from lrpq.model.kept import KeptInputs
 from lrpq.model.source import open_source
-from lrpq.model.streaming import BlockStream
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.tune.options import Trained, TuneOptions
 from lrpq.tune.run import Epoch, Tuned, tune
+from lrpq.tune.weights import dense_weights
 from tasks.calibration.load import load_windows
 from tasks.calibration.sources import parse_source
 
@@ -44,26 +44,6 @@ VARIANTS: Mapping[str, Trained] = {
     "vectors": Trained.VECTORS,
     "codes": Trained.CODES,
 }
-
-
-def dense_weights(
-    stream: BlockStream, weights: Mapping[str, QuantizedWeight], vectors: Mapping[str, Tensor]
-) -> dict[int, dict[str, Tensor]]:
-    """By block (the number of blocks: what follows them), as the evaluation takes them.
-
-    Raises:
-        ValueError: a bias was trained; the evaluation replaces weights only.
-    """
-    found: dict[int, dict[str, Tensor]] = {block: {} for block in range(stream.num_blocks + 1)}
-    prefix = f"{stream.family.blocks}."
-    dense = {f"{name}.weight": w.dequantize(stream.dtype) for name, w in weights.items()} | dict(vectors)
-    for name, tensor in dense.items():
-        module, _, kind = name.rpartition(".")
-        if kind != "weight":
-            raise ValueError(f"{name}: only weights can be evaluated here")
-        block = int(module.removeprefix(prefix).split(".", 1)[0]) if module.startswith(prefix) else stream.num_blocks
-        found[block][module] = tensor
-    return found
 
 
 def kl(bench: Workbench, windows: Tensor, weights: Mapping[str, QuantizedWeight], vectors: Mapping[str, Tensor]) -> Any:

@@ -38,6 +38,7 @@ from lrpq.errors import ConfigError
 from lrpq.evaluate.divergence import summarize
 from lrpq.model.safetensors_source import resolve_model
 from lrpq.model.source import open_source
+from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.cluster import resolve_device
 from tasks.model_identity import model_fingerprint
 from tasks.store.documents import parse_object
@@ -173,15 +174,18 @@ class ComparisonRun:
 
     def _comparison(self, missing: Sequence[tuple[str, float]], seed: int) -> Comparison:
         asked, measured = self.config.calibration, self.config.evaluation
-        tokens = load_for(
+        held_out = default_held_out(asked.num_windows) if asked.held_out is None else asked.held_out
+        drawn = load_for(
             self.model,
             source=asked.source,
-            num_windows=asked.num_windows,
+            num_windows=asked.num_windows + held_out,
             length=asked.length,
             seed=seed,
             placement="random",
             text_column=asked.text_column,
-        ).tokens
+        )
+        calibration, rest = split_held_out(drawn, num_windows=asked.num_windows)
+        tokens = calibration.tokens
         source = evaluation_source(measured, calibration=asked.source)
         if source is None:
             raise ConfigError("a comparison needs a text to measure on; give --evaluation")
@@ -202,7 +206,7 @@ class ComparisonRun:
             shards=min(8, len(tokens)),
             micro_batch=16 if self.device == "cuda" else 4,
         )
-        bench = Workbench(self.source, tokens, terms)
+        bench = Workbench(self.source, tokens, terms, held_out=rest)
         return Comparison(bench, METHODS, missing, windows)
 
     def _write(self) -> None:

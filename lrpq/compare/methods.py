@@ -21,6 +21,7 @@ class Axis(enum.Enum):
     ALLOCATION = "allocation of the bits"
     WEIGHTS = "token weights of the Hessian"
     TRANSFORM = "transform before quantizing"
+    TUNING = "tuning on the divergence, after all codes are found"
     REMOVED = "lrpq without one ingredient"
     ADDED = "the control with one ingredient"
 
@@ -61,6 +62,14 @@ _TRANSFORM_SOURCES: Mapping[str, str] = {
 }
 
 
+_TUNING_SOURCES: Mapping[str, str] = {
+    "gains": "AdaQuant's norm tuning (arXiv:2006.10518), end to end",
+    "scales": "EfficientQAT's second phase (arXiv:2407.11062)",
+    "scales+gains": "both",
+    "codes": "scales, gains and codes, straight through (as PV-Tuning's baseline, arXiv:2405.14852)",
+}
+
+
 def _methods() -> dict[str, Method]:
     found = {
         "lrpq": Method(axis=Axis.WHOLE, source="this project", recipe=DEFAULT),
@@ -89,6 +98,8 @@ def _methods() -> dict[str, Method]:
     for name, source in _TRANSFORM_SOURCES.items():
         found[f"transform:{name}"] = Method(axis=Axis.TRANSFORM, source=source, recipe=replace(DEFAULT, transform=name))
         found[f"control+{name}"] = Method(axis=Axis.ADDED, source=source, recipe=replace(CONTROL, transform=name))
+    for name, source in _TUNING_SOURCES.items():
+        found[f"tuned:{name}"] = Method(axis=Axis.TUNING, source=source, recipe=replace(DEFAULT, tuning=name))
     removed = {
         "allocation": replace(DEFAULT, allocation="uniform"),
         "token-weights": replace(DEFAULT, weighting="none"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from lrpq.tune.options import Trained
 
 
 class Rounding(enum.Enum):
@@ -30,10 +33,19 @@ class Recipe:
     correction_damping: float = 0.1
     polish_rounds: int = 2
     """Of coordinate descent and refit after rounding."""
+    tuning: str = "none"
+    """What is tuned on the divergence from the original when all codes are found; a name of TUNINGS."""
     transform: str = "none"
     """Of the model before it is quantized."""
 
 
+TUNINGS: Mapping[str, Trained] = {
+    "scales": Trained.SCALES,
+    "gains": Trained.VECTORS,
+    "scales+gains": Trained.SCALES | Trained.VECTORS,
+    "codes": Trained.SCALES | Trained.VECTORS | Trained.CODES,
+}
+"""One pass over the calibration windows each; gains are those of the norms, which stay as they are stored."""
 DEFAULT = Recipe()
 CONTROL = Recipe(allocation="uniform", weighting="none", correction=0.0, polish_rounds=0)
 """The strong uniform GPTQ: sequential, static activation order, searched scales."""

@@ -94,16 +94,16 @@ class Comparison:
         source, tokens, terms = self.bench.source, self.bench.tokens, self.bench.terms
         inputs = TransformInputs(source=source, tokens=tokens, terms=terms, choice=choice or terms.choices[0])
         TRANSFORMS[transform](inputs, folder)
-        return Workbench(open_source(folder), tokens, terms)
+        return Workbench(open_source(folder), tokens, terms, held_out=self.bench.held_out)
 
     def _row(self, prepared: Prepared, name: str, budget: float, evidence_seconds: float) -> Row:
         recipe = self.methods[name].recipe
         plan = prepared.plan(recipe.allocation, budget)
         started = time.monotonic()
         with peak_memory(self.bench.terms.device) as peak:
-            codes = prepared.bench.codes(plan.choices, recipe, prepared.gathered)
+            quantized = prepared.bench.quantized(plan.choices, recipe, prepared.gathered)
         seconds = time.monotonic() - started
-        scores = prepared.bench.scores(self.windows, codes, original=self.bench)
+        scores = prepared.bench.scores(self.windows, quantized, original=self.bench)
         self.original = scores[ORIGINAL]
         return Row(
             method=name,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lrpq.allocate.problem import CostRow
-from lrpq.compare.recipes import Recipe, Rounding
+from lrpq.compare.recipes import TUNINGS, Recipe, Rounding
 from lrpq.compare.terms import Terms
+from lrpq.errors import CalibrationError
 from lrpq.evaluate.divergence import VARIANT, WindowScore, score_other_model, score_windows
 from lrpq.importance.evidence import ModuleEvidence
 from lrpq.importance.gather import BlockEvidence, GatherSweep, ModuleSums, means
@@ -36,14 +37,28 @@ from lrpq.relevance.composite import Relevance
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import Shard
 from lrpq.shards import root, split
+from lrpq.tune.options import TuneOptions
+from lrpq.tune.run import tune
+from lrpq.tune.weights import dense_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Int
 
 KEPT_BYTES = 8 << 30
 """Host memory for kept block inputs before they spill to disk."""
-Weights = Mapping[str, QuantizedWeight]
+TUNING_EPOCHS = 1
+TUNING_RATE = 3e-3
+"""Relative, of scales and gains: docs/log.md."""
 Codes = dict[str, QuantizedWeight]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """What a method makes of a model."""
+
+    codes: Codes
+    vectors: Mapping[str, Tensor]
+    """Gains that were tuned, by name of the parameter."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,10 +80,18 @@ class Workbench:
     source: the model.
     tokens: calibration windows.
     terms: what all methods share.
+    held_out: windows of the same text that nothing is calibrated on; what is tuned is chosen by them.
     """
 
-    def __init__(self, source: ModelSource, tokens: Int[Tensor, "windows length"], terms: Terms) -> None:
-        self.source, self.tokens, self.terms = source, tokens, terms
+    def __init__(
+        self,
+        source: ModelSource,
+        tokens: Int[Tensor, "windows length"],
+        terms: Terms,
+        *,
+        held_out: Int[Tensor, "held_out length"] | None = None,
+    ) -> None:
+        self.source, self.tokens, self.terms, self.held_out = source, tokens, terms, held_out
 
     def stream(self, attention: str | None = None) -> BlockStream:
         """The model, opened anew."""
@@ -185,6 +208,31 @@ class Workbench:
                 )
         return found
 
+    def quantized(self, choices: Mapping[str, Choice | None], recipe: Recipe, gathered: Gathered) -> Quantized:
+        """Codes by the recipe, tuned where it says so.
+
+        Raises:
+            CalibrationError: something is to be tuned and no windows are held out to choose by.
+        """
+        codes = self.codes(choices, recipe, gathered)
+        if recipe.tuning == "none":
+            return Quantized(codes=codes, vectors={})
+        if self.held_out is None or not len(self.held_out):
+            raise CalibrationError("tuning is chosen on held-out windows of the calibration text, and there are none")
+        size = self.terms.micro_batch
+        options = TuneOptions(
+            trained=TUNINGS[recipe.tuning],
+            epochs=TUNING_EPOCHS,
+            batch=size,
+            micro_batch=size,
+            scale_rate=TUNING_RATE,
+            vector_rate=TUNING_RATE,
+            seed=self.terms.seed,
+        )
+        with KeptInputs(memory_bytes=KEPT_BYTES) as kept:
+            tuned = tune(self.stream(), self.tokens, self.held_out, codes, options, kept=kept, resident=True)
+        return Quantized(codes=dict(tuned.weights), vectors=dict(tuned.vectors))
+
     @torch.no_grad()
     def codes(self, choices: Mapping[str, Choice | None], recipe: Recipe, gathered: Gathered) -> Codes:
         """Codes of every module by the recipe, sequentially: each site behind the quantized sites before it."""
@@ -233,14 +281,15 @@ class Workbench:
         ).weight
 
     def scores(
-        self, windows: Int[Tensor, "windows length"], codes: Weights, *, original: Workbench
+        self, windows: Int[Tensor, "windows length"], quantized: Quantized, *, original: Workbench
     ) -> dict[str, list[WindowScore]]:
         """Scores of the original ("reference") and of this model with these codes ("variant"), a window each."""
         stream = self.stream()
+        dense = dense_weights(stream, {}, quantized.vectors)
 
         def weights(block: int) -> dict[str, Tensor]:
-            specs = [spec for spec in stream.block_specs(block) if spec.name in codes]
-            return {spec.name: codes[spec.name].dequantize(stream.dtype) for spec in specs}
+            specs = [spec for spec in stream.block_specs(block) if spec.name in quantized.codes]
+            return dense[block] | {spec.name: quantized.codes[spec.name].dequantize(stream.dtype) for spec in specs}
 
         if original is self:
             return score_windows(stream, windows, {VARIANT: weights})
