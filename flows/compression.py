@@ -123,6 +123,8 @@ class Compression:
         run, config = self.run_state, self.config.run
         windows = calibration_windows(run, config, model=self.model, fingerprint=self.fingerprint)
         self.windows = windows
+        if self.config.plan.max_kl is not None and windows.held_out is None:  # now, not after the work
+            raise ConfigError("--max-kl is measured on held-out calibration windows and there are none: hold some out")
         self.measured: StoredWindows | None = None
         if self.config.evaluation.enabled:  # read now: a text that is too short must not show after the work
             self.measured = evaluation_windows(
@@ -142,14 +144,11 @@ class Compression:
         """With --max-kl: find the budget that keeps it.
 
         Raises:
-            ConfigError: no windows were held out to measure it on.
             BudgetError: no budget keeps it.
         """
         max_kl = self.config.plan.max_kl
-        if max_kl is None:
+        if max_kl is None or self.windows.held_out is None:
             return
-        if self.windows.held_out is None:
-            raise ConfigError("--max-kl is measured on held-out calibration windows and there are none: hold some out")
         search = Search(
             context=self.context,
             pool=pool,
@@ -199,6 +198,8 @@ class Compression:
             head=head,
             wanted=self.config.run.calibration.held_out != 0,
         )
+        if kept is uniform:  # what the refinement met is not of the codes that are written
+            degraded = count_degradations(rows)
         degraded["kept_uniform"] = int(kept is uniform)
         plan, codes, key = kept.plan, kept.codes, self._content_key(kept, head=head)
         quantized = {name: choice for name, choice in plan.choices.items() if choice is not None}

@@ -54,7 +54,10 @@ class Search:
 
         def quick(budgets: Sequence[float]) -> list[float]:
             label = f"search from {budgets[0]:.2f} to {budgets[-1]:.2f} bits"
-            return self._measured({f"{bits:.{DIGITS}f}": contender(bits) for bits in budgets}, label)
+            names = [f"{_rounded_up(bits):.{DIGITS}f}" for bits in budgets]  # budgets too close to tell apart are one
+            contenders = {name: contender(float(name)) for name in names}
+            found = dict(zip(contenders, self._measured(contenders, label), strict=True))
+            return [found[name] for name in names]
 
         def real(bits: float) -> float:
             plan = contender(bits).plan

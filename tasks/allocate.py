@@ -197,12 +197,15 @@ def within_bytes(
 
 def uniform_within(problem: Problem, source: ModelSource, *, total_bytes: int | None, format: str) -> Plan | None:
     """The widest uniform plan under the same budget; None where there is none (a keep rule, a target's limits)."""
-    plan = widest_uniform(problem)
-    if plan is None or total_bytes is None:
-        return plan
-    chosen = {name: choice for name, choice in plan.choices.items() if choice is not None}
-    size = planned_size(source, chosen, specs=problem.modules, format=CheckpointFormat(format))
-    return plan if size.total_bytes <= total_bytes else None
+    while (plan := widest_uniform(problem)) is not None:
+        chosen = {name: choice for name, choice in plan.choices.items() if choice is not None}
+        size = planned_size(source, chosen, specs=problem.modules, format=CheckpointFormat(format))
+        if total_bytes is None or size.total_bytes <= total_bytes:
+            return plan
+        if plan.storage_bits <= problem.minimum_bits:
+            return None
+        problem = replace(problem, capacity_bits=plan.storage_bits - 1)
+    return None
 
 
 def control(unlimited: Problem, *, at_bits: float) -> Plan:

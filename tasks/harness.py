@@ -77,7 +77,8 @@ def run_harness(
         measures = {m: compared(of_all, theirs[name][m]) for m, of_all in values.items()}
         if measures:
             questions = max(len(of_all) for of_all in values.values())
-            summaries[f"{PREFIX}{name}"] = TaskSummary(questions=questions, chance=None, measures=measures)
+            limit = "" if task.limit is None else f":{task.limit}"
+            summaries[f"{PREFIX}{name}{limit}"] = TaskSummary(questions=questions, chance=None, measures=measures)
     if not summaries:
         raise ConfigError(f"{task}: no measure with one number a question; give a task with acc or exact_match")
     return summaries

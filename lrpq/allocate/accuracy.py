@@ -29,6 +29,8 @@ FIRST_RATIO = 0.7
 """Refined over quick KL, before one is known (0.63 to 0.75 in docs/log.md)."""
 MAX_TRIES = 6
 """Refinements."""
+_SMALLEST = 1e-12
+"""KL below which logarithms say nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,11 @@ def smallest_budget(quick: Quick, real: Real | None, *, lowest: float, highest: 
     Raises:
         BudgetError: not even the highest budget keeps the limit; what it reaches is named.
     """
+    if highest <= lowest:  # one budget: keep rules, or one choice
+        kl = quick([lowest])[0] if real is None else real(lowest)
+        if kl > max_kl:
+            raise _impossible(max_kl, (lowest, kl))
+        return Found(bits=lowest, kl_nats=kl, tried=((lowest, kl),))
     budgets = [lowest + (highest - lowest) * i / (GRID - 1) for i in range(GRID)]
     curve = list(zip(budgets, quick(budgets), strict=True))
     if real is None:
@@ -72,7 +79,7 @@ def smallest_budget(quick: Quick, real: Real | None, *, lowest: float, highest: 
             raise _impossible(max_kl, tried[-1])
         else:
             too_small, step = bits, 2 * step  # a curve with bumps: never creep
-        ratio = kl / _interpolated(curve, bits)
+        ratio = max(kl, _SMALLEST) / _interpolated(curve, bits)
         if bits == lowest and good is not None:
             break
     if good is None:
@@ -112,11 +119,11 @@ def _interpolated(curve: Sequence[tuple[float, float]], bits: float) -> float:
         if bits <= high:
             share = (bits - low) / (high - low)
             return math.exp((1 - share) * _log(before) + share * _log(after))
-    return max(curve[-1][1], 1e-12)
+    return max(curve[-1][1], _SMALLEST)
 
 
 def _log(kl: float) -> float:
-    return math.log(max(kl, 1e-12))
+    return math.log(max(kl, _SMALLEST))
 
 
 def _impossible(max_kl: float, best: tuple[float, float]) -> BudgetError:

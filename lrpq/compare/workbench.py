@@ -6,7 +6,7 @@ weights, the streams' hidden states, and of every module its costs and token wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from lrpq.allocate.problem import CostRow
 from lrpq.compare.recipes import TUNINGS, Recipe, Rounding
 from lrpq.compare.terms import Terms
-from lrpq.errors import CalibrationError
+from lrpq.errors import CalibrationError, QuantizationError
 from lrpq.evaluate.divergence import VARIANT, WindowScore, score_other_model, score_windows
 from lrpq.importance.evidence import ModuleEvidence
 from lrpq.importance.gather import BlockEvidence, GatherSweep, ModuleSums, means
@@ -37,7 +37,7 @@ from lrpq.relevance.composite import Relevance
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import Shard
 from lrpq.shards import root, split
-from lrpq.tune.options import TuneOptions
+from lrpq.tune.options import Trained, TuneOptions
 from lrpq.tune.run import tune
 from lrpq.tune.weights import dense_weights
 
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 8 << 30
 """Host memory for kept block inputs before they spill to disk."""
-TUNING_EPOCHS = 1
+ATTENTION = "attention"
+TUNING_EPOCHS, TUNING_BATCH = 1, 4
 TUNING_RATE = 3e-3
 """Relative, of scales and gains: docs/log.md."""
 Codes = dict[str, QuantizedWeight]
@@ -105,7 +106,8 @@ class Workbench:
         candidates_by: str,
         keep_candidates: bool = False,
     ) -> Gathered:
-        """Evaluate measures and token weights in one walk back through the model, two if the text's labels are needed.
+        """Evaluate measures and token weights: one walk back through the model, and one more each for the text's own
+        labels and for attention weights.
 
         Args:
             measures: by name.
@@ -113,7 +115,8 @@ class Workbench:
             candidates_by: weighting whose Hessian the candidates are quantized by.
             keep_candidates: keep all candidates of all modules in host memory.
         """
-        wanted = {*weightings, candidates_by, *(m.weighting for m in measures.values() if m.weighting is not None)}
+        hessians_by = {candidates_by, *(m.weighting for m in measures.values() if m.weighting is not None)}
+        wanted = {*weightings, *hessians_by}
         text: dict[str, ModuleSums] = {}
         if any(measure.text_labels for measure in measures.values()):
             for evidence in self.walk_back(weightings=(), text_labels=True):
@@ -121,25 +124,33 @@ class Workbench:
         found = Gathered(token_weights={name: {} for name in wanted})
         passes = frozenset().union(*(measure.passes for measure in measures.values()))
         stream = self.stream()
-        for block, evidence in zip(
-            range(stream.num_blocks - 1, -1, -1),
-            self.walk_back(weightings=tuple(sorted(wanted)), extra_passes=passes),
-            strict=True,
-        ):
-            for name in wanted:
+        blocks = range(stream.num_blocks - 1, -1, -1)
+        # attention weights need another kernel, which must not move the rows of methods that do not ask for them
+        plain = tuple(sorted(wanted - {ATTENTION}))
+        walk = self.walk_back(weightings=plain, hessians_by=hessians_by, extra_passes=passes)
+        for block, evidence in zip(blocks, walk, strict=True):
+            for name in plain:
                 found.token_weights[name][block] = evidence.weights[name]
             for module in self._modules(stream, block, evidence, text, measures, candidates_by):
                 _evaluate(found, module, measures)
                 if keep_candidates:
                     found.candidates[module.spec.name] = [_on_host(q) for q in module.candidates]
+        if ATTENTION in wanted:
+            for block, evidence in zip(blocks, self.walk_back(weightings=(ATTENTION,)), strict=True):
+                found.token_weights[ATTENTION][block] = evidence.weights[ATTENTION]
         return found
 
     def walk_back(
-        self, *, weightings: Sequence[str], extra_passes: frozenset[Pass] = frozenset(), text_labels: bool = False
+        self,
+        *,
+        weightings: Sequence[str],
+        hessians_by: Collection[str] = (),
+        extra_passes: frozenset[Pass] = frozenset(),
+        text_labels: bool = False,
     ) -> Iterator[BlockEvidence]:
         """Evidence of the blocks, last block first."""
         terms = self.terms
-        stream = self.stream("eager" if "attention" in weightings else None)
+        stream = self.stream("eager" if ATTENTION in weightings else None)
         with KeptInputs(memory_bytes=KEPT_BYTES) as kept:
             sweep = GatherSweep(
                 stream,
@@ -152,6 +163,7 @@ class Workbench:
                 micro_batch=terms.micro_batch,
                 kept=kept,
                 weightings=weightings,
+                hessians_by=hessians_by,
                 extra_passes=extra_passes,
                 text_labels=text_labels,
             )
@@ -160,9 +172,7 @@ class Workbench:
                 sweep.forward(block, module)
             sweep.seed_gradients()
             for block, module in stream.stream(range(stream.num_blocks - 1, -1, -1)):
-                yield sweep.gather(
-                    block, module, with_gradient=text_labels, rounded=self._rounded if text_labels else None
-                )
+                yield sweep.gather(block, module, rounded=self._rounded if text_labels else None)
 
     def _rounded(self, spec: LinearSpec) -> list[QuantizedWeight]:
         W = self.source.read_rows(spec.stored).to(self.terms.device, torch.float32)
@@ -197,9 +207,9 @@ class Workbench:
                         rounded=self._rounded(spec) if with_rounded else (),
                         hessians=hessians,
                         curvature=curvature[spec.name],
-                        trace=sums.trace / evidence.num_tokens,
-                        relevance=sums.relevance / evidence.num_tokens,
-                        gradient=None if own is None or own.gradient is None else own.gradient / evidence.num_tokens,
+                        trace=float(sums.trace) / evidence.num_tokens,
+                        relevance=float(sums.relevance) / evidence.num_tokens,
+                        gradient_change=None if own is None else own.gradient_change,
                         output_error=None
                         if own is None or own.output_error is None
                         else (own.output_error / evidence.num_tokens).tolist(),
@@ -208,23 +218,35 @@ class Workbench:
                 )
         return found
 
-    def quantized(self, choices: Mapping[str, Choice | None], recipe: Recipe, gathered: Gathered) -> Quantized:
-        """Codes by the recipe, tuned where it says so.
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe that this model or these windows do not allow, before any work.
 
         Raises:
             CalibrationError: something is to be tuned and no windows are held out to choose by.
+            QuantizationError: gains are to be tuned in a model that has biases too, which cannot be evaluated.
         """
+        if recipe.tuning == "none":
+            return
+        if self.held_out is None or not len(self.held_out):
+            raise CalibrationError("tuning is chosen on held-out windows of the calibration text, and there are none")
+        stream = self.stream()
+        biases = [name for name, _ in stream.model.named_parameters() if name.endswith("bias")]
+        if biases and Trained.VECTORS in TUNINGS[recipe.tuning]:
+            raise QuantizationError(
+                f"{biases[0]}: tuning of gains also tunes biases, which cannot be evaluated; compare tuned:scales"
+            )
+
+    def quantized(self, choices: Mapping[str, Choice | None], recipe: Recipe, gathered: Gathered) -> Quantized:
+        """Codes by the recipe, tuned where it says so (``check`` has been asked). Tuning holds the whole model."""
         codes = self.codes(choices, recipe, gathered)
         if recipe.tuning == "none":
             return Quantized(codes=codes, vectors={})
-        if self.held_out is None or not len(self.held_out):
-            raise CalibrationError("tuning is chosen on held-out windows of the calibration text, and there are none")
-        size = self.terms.micro_batch
+        assert self.held_out is not None
         options = TuneOptions(
             trained=TUNINGS[recipe.tuning],
             epochs=TUNING_EPOCHS,
-            batch=size,
-            micro_batch=size,
+            batch=TUNING_BATCH,
+            micro_batch=TUNING_BATCH,
             scale_rate=TUNING_RATE,
             vector_rate=TUNING_RATE,
             seed=self.terms.seed,
@@ -252,8 +274,9 @@ class Workbench:
                 for spec in specs:
                     choice = choices[spec.name]
                     if choice is not None:
-                        found[spec.name] = self._quantize(stream.weight(spec), products, choice, recipe, spec.name)
-                before |= {s.name: found[s.name].dequantize(stream.dtype) for s in specs if s.name in found}
+                        weight = self._quantize(stream.weight(spec), products, choice, recipe, spec.name)
+                        before[spec.name] = weight.dequantize(stream.dtype)
+                        found[spec.name] = _on_host(weight)
             sweep.advance(block, module, before)
         return found
 

@@ -110,7 +110,8 @@ def score_other_model(
     original = final_states(stream, batches, {ORIGINAL: None})[ORIGINAL]
     changed = final_states(other, batches, {VARIANT: weights})[VARIANT]
     scores: dict[str, list[WindowScore]] = {ORIGINAL: [], VARIANT: []}
-    with stream.head() as (norm, head), other.head() as (other_norm, other_head):
+    head_weights = {module: W.to(other.device) for module, W in weights(other.num_blocks).items()}
+    with stream.head() as (norm, head), other.head() as (other_norm, other_head), other.swapped_head(head_weights):
         for position, batch in enumerate(batches):
             for row, tokens in enumerate(batch.to(stream.device)):
                 p = _log_probabilities(norm, head, original[position][row])

@@ -35,10 +35,10 @@ class ModuleEvidence:
     squared."""
     relevance: float
     """mean_t sum_j |y_tj g_tj| of the LRP pass, nats; 0 where no such pass ran."""
-    gradient: Float[Tensor, "d_out d_in"] | None = None
-    """mean_t g_t x_t^T with the text's own tokens as labels, nats per unit of weight."""
+    gradient_change: Sequence[float] | None = None
+    """sum |G o dW| of each of ``rounded``, G = mean_t g_t x_t^T with the text's own tokens as labels; nats."""
     output_error: Sequence[float] | None = None
-    """mean_t sum_j g_tj^2 (dy_tj)^2 of each of ``rounded``, labels as for ``gradient``, nats."""
+    """mean_t sum_j g_tj^2 (dy_tj)^2 of each of ``rounded``, labels as before; nats."""
     block_cosine: float = 0.0
     """mean_t cos(block input, block output) of the module's block."""
 

@@ -40,12 +40,14 @@ class ModuleSums:
 
     squares: dict[Pass, Float[Tensor, " d_out"]]
     """sum_t g_tj^2 (float64); zero where a pass holds the layer constant (q, k and gate under CP-LRP)."""
-    trace: float = 0.0
-    """sum_t |g_t|^2 |x_t|^2, Fisher pass."""
-    relevance: float = 0.0
-    """sum_t sum_j |y_tj g_tj|, LRP pass."""
+    trace: Tensor
+    """sum_t |g_t|^2 |x_t|^2, Fisher pass (float64)."""
+    relevance: Tensor
+    """sum_t sum_j |y_tj g_tj|, LRP pass (float64)."""
     gradient: Float[Tensor, "d_out d_in"] | None = None
-    """sum_t g_t x_t^T, Fisher pass."""
+    """sum_t g_t x_t^T, Fisher pass; only while its block is walked back."""
+    gradient_change: list[float] | None = None
+    """sum |G o dW| for each way of rounding, G the gradient's mean over tokens."""
     output_error: Tensor | None = None
     """sum_t sum_j g_tj^2 dy_tj^2 for each way of rounding (float64)."""
 
@@ -56,7 +58,7 @@ class BlockEvidence:
 
     modules: dict[str, ModuleSums]
     hessians: dict[str, dict[str, HessianSum]]
-    """Weighting -> site -> sums."""
+    """Weighting -> site -> sums; of the weightings that were asked for."""
     weights: dict[str, dict[str, Float[Tensor, " tokens"]]]
     """Weighting -> site -> s of all tokens, on the host."""
     num_tokens: int
@@ -68,7 +70,8 @@ class GatherSweep(ProfileSweep):
     """The profile's sweep with more to see in its backward half; one shard.
 
     Args:
-        weightings: token weightings whose Hessians are summed; names of WEIGHTINGS.
+        weightings: token weightings to find; names of WEIGHTINGS.
+        hessians_by: those of them whose Hessians are summed.
         extra_passes: backward passes besides those that the weightings need.
         text_labels: explain the text's own tokens instead of sampled labels.
         **profile: as for ProfileSweep.
@@ -81,6 +84,7 @@ class GatherSweep(ProfileSweep):
         self,
         *arguments: Any,
         weightings: Sequence[str],
+        hessians_by: Collection[str] = (),
         extra_passes: Collection[Pass] = (),
         text_labels: bool = False,
         **profile: Any,
@@ -89,6 +93,7 @@ class GatherSweep(ProfileSweep):
         if any(spec.routed for spec in self.stream.specs):
             raise ModelError("measures of importance are gathered for dense models only; this one has experts")
         self.weightings = tuple(weightings)
+        self.hessians_by = frozenset(hessians_by)
         self.text_labels = text_labels
         wanted = {Pass.FISHER, *extra_passes}
         for name in self.weightings:
@@ -103,16 +108,13 @@ class GatherSweep(ProfileSweep):
         following[:, :-1] = tokens[:, 1:]
         return {"labels": following}
 
-    def gather(
-        self, block: int, module: nn.Module, *, with_gradient: bool = False, rounded: Rounded | None = None
-    ) -> BlockEvidence:
+    def gather(self, block: int, module: nn.Module, *, rounded: Rounded | None = None) -> BlockEvidence:
         """Walk one block back; last block first.
 
         Args:
             block: its index.
             module: the block with its weights.
-            with_gradient: also sum the gradient of every weight matrix.
-            rounded: also sum the output errors of these quantized weights of every layer.
+            rounded: ways of rounding every layer, whose gradient changes and output errors are then found too.
         """
         stream, (shard,) = self.stream, self.shards
         sites = {
@@ -124,7 +126,7 @@ class GatherSweep(ProfileSweep):
             modules={spec.name: self._empty(spec) for spec in specs},
             hessians={
                 name: {site: empty_hessian(m[0].d_in, stream.device) for site, m in stream.sites(block).items()}
-                for name in self.weightings
+                for name in self.hessians_by
             },
             weights={name: {} for name in self.weightings},
             num_tokens=shard.tokens.numel(),
@@ -133,7 +135,7 @@ class GatherSweep(ProfileSweep):
         changes = {} if rounded is None else {s.name: _changes(stream.weight(s), rounded(s)) for s in specs}
 
         def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:
-            _add(found.modules[name], running, x, y, widen(g), changes.get(name), with_gradient)
+            _add(found.modules[name], running, x, y, widen(g), changes.get(name))
 
         pieces: dict[tuple[str, str], list[Tensor]] = {}
         for position in range(len(shard.tokens.split(self.micro_batch))):
@@ -157,17 +159,24 @@ class GatherSweep(ProfileSweep):
                 )
                 for name in self.weightings:
                     s = WEIGHTINGS[name](tokens)
-                    found.hessians[name][site] = accumulate(found.hessians[name][site], x, s)
+                    if name in self.hessians_by:
+                        found.hessians[name][site] = accumulate(found.hessians[name][site], x, s)
                     pieces.setdefault((name, site), []).append(s.float().cpu())
         for (name, site), parts in pieces.items():
             found.weights[name][site] = torch.cat(parts)
+        for name, dW in changes.items():
+            _finish_gradient(found.modules[name], dW, found.num_tokens)
         found.cosine /= found.num_tokens
         release_freed_memory()
         return found
 
     def _empty(self, spec: LinearSpec) -> ModuleSums:
-        zeros = {p: torch.zeros(spec.d_out, dtype=torch.float64, device=self.stream.device) for p in self.passes}
-        return ModuleSums(squares=zeros)
+        device = self.stream.device
+        return ModuleSums(
+            squares={p: torch.zeros(spec.d_out, dtype=torch.float64, device=device) for p in self.passes},
+            trace=torch.zeros((), dtype=torch.float64, device=device),
+            relevance=torch.zeros((), dtype=torch.float64, device=device),
+        )
 
 
 def _add(
@@ -177,23 +186,31 @@ def _add(
     y: Tensor,
     g: Float[Tensor, "tokens d_out"],
     changes: Float[Tensor, "choices d_out d_in"] | None,
-    with_gradient: bool,
 ) -> None:
     squares = g.square()
     total = squares.sum(0, dtype=torch.float64)
     sums.squares[running] += total
     if running is Pass.LRP:
-        sums.relevance += float((widen(y) * g).abs().sum(dtype=torch.float64))
+        sums.relevance += (widen(y) * g).abs().sum(dtype=torch.float64)
     if running is not Pass.FISHER:
         return
     x = widen(x)
-    sums.trace += float((squares.sum(1).double() * x.square().sum(1).double()).sum())
-    if with_gradient:
+    sums.trace += (squares.sum(1).double() * x.square().sum(1).double()).sum()
+    if changes is not None:
         gradient = g.T @ x
         sums.gradient = gradient if sums.gradient is None else sums.gradient.add_(gradient)
-    if changes is not None:
         error = torch.stack([((x @ dW.T).square() * squares).sum(dtype=torch.float64) for dW in changes])
         sums.output_error = error if sums.output_error is None else sums.output_error + error
+
+
+def _finish_gradient(sums: ModuleSums, changes: Float[Tensor, "choices d_out d_in"], num_tokens: int) -> None:
+    """From the gradient of the weights to what is wanted of it: a model's gradients are as large as the model."""
+    if sums.gradient is None:
+        sums.gradient_change = [0.0] * len(changes)
+        return
+    mean = sums.gradient / num_tokens
+    sums.gradient_change = [float((mean * dW).abs().sum(dtype=torch.float64)) for dW in changes]
+    sums.gradient = None
 
 
 def _changes(W: Tensor, rounded: Sequence[QuantizedWeight]) -> Float[Tensor, "choices d_out d_in"]:

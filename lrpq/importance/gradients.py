@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from lrpq.errors import QuantizationError
 from lrpq.importance.evidence import ModuleEvidence
 
@@ -13,13 +11,9 @@ def gradient_times_change(evidence: ModuleEvidence) -> list[float]:
 
     The gradient is the mean over tokens for the text's own labels: with sampled labels its expectation is zero.
     """
-    if evidence.gradient is None:
+    if evidence.gradient_change is None:
         raise QuantizationError(f"{evidence.spec.name}: no gradient of its weights was gathered")
-    found = []
-    for q in evidence.rounded:
-        change = evidence.W - q.dequantize(evidence.W.dtype)
-        found.append(float((evidence.gradient * change).abs().sum(dtype=torch.float64)))
-    return found
+    return list(evidence.gradient_change)
 
 
 def gradient_times_output_error(evidence: ModuleEvidence) -> list[float]:

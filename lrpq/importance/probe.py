@@ -65,5 +65,5 @@ def measure_kl(
                     q = log_probabilities(states[position][row])
                     if not bool(torch.isfinite(q).all()):
                         raise QuantizationError(f"variant {name}: its logits are not finite")
-                    found[name].append(float((p.exp() * (p - q)).sum(-1).mean()))
+                    found[name].append(max(0.0, float((p.exp() * (p - q)).sum(-1).mean())))  # fp32 rounds below zero
     return found

@@ -45,8 +45,9 @@ def none(tokens: SiteTokens) -> Tensor:
 
 
 def inverse_norm(tokens: SiteTokens) -> Tensor:
-    """1 / |x_t|^2: every token has one vote whatever its size. Needs no gradient: what gradients have to beat."""
-    s: Tensor = 1.0 / tokens.x.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    """1 / |x_t|^2: a token has one vote whatever its size; one of zeros has none. What gradients have to beat."""
+    squares = tokens.x.float().square().sum(-1)
+    s: Tensor = torch.where(squares > 0, 1.0 / squares.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
     return s
 
 

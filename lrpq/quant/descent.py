@@ -163,8 +163,10 @@ def _descend(
     codes = state.codes.clone()
     moving = torch.ones(codes.shape[1], dtype=torch.bool, device=codes.device)
     active = moving.nonzero().squeeze(1)
+    # bands[i - 1][k] = H[k, k + i]: taken from the device once, not a few numbers at a time
+    bands = [H.diagonal(i).tolist() for i in range(1, min(_LEAF_COLUMNS, len(H)))]
     for _ in range(sweeps):
-        moved = _sweep(state, H, inverse, run, block=block)
+        moved = _sweep(state, H, inverse, bands, run, block=block)
         moving[active] = moved
         if not bool(moved.any()):
             break
@@ -175,7 +177,9 @@ def _descend(
     return codes, moving
 
 
-def _sweep(state: _State, H: Tensor, inverse: Sequence[Tensor], run: int, *, block: int) -> Tensor:
+def _sweep(
+    state: _State, H: Tensor, inverse: Sequence[Tensor], bands: Sequence[Sequence[float]], run: int, *, block: int
+) -> Tensor:
     """Visit every column once, from left to right; changes ``state``. Returns which rows moved."""
     d_in, stacked = state.D.shape
     bottom, top = state.ranges.unbind(0)
@@ -199,14 +203,13 @@ def _sweep(state: _State, H: Tensor, inverse: Sequence[Tensor], run: int, *, blo
             last = min(first + _LEAF_COLUMNS, size)
             if first:
                 G[first:last].addmm_(own[first:last, :first], change[:first], alpha=-1.0)
-            couplings = own[first:last, first:last].tolist()
             for k in range(first, last):
                 torch.mul(g[k], f[k], out=n[k]).round_()
                 torch.clamp(n[k], low[k], high[k], out=n[k])
                 torch.mul(n[k], s[(start + k) // run], out=d[k])
                 for later in range(k + 1, last):
-                    g[later].sub_(d[k], alpha=couplings[k - first][later - first])
+                    g[later].sub_(d[k], alpha=bands[later - k - 1][start + k])
         state.D[start:stop] -= change[:size]
-        state.codes[start:stop] += steps[:size].to(torch.int8)
+        state.codes[start:stop] = (state.codes[start:stop] + steps[:size]).to(torch.int8)
         moved |= steps[:size].any(0)
     return moved

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,7 +98,7 @@ def search_awq(
     found: list[SiteSearch] = []
     scales: list[PairScale] = []
     skipped: list[SkippedPair] = []
-    for block, sums in site_sums(stream, windows, empty=_empty, add=_add, merge=_merge):
+    for block, sums in site_sums(stream, windows, empty=partial(_empty, stream.device), add=_add, merge=_merge):
         pairs, left_out = smoothable_pairs(stream, block)
         skipped += left_out
         for pair in pairs:
@@ -106,9 +107,9 @@ def search_awq(
                 reason = "all its inputs are zero on the calibration tokens"
                 skipped.append(SkippedPair(block=block, site=pair.site, reason=reason))
                 continue
-            H = normalized(inputs.squares, name=pair.layers[0].name)
+            H = normalized(inputs.squares, name=pair.layers[0].name).to(stream.device)
             mean_abs = inputs.absolute / inputs.squares.num_tokens
-            weights = [stream.weight(layer).cpu() for layer in pair.layers]
+            weights = [stream.weight(layer) for layer in pair.layers]
             best, searched = search_pair(pair, weights, mean_abs, H, choice, alphas=alphas, grid=grid)
             found.append(searched)
             if best is not None:
@@ -148,7 +149,7 @@ def search_pair(
             factor = columns.to(W)
             rounded = round_to_nearest(W * factor, choice, grid=grid, name=name).dequantize(W.dtype) / factor
             dW = rounded - W
-            total += float(((dW @ H.to(W)) * dW).sum(dtype=torch.float64))
+            total += float(((dW @ H) * dW).sum(dtype=torch.float64))
         return total
 
     plain = error(torch.ones_like(mean_abs))
@@ -170,14 +171,14 @@ def awq_factor(mean_abs: Float[Tensor, "channels=factors"], alpha: float) -> Flo
     return factor / (factor.max() * factor.min()).sqrt()
 
 
-def _empty(d_in: int) -> InputSum:
-    return InputSum(absolute=torch.zeros(d_in, dtype=torch.float64), squares=empty_hessian(d_in))
+def _empty(device: torch.device, d_in: int) -> InputSum:
+    return InputSum(absolute=torch.zeros(d_in, dtype=torch.float64), squares=empty_hessian(d_in, device))
 
 
 def _add(sums: InputSum, X: Float[Tensor, "tokens d_in"]) -> InputSum:
     return InputSum(
         absolute=sums.absolute + X.abs().sum(0, dtype=torch.float64).cpu(),
-        squares=accumulate(sums.squares, X.cpu(), torch.ones(len(X))),
+        squares=accumulate(sums.squares, X, torch.ones(len(X), device=X.device)),
     )
 
 
