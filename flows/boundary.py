@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flows import ctrl_c
 from flows.config import cache_folder
-from lrpq.errors import LrpqError
+from lrpq.errors import ConfigError, LrpqError
 
 EXIT_UNEXPECTED = 1
 EXIT_USER = 2
@@ -135,6 +135,20 @@ def redacted(text: str, environment: Mapping[str, str] = os.environ) -> str:
         if len(value) >= _MIN_SECRET and _SECRET_NAME.search(name):
             text = text.replace(value, "***")
     return _SECRET_PARAMETER.sub(r"\1=***", _CREDENTIALS_IN_URL.sub("***@", text))
+
+
+def refuse_secrets(*sources: str | None) -> None:
+    """Refuse credentials in a text's URL: what was asked for is stored, shown and shipped with the result.
+
+    Raises:
+        ConfigError: a source holds a user, a password, a token or a signature.
+    """
+    for source in sources:
+        if source is not None and redacted(source, {}) != source:
+            raise ConfigError(
+                f"source {redacted(source, {})!r}: its URL holds a secret, which would be stored with the run; "
+                "fetch the text to a file, or give credentials through the environment"
+            )
 
 
 def _how_to_continue(error: Interrupted, argv: Sequence[str]) -> str:

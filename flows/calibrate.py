@@ -120,7 +120,7 @@ def _windows(
     folder = run.folder(
         STAGE,
         inputs={"model": fingerprint},
-        parameters={**asked, "num_windows": num_windows, "held_out": held_out, "text": _text_digest(asked["source"])},
+        parameters={**asked, "num_windows": num_windows, "held_out": held_out, "text": text_digest(asked["source"])},
         code=["tasks.calibration.load", "tasks.calibration.held_out"],
     )
     key, held_out_key = folder.object("windows.parquet"), folder.object("held-out.parquet")
@@ -210,7 +210,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"model {model}: its tokenizer cannot be loaded ({reason})") from error
 
 
-def _text_digest(source: str) -> str:
+def text_digest(source: str) -> str:
     """Identity of a local text, so that an edited file is read again; empty for the hub and URLs (unchanging)."""
     parsed = parse_source(source)
     digest = hashlib.sha256()

@@ -7,14 +7,16 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from flows.calibrate import load_for
+from flows import ctrl_c
+from flows.boundary import refuse_secrets
+from flows.calibrate import load_for, text_digest
 from flows.compression import resolve_dtype
 from flows.config import (
     BIT_WIDTHS,
@@ -25,12 +27,14 @@ from flows.config import (
     Flag,
     RunConfig,
     Section,
+    chosen,
     evaluation_source,
 )
+from flows.manifest_file import write_manifest_file
 from flows.progress import Progress
 from lrpq import __version__
 from lrpq.allocate.budget import BudgetBits
-from lrpq.compare.methods import METHODS, methods_named
+from lrpq.compare.methods import DEFAULT_METHODS, METHODS, methods_named
 from lrpq.compare.run import Comparison, Row
 from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Workbench
@@ -39,12 +43,32 @@ from lrpq.evaluate.divergence import summarize
 from lrpq.model.safetensors_source import resolve_model
 from lrpq.model.source import open_source
 from tasks.calibration.held_out import default_held_out, split_held_out
+from tasks.calibration.overlap import overlap_warning
 from tasks.cluster import resolve_device
 from tasks.model_identity import model_fingerprint
 from tasks.store.documents import parse_object
+from tasks.store.keys import code_digest
 from tasks.streams import DTYPES
 
 FILE = "compare.json"
+TERMS = {
+    "fingerprint": "another model",
+    "dtype": "another dtype",
+    "device": "another device",
+    "settings": "other settings",
+    "texts": "other texts",
+    "code": "another version of the code",
+}
+"""What two rows must share, and how it is called."""
+ROW: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("method", "source"), (str,)),
+    **dict.fromkeys(("seed", "peak_bytes", "checkpoint_bytes"), (int,)),
+    **dict.fromkeys(("budget_bits", "all_in_bits", "predicted_nats", "perplexity", "kl_nats", "top1"), (float, int)),
+    "kl_standard_error": (float, int, type(None)),
+    "kl_windows": (list,),
+    **dict.fromkeys(("seconds", "evidence_seconds"), (float, int)),
+}
+"""Fields of a row that is kept."""
 REFERENCE_METHOD = "lrpq"
 """Differences are paired with this method's."""
 
@@ -54,12 +78,7 @@ class CompareConfig(Section):
 
     model: Annotated[str, Field(min_length=1), Flag("MODEL")]
     """Hub id, or folder of safetensors."""
-    methods: Annotated[tuple[str, ...], Field(min_length=1, strict=False), Flag("--methods")] = (
-        "lrpq",
-        "control",
-        "gptq-in-order",
-        "nearest",
-    )
+    methods: Annotated[tuple[str, ...], Field(min_length=1, strict=False), Flag("--methods")] = DEFAULT_METHODS
     """Methods, with commas between them; ``weights:*`` stands for all that begin so."""
     budgets: Annotated[tuple[float, ...], Field(min_length=1, strict=False), Flag("--budgets")] = (3.25, 4.25)
     """All-in bits per quantized weight, with commas between them."""
@@ -87,24 +106,17 @@ class CompareConfig(Section):
     @field_validator("bits")
     @classmethod
     def _bits(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return _among(value, BIT_WIDTHS)
+        return chosen(value, BIT_WIDTHS)
 
     @field_validator("group_sizes")
     @classmethod
     def _group_sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return _among(value, GROUP_SIZES)
+        return chosen(value, GROUP_SIZES)
 
     def settings(self) -> dict[str, Any]:
         """What two rows must share to be compared; methods, budgets and seeds may be added later."""
         whole: dict[str, Any] = json.loads(self.model_dump_json(exclude={"methods", "budgets", "seeds", "model"}))
         return whole
-
-
-def _among(value: tuple[int, ...], known: tuple[int, ...]) -> tuple[int, ...]:
-    for item in value:
-        if item not in known:
-            raise ValueError(f"{item} is not one of {', '.join(map(str, known))}")
-    return tuple(item for item in known if item in value)
 
 
 def listed() -> list[dict[str, str]]:
@@ -126,6 +138,11 @@ class ComparisonRun:
         self.device = resolve_device(device)
         self.model = resolve_model(config.model)
         self.source = open_source(self.model)
+        asked, measured = config.calibration, config.evaluation
+        self.text = evaluation_source(measured, calibration=asked.source)
+        if self.text is None:
+            raise ConfigError("a comparison needs a text to measure on; give --evaluation")
+        refuse_secrets(asked.source, self.text)
         self.dtype = resolve_dtype(RunConfig(model=config.model), self.source)
         self.document: dict[str, Any] = {
             "lrpq": __version__,
@@ -134,20 +151,34 @@ class ComparisonRun:
             "dtype": self.dtype,
             "device": self.device,
             "settings": config.settings(),
+            "texts": [text_digest(asked.source), text_digest(self.text)],
+            "code": code_digest("lrpq.compare.run", "tasks.calibration.load"),
             "rows": [],
         }
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output {output}: cannot be made ({error.strerror}); give another folder") from error
+        if not os.access(output, os.W_OK | os.X_OK):
+            raise ConfigError(f"output {output}: cannot be written; give another folder")
         kept = None if overwrite else _read(output / FILE)
         if kept is not None:
             self._continue(kept)
 
     def _continue(self, kept: dict[str, Any]) -> None:
-        for key in ("fingerprint", "dtype", "settings"):
+        for key, name in TERMS.items():
             if kept.get(key) != self.document[key]:
                 raise ConfigError(
-                    f"{self.output / FILE}: a comparison with another {key}; its rows do not compare with these: give "
-                    "another --output, or --overwrite"
+                    f"{self.output / FILE}: a comparison with {name}; its rows do not compare with these: give another "
+                    "--output, or --overwrite"
                 )
-        self.document["rows"] = list(kept.get("rows", ()))
+        rows = kept.get("rows")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() == ROW.keys() for row in rows):
+            raise ConfigError(f"{self.output / FILE}: its rows are damaged; give another --output, or --overwrite")
+        if not all(isinstance(row[key], kind) for row in rows for key, kind in ROW.items()):
+            raise ConfigError(f"{self.output / FILE}: its rows are damaged; give another --output, or --overwrite")
+        self.document["rows"] = rows
+        self.document["original"] = kept.get("original")
 
     def run(self) -> dict[str, Any]:
         """Measure what is missing; the whole document, which also lies in the output folder."""
@@ -166,6 +197,7 @@ class ComparisonRun:
         self.progress.stage(label, len(missing), "row")
         comparison = self._comparison(missing, seed)
         for row in comparison.rows():
+            ctrl_c.raise_if_asked()
             self.document["rows"].append(_plain(row, seed=seed))
             self.document["original"] = asdict(summarize(list(comparison.original)))
             self._write()
@@ -186,17 +218,24 @@ class ComparisonRun:
         )
         calibration, rest = split_held_out(drawn, num_windows=asked.num_windows)
         tokens = calibration.tokens
-        source = evaluation_source(measured, calibration=asked.source)
-        if source is None:
-            raise ConfigError("a comparison needs a text to measure on; give --evaluation")
-        windows = load_for(
+        assert self.text is not None
+        scored = load_for(
             self.model,
-            source=source,
+            source=self.text,
             num_windows=measured.num_windows,
             length=measured.length,
             seed=0,
             placement="spread",
-        ).tokens
+        )
+        for found in (calibration, scored):
+            if found.missing_windows:
+                self.progress.note(
+                    f"{found.source}: the text holds {found.num_windows} windows of {found.length} tokens, "
+                    f"{found.asked_windows} were asked for"
+                )
+        if (warning := overlap_warning(calibration, scored)) is not None:
+            self.progress.note(warning)
+        self.document["windows"] = {"calibration": len(tokens), "held_out": len(rest), "evaluation": len(scored.tokens)}
         terms = Terms(
             bits=self.config.bits,
             group_sizes=self.config.group_sizes,
@@ -204,17 +243,14 @@ class ComparisonRun:
             dtype=DTYPES[self.dtype],
             device=self.device,
             shards=min(8, len(tokens)),
-            micro_batch=16 if self.device == "cuda" else 4,
         )
         bench = Workbench(self.source, tokens, terms, held_out=rest)
-        return Comparison(bench, METHODS, missing, windows)
+        comparison = Comparison(bench, METHODS, missing, scored.tokens)
+        comparison.check()
+        return comparison
 
     def _write(self) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        path = self.output / FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_manifest_file(self.output / FILE, self.document)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -244,13 +280,15 @@ def _plain(row: Row, *, seed: int) -> dict[str, Any]:
         "seconds": row.seconds,
         "evidence_seconds": row.evidence_seconds,
         "peak_bytes": row.peak_bytes,
+        "checkpoint_bytes": row.checkpoint_bytes,
     }
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each method and budget: means over seeds, and the KL's difference to lrpq's, paired by window.
 
-    The standard error is over windows and seeds together, windows being the larger source of noise.
+    All seeds are scored on the same windows, so a window's values are averaged over seeds before the standard error is
+    taken over windows.
     """
     return list(_summaries(rows))
 
@@ -260,13 +298,10 @@ def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     ours = {(row["budget_bits"], row["seed"]): row["kl_windows"] for row in rows if row["method"] == REFERENCE_METHOD}
     for budget, method in sorted(keys, key=lambda key: (key[0], list(keys).index(key))):
         found = [row for row in rows if (row["budget_bits"], row["method"]) == (budget, method)]
-        kl = [value for row in found for value in row["kl_windows"]]
-        paired = [
-            a - b
-            for row in found
-            if (budget, row["seed"]) in ours
-            for a, b in zip(row["kl_windows"], ours[budget, row["seed"]], strict=True)
-        ]
+        kl = _by_window([row["kl_windows"] for row in found])
+        both = [row for row in found if (budget, row["seed"]) in ours]
+        theirs = _by_window([ours[budget, row["seed"]] for row in both])
+        paired = [a - b for a, b in zip(_by_window([row["kl_windows"] for row in both]), theirs, strict=True)]
         yield {
             "budget_bits": budget,
             "method": method,
@@ -280,7 +315,12 @@ def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             "predicted_nats": statistics.fmean(row["predicted_nats"] for row in found),
             "seconds": statistics.fmean(row["seconds"] for row in found),
             "peak_mb": max(row["peak_bytes"] for row in found) / 1e6,
+            "checkpoint_mb": max(row["checkpoint_bytes"] for row in found) / 1e6,
         }
+
+
+def _by_window(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(values) for values in zip(*rows, strict=True)]
 
 
 def _error(values: Sequence[float]) -> float | None:

@@ -13,7 +13,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="on equal terms: same model, tokens, grid, activation order")
     for name in ("budget", "method"):
         table.add_column(name)
-    for name in ("all-in bits", "KL, nats a token", "against lrpq", "perplexity", "seconds", "peak MB", "seeds"):
+    for name in ("all-in bits", "MB", "KL, nats a token", "against lrpq", "perplexity", "seconds", "peak MB", "seeds"):
         table.add_column(name, justify="right")
     best = {b: min(r["kl_nats"] for r in rows if r["budget_bits"] == b) for b in {r["budget_bits"] for r in rows}}
     last = None
@@ -25,6 +25,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['budget_bits']:g}",
             row["method"],
             f"{row['all_in_bits']:.3f}",
+            f"{row['checkpoint_mb']:.1f}",
             _with_error(row["kl_nats"], row["kl_standard_error"]),
             ""
             if row["against_lrpq"] is None

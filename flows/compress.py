@@ -13,14 +13,13 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from flows.boundary import redacted
+from flows.boundary import refuse_secrets
 from flows.calibrate import evaluation_only_windows
 from flows.compression import Compression, resolve_dtype
 from flows.config import ClusterConfig, CompressConfig, EvaluationConfig, PlanConfig, RunConfig, default_store
 from flows.prefect_server import prefect_api
 from flows.progress import Progress
 from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
-from lrpq.errors import ConfigError
 from lrpq.model.safetensors_source import resolve_model
 from lrpq.model.source import open_source
 from tasks import evaluate
@@ -45,7 +44,7 @@ def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | Non
     Raises:
         LrpqError: anything the user can act upon.
     """
-    refuse_secrets(config)
+    refuse_secrets(config.run.calibration.source, config.evaluation.source)
     with prefect_api():
         token = _asked.set((config, progress, pool))
         try:
@@ -53,20 +52,6 @@ def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | Non
         finally:
             _asked.reset(token)
     return manifest
-
-
-def refuse_secrets(config: CompressConfig) -> None:
-    """Refuse credentials in a text's URL: the configuration is stored, shown and shipped with the checkpoint.
-
-    Raises:
-        ConfigError: a source holds a user, a password, a token or a signature.
-    """
-    for source in (config.run.calibration.source, config.evaluation.source):
-        if source is not None and redacted(source, {}) != source:
-            raise ConfigError(
-                f"source {redacted(source, {})!r}: its URL holds a secret, which would be stored with the run; "
-                "fetch the text to a file, or give credentials through the environment"
-            )
 
 
 @flow(name="compress", validate_parameters=False, retries=0, persist_result=False)

@@ -64,7 +64,7 @@ class Section(BaseModel):
     )
 
 
-def _chosen(value: tuple[int, ...], known: tuple[int, ...]) -> tuple[int, ...]:
+def chosen(value: tuple[int, ...], known: tuple[int, ...]) -> tuple[int, ...]:
     """Known values, each once, in one order: how they were written must not make another run."""
     for item in value:
         if item not in known:
@@ -117,17 +117,17 @@ class CandidateConfig(Section):
     @field_validator("bits")
     @classmethod
     def _known_bits(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return _chosen(value, BIT_WIDTHS)
+        return chosen(value, BIT_WIDTHS)
 
     @field_validator("quantize_head", "quantize_embeddings")
     @classmethod
     def _known_width(cls, value: int | None) -> int | None:
-        return value if value is None else _chosen((value,), BIT_WIDTHS)[0]
+        return value if value is None else chosen((value,), BIT_WIDTHS)[0]
 
     @field_validator("group_sizes")
     @classmethod
     def _known_group_sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        return _chosen(value, GROUP_SIZES)
+        return chosen(value, GROUP_SIZES)
 
     def smallest_bits(self) -> float:
         """All-in bits per weight of the smallest choice, where its group size divides the row, or of the head's."""

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("budget_bits", "method", "seeds", "all_in_bits", "kl_nats", "kl_standard_error", "perplexity")
+COLUMNS = (
+    *("budget_bits", "method", "seeds", "all_in_bits", "checkpoint_mb"),
+    *("kl_nats", "kl_standard_error", "perplexity"),
+)
 DRAWN = ("lrpq", "control")
 """Drawn with lines; the others are marks."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from lrpq.allocate.baselines import nearest_uniform, two_level
@@ -24,7 +24,7 @@ def by_ranking(rows: Sequence[CostRow], scores: Mapping[str, float], *, budget_b
 
     The published rankings choose between two widths. At a budget of n bits and scales these are n - 1 and n + 1.
     """
-    low, high = levels(rows, budget_bits=budget_bits)
+    low, high = levels({row.choice for row in rows if row.choice is not None}, budget_bits=budget_bits)
     return two_level(build_problem(rows, budget=BudgetBits(bits=budget_bits)), scores, low=low, high=high)
 
 
@@ -34,13 +34,13 @@ def uniform(rows: Sequence[CostRow], *, budget_bits: float) -> Plan:
     return nearest_uniform(build_problem(rows, budget=BudgetBits(bits=smallest)), at_bits=budget_bits)
 
 
-def levels(rows: Sequence[CostRow], *, budget_bits: float) -> tuple[Choice, Choice]:
+def levels(available: Collection[Choice], *, budget_bits: float) -> tuple[Choice, Choice]:
     """The widest choice below the budget's whole bits and the narrowest above them, of one group size.
 
     Raises:
         ConfigError: no two choices lie on both sides.
     """
-    choices = sorted({row.choice for row in rows if row.choice is not None})
+    choices = sorted(available)
     size = choices[0].group_size
     whole = int(budget_bits)
     below = [c for c in choices if c.group_size == size and c.bits < whole]

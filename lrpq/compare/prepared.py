@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
+from lrpq.checkpoint.plan import planned_size
 from lrpq.compare import allocation
 from lrpq.compare.methods import EQUAL_LOSS, NOISE, ONE_AT_A_TIME
 from lrpq.compare.recipes import DEFAULT, Recipe
@@ -57,6 +58,12 @@ class Prepared:
         """The plan under lrpq's own costs, whatever chose it."""
         ours = {(row.module.name, row.choice): row.cost_nats for row in self.gathered.costs[DEFAULT.allocation]}
         return sum(ours[module, choice] for module, choice in plan.choices.items())
+
+    def checkpoint_bytes(self, plan: Plan) -> int:
+        """Bytes of the weight files of a checkpoint with this plan."""
+        chosen = {name: choice for name, choice in plan.choices.items() if choice is not None}
+        specs = [row.module for row in self.gathered.costs[DEFAULT.allocation]]
+        return planned_size(self.bench.source, chosen, specs=list(dict.fromkeys(specs))).total_bytes
 
     def _noise_costs(self) -> list[CostRow]:
         terms = self.bench.terms

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lrpq.compare.allocation import levels
 from lrpq.compare.memory import peak_memory
 from lrpq.compare.methods import Method
 from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import Recipe
 from lrpq.compare.transforms import DEPENDS_ON_BITS, NONE, TRANSFORMS, TransformInputs
 from lrpq.compare.workbench import Workbench
+from lrpq.errors import LrpqError
 from lrpq.evaluate.divergence import ORIGINAL, VARIANT, WindowScore
+from lrpq.importance.registry import MEASURES
 from lrpq.model.layers import Choice
 from lrpq.model.source import open_source
 
@@ -43,6 +46,8 @@ class Row:
     evidence_seconds: float
     """For its transform and for the evidence of all methods that share it."""
     peak_bytes: int
+    checkpoint_bytes: int
+    """Of the packed checkpoint, embeddings and head included: a rotated model's head is untied."""
 
 
 class Comparison:
@@ -65,6 +70,22 @@ class Comparison:
         self.methods = {name: methods[name] for name, _ in wanted}
         self.original: Sequence[WindowScore] = ()
         """The original's own scores, once a row has been yielded."""
+
+    def check(self) -> None:
+        """Refuse what cannot be done before any work is done.
+
+        Raises:
+            LrpqError: a method needs held-out windows, other widths, or a model of another kind; it is named.
+        """
+        for name, budget in self.wanted:
+            recipe = self.methods[name].recipe
+            try:
+                self.bench.check(recipe)
+                measure = MEASURES.get(recipe.allocation)
+                if measure is not None and measure.score is not None:
+                    levels(self.bench.terms.choices, budget_bits=budget)
+            except LrpqError as error:
+                raise type(error)(f"method {name}: {error}") from error
 
     def rows(self) -> Iterator[Row]:
         """Yield a row as soon as it is measured; methods on one transformed model follow each other."""
@@ -114,4 +135,5 @@ class Comparison:
             seconds=seconds,
             evidence_seconds=evidence_seconds,
             peak_bytes=peak.bytes,
+            checkpoint_bytes=prepared.checkpoint_bytes(plan),
         )

@@ -85,5 +85,5 @@ MEASURES: Mapping[str, Measure] = {
     ),
     "zd": Measure(source="Layer-Wise Quantization: ZD (arXiv:2406.17415)", score=rankings.z_score_distribution),
 }
-"""Measures that are formulas over the evidence. BAQ's rule and the measured costs are in ``compare/methods.py``: they
-depend on the budget or on the model."""
+"""Measures that are formulas over the evidence. BAQ's rule and the measured costs depend on the budget or on the model:
+see ``compare/prepared.py``."""

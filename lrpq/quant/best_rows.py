@@ -2,6 +2,8 @@
 
 No search before rounding knows what GPTQ will make of a scale. Scales that are a few percent smaller or larger cost
 nothing but further choices in the same sweep, and since rows do not interact, each may keep its own.
+
+For study (benchmarks/after_rounding.py): on top of a polish it wins 1 to 2% for four more column loops.
 """
 
 from __future__ import annotations

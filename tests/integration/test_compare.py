@@ -13,7 +13,8 @@ from tiny_models import write_tiny, write_tokenizer
 from flows.cli import run
 from flows.comparison import summary
 from flows.pareto import is_on_front
-from lrpq.compare.methods import METHODS, methods_named
+from lrpq.compare.methods import METHODS, Axis, methods_named
+from lrpq.compare.recipes import CONTROL, DEFAULT, TUNINGS
 from lrpq.errors import ConfigError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -56,8 +57,16 @@ def test_every_method_has_a_row_within_its_budget(everything: Path) -> None:
     by_method = {row["method"]: row for row in found["rows"]}
     assert by_method["lrpq"]["kl_nats"] < by_method["control"]["kl_nats"] < by_method["nearest"]["kl_nats"]
     assert by_method["without:allocation"]["all_in_bits"] == 3.5
-    # what changes nothing but the allocation must change the codes
-    assert len({row["kl_nats"] for row in found["rows"]}) > len(METHODS) // 2
+    assert by_method["transform:hadamard"]["checkpoint_bytes"] > by_method["lrpq"]["checkpoint_bytes"]  # untied head
+    for name, method in METHODS.items():  # a method that changes nothing would be its parent
+        parent = CONTROL if method.axis is Axis.ADDED else DEFAULT
+        if method.recipe != parent and method.axis not in (Axis.ALLOCATION, Axis.TUNING):
+            known = "control" if parent is CONTROL else "lrpq"
+            assert by_method[name]["kl_windows"] != by_method[known]["kl_windows"], name
+    # four windows may not be enough for an epoch of tuning to be better than none; of all of them one is
+    assert any(by_method[f"tuned:{name}"]["kl_windows"] != by_method["lrpq"]["kl_windows"] for name in TUNINGS)
+    allocations = {tuple(r["kl_windows"]) for r in found["rows"] if METHODS[r["method"]].axis is Axis.ALLOCATION}
+    assert len(allocations) >= 6
 
 
 def test_table_and_pareto_are_those_of_the_rows(everything: Path) -> None:
@@ -80,11 +89,35 @@ def test_rows_are_kept_and_only_missing_ones_are_measured(
     assert run(command(model, tmp_path, "--methods", "lrpq,control", "--budgets", "3.5,4.5", "--json")) == 0
     again = document(tmp_path)["rows"]
     assert again[:2] == first  # seconds and all: not measured again
+    original = document(tmp_path)["original"]
+    assert original["kl_nats"] == 0
     assert [(row["method"], row["budget_bits"]) for row in again[2:]] == [("lrpq", 4.5), ("control", 4.5)]
     assert json.loads(capsys.readouterr().out)["rows"] == again
     assert run(command(model, tmp_path, "--methods", "control", "--budgets", "3.5", "--bits", "2,3,4")) == 2
-    assert "another settings" in capsys.readouterr().err
+    assert "other settings" in capsys.readouterr().err
     assert document(tmp_path)["rows"] == again
+    assert run(command(model, tmp_path, "--methods", "lrpq", "--budgets", "3.5")) == 0  # nothing is missing
+    assert (document(tmp_path)["rows"], document(tmp_path)["original"]) == (again, original)
+
+
+def test_rows_of_another_text_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    measured = ("--evaluation", f"text:{text}", "--methods", "control", "--budgets", "3.5")
+    assert run(command(model, tmp_path / "out", *measured)) == 0
+    text.write_text("Colourless green ideas sleep furiously, and so do we. " * 60)
+    assert run(command(model, tmp_path / "out", *measured)) == 2
+    assert "other texts" in capsys.readouterr().err
+
+
+def test_a_methods_row_does_not_depend_on_the_others(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    """In bfloat16, where another attention kernel moves every number."""
+    model = write_tiny(tmp_path_factory.mktemp("bf16") / "qwen3", "qwen3-bf16-sharded")
+    write_tokenizer(model)
+    assert run(command(model, tmp_path / "a", "--methods", "lrpq", "--budgets", "3.5")) == 0
+    assert run(command(model, tmp_path / "b", "--methods", "weights:attention,lrpq", "--budgets", "3.5")) == 0
+    alone, beside = document(tmp_path / "a")["rows"][0], document(tmp_path / "b")["rows"][1]
+    assert (alone["method"], alone["kl_windows"]) == (beside["method"], beside["kl_windows"])
 
 
 def test_one_seed_one_result(model: Path, everything: Path, tmp_path: Path) -> None:
@@ -111,6 +144,7 @@ def test_list_names_every_method_with_its_source(capsys: pytest.CaptureFixture[s
         (["--budgets", "three"], "--budgets 'three': expected numbers"),
         (["--budgets", "17"], "17"),
         (["--group-size", "48"], "48 is not one of"),
+        (["--evaluation", "text:https://user:secret@host/x"], "holds a secret"),
     ],
 )
 def test_bad_requests_are_one_line(
@@ -122,6 +156,36 @@ def test_bad_requests_are_one_line(
     assert error.startswith("error: ")
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--methods", "tuned:scales", "--held-out-windows", "0"], "method tuned:scales: tuning is chosen on held-out"),
+        (["--methods", "allocation:lim", "--budgets", "3.5", "--bits", "3,4"], "method allocation:lim: a ranking"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_work(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    assert run(command(model, tmp_path, *more)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "compare.json").exists()
+
+
+def test_an_output_that_is_a_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert run(command(model, tmp_path / "file", "--methods", "control")) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_damaged_rows_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(model, tmp_path, "--methods", "control", "--budgets", "3.5")) == 0
+    whole = document(tmp_path)
+    for damaged in ({"method": "control"}, {**whole["rows"][0], "kl_windows": 3}, 5):
+        (tmp_path / "compare.json").write_text(json.dumps({**whole, "rows": [damaged]}))
+        assert run(command(model, tmp_path, "--methods", "control", "--budgets", "3.5")) == 2
+        assert "rows are damaged" in capsys.readouterr().err
 
 
 def test_a_damaged_document_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +202,7 @@ def test_names_and_wildcards() -> None:
 
 def test_summary_pairs_windows() -> None:
     common = {"seed": 0, "budget_bits": 3.0, "all_in_bits": 3.0, "perplexity": 9.0, "predicted_nats": 0.1}
-    common |= {"seconds": 1.0, "peak_bytes": 1}
+    common |= {"seconds": 1.0, "peak_bytes": 1, "checkpoint_bytes": 1}
     rows = [
         {**common, "method": "lrpq", "kl_windows": [0.1, 0.3]},
         {**common, "method": "control", "kl_windows": [0.2, 0.4]},
@@ -147,5 +211,8 @@ def test_summary_pairs_windows() -> None:
     assert control["kl_nats"] == pytest.approx(0.3)
     assert control["against_lrpq"] == pytest.approx(0.1)
     assert control["against_lrpq_error"] == pytest.approx(0.0)
+    # seeds are scored on the same windows: their values are not independent
+    again = [{**row, "seed": 1} for row in rows]
+    assert summary(rows + again)[0]["kl_standard_error"] == pytest.approx(ours["kl_standard_error"])
     assert is_on_front(ours, [ours, control])
     assert not is_on_front(control, [ours, control])

@@ -147,5 +147,8 @@ def test_a_divergence_that_cannot_be_kept(job: Job, model: Path) -> None:
     assert not (job.folder / "impossible").exists()
     with pytest.raises(ConfigError, match="held-out"):
         job(model, "nothing-held", plan__max_kl=0.1, run__calibration__held_out=0)
+    assert "profile" not in job.progress.stages  # before the work, not after it
+    only = job(model, "only", plan__max_kl=5.0, run__candidates__bits=[3], evaluation__control=False)
+    assert only["budget"]["search"]["bits"] == only["budget"]["reached_bits"] == 3.25
     with pytest.raises(ConfigError, match="two budgets"):
         job.config(model, "two", plan__max_kl=0.1, plan__budget_bits=3.0)

@@ -77,6 +77,21 @@ def test_without_refinement_the_quick_measure_counts() -> None:
     assert search(quick, None, 100.0).bits == 2.25
 
 
+@pytest.mark.parametrize("real", [None, Curve(0.3)])
+def test_one_possible_budget_is_taken_or_refused(real: Curve | None) -> None:
+    quick = Curve(0.5)
+    asked = None if real is None else real.real
+    found = smallest_budget(quick.quick, asked, lowest=4.25, highest=4.25, max_kl=0.5)
+    assert found.bits == 4.25
+    with pytest.raises(BudgetError, match=r"at 4\.25 bits"):
+        smallest_budget(quick.quick, asked, lowest=4.25, highest=4.25, max_kl=1e-6)
+
+
+def test_a_lossless_budget_is_no_division_by_zero() -> None:
+    found = smallest_budget(Curve(0.5).quick, lambda bits: 0.0, lowest=2.25, highest=8.25, max_kl=0.01)
+    assert found.kl_nats == 0.0
+
+
 def test_what_cannot_be_reached_is_refused_with_what_can() -> None:
     for real in (None, Curve(0.4)):
         with pytest.raises(BudgetError, match=r"at 8\.25 bits, the most these choices take"):
