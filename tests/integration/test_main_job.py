@@ -239,11 +239,13 @@ def test_stitching_takes_the_stored_candidates_as_they_are(job: Job, first: dict
     for name, (bits, size) in choices_of(found).items():
         stored = codes[f"{name}|{bits}b/g{size}|weight_packed"]
         assert torch.equal(packed(job.folder / "stitched", name), stored)
-    # The first site has nothing quantized before it, so its codes are the same; behind it refinement differs.
-    same = "model.layers.0.self_attn.q_proj"
-    assert torch.equal(packed(job.folder / "first", same), packed(job.folder / "stitched", same))
-    other = "model.layers.3.mlp.down_proj"
-    assert not torch.equal(packed(job.folder / "first", other), packed(job.folder / "stitched", other))
+    # The first site has nothing quantized before it: but for the polish its codes are the same; behind it they differ.
+    reallocate(job, first, "unpolished", budget_bits=3.5, polish=0)
+    same, other = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"
+    by_name = {n: packed(job.folder / n, same) for n in ("first", "stitched", "unpolished")}
+    assert torch.equal(by_name["unpolished"], by_name["stitched"])
+    assert not torch.equal(by_name["first"], by_name["stitched"])  # the same codes, polished
+    assert not torch.equal(packed(job.folder / "unpolished", other), packed(job.folder / "stitched", other))
     assert found["evaluation"]["control"] == first["evaluation"]["control"]
     assert "correction_rejected_rows" not in found["degraded"]
 
