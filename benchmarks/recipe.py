@@ -32,6 +32,7 @@ from lrpq.quant.hessian import normalized
 from lrpq.quant.rtn import round_to_nearest
 from lrpq.refine.sweep import RefineSweep, merge_products
 from lrpq.shards import root, split
+from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.load import load_windows
 from tasks.calibration.sources import parse_source
 
@@ -115,13 +116,14 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = arguments.model.absolute()
     source = ModelSource(model)
-    tokens = load_windows(
+    drawn = load_windows(
         parse_source(f"text:{arguments.calibration}"),
         AutoTokenizer.from_pretrained(model),
-        num_windows=arguments.windows,
+        num_windows=arguments.windows + default_held_out(arguments.windows),
         length=arguments.length,
         seed=arguments.seed,
-    ).tokens
+    )
+    tokens = split_held_out(drawn, num_windows=arguments.windows)[0].tokens  # the windows lrpq calibrates on
     rows: list[dict[str, object]] = []
 
     def report(method: str, budget: float, seconds: float, checkpoint: Path) -> None:
