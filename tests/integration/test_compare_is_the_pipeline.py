@@ -1,0 +1,56 @@
+"""The row ``lrpq`` of a comparison is what ``lrpq compress`` writes: the same codes from the same windows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pipeline_case import Job, start_pool, start_server, write_model
+
+from flows.config import PlanConfig, RunConfig
+from lrpq.checkpoint.stored import StoredCheckpoint
+from lrpq.compare.prepared import Prepared
+from lrpq.compare.recipes import CONTROL, DEFAULT
+from lrpq.compare.terms import Terms
+from lrpq.compare.workbench import Workbench
+from lrpq.model.source import open_source
+from lrpq.quant.grid import Grid
+from tasks.calibration.stored import read_windows
+from tasks.store.opened import open_store
+
+BUDGET = 3.5
+
+
+@pytest.fixture(scope="module")
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    start_server(request)
+    return Job(start_pool(request), tmp_path_factory.mktemp("same"))
+
+
+def test_terms_and_recipe_are_the_defaults_of_compress() -> None:
+    run, plan = RunConfig(model="m"), PlanConfig(budget_bits=BUDGET)
+    terms = Terms()
+    assert (terms.bits, terms.group_sizes) == (run.candidates.bits, run.candidates.group_sizes)
+    assert (terms.grid, terms.damping) == (Grid(run.candidates.grid), run.candidates.damping)
+    assert (terms.power, terms.floor, terms.seed) == (run.relevance_power, run.relevance_floor, run.seed)
+    assert (terms.shards, terms.micro_batch) == (run.shards, run.micro_batch)
+    assert (DEFAULT.weighting, DEFAULT.polish_rounds) == (run.relevance, plan.polish)
+    assert (DEFAULT.correction, DEFAULT.correction_damping) == (plan.correction, plan.correction_damping)
+
+
+def test_the_codes_are_those_of_the_pipeline(job: Job) -> None:
+    model = write_model(job.folder / "model")
+    job(model, "out", run__calibration__num_windows=8, plan__budget_bits=BUDGET, evaluation__control=False)
+    store = job.folder / "store"
+    (path,) = store.glob("*/calibrate/*/held-out.parquet")
+    tokens = read_windows(open_store(str(store)), str(path.with_name("windows.parquet").relative_to(store)))
+    terms = Terms(shards=4, micro_batch=2)
+    bench = Workbench(open_source(model), tokens, terms)
+    prepared = Prepared(bench, [DEFAULT, CONTROL], [BUDGET])
+    codes = bench.codes(prepared.plan(DEFAULT.allocation, BUDGET).choices, DEFAULT, prepared.gathered)
+    checkpoint = StoredCheckpoint(job.folder / "out")
+    for spec in bench.stream().specs:
+        stored = checkpoint.weight(spec, torch.bfloat16)
+        assert stored is not None
+        assert torch.equal(codes[spec.name].dequantize(torch.bfloat16), stored), spec.name
+    plain = bench.codes(prepared.plan(CONTROL.allocation, BUDGET).choices, CONTROL, prepared.gathered)
+    assert any(not torch.equal(plain[name].codes, codes[name].codes) for name in codes)
