@@ -1,0 +1,133 @@
+"""``lrpq compare`` without Ray, Prefect and the store: for a bare machine with a GPU.
+
+    python -m benchmarks.equal_terms MODEL --calibration FILE --text FILE [--methods lrpq,control,weights:*]
+        [--budgets 3.25,4.25] [--seeds 0,1,2] [--windows 128] [--length 1024] [--device cuda] [--json FILE]
+
+The same methods, workbench and windows; rows are printed and written as they are measured. ``--peak`` prints what the
+device computes and copies at, so that seconds can be read against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from lrpq.compare.methods import METHODS, methods_named
+from lrpq.compare.run import Comparison
+from lrpq.compare.terms import Terms
+from lrpq.compare.workbench import Workbench
+from lrpq.evaluate.divergence import summarize
+from lrpq.model.source import open_source
+from tasks.calibration.held_out import default_held_out, split_held_out
+from tasks.calibration.load import load_windows
+from tasks.calibration.sources import parse_source
+
+
+def peak(device: str) -> str:
+    """Rate of a large bf16 matrix product and of a copy, medians of five."""
+    x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    y = torch.empty(1 << 28, device=device)
+
+    def seconds(action: object) -> float:
+        times = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            action()  # type: ignore[operator]
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return sorted(times)[2]
+
+    product, copy = seconds(lambda: x @ x), seconds(y.clone)
+    rates = f"{2 * 8192**3 / product / 1e12:.0f} TFLOP/s, {2 * y.nbytes / copy / 1e12:.2f} TB/s"
+    return f"{torch.cuda.get_device_name()}: {rates}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--methods", default="lrpq,control,gptq-in-order,nearest")
+    parser.add_argument("--budgets", default="3.25,4.25")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--text-windows", type=int, default=64)
+    parser.add_argument("--bits", default="2,3,4,5,6,8")
+    parser.add_argument("--group-sizes", default="64")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peak", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        print(peak(arguments.device), flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    scored = load_windows(
+        parse_source(f"text:{arguments.text}"),
+        tokenizer,
+        num_windows=arguments.text_windows,
+        length=arguments.length,
+        seed=0,
+        placement="spread",
+    ).tokens
+    rows: list[dict[str, object]] = []
+    for seed in numbers(arguments.seeds):
+        drawn = load_windows(
+            parse_source(f"text:{arguments.calibration}"),
+            tokenizer,
+            num_windows=arguments.windows + default_held_out(arguments.windows),
+            length=arguments.length,
+            seed=seed,
+        )
+        calibration, held_out = split_held_out(drawn, num_windows=arguments.windows)
+        terms = Terms(
+            bits=tuple(numbers(arguments.bits)),
+            group_sizes=tuple(numbers(arguments.group_sizes)),
+            seed=seed,
+            device=arguments.device,
+            shards=min(8, len(calibration.tokens)),
+        )
+        bench = Workbench(open_source(arguments.model), calibration.tokens, terms, held_out=held_out)
+        budgets = [float(part) for part in arguments.budgets.split(",")]
+        wanted = [(name, budget) for budget in budgets for name in methods_named(arguments.methods.split(","))]
+        comparison = Comparison(bench, METHODS, wanted, scored)
+        comparison.check()
+        for row in comparison.rows():
+            found = summarize(list(row.scores))
+            print(
+                f"seed {seed}  {row.budget_bits:5.2f}  {row.method:32} {row.all_in_bits:.3f} bits  "
+                f"KL {found.kl_nats:.5f} +- {found.kl_standard_error or 0:.5f}  perplexity {found.perplexity:.3f}  "
+                f"predicted {row.predicted_nats:.5f}  {row.seconds:.1f} s (evidence {row.evidence_seconds:.1f} s)  "
+                f"{row.peak_bytes / 1e6:.0f} MB",
+                flush=True,
+            )
+            rows.append(
+                {
+                    "seed": seed,
+                    "method": row.method,
+                    "budget_bits": row.budget_bits,
+                    "all_in_bits": row.all_in_bits,
+                    "predicted_nats": row.predicted_nats,
+                    "perplexity": found.perplexity,
+                    "kl_windows": [score.kl_nats for score in row.scores],
+                    "seconds": row.seconds,
+                    "evidence_seconds": row.evidence_seconds,
+                    "peak_bytes": row.peak_bytes,
+                }
+            )
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
