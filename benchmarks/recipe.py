@@ -53,9 +53,11 @@ def uniform_gptq(
         before: dict[str, torch.Tensor] = {}
         for site in stream.sites(block).values():
             products = root(sweep.products(block, module, site, None, before), SHARDS, merge_products)
-            factor = factorize(normalized(products.hessian), act_order=act_order)
+            H = normalized(products.hessian)
+            factor = factorize(H, act_order=act_order)
+            searched_by = None if act_order else H  # the variance that GPTQ pays is of use in its own order alone
             for spec in site:
-                found[spec.name] = gptq(stream.weight(spec), factor, [choice], grid=grid)[0]
+                found[spec.name] = gptq(stream.weight(spec), factor, [choice], grid=grid, H=searched_by)[0]
             before |= {spec.name: found[spec.name].dequantize(torch.bfloat16) for spec in site}
         sweep.advance(block, module, before)
     return found

@@ -290,7 +290,7 @@ class Workbench:
         if recipe.rounding is Rounding.GPTQ_IN_ORDER:
             H = normalized(products.hessian, name=name)
             factor = factorize(H, damping=terms.damping, act_order=False, name=name)
-            return gptq(W, factor, [choice], grid=terms.grid, name=name)[0]
+            return gptq(W, factor, [choice], H=H, grid=terms.grid, name=name)[0]  # R_kk^2 serves activation order
         return quantize_refined(
             W,
             products,
