@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 KEPT_BYTES = 8 << 30
 """Host memory for kept block inputs before they spill to disk."""
 ATTENTION = "attention"
-TUNING_EPOCHS, TUNING_BATCH = 1, 4
-TUNING_RATE = 3e-3
-"""Relative, of scales and gains: docs/log.md."""
 Codes = dict[str, QuantizedWeight]
 
 
@@ -242,15 +239,7 @@ class Workbench:
         if recipe.tuning == "none":
             return Quantized(codes=codes, vectors={})
         assert self.held_out is not None
-        options = TuneOptions(
-            trained=TUNINGS[recipe.tuning],
-            epochs=TUNING_EPOCHS,
-            batch=TUNING_BATCH,
-            micro_batch=TUNING_BATCH,
-            scale_rate=TUNING_RATE,
-            vector_rate=TUNING_RATE,
-            seed=self.terms.seed,
-        )
+        options = TuneOptions(trained=TUNINGS[recipe.tuning], seed=self.terms.seed)
         with KeptInputs(memory_bytes=KEPT_BYTES) as kept:
             tuned = tune(self.stream(), self.tokens, self.held_out, codes, options, kept=kept, resident=True)
         return Quantized(codes=dict(tuned.weights), vectors=dict(tuned.vectors))

@@ -27,17 +27,18 @@ class TuneOptions:
     """How a model is tuned. Everything here is part of the result's identity."""
 
     trained: Trained = Trained.SCALES | Trained.VECTORS
-    epochs: int = 4
-    """Passes over the windows that are not held out."""
+    epochs: int = 1
+    """Passes over the windows. More text serves better than more passes (docs/log.md)."""
     batch: int = 4
     """Windows an optimizer step."""
     micro_batch: int = 4
     """Windows computed at once."""
-    scale_rate: float = 1e-3
-    """Learning rate of scales, relative to the scale that tuning starts from."""
-    vector_rate: float = 1e-3
+    scale_rate: float = 3e-3
+    """Learning rate of scales, relative to the scale that tuning starts from. From a sweep (docs/log.md): 1e-3 gains
+    less in as many steps, 1e-2 ends above the start."""
+    vector_rate: float = 3e-3
     """Learning rate of gains and biases, relative to the root mean square of the vector."""
-    code_rate: float = 1e-2
+    code_rate: float = 1e-3
     """Learning rate of codes, in steps of the grid."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Adam's. The second is below the usual 0.999, for a tuning has hundreds of steps."""
