@@ -129,6 +129,7 @@ class RefineSweep:
                     shift.addmm_((difference * s[:, None]).T, xq.float())
             parts[0, shard] = SiteProducts(hessian=hessian, shift=shift)
             parts = fold(parts, self.num_shards, merge_products)
+        release_freed_memory()  # of the site before: its products, factors and what rounding and polishing took
         return parts
 
     @torch.no_grad()
