@@ -171,8 +171,7 @@ class Workbench:
             for block, module in stream.stream(range(stream.num_blocks - 1, -1, -1)):
                 yield sweep.gather(block, module, rounded=self._rounded if text_labels else None)
 
-    def _rounded(self, spec: LinearSpec) -> list[QuantizedWeight]:
-        W = self.source.read_rows(spec.stored).to(self.terms.device, torch.float32)
+    def _rounded(self, spec: LinearSpec, W: Tensor) -> list[QuantizedWeight]:
         return [round_to_nearest(W, choice, grid=self.terms.grid, name=spec.name) for choice in self._fitting(spec)]
 
     def _fitting(self, spec: LinearSpec) -> list[Choice]:
@@ -201,7 +200,7 @@ class Workbench:
                         spec=spec,
                         W=W,
                         candidates=gptq(W, factor, self._fitting(spec), grid=self.terms.grid, name=spec.name),
-                        rounded=self._rounded(spec) if with_rounded else (),
+                        rounded=self._rounded(spec, W) if with_rounded else (),
                         hessians=hessians,
                         curvature=curvature[spec.name],
                         trace=float(sums.trace) / evidence.num_tokens,

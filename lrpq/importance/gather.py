@@ -31,7 +31,8 @@ from lrpq.relevance.sweep import ProfileSweep
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-Rounded = Callable[[LinearSpec], Sequence[QuantizedWeight]]
+Rounded = Callable[[LinearSpec, Tensor], Sequence[QuantizedWeight]]
+"""From a layer and its weight to ways of rounding it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -132,7 +133,11 @@ class GatherSweep(ProfileSweep):
             num_tokens=shard.tokens.numel(),
             cosine=0.0,
         )
-        changes = {} if rounded is None else {s.name: _changes(stream.weight(s), rounded(s)) for s in specs}
+        changes: dict[str, Tensor] = {}
+        if rounded is not None:
+            for spec in specs:
+                W = stream.weight(spec)
+                changes[spec.name] = torch.stack([W - q.dequantize(W.dtype) for q in rounded(spec, W)])
 
         def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:
             _add(found.modules[name], running, x, y, widen(g), changes.get(name))
@@ -211,10 +216,6 @@ def _finish_gradient(sums: ModuleSums, changes: Float[Tensor, "choices d_out d_i
     mean = sums.gradient / num_tokens
     sums.gradient_change = [float((mean * dW).abs().sum(dtype=torch.float64)) for dW in changes]
     sums.gradient = None
-
-
-def _changes(W: Tensor, rounded: Sequence[QuantizedWeight]) -> Float[Tensor, "choices d_out d_in"]:
-    return torch.stack([W - q.dequantize(W.dtype) for q in rounded])
 
 
 @dataclass(slots=True)

@@ -27,7 +27,6 @@ class Measure:
     """Whether it looks at plain rounding."""
     text_labels: bool = False
     """Whether it needs gradients of the text's own loss: a sweep more."""
-    block_cosine: bool = False
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -81,7 +80,6 @@ MEASURES: Mapping[str, Measure] = {
     "lim": Measure(
         source="Layer-Wise Quantization: LIM (arXiv:2406.17415)",
         score=rankings.layer_input_modification,
-        block_cosine=True,
     ),
     "zd": Measure(source="Layer-Wise Quantization: ZD (arXiv:2406.17415)", score=rankings.z_score_distribution),
 }
