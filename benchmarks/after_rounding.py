@@ -31,12 +31,13 @@ from lrpq.quant.best_rows import gptq_best_rows
 from lrpq.quant.descent import descend
 from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import gptq, loss
-from lrpq.quant.grid import Grid, QuantizedWeight, search_scales
+from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import damped_cholesky, normalized
 from lrpq.quant.importance import DEFAULT_SHARE, search_importance
 from lrpq.quant.lowrank import low_rank
 from lrpq.quant.polish import polish
 from lrpq.quant.refit import refit
+from lrpq.quant.scale_search import search_scales
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.sweep import ProfileSweep, Shard
 from tasks.calibration.load import load_windows

@@ -29,7 +29,7 @@ import torch
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import gptq, predicted_cost
-from lrpq.quant.grid import search_scales
+from lrpq.quant.scale_search import search_scales
 
 MODEL_BLOCKS = 30
 BITS = (2, 3, 4, 5, 6, 8)

@@ -34,10 +34,10 @@ from lrpq.quant.grid import (
     code_range,
     group_width,
     power_of_two,
-    search_scales_transposed,
     zero_points,
 )
 from lrpq.quant.importance import search_importance
+from lrpq.quant.scale_search import search_scales_transposed
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -15,9 +15,9 @@ from lrpq.quant.grid import (
     check_finite,
     code_range,
     group_width,
-    search_scales,
     zero_points,
 )
+from lrpq.quant.scale_search import search_scales
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -8,7 +8,7 @@ from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq, loss, predicted_cost
-from lrpq.quant.grid import Grid, code_range, search_scales
+from lrpq.quant.grid import Grid, code_range
 from lrpq.quant.hessian import (
     HessianSum,
     accumulate,
@@ -20,6 +20,7 @@ from lrpq.quant.hessian import (
 )
 from lrpq.quant.importance import search_importance
 from lrpq.quant.rtn import round_to_nearest
+from lrpq.quant.scale_search import search_scales
 from lrpq.shards import root
 
 

@@ -7,9 +7,10 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize as libr
 
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
-from lrpq.quant import grid as grid_module
-from lrpq.quant.grid import Grid, QuantizedWeight, absmax_scales, code_range, search_scales, zero_points
+from lrpq.quant import scale_search as search_module
+from lrpq.quant.grid import Grid, QuantizedWeight, absmax_scales, code_range, zero_points
 from lrpq.quant.rtn import round_to_nearest
+from lrpq.quant.scale_search import search_scales
 
 BITS = [2, 3, 4, 5, 6, 8]
 
@@ -138,7 +139,8 @@ def test_chunks_do_not_change_the_scales(monkeypatch: pytest.MonkeyPatch) -> Non
     for grid in Grid:
         whole = [search_scales(W.double(), importance, c, grid=grid) for c in choices]
         with monkeypatch.context() as patch:
-            patch.setattr(grid_module, "_CPU_CHUNK", 4096)
+            patch.setattr(search_module, "_CPU_CHUNK", 20_000)
+            patch.setattr(search_module, "_CPU_PART", 4096)
             parts = [search_scales(W.double(), importance, c, grid=grid) for c in choices]
         assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
