@@ -29,7 +29,7 @@ import torch
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import gptq, predicted_cost
-from lrpq.quant.scale_search import search_scales
+from lrpq.quant.scale_search import search_scales_transposed
 
 MODEL_BLOCKS = 30
 BITS = (2, 3, 4, 5, 6, 8)
@@ -80,7 +80,7 @@ def make_candidates(site_name: str) -> dict[str, float]:
     W, H, curvature = inputs[site_name]
     choices = [Choice(bits=bits, group_size=GROUP_SIZE) for bits in BITS]
     marks = [time.process_time()]
-    scales = [search_scales(W, H.diagonal(), choice) for choice in choices]
+    scales = search_scales_transposed(W.T.contiguous(), H.diagonal(), choices)
     marks.append(time.process_time())
     factor: Factor = factorize(H)
     marks.append(time.process_time())

@@ -96,7 +96,7 @@ def descend(
     num_rows = max(1, limit // len(quantized))
     for start in range(0, d_out, num_rows):
         rows = slice(start, start + num_rows)
-        parts = [_rows(q, rows) for q in quantized]
+        parts = [q.rows(rows) for q in quantized]
         num = len(parts[0].codes)
         state = _State(
             D=torch.cat([(T[rows].to(H.dtype) - p.dequantize(H.dtype)).T for p in parts], dim=1).contiguous(),
@@ -130,11 +130,6 @@ def _check_reach(T: Tensor, quantized: Sequence[QuantizedWeight], H: Tensor, *, 
         raise QuantizationError(
             f"{name}: errors up to {error:.3g} may overflow {H.dtype} under its Hessian; check the source model"
         )
-
-
-def _rows(q: QuantizedWeight, rows: slice) -> QuantizedWeight:
-    zeros = None if q.zero_points is None else q.zero_points[rows]
-    return QuantizedWeight(codes=q.codes[rows], scales=q.scales[rows], choice=q.choice, zero_points=zeros)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

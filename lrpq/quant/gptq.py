@@ -18,7 +18,8 @@ implementation by explicit inverses.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ LEAF_COLUMNS = 6
 # Stacked rows of one sweep. On CPU they keep the inner levels of the recursion in cache (2,304 .. 18,432
 # swept: 4,608 and 9,216 are equal, 2,304 is dominated by dispatch); on GPU they only bound the memory.
 _CPU_ROWS = 4608
-_GPU_ELEMENTS = 2**30  # of d_in times stacked rows: 9 bytes each
+_GPU_ELEMENTS = 2**30  # of d_in times stacked rows: 5 bytes each
 # Cut of the loss: rows whose differences stay in cache, column blocks of which only one triangle is
 # multiplied.
 _LOSS_ROWS = 1024
@@ -71,7 +72,8 @@ def gptq(
     ``scales`` (rounded to bfloat16 first; one tensor a choice) are searched where not given, with the importance that
     ``search_importance`` finds in the factor, or diag(H) of another ``H``. Computes in the dtype of the factor (fp32;
     fp64 in tests).
-    Memory besides inputs and results: W once more, and 9 bytes times d_in times at most 4,608 rows on CPU.
+    Memory besides inputs and results: W twice and the codes once more, and 5 bytes times d_in times at most 4,608 rows
+    on CPU.
 
     Raises QuantizationError naming the layer for values that are not finite or so large that the column loop could
     overflow (from about 1e30 in fp32), a scale of zero, or a group size that does not divide d_in.
@@ -89,7 +91,7 @@ def gptq(
     if scales is None:
         weights = search_importance(factor, name=name) if H is None else H.diagonal()
         check_finite(weights, "Hessian", name=name)
-        scales = [search_scales_transposed(Wt, weights, choice, grid=grid, name=name) for choice in choices]
+        scales = search_scales_transposed(Wt, weights, choices, grid=grid, name=name)
     zeros = [zero_points(Wt.T, choice) for choice in choices] if grid is Grid.ASYMMETRIC else []
 
     # one row of scales for every run of columns that lies in one group of every choice
@@ -99,18 +101,20 @@ def gptq(
     S = _stack(scales, widths, run).to(Wt)
     Z = _stack(zeros, widths, run).to(Wt) if zeros else None
     bounds = torch.tensor([code_range(choice.bits) for choice in choices], dtype=Wt.dtype, device=Wt.device)
-    codes = torch.empty(len(choices), d_in, d_out, dtype=torch.int8, device=Wt.device)
+    codes = torch.empty(d_in, len(choices), d_out, dtype=torch.int8, device=Wt.device)
     Wt = Wt[factor.order]
     limit = _CPU_ROWS if Wt.device.type == "cpu" else _GPU_ELEMENTS // d_in
-    num_rows = max(1, limit // len(choices))
+    num_rows = min(d_out, max(1, limit // len(choices)))
+    memory = Wt.new_empty(d_in * len(choices) * num_rows)
     for start in range(0, d_out, num_rows):
         rows = slice(start, start + num_rows)
         Z_rows = None if Z is None else Z[:, :, rows]
-        sweep = _sweep(Wt[:, rows], factor, S[:, :, rows], bounds, run, Z=Z_rows, leaf=leaf_columns)
-        codes[:, factor.order, rows] = sweep.codes.transpose(0, 1)
+        sweep = _sweep(Wt[:, rows], factor, S[:, :, rows], bounds, run, Z=Z_rows, leaf=leaf_columns, memory=memory)
+        codes[:, :, rows] = sweep.codes
+    back = torch.argsort(factor.order)
     return [
-        QuantizedWeight(codes=q.T.contiguous(), scales=s, choice=choice, zero_points=z)
-        for q, s, choice, z in zip(codes, scales, choices, zeros or [None] * len(choices), strict=True)
+        QuantizedWeight(codes=codes[:, i].index_select(0, back).T.contiguous(), scales=s, choice=choice, zero_points=z)
+        for i, (s, choice, z) in enumerate(zip(scales, choices, zeros or [None] * len(choices), strict=True))
     ]
 
 
@@ -140,52 +144,64 @@ class _Sweep(NamedTuple):
     """Result of a sweep, columns in its order: all [d_in, choices, rows]."""
 
     codes: Tensor  # int8
-    targets: Tensor  # t_k, what was rounded
     errors: Tensor  # D = W - Q
 
 
-def _sweep(W: Tensor, factor: Factor, S: Tensor, bounds: Tensor, run: int, *, Z: Tensor | None, leaf: int) -> _Sweep:
+def _sweep(
+    W: Tensor,
+    factor: Factor,
+    S: Tensor,
+    bounds: Tensor,
+    run: int,
+    *,
+    Z: Tensor | None,
+    leaf: int,
+    memory: Tensor | None = None,
+) -> _Sweep:
     """The column loop over W [d_in, rows] in sweep order, for all choices (scales S [runs, choices, rows]).
 
     The matrix is kept transposed, so that a column of W is contiguous. Halving: round the left half,
     propagate its errors to the right half in one matmul, round the right half. Every inner level is then a
     matmul of growing size and only ``leaf`` columns at a time see vector operations.
+
+    ``memory``, if given, is where the errors go: fresh pages cost as much as a fifth of the sweep.
     """
     d_in, num_rows = W.shape
     shape = (d_in, S.shape[1], num_rows)
-    T = W.new_empty(shape).copy_(W.unsqueeze(1))  # targets: updated in place, so always in memory of their own
-    D = torch.empty_like(T)
+    flat = W.new_empty(math.prod(shape)) if memory is None else memory[: math.prod(shape)]
+    # the targets t_k, updated in place until column k is rounded, and from then on its errors D_k
+    T = flat.view(shape).copy_(W.unsqueeze(1))
     codes = torch.empty(shape, dtype=torch.int8, device=W.device)
     leaf_codes = T.new_empty(min(leaf, d_in), *shape[1:])
     bottom, top = (b.unsqueeze(1).expand(shape[1:]).contiguous() for b in bounds.unbind(1))
     # everything that the inner loop indexes, taken apart once: a tensor index costs as much as a vector
     # operation
-    w, t, d, q, s = W.unbind(0), T.unbind(0), D.unbind(0), leaf_codes.unbind(0), S.contiguous().unbind(0)
+    w, t, q, s = W.unbind(0), T.unbind(0), leaf_codes.unbind(0), S.contiguous().unbind(0)
     z = None if Z is None else Z.contiguous().unbind(0)
     group = (factor.order // run).tolist()
     bands = [factor.R.diagonal(i).tolist() for i in range(1, min(leaf, d_in))]  # bands[i - 1][k] = R[k, k + i]
-    flat_T, flat_D = T.view(d_in, -1), D.view(d_in, -1)
+    columns = T.view(d_in, -1)
 
     def round_columns(first: int, last: int) -> None:
         for k in range(first, last):
-            code, scale = q[k - first], s[group[k]]
+            code, scale, d = q[k - first], s[group[k]], t[k]
             torch.div(t[k], scale, out=code).round_()
             if z is not None:
                 code.add_(z[group[k]])
             torch.clamp(code, bottom, top, out=code)
-            torch.addcmul(w[k], code, scale, value=-1, out=d[k])
+            torch.addcmul(w[k], code, scale, value=-1, out=d)
             if z is not None:
-                d[k].addcmul_(z[group[k]], scale)
+                d.addcmul_(z[group[k]], scale)
             for later in range(k + 1, last):
-                t[later].add_(d[k], alpha=bands[later - k - 1][k])
+                t[later].add_(d, alpha=bands[later - k - 1][k])
         codes[first:last] = leaf_codes[: last - first]
 
     for first, middle, last in _halvings(0, d_in, leaf):
         if middle == last:
             round_columns(first, last)
         else:
-            flat_T[middle:last].addmm_(factor.R[first:middle, middle:last].T, flat_D[first:middle])
-    return _Sweep(codes, T, D)
+            columns[middle:last].addmm_(factor.R[first:middle, middle:last].T, columns[first:middle])
+    return _Sweep(codes, T)
 
 
 def _halvings(first: int, last: int, leaf: int) -> Iterator[tuple[int, int, int]]:
@@ -214,27 +230,34 @@ def loss(
 ) -> Float[Tensor, "rows=d_out"]:
     """Layer-wise error of every row, diag((W - Q) H (W - Q)^T), with the *undamped* H; float64, not halved.
 
-    Matmuls in the dtype of H, sums over columns in float64. H is symmetric, so each pair of column blocks is
-    multiplied once: (1 + 1/8) d_in^2 FLOPs a row instead of 2 d_in^2. Each row is in units of a power of two
-    meanwhile, which changes no digit: errors below 1e-19 would vanish when squared in fp32 and pass for none. A form
-    in a semi-definite H is not negative; what fp32 rounds below zero, as it does where H has low rank, is zero.
+    Products in the dtype of H, as are the sums of those of the 8 blocks of columns; within a block they are summed in
+    float64. H is symmetric, so each pair of column blocks is multiplied once: (1 + 1/8) d_in^2 FLOPs a row instead of
+    2 d_in^2. Each row is in units of a power of two meanwhile, which changes no digit: errors below 1e-19 would vanish
+    when squared in fp32 and pass for none. A form in a semi-definite H is not negative; what fp32 rounds below zero, as
+    it does where H has low rank, is zero.
 
     The error that GPTQ minimises includes damping; it ranks bit widths wrongly and is nowhere returned.
     """
+    return _loss(W, lambda rows: Q[rows], H)
+
+
+def _loss(W: Tensor, Q: Callable[[slice], Tensor], H: Tensor) -> Tensor:
+    """``loss``, with a Q that is made for some rows at a time: it then stays in cache."""
     d_in = W.shape[1]
     step = max(1, -(-d_in // _LOSS_BLOCKS))
     total = torch.zeros(len(W), dtype=torch.float64, device=W.device)
     for top in range(0, len(W), _LOSS_ROWS):
         rows = slice(top, top + _LOSS_ROWS)
-        dW = (W[rows] - Q[rows]).to(H.dtype)
+        dW = (W[rows] - Q(rows)).to(H.dtype)
         unit = power_of_two(torch.maximum(dW.amax(1), -dW.amin(1)))
         dW.div_(unit.unsqueeze(1))
+        products = dW.new_zeros(len(dW), step)
         for start in range(0, d_in, step):
             stop = min(d_in, start + step)
             half = torch.mm(dW[:, start:stop], H[start:stop, start:stop])
             half.addmm_(dW[:, stop:], H[stop:, start:stop], alpha=2.0)
-            total[rows] += half.mul_(dW[:, start:stop]).sum(1, dtype=torch.float64)
-        total[rows] *= unit.double().square()
+            products[:, : stop - start].addcmul_(half, dW[:, start:stop])
+        total[rows] = products.sum(1, dtype=torch.float64) * unit.double().square()
     return total.clamp_(min=0.0)
 
 
@@ -246,7 +269,12 @@ def predicted_cost(
 ) -> list[float]:
     """Predicted growth of the model's loss, nats a token, for each candidate: 1/2 sum_j c_j dW_j H dW_j^T.
 
-    One candidate at a time is dequantized. Sums in float64.
+    Some rows of one candidate at a time are dequantized. Sums in float64.
     """
     c = curvature.double()
-    return [0.5 * float(loss(W, q.dequantize(H.dtype), H) @ c) for q in quantized]
+    return [0.5 * float(_loss(W, partial(_dequantized, q, H.dtype), H) @ c) for q in quantized]
+
+
+def _dequantized(q: QuantizedWeight, dtype: torch.dtype, rows: slice) -> Tensor:
+    Q: Tensor = q.rows(rows).dequantize(dtype)
+    return Q

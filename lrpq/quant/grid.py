@@ -68,6 +68,11 @@ class QuantizedWeight:
             )
         return values
 
+    def rows(self, rows: slice) -> QuantizedWeight:
+        """Some of the rows, as a view."""
+        zeros = None if self.zero_points is None else self.zero_points[rows]
+        return QuantizedWeight(codes=self.codes[rows], scales=self.scales[rows], choice=self.choice, zero_points=zeros)
+
     def split(self, num_rows: Sequence[int]) -> list[QuantizedWeight]:
         """Parts of consecutive rows, for layers that were stacked because they share an input (q, k, v)."""
         zeros = [None] * len(num_rows) if self.zero_points is None else self.zero_points.split(list(num_rows))
@@ -137,7 +142,7 @@ def asymmetric_zero(lowest: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (bottom + torch.round(steps_below_zero)).clamp_(bottom, top)
 
 
-def to_bfloat16(s: Tensor) -> Tensor:
+def _to_bfloat16(s: Tensor) -> Tensor:
     """Round to bfloat16, keep the dtype; what would vanish becomes the smallest normal number of its sign."""
     tiny = torch.finfo(torch.bfloat16).tiny
     rounded = s.bfloat16().to(s.dtype)
@@ -147,4 +152,4 @@ def to_bfloat16(s: Tensor) -> Tensor:
 def storable(s: Tensor, bits: int) -> Tensor:
     """Round to bfloat16, keep the dtype; no magnitude so large that the lowest code times it overflows."""
     limit = torch.finfo(torch.bfloat16).max / 2 ** (bits - 1)
-    return to_bfloat16(s).clamp_(-limit, limit)
+    return _to_bfloat16(s).clamp_(-limit, limit)

@@ -24,7 +24,6 @@ from lrpq.quant.grid import (
     group_width,
     power_of_two,
     storable,
-    to_bfloat16,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ _CPU_PART = 2**16
 _GPU_PART = 2**24
 # Elements searched at once: more, so that what is small (one number a group and scale tried) is not all dispatch, yet
 # few enough that the pages of fresh memory cost nothing.
-_CPU_CHUNK = 2**18
+_CPU_CHUNK = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,33 +88,52 @@ def search_scales(
     """
     check_finite(W, "weight", name=name)
     check_finite(importance, "importance", name=name)
-    dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
-    return search_scales_transposed(W.to(dtype).T.contiguous(), importance, choice, grid=grid, name=name)
+    return search_scales_transposed(W.T, importance, [choice], grid=grid, name=name)[0]
 
 
 def search_scales_transposed(
     Wt: Float[Tensor, "d_in d_out"],
     importance: Float[Tensor, "columns=d_in"],
-    choice: Choice,
+    choices: Sequence[Choice],
     *,
     grid: Grid = Grid.SYMMETRIC,
     name: str = "layer",
-) -> BFloat16[Tensor, "d_out groups"]:
-    """``search_scales`` on the transposed weight (contiguous, fp32 or fp64), where a group is whole rows.
+) -> list[BFloat16[Tensor, "d_out groups"]]:
+    """``search_scales`` for several choices, on the transposed weight, where a group is whole rows.
 
-    One transposition then serves all choices and the column loop. Inputs are not checked for NaN.
+    One transposition then serves all choices and the column loop, and choices of one group size share what does not
+    depend on the width. Inputs are not checked for NaN. Computes in fp64 where the weight is that, else in fp32.
     """
+    widths = [group_width(choice, len(Wt), name=name) for choice in choices]
+    found: list[Tensor] = [Wt] * len(choices)
+    for width in dict.fromkeys(widths):
+        positions = [i for i, each in enumerate(widths) if each == width]
+        searched = _search_groups(Wt, importance, width, [choices[i].bits for i in positions], grid)
+        for i, scales in zip(positions, searched, strict=True):
+            found[i] = scales.T.contiguous()
+    return found
+
+
+def _search_groups(Wt: Tensor, importance: Tensor, width: int, bits: Sequence[int], grid: Grid) -> Tensor:
+    """Scales [widths of the code, groups, d_out] for groups of ``width`` columns."""
     d_in, d_out = Wt.shape
-    width = group_width(choice, d_in, name=name)
     W = Wt.view(d_in // width, width, d_out)
-    weights = importance.to(Wt).view(d_in // width, 1, width)
-    scales = torch.empty(d_in // width, d_out, dtype=torch.bfloat16, device=Wt.device)
-    part, chunk = (_CPU_PART, _CPU_CHUNK) if Wt.device.type == "cpu" else (_GPU_PART, _GPU_PART)
-    buffers = Wt.new_empty(3, max(W[cut].numel() for cut in _cuts(W.shape, chunk)))
+    dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
+    weights = importance.to(W.device, dtype).view(d_in // width, 1, width)
+    scales = torch.empty(len(bits), d_in // width, d_out, dtype=torch.bfloat16, device=W.device)
+    part, chunk = (_CPU_PART, _CPU_CHUNK) if W.device.type == "cpu" else (_GPU_PART, _GPU_PART)
+    # memory for the weights of a chunk and the temporaries of a part: fresh pages would cost as much as the arithmetic
+    sizes = [max(W[cut].numel() for cut in _cuts(W.shape, limit)) for limit in (chunk, part, part)]
+    buffers = [torch.empty(size, dtype=dtype, device=W.device) for size in sizes]
     for cut in _cuts(W.shape, chunk):
-        found = _search_chunk(W[cut], weights[cut[0]], choice.bits, grid, part=part, buffers=buffers)
-        scales[cut[0], cut[2]] = found.squeeze(1)
-    return scales.T.contiguous()
+        groups, _, rows = cut
+        w = buffers[0][: W[cut].numel()].view(W[cut].shape).copy_(W[cut])
+        unit = power_of_two(_absmax(w))
+        w.div_(unit)
+        for i, b in enumerate(bits):
+            best = _search_chunk(w, weights[groups], b, grid, part=part, buffers=buffers[1:])
+            scales[i, groups, rows] = storable(best * unit, b).squeeze(1)
+    return scales
 
 
 Cut = tuple[slice, slice, slice]
@@ -126,7 +144,7 @@ def _cuts(shape: Sequence[int], limit: int) -> list[Cut]:
     num_groups, width, d_out = shape
     # more than 128 rows keep the inner loops long even for the widest groups
     num_rows = min(d_out, max(128, limit // width))
-    groups_at_once = max(1, limit // (width * num_rows))
+    groups_at_once = max(1, round(limit / (width * num_rows)))
     return [
         (slice(g, g + groups_at_once), slice(None), slice(r, r + num_rows))
         for g in range(0, num_groups, groups_at_once)
@@ -134,15 +152,16 @@ def _cuts(shape: Sequence[int], limit: int) -> list[Cut]:
     ]
 
 
-def _search_chunk(w: Tensor, importance: Tensor, bits: int, grid: Grid, *, part: int, buffers: Tensor) -> Tensor:
+def _search_chunk(
+    w: Tensor, importance: Tensor, bits: int, grid: Grid, *, part: int, buffers: Sequence[Tensor]
+) -> Tensor:
     """Best scales [groups, 1, rows] of w [groups, width, rows] under importance [groups, 1, width].
 
-    ``buffers`` are three of at least the size of w: fresh memory would cost more than the arithmetic.
+    The largest weight of a group lies in 1 .. 2, so no scale is near the ends of bfloat16. ``buffers`` are two of the
+    size of a part.
     """
-    bottom, top = code_range(bits)
-    base = torch.maximum(w.amax(1, keepdim=True), -w.amin(1, keepdim=True))
-    unit = power_of_two(base)
-    w, base = torch.div(w, unit, out=buffers[0, : w.numel()].view(w.shape)), base / unit
+    bottom, _ = code_range(bits)
+    base = _absmax(w)
     zero = None
     if grid is Grid.ASYMMETRIC:
         lowest, base = asymmetric_range(w, bits, dim=1)
@@ -151,10 +170,10 @@ def _search_chunk(w: Tensor, importance: Tensor, bits: int, grid: Grid, *, part:
     base = torch.where(base == 0, -bottom - 0.5, base)
     divisors = base.new_tensor(_divisors(bits, w.shape[1])).view(-1, 1, 1, 1)
     tried = [(base / (-bottom - 0.5)).unsqueeze(0), *(signed / divisors for signed in _signed(base, w, bits, grid))]
-    scales = to_bfloat16(torch.cat(tried))
+    scales = torch.cat(tried).bfloat16().to(w.dtype)
 
     cuts = _cuts(w.shape, part)
-    parts = [_Part(w[cut], importance[cut[0]], None if zero is None else zero[cut], bits, buffers[1:]) for cut in cuts]
+    parts = [_Part(w[cut], importance[cut[0]], None if zero is None else zero[cut], bits, buffers) for cut in cuts]
     errors, inverses = torch.empty_like(scales), scales.reciprocal()
     for cut, each in zip(cuts, parts, strict=True):
         each.write_errors(inverses[:, *cut], errors[:, *cut])
@@ -167,21 +186,23 @@ def _search_chunk(w: Tensor, importance: Tensor, bits: int, grid: Grid, *, part:
         inverse = best.reciprocal()
         for cut, each in zip(cuts, parts, strict=True):
             each.write_fit(inverse[cut], product[cut], squares[cut])
-        refitted = to_bfloat16(product / squares)
+        refitted = (product / squares).bfloat16().to(w.dtype)
         # with these codes the error is a parabola in the scale; what it gains, rounding again can only add to. False
         # for NaN, of a group whose codes are all zero
         gains = (refitted - best) * ((refitted + best) * squares - 2 * product) < 0
         torch.where(gains, refitted, best, out=best)
-    return storable(best * unit, bits)
+    return best
 
 
 class _Part:
     """Some groups and rows of a chunk, so few that all work on them stays in cache."""
 
-    def __init__(self, w: Tensor, importance: Tensor, zero: Tensor | None, bits: int, buffers: Tensor) -> None:
+    def __init__(
+        self, w: Tensor, importance: Tensor, zero: Tensor | None, bits: int, buffers: Sequence[Tensor]
+    ) -> None:
         self.w, self.importance, self.zero = w, importance, zero
         self.range = code_range(bits)
-        self.t, self.q = buffers[:, : w.numel()].view(2, *w.shape).unbind()
+        self.t, self.q = (b[: w.numel()].view(w.shape) for b in buffers)
 
     def write_errors(self, inverses: Tensor, errors: Tensor) -> None:
         """Weighted squared error, in units of its scale squared, for every 1 / scale [tried, groups, 1, rows]."""
@@ -203,6 +224,10 @@ class _Part:
         if self.zero is not None:
             self.t.add_(self.zero)
         torch.round(self.t, out=self.q).clamp_(*self.range)
+
+
+def _absmax(w: Tensor) -> Tensor:
+    return torch.maximum(w.amax(1, keepdim=True), -w.amin(1, keepdim=True))
 
 
 def _divisors(bits: int, width: int) -> list[float]:

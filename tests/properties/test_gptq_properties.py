@@ -97,7 +97,12 @@ def test_internal_loss_is_the_damped_quadratic_form(d_out: int, d_in: int, seed:
     Wt = W.T[factor.order]
     sweep = gptq_module._sweep(Wt, factor, scales, bounds, d_in, Z=None, leaf=3)
     rounded = Wt.unsqueeze(1) - sweep.errors
-    running = ((sweep.targets - rounded) * factor.diagonal.view(-1, 1, 1)).square().sum(0)
+    # t_k = w_k + sum_{j<k} D_j R_jk: what each column was rounded at, and to its nearest code
+    targets = Wt.unsqueeze(1) + torch.einsum("jk,jcr->kcr", factor.R.triu(1), sweep.errors)
+    low, high = bounds.unbind(1)
+    nearest = (targets / scales[0]).clamp(low.view(1, -1, 1), high.view(1, -1, 1))
+    assert ((nearest - sweep.codes).abs() < 0.5 + 1e-9).all()
+    running = ((targets - rounded) * factor.diagonal.view(-1, 1, 1)).square().sum(0)
     damped = H + factor.damping * torch.eye(d_in, dtype=torch.float64)
     for i, q in enumerate(quantized):
         dW = W - q.dequantize(torch.float64)
