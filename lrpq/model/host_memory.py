@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Final
+
+ALLOCATOR: Final[Mapping[str, str]] = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""Environment that a process which holds tensors is to start with: read once, by the C library, and only glibc's does.
+
+Tensors from 1 MiB on then have pages of their own and go back whole when they are freed. Without it the threshold grows
+to the largest tensor freed so far, up to 32 MiB, all below it lie in the heap, and what of the heap is free between
+tensors that live on grows with the number of blocks (COST).
+"""
 
 
 @cache
