@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Final
 
-ALLOCATOR: Final[Mapping[str, str]] = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-"""Environment that a process which holds tensors is to start with: read once, by the C library, and only glibc's does.
+ALLOCATOR: Final[Mapping[str, str]] = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""Environment with which a process that holds tensors should start; glibc alone reads it, once.
 
-Tensors from 1 MiB on then have pages of their own and go back whole when they are freed. Without it the threshold grows
-to the largest tensor freed so far, up to 32 MiB, all below it lie in the heap, and what of the heap is free between
-tensors that live on grows with the number of blocks (COST).
+Tensors from 4 MiB on have pages of their own and go back whole when they are freed. Without the first line that
+threshold moves up to the largest tensor freed so far, as far as 32 MiB; what is below it lies in the heap, between
+small objects that live on, and peaks grow with the number of blocks. The second line asks for huge pages: fresh memory
+then costs a fraction of the page faults (docs/log.md, 2026-11-26, has the sweep and what it costs).
 """
 
 

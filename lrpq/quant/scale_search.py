@@ -29,12 +29,12 @@ from lrpq.quant.grid import (
 if TYPE_CHECKING:
     from jaxtyping import BFloat16, Float
 
-# Elements that see one vector operation: two temporaries of them and the weights stay in a core's cache. A GPU wants
-# launches as large as memory allows.
+# Elements that see one vector operation: two temporaries of them and the weights stay in a core's cache (swept 2^15 ..
+# 2^17 on one core: 2^15 is a third slower, 2^17 equal). A GPU wants launches as large as memory allows.
 _CPU_PART = 2**16
 _GPU_PART = 2**24
-# Elements searched at once: more, so that what is small (one number a group and scale tried) is not all dispatch, yet
-# few enough that the pages of fresh memory cost nothing.
+# Elements searched at once: more, so that what is small (one number a group and scale tried) is not all dispatch (swept
+# 2^17 .. 2^20: 84, 77, 74, 67 ns a weight for six widths, beside other work).
 _CPU_CHUNK = 2**20
 
 

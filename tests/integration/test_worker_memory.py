@@ -27,8 +27,8 @@ def test_what_lies_between_freed_tensors_holds_no_memory(request: pytest.Fixture
         del del_me
         before = resident_mb()
         large, small = [], []
-        for _ in range(40):
-            large.append(torch.ones(1 << 19))  # 2 MiB
+        for _ in range(16):
+            large.append(torch.ones(5 << 18))  # 5 MiB
             small.append(torch.ones(1 << 10))  # 4 KiB, kept
         between = resident_mb()
         large.clear()
