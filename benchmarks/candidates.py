@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-from lrpq.model.host_memory import ALLOCATOR
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import gptq, predicted_cost
@@ -111,7 +110,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
 
-    os.environ.update({"OMP_NUM_THREADS": "1", **ALLOCATOR})  # read by the workers when they start
+    os.environ["OMP_NUM_THREADS"] = "1"
     workers = arguments.workers
     work = [site.name for site in SITES for _ in range(arguments.blocks)]  # the largest first
     with multiprocessing.get_context("spawn").Pool(workers, initializer=start_worker) as pool:

@@ -2,15 +2,14 @@
 
     python -m benchmarks.depth [--depths 8 64] [--json FILE]
 
-Each measurement is a process of its own, with the allocator's settings of a worker, that streams a synthetic float32
-Llama (hidden 512). The kept block inputs of the profile are counted by the sweep and subtracted.
+Each measurement is a process of its own that streams a synthetic float32 Llama (hidden 512). The kept block inputs of
+the profile are counted by the sweep and subtracted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,6 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrpq.model.host_memory import ALLOCATOR
 from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
@@ -126,10 +124,7 @@ def main() -> None:
             write_model(folder, depth)
             for stage in STAGES:
                 command = [sys.executable, "-m", "benchmarks.depth", "--child", stage, str(folder)]
-                run = subprocess.run(
-                    command, env={**os.environ, **ALLOCATOR}, check=True, capture_output=True, text=True
-                )
-                found = json.loads(run.stdout)
+                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 rows.append({"stage": stage, "blocks": depth, **found})
     print(f"{'stage':8} {'blocks':>6} {'start MB':>9} {'peak MB':>9} {'kept MB':>9} {'peak - kept MB':>15}")
     for row in sorted(rows, key=lambda r: (r["stage"], r["blocks"])):

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import ray
 
 from lrpq.errors import ConfigError, LrpqError
-from lrpq.model.host_memory import ALLOCATOR
 from tasks.resources import WorkerShape, worker_shape
 
 T = TypeVar("T")
@@ -62,7 +61,6 @@ class Pool:
     def __init__(self, shape: WorkerShape, *, device: str, threads: int) -> None:
         self.shape = shape
         environment = {**QUIET, **{k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}}
-        environment |= {k: os.environ.get(k, v) for k, v in ALLOCATOR.items()}
         if device == "cuda":
             environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matrix products
         actor = ray.remote(_Worker)

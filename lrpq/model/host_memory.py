@@ -4,21 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
 from functools import cache
-from typing import Any, Final
-
-ALLOCATOR: Final[Mapping[str, str]] = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-"""Environment with which a process that holds tensors should start; glibc alone reads it, once.
-
-Tensors from 4 MiB on have pages of their own and go back whole when they are freed. Without the first line that
-threshold moves up to the largest tensor freed so far, as far as 32 MiB; what is below it lies in the heap, between
-small objects that live on, and peaks grow with the number of blocks. The second line asks for huge pages: fresh memory
-then costs a fraction of the page faults (docs/log.md, 2026-11-26, has the sweep and what it costs).
-"""
+from typing import Any
 
 
 @cache

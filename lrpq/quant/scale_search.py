@@ -178,7 +178,7 @@ def _search_chunk(
     for cut, each in zip(cuts, parts, strict=True):
         each.write_errors(inverses[:, *cut], errors[:, *cut])
     errors.mul_(scales).mul_(scales)
-    # of equal errors min takes the first, on any device (argmin does too, at twelve times the time)
+    # of equal errors min takes the first, on any device (argmin does too, at ten times the time)
     best = scales.gather(0, errors.min(0, keepdim=True).indices).squeeze(0)
 
     product, squares = torch.empty_like(best), torch.empty_like(best)
