@@ -138,7 +138,6 @@ def run_evaluate(
                     num_tokens=windows.num_windows * evaluation.length,
                     num_shards=windows.num_windows,
                     micro_batch=1,
-                    num_workers=len(pool),
                 )
                 summaries = _divergence(pool, stream, checkpoint, progress)
                 text = {"source": windows.source, "windows": windows.num_windows, "length": evaluation.length}

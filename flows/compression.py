@@ -102,7 +102,7 @@ class Compression:
             ) as pool
         ):
             self._say_how_relevance_is_found()
-            prepared = self._prepare(len(pool))
+            prepared = self._prepare()
             run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
             self._search(pool, prepared, rows)
@@ -119,7 +119,7 @@ class Compression:
                 f"no table of relevance rules for {', '.join(unknown)}: rules are applied operation by operation"
             )
 
-    def _prepare(self, num_workers: int) -> Prepared:
+    def _prepare(self) -> Prepared:
         run, config = self.run_state, self.config.run
         windows = calibration_windows(run, config, model=self.model, fingerprint=self.fingerprint)
         self.windows = windows
@@ -130,7 +130,7 @@ class Compression:
             self.measured = evaluation_windows(
                 run, self.config, model=self.model, fingerprint=self.fingerprint, calibration=windows
             )
-        stream_job = jobs.stream_job(self.context, windows, num_workers=num_workers)
+        stream_job = jobs.stream_job(self.context, windows)
         profile_job = jobs.profile_job(self.context, stream_job, windows)
         candidates_job = jobs.candidates_job(self.context, profile_job, head=self.head)
         # what is wrong with the plan shows here, not after the work
@@ -270,9 +270,14 @@ class Compression:
                 format=self.config.plan.format,
                 target=self.config.plan.target,
             )
-            with run.timed(assemble.STAGE, 1, "checkpoint"):
-                size = step("assemble", lambda: pool.get([pool.submit(0, assemble.assemble, job)])[0])
-                run.progress.advance(assemble.STAGE)
+
+            def attempt() -> Mapping[str, Any]:
+                with run.timed(assemble.STAGE, 1, "checkpoint"):
+                    written = step("assemble", lambda: pool.get([pool.submit(0, assemble.assemble, job)])[0])
+                    run.advance(assemble.STAGE)
+                return dict(written)
+
+            size = run.survive(pool, assemble.STAGE, attempt)
         return size
 
     def _written(self, key: str) -> dict[str, Any] | None:

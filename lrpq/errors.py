@@ -8,6 +8,8 @@
     |-- QuantizationError  a layer cannot be quantized as asked
     |   `-- Diverged       a loss or a gradient of the tuning is not finite
     |-- CheckpointError    the written checkpoint is not what was meant
+    |-- ClusterError       the workers: none left, none started, or one item ends them all
+    |   `-- WorkerLost     a worker died or was given up; the stage goes on without it
     `-- StoreError         the store: not writable, a damaged or missing object
         `-- RunMismatch    the run id exists with another configuration
 
@@ -48,6 +50,14 @@ class Diverged(QuantizationError):
 
 class CheckpointError(LrpqError):
     """The written checkpoint does not hold what was meant to be written."""
+
+
+class ClusterError(LrpqError):
+    """The workers cannot do what they are asked to."""
+
+
+class WorkerLost(ClusterError):
+    """A worker died or had to be given up."""
 
 
 class StoreError(LrpqError):
