@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, cast
 
 from lrpq.errors import StoreError
 from tasks.store.objects import check_key, is_key
-from tasks.store.s3_client import ATTEMPTS, AskedToRepeat, S3Client, reason_of
+from tasks.store.s3_client import ATTEMPTS, PATIENCE_SECONDS, AskedToRepeat, S3Client, reason_of
 from tasks.store.s3_files import Ranges, Upload
 
 _READ_AHEAD_BYTES = 1024 * 1024
@@ -48,7 +48,7 @@ class S3Store:
                 f"the store {url} ignores 'If-None-Match: *' (a second conditional PUT was not answered "
                 "412), so objects could be overwritten: use a server with conditional writes"
             )
-        return cls(client=client)
+        return cls(client=replace(client, patience=PATIENCE_SECONDS))
 
     @property
     def url(self) -> str:
