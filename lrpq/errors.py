@@ -2,7 +2,8 @@
 
     LrpqError
     |-- ConfigError        what the user asked for is not possible or contradicts itself
-    |   `-- BudgetError    the size budget is below the smallest or above the largest possible checkpoint
+    |   |-- BudgetError    the size budget is below the smallest or above the largest possible checkpoint
+    |   `-- OutputBusy     another process is writing the output folder
     |-- ModelError         the source model: unknown, unsupported, truncated, not finite
     |-- CalibrationError   calibration or evaluation text: empty, too short, unreadable
     |-- QuantizationError  a layer cannot be quantized as asked
@@ -30,6 +31,10 @@ class ConfigError(LrpqError):
 
 class BudgetError(ConfigError):
     """The budget lies outside what the choices of bit widths allow."""
+
+
+class OutputBusy(ConfigError):
+    """Another process is writing the output folder."""
 
 
 class ModelError(LrpqError):

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
@@ -55,7 +56,15 @@ QUIET = {
 class Pool:
     """Workers that run functions of the stages."""
 
-    def __init__(self, shape: WorkerShape, *, device: str, threads: int, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        shape: WorkerShape,
+        *,
+        device: str,
+        threads: int,
+        patience: float = PATIENCE_SECONDS,
+        spill_folder: str | None = None,
+    ) -> None:
         self.shape = shape
         self.losses: list[str] = []
         """Why workers were given up, since the pool was made."""
@@ -71,7 +80,12 @@ class Pool:
         self._actor = ray.remote(concurrency_groups={"pulse": 1})(Worker).options(
             num_cpus=shape.num_cpus, num_gpus=shape.num_gpus, runtime_env={"env_vars": environment}
         )
-        self._settings = {"device": device, "threads": threads, "kept_bytes": shape.kept_bytes}
+        self._settings = {
+            "device": device,
+            "threads": threads,
+            "kept_bytes": shape.kept_bytes,
+            "spill_folder": spill_folder,
+        }
         for index in range(shape.num_workers):
             self._start(Place(index=index, num_workers=shape.num_workers, epoch=0))
 
@@ -347,6 +361,8 @@ def open_pool(
     threads: int,
     address: str | None = None,
     patience: float = PATIENCE_SECONDS,
+    kept_bytes: int | None = None,
+    spill_folder: str | None = None,
 ) -> Iterator[Pool]:
     """Connect to a Ray cluster, or start one on this machine for the length of the context.
 
@@ -356,6 +372,8 @@ def open_pool(
         threads: intra-op threads of a worker: part of the result's identity.
         address: address of a running cluster.
         patience: seconds of silence after which a worker may be given up.
+        kept_bytes: memory for a worker's kept inputs, None for its share of a quarter of the free memory.
+        spill_folder: where the rest of them go, None for the system's temporary folder.
     """
     os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
     _keep_stdout_clean()
@@ -364,6 +382,7 @@ def open_pool(
     wanted_cpus = max(local_cpus, (workers or 1) * threads)
     if address is None:
         ray.init(
+            address="local",  # without it Ray joins a cluster that somebody else started on this machine
             num_cpus=wanted_cpus,
             include_dashboard=False,
             log_to_driver=False,
@@ -382,7 +401,9 @@ def open_pool(
             cluster_gpus=cluster.get("GPU", 0.0),
             free_bytes=_free_bytes(),
         )
-        yield Pool(shape, device=resolved, threads=threads, patience=patience)
+        if kept_bytes is not None:
+            shape = replace(shape, kept_bytes=kept_bytes)
+        yield Pool(shape, device=resolved, threads=threads, patience=patience, spill_folder=spill_folder)
     finally:
         ray.shutdown()
 

@@ -6,7 +6,6 @@ as soon as every worker has gone through it, so memory holds the sums of the blo
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -118,7 +117,7 @@ def begin(state: WorkerState, job: ProfileJob, start: Position) -> None:
         power=job.power,
         seed=job.seed,
         micro_batch=job.stream.micro_batch,
-        kept=KeptInputs(memory_bytes=state.kept_bytes, may_forget=True),
+        kept=KeptInputs(memory_bytes=state.kept_bytes, folder=state.spill_folder, may_forget=True),
         with_head=job.with_head,
     )
     sweep.on_batch = state.beat
@@ -251,7 +250,7 @@ def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
     if sweep.lacks_inputs(block):
         raise StoreError(
             f"block {block}: no room for the inputs of {block + 1 - first} blocks in memory or on disk; make room in "
-            f"{tempfile.gettempdir()} or set TMPDIR"
+            f"{sweep.kept.folder}, or name another spill_folder (or more kept_bytes) in [cluster] of the configuration"
         )
 
 

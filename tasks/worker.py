@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tasks.watch import Pulse
@@ -28,10 +29,13 @@ class StaleCall(Exception):  # never seen by a user: the driver has given up its
 class WorkerState:
     """What a worker keeps between calls."""
 
-    def __init__(self, *, device: str, threads: int, kept_bytes: int, place: Place) -> None:
+    def __init__(
+        self, *, device: str, threads: int, kept_bytes: int, place: Place, spill_folder: str | None = None
+    ) -> None:
         self.device = device
         self.threads = threads
         self.kept_bytes = kept_bytes
+        self.spill_folder = None if spill_folder is None else Path(spill_folder)
         self.place = place
         self.held: dict[str, Any] = {}
         """Stage name -> the stage's own object."""

@@ -49,6 +49,11 @@ class KeptInputs:
         self._devices: dict[Key, torch.device] = {}
         self._spill: _SpillFolder | None = None
 
+    @property
+    def folder(self) -> Path:
+        """Where the spill folder is made."""
+        return Path(tempfile.gettempdir()) if self._parent is None else self._parent
+
     def __contains__(self, key: Key) -> bool:
         return key in self._devices
 
@@ -115,14 +120,16 @@ class KeptInputs:
         self.close()
 
     def _write(self, key: Key, tensor: Tensor) -> None:
-        if self._spill is None:
-            self._spill = _SpillFolder(self._parent)
-        path = self._path(key)
+        path: Path | None = None
         try:
+            if self._spill is None:
+                self._spill = _SpillFolder(self.folder)
+            path = self._path(key)
             save_file({"x": tensor.contiguous()}, path)
         except (OSError, SafetensorError) as error:  # the package has its own error for a full disk
-            path.unlink(missing_ok=True)
-            raise OSError(f"cannot keep a block's inputs in {path.parent}: {error}") from error
+            if path is not None:
+                path.unlink(missing_ok=True)
+            raise OSError(f"cannot keep a block's inputs in {self.folder}: {error}") from error
 
     def _path(self, key: Key) -> Path:
         if self._spill is None:
@@ -133,8 +140,7 @@ class KeptInputs:
 class _SpillFolder:
     """A temporary folder with a lock that ends with the process, however that ends."""
 
-    def __init__(self, parent: Path | None) -> None:
-        where = Path(tempfile.gettempdir()) if parent is None else parent
+    def __init__(self, where: Path) -> None:
         _remove_abandoned(where)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=where))
         self._lock = os.open(self.path, os.O_RDONLY)

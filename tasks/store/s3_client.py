@@ -19,13 +19,23 @@ from tasks.store.objects import one_line
 
 ATTEMPTS = 3
 """Of an HTTP request, and of a publication that the server asks to repeat."""
-_TIMEOUTS = {"connect_timeout": 5, "read_timeout": 60}  # seconds
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 60.0
+"""Without a byte of an answer; a server may need long to put the parts of a large object together."""
 
 
 PATIENCE_SECONDS = 120.0
 """How long a server that has answered before may be away: a restart, a failover, a router."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds between two requests to a server that is away; they double
 T = TypeVar("T")
+_ADVICE = {
+    "ExpiredToken": "get new credentials",
+    "ExpiredTokenException": "get new credentials",
+    "TokenRefreshRequired": "get new credentials",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "NoSuchBucket": "create the bucket, or correct its name",
+    "AccessDenied": "these credentials need to read, write, list and delete below the prefix",
+}
 
 
 class Unreachable(StoreError):
@@ -59,11 +69,12 @@ class S3Client:
     """Seconds for which a request is repeated while the server is away; 0 until it has answered once."""
 
     @classmethod
-    def connect(cls, bucket: str, prefix: str, *, url: str) -> S3Client:
+    def connect(cls, bucket: str, prefix: str, *, url: str, read_seconds: float = READ_SECONDS) -> S3Client:
         """With credentials, region and endpoint of the environment; makes no request."""
+        timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": read_seconds}
         files = fsspec.filesystem(
             "s3",
-            config_kwargs={**_TIMEOUTS, "retries": {"max_attempts": ATTEMPTS, "mode": "standard"}},
+            config_kwargs={**timeouts, "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"}},
             use_listings_cache=False,
             skip_instance_cache=True,  # a cached one would keep the credentials of an earlier environment
         )
@@ -182,6 +193,11 @@ class S3Client:
             if isinstance(error, away) or isinstance(error.__cause__, away) or status == 429 or (status or 0) >= 500:
                 raise Unreachable(message) from error
             raise StoreError(message) from error
+
+
+def advice_for(error: BaseException) -> str:
+    """What to do about an error of the first request."""
+    return _ADVICE.get(_code(error), "check bucket, endpoint and credentials in the environment")
 
 
 def reason_of(error: BaseException) -> str:
