@@ -40,6 +40,8 @@ PATIENCE_SECONDS = 30.0
 """Silence that is always allowed: a thread that answers may wait for Python's lock, or for a busy machine."""
 ANSWER_SECONDS = 5.0
 """What a worker gets to answer when the pool is renewed."""
+SOME_START_SECONDS = 60.0
+"""How long a renewed pool waits for new workers where it has some."""
 MAX_DEATHS = 3
 """Workers that one item of ``map`` may cost before it is the item's fault."""
 AT_ONCE = 2
@@ -74,6 +76,8 @@ class Pool:
         self._asked: dict[Any, Ref] = {}
         self._where: dict[Any, tuple[str, int]] = {}
         self._looked = 0.0
+        self._changed = False
+        """Whether workers have come or gone since everyone was given a place."""
         environment = {**QUIET, **{k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}}
         if device == "cuda":
             environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matrix products
@@ -98,10 +102,12 @@ class Pool:
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run a function with the same arguments on every worker and wait for the results."""
-        return self.get([self.submit(i, function, *arguments) for i in range(len(self))])
+        return self.get(self.each_refs(function, *arguments))
 
     def each_refs(self, function: Callable[..., Any], *arguments: Any) -> list[Ref]:
         """As ``each``, without waiting: references to the results."""
+        if self._changed:  # in a ``map`` before: a stage in the middle of its calls would have had a WorkerLost
+            self.renew()
         return [self.submit(i, function, *arguments) for i in range(len(self))]
 
     def get(self, references: Sequence[Ref]) -> list[Any]:
@@ -133,18 +139,16 @@ class Pool:
         todo = deque(range(len(items)))
         running: dict[Ref, tuple[int, Any]] = {}
         deaths = [0] * len(items)
-        lost = False
 
         def fill() -> None:
+            ready = [worker for worker in self.workers if self._watch.has_started(worker)]  # others may never be
             for _ in range(AT_ONCE):
-                for worker in self.workers:
+                for worker in ready:
                     if todo and sum(owner == worker for _, owner in running.values()) < AT_ONCE:
                         position = todo.popleft()
                         running[worker.call.remote(self._epoch, function, *items[position])] = (position, worker)
 
         def repeat(worker: Any) -> None:
-            nonlocal lost
-            lost = True
             under_way = sorted(position for position, owner in running.values() if owner == worker)
             for reference in [ref for ref, (_, owner) in running.items() if owner == worker]:
                 del running[reference]
@@ -158,28 +162,26 @@ class Pool:
             todo.extendleft(reversed(under_way))
             self._replace(worker)
 
-        fill()
-        while running:
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-            if not ready:
-                for worker, why in self._overdue().items():
-                    self._drop(worker, why)
-                    repeat(worker)
-                fill()
-                continue
-            position, worker = running[ready[0]]
-            try:
-                value = _value(ready[0])
-            except WorkerLost as loss:
-                self._drop(worker, str(loss))
+        while todo or running:
+            for worker, why in self._overdue().items():
+                self._drop(worker, why)
                 repeat(worker)
-                fill()
-                continue
-            del running[ready[0]]
             fill()
-            yield position, value
-        if lost:
-            self.renew()
+            if not running:
+                time.sleep(POLL_SECONDS / 5)
+                continue
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+            for reference in ready:
+                position, worker = running[reference]
+                try:
+                    value = _value(reference)
+                except WorkerLost as loss:
+                    self._drop(worker, str(loss))
+                    repeat(worker)
+                    continue
+                del running[reference]
+                fill()
+                yield position, value
 
     def renew(self) -> None:
         """Replace the workers that are gone and give everyone a new place; afterwards no worker holds anything.
@@ -211,6 +213,7 @@ class Pool:
             ]
         )
         self.get([worker.clear.remote() for worker in self.workers])
+        self._changed = False
 
     def _start(self, place: Place) -> Any:
         worker = self._actor.remote({**self._settings, "place": place})
@@ -225,24 +228,30 @@ class Pool:
         if not self.workers:
             raise ClusterError(f"no worker is left ({self.losses[-1]}); the same command continues on another cluster")
 
+    def _fitting(self) -> int:
+        """Workers that the cluster, as it is now, has room for."""
+        total = ray.cluster_resources()
+        return workers_that_fit(self.shape, cluster_cpus=total.get("CPU", 0.0), cluster_gpus=total.get("GPU", 0.0))
+
     def _room(self) -> int:
         """Workers that may be started: at most as many as there were at first, at least one if none is left."""
-        total = ray.cluster_resources()
-        fitting = workers_that_fit(self.shape, cluster_cpus=total.get("CPU", 0.0), cluster_gpus=total.get("GPU", 0.0))
-        return (
-            min(self.shape.num_workers, max(fitting, 1)) - len(self) if len(self) < fitting or not self.workers else 0
-        )
+        return max(min(self.shape.num_workers, self._fitting()) - len(self), 0 if self.workers else 1)
 
     def _keep_started(self) -> None:
-        """Wait for the workers on their way; those that do not start are left out."""
-        deadline = time.monotonic() + START_SECONDS
+        """Wait for the workers on their way; those that do not start are left out.
+
+        Where others have started the wait is short, and it ends once Ray has noticed that a machine is gone, which
+        takes it a quarter of a minute.
+        """
+        started = time.monotonic()
         while True:
             self._look()
             missing = [worker for worker in self.workers if not self._watch.has_started(worker)]
             if not missing:
                 break
             some = len(missing) < len(self.workers)
-            if time.monotonic() > deadline - (START_SECONDS * 0.8 if some else 0.0):
+            waited = time.monotonic() - started
+            if waited > (SOME_START_SECONDS if some else START_SECONDS) or (some and self._fitting() < len(self)):
                 for worker in missing:
                     self._drop(worker, "it did not start")
                 break
@@ -308,6 +317,7 @@ class Pool:
             return
         self.workers.remove(worker)
         self.losses.append(why)
+        self._changed = True
         self._watch.forget(worker)
         self._asked.pop(worker, None)
         where = self._where.pop(worker, None)

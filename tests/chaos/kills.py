@@ -26,6 +26,7 @@ STAGES = ("profile", "candidates", "refine", "assemble")
 AWAY_SECONDS = 4.0
 """How long a server that was killed stays away."""
 RUN_SECONDS = 420.0
+MOST_ATTEMPTS = 2
 LAYERS = 8
 BLOCKS_BETWEEN_WAYPOINTS = 3
 PATIENCE = 3.0
@@ -170,13 +171,17 @@ def undisturbed(field_: Field) -> Attempt:
     return done
 
 
-def kill(field_: Field, kind: Kind, stage: str, *, seed: int) -> Row:
-    """A run with one kill at a moment that the seed decides, and the same command again if it did not survive."""
+def kill(field_: Field, kind: Kind, stage: str, *, seed: int, said: list[str]) -> Row:
+    """A run with one kill at a moment that the seed decides, and the same command again if it did not survive.
+
+    What was printed is added to ``said``.
+    """
     rng = random.Random(f"{kind.name} {stage} {seed}")
     name = f"{kind.name.lower()}-{stage}-{seed}"
     after, delay = rng.randrange(field_.units[stage]), rng.random() * 0.4
     done: list[str] = []
     back: list[threading.Thread] = []
+    lost: list[Any] = []
     seen = 0
 
     def strike(process: subprocess.Popen[str]) -> None:
@@ -191,7 +196,7 @@ def kill(field_: Field, kind: Kind, stage: str, *, seed: int) -> Row:
         elif kind is Kind.NODE:
             node = field_.cluster.nodes[rng.randrange(len(field_.cluster.nodes))]
             field_.cluster.kill(node)
-            back.append(threading.Thread(target=_node_back, args=(field_, node)))
+            lost.append(node)
         elif kind in (Kind.S3, Kind.PREFECT):
             service = field_.s3 if kind is Kind.S3 else field_.prefect
             service.kill()
@@ -202,7 +207,7 @@ def kill(field_: Field, kind: Kind, stage: str, *, seed: int) -> Row:
 
     def on_event(event: dict[str, Any], process: subprocess.Popen[str]) -> None:
         nonlocal seen
-        if event["name"] != stage or done:
+        if event.get("name") != stage or done:
             return
         if event["event"] == "advance":
             seen += 1
@@ -216,9 +221,13 @@ def kill(field_: Field, kind: Kind, stage: str, *, seed: int) -> Row:
         attempts = [execute(command, on_event=on_event)]
     for thread in back:
         thread.join()
+    for node in lost:  # another machine comes only when the run is over: it went on with what was left
+        field_.cluster.nodes.append(field_.cluster.add(1))
+        field_.cluster.tidy(node)
     _resume_stopped(field_)
-    if attempts[0].code != 0:
+    while attempts[-1].code != 0 and len(attempts) < MOST_ATTEMPTS:
         attempts.append(execute(field_.command(name)))
+    said.extend(text for attempt in attempts for text in (attempt.out, attempt.err))
     last = attempts[0].err.strip().splitlines()[-1] if attempts[0].code and attempts[0].err.strip() else ""
     redone = max(sum(attempt.units(stage) for attempt in attempts) - field_.units[stage], 0)
     streams = stage in ("profile", "refine")
@@ -235,12 +244,6 @@ def kill(field_: Field, kind: Kind, stage: str, *, seed: int) -> Row:
         identical=contents(field_.folder / "out" / name) == field_.undisturbed,
         seconds=sum(attempt.seconds for attempt in attempts),
     )
-
-
-def _node_back(field_: Field, node: Any) -> None:
-    time.sleep(AWAY_SECONDS)
-    field_.cluster.nodes.append(field_.cluster.add(1))
-    field_.cluster.tidy(node)
 
 
 def _service_back(service: S3Server | PrefectServer) -> None:

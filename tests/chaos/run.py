@@ -9,12 +9,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
-
-from pipeline_case import write_model
-
+from .field import model_in
 from .kills import LAYERS, STAGES, Field, Kind, Row, fresh, kill, undisturbed
+from .leaks import leaks
 from .services import running
 
 COLUMNS = ("kind", "stage", "moment", "completed", "redone", "bound", "identical", "seconds")
@@ -46,21 +43,25 @@ def main() -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         place = fresh(Path(folder) / "f")
-        model = write_model(place / "model", layers=LAYERS)
+        model = model_in(place, layers=LAYERS)
         with running(place, cpus=[1, 1]) as (s3, prefect, cluster):
             field = Field(folder=place, model=model, s3=s3, prefect=prefect, cluster=cluster)
             first = undisturbed(field)
+            texts = [first.out, first.err]
             print(f"undisturbed: {first.seconds:.0f} s; units {field.units}", flush=True)
             print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
             for kind, stage, seed in planned([Kind[k] for k in asked.kinds], asked.stages, asked.repeats):
-                row = kill(field, kind, stage, seed=seed + asked.seed)
+                row = kill(field, kind, stage, seed=seed + asked.seed, said=texts)
                 rows.append(row)
-                print(line(row) + (f" {row.exit_codes} {row.message}" if row.message else ""), flush=True)
+                said = f" {row.exit_codes} {row.message}" if row.message else ""
+                print(line(row) + said + ("" if row.passed else " NOT PASSED"), flush=True)
+                if asked.output is not None:
+                    asked.output.write_text(json.dumps([{**asdict(r), "passed": r.passed} for r in rows], indent=1))
+            found = leaks(place, texts)
+    print(f"places with the store's secret: {found}")
     failed = [row for row in rows if not row.passed]
     print(f"{len(rows)} kills, {len(failed)} not survived as promised")
-    if asked.output is not None:
-        asked.output.write_text(json.dumps([{**asdict(row), "passed": row.passed} for row in rows], indent=1))
-    return 1 if failed else 0
+    return 1 if failed or found else 0
 
 
 if __name__ == "__main__":
