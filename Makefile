@@ -1,8 +1,8 @@
 # Everything lives in .venv; a stamp there says what is installed, so a second call installs nothing.
-# make demo | test | check | format | fuzz | clean
+# make demo | test | check | format | fuzz | chaos | clean
 
 .POSIX:
-.PHONY: demo test check format fuzz clean
+.PHONY: demo test check format fuzz chaos clean
 
 PYTHON = python3
 VENV = .venv
@@ -39,6 +39,11 @@ format: $(STAMPS)/check
 CASES = 20000
 fuzz: $(STAMPS)/test
 	$(BIN)/python -m tests.fuzz.run --cases $(CASES)
+
+# kills of workers, nodes, the driver and both servers in every stage, about half an hour on two quiet cores
+chaos: $(STAMPS)/test
+	$(BIN)/python -m tests.chaos.run --output .cache/chaos.json
+	$(BIN)/python -m tests.chaos.shapes
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

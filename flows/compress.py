@@ -6,14 +6,14 @@ import json
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from flows.boundary import refuse_secrets
+from flows.boundary import refuse_secrets, user_error
 from flows.calibrate import evaluation_only_windows
 from flows.compression import Compression, resolve_dtype
 from flows.config import ClusterConfig, CompressConfig, EvaluationConfig, PlanConfig, RunConfig, default_store
@@ -30,7 +30,18 @@ from tasks.store.manifest import read_run
 from tasks.store.opened import open_store
 from tasks.streams import StreamJob
 
-_asked: ContextVar[tuple[CompressConfig, Progress, Pool | None]] = ContextVar("asked")
+
+@dataclass(slots=True, kw_only=True)
+class _Asked:
+    """What a flow is to do, which is no parameter that Prefect could show, and what it has found."""
+
+    config: CompressConfig
+    progress: Progress
+    pool: Pool | None
+    manifest: dict[str, Any] | None = None
+
+
+_asked: ContextVar[_Asked] = ContextVar("asked")
 
 
 def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | None = None) -> dict[str, Any]:
@@ -46,19 +57,27 @@ def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | Non
     """
     refuse_secrets(config.run.calibration.source, config.evaluation.source)
     with prefect_api():
-        token = _asked.set((config, progress, pool))
+        asked = _Asked(config=config, progress=progress, pool=pool)
+        token = _asked.set(asked)
         try:
-            manifest: dict[str, Any] = _compress(json.loads(config.model_dump_json()))
+            _compress(json.loads(config.model_dump_json()))
+        except Exception as error:
+            if asked.manifest is None or user_error(error) is not None:
+                raise
+            # the checkpoint is there: what failed is to tell Prefect
+            progress.note(f"Prefect shows the run as unfinished, its server does not answer ({type(error).__name__})")
         finally:
             _asked.reset(token)
-    return manifest
+    if asked.manifest is None:
+        raise RuntimeError("the flow ended without a result")
+    return asked.manifest
 
 
 @flow(name="compress", validate_parameters=False, retries=0, persist_result=False)
 def _compress(configuration: dict[str, Any]) -> dict[str, Any]:
     """The flow; its parameter is what the Prefect UI shows."""
-    config, progress, pool = _asked.get()
-    manifest = Compression(config, progress).run(pool)
+    asked = _asked.get()
+    manifest = asked.manifest = Compression(asked.config, asked.progress).run(asked.pool)
     table = [
         {k: module[k] for k in ("name", "bits", "group_size", "num_weights", "cost_nats")}
         for module in manifest["modules"]
@@ -138,7 +157,6 @@ def run_evaluate(
                     num_tokens=windows.num_windows * evaluation.length,
                     num_shards=windows.num_windows,
                     micro_batch=1,
-                    num_workers=len(pool),
                 )
                 summaries = _divergence(pool, stream, checkpoint, progress)
                 text = {"source": windows.source, "windows": windows.num_windows, "length": evaluation.length}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ from lrpq.allocate.plan import Plan
 from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.plan import planned_size
 from lrpq.checkpoint.publish import check_output
-from lrpq.errors import ConfigError
+from lrpq.errors import ConfigError, OutputBusy
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource, resolve_model
 from lrpq.model.source import open_source
@@ -49,6 +50,10 @@ from tasks.streams import DTYPES, StreamJob
 
 NOT_STORED = frozenset({"allocate", assemble.STAGE})
 """Stages done again in every run: seconds of arithmetic on stored costs, and copying stored codes to the output."""
+
+
+BUSY_SECONDS = 1.0
+"""Between two looks at an output folder that another process is writing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +103,17 @@ class Compression:
             nullcontext(pool)
             if pool is not None
             else open_pool(
-                device=cluster.device, workers=cluster.workers, threads=self.config.run.threads, address=cluster.address
+                device=cluster.device,
+                workers=cluster.workers,
+                threads=self.config.run.threads,
+                address=cluster.address,
+                patience=cluster.patience,
+                kept_bytes=cluster.kept_bytes,
+                spill_folder=None if cluster.spill_folder is None else str(cluster.spill_folder),
             ) as pool
         ):
             self._say_how_relevance_is_found()
-            prepared = self._prepare(len(pool))
+            prepared = self._prepare()
             run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
             self._search(pool, prepared, rows)
@@ -119,7 +130,7 @@ class Compression:
                 f"no table of relevance rules for {', '.join(unknown)}: rules are applied operation by operation"
             )
 
-    def _prepare(self, num_workers: int) -> Prepared:
+    def _prepare(self) -> Prepared:
         run, config = self.run_state, self.config.run
         windows = calibration_windows(run, config, model=self.model, fingerprint=self.fingerprint)
         self.windows = windows
@@ -130,7 +141,7 @@ class Compression:
             self.measured = evaluation_windows(
                 run, self.config, model=self.model, fingerprint=self.fingerprint, calibration=windows
             )
-        stream_job = jobs.stream_job(self.context, windows, num_workers=num_workers)
+        stream_job = jobs.stream_job(self.context, windows)
         profile_job = jobs.profile_job(self.context, stream_job, windows)
         candidates_job = jobs.candidates_job(self.context, profile_job, head=self.head)
         # what is wrong with the plan shows here, not after the work
@@ -270,10 +281,29 @@ class Compression:
                 format=self.config.plan.format,
                 target=self.config.plan.target,
             )
-            with run.timed(assemble.STAGE, 1, "checkpoint"):
-                size = step("assemble", lambda: pool.get([pool.submit(0, assemble.assemble, job)])[0])
-                run.progress.advance(assemble.STAGE)
+
+            def attempt() -> Mapping[str, Any]:
+                with run.timed(assemble.STAGE, 1, "checkpoint"):
+                    written: Mapping[str, Any] = step("assemble", lambda: self._assembled(pool, job, manifest, key))
+                    run.advance(assemble.STAGE)
+                return written
+
+            size = run.survive(pool, assemble.STAGE, attempt)
         return size
+
+    def _assembled(self, pool: Pool, job: AssembleJob, manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+        """The checkpoint's size; of two drivers of one run the second one waits for the first one's checkpoint."""
+        while True:
+            try:
+                written: Mapping[str, Any] = pool.get([pool.submit(0, assemble.assemble, job)])[0]
+                return written
+            except ConfigError as error:  # busy, or filled meanwhile
+                present = self._written(key)
+                if present is not None:
+                    return {**manifest["size"], "verified": present["verified"]}
+                if not isinstance(error, OutputBusy):
+                    raise
+            time.sleep(BUSY_SECONDS)
 
     def _written(self, key: str) -> dict[str, Any] | None:
         """Manifest in the output folder, if it is this very checkpoint's: proved, its files of the right length."""

@@ -248,6 +248,14 @@ class ClusterConfig(Section):
     """Where layers are computed."""
     address: Annotated[str | None, Flag("--address")] = None
     """Ray cluster to use; one is started here if not given."""
+    patience: Annotated[float, Field(gt=0)] = 30.0
+    """A worker that answers to nothing for longer than this, and than five of its usual steps, is ended and replaced
+    (seconds)."""
+    kept_bytes: Annotated[int | None, Field(ge=0)] = None
+    """Memory that a worker may fill with block inputs (bytes); its share of a quarter of the free memory if not given.
+    The rest goes to disk."""
+    spill_folder: Path | None = None
+    """Folder for that, on a local disk of every machine; the system's temporary folder if not given."""
 
 
 def cache_folder() -> Path:

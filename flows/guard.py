@@ -12,7 +12,8 @@ from typing import Any
 
 from flows.calibrate import HeldOut
 from flows.result import choices_json
-from flows.run import Run, step
+from flows.run import Run
+from flows.stages import run_scores
 from lrpq.allocate.plan import Plan
 from tasks import evaluate
 from tasks.artifacts import StageFolder
@@ -117,9 +118,7 @@ def measure_held_out(
                 for name, contender in contenders.items()
             },
         )
-        with run.timed(label, 1, "pass"):
-            scores = evaluate.merged_scores(step(label, lambda: pool.each(evaluate.score, job)))
-            run.progress.advance(label)
+        scores = run_scores(run, pool, job, label)
         summaries = {name: asdict(evaluate.summarize(scores[name])) for name in contenders}
         done = run.finish(folder, label, {"scores": summaries})
     found: Mapping[str, dict[str, Any]] = done["scores"]

@@ -34,7 +34,7 @@ class JobContext:
     """Of weights and activations, resolved."""
 
 
-def stream_job(context: JobContext, windows: StoredWindows, *, num_workers: int) -> StreamJob:
+def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
     """The model, its calibration windows and their shards."""
     config = context.config.run
     return StreamJob(
@@ -46,7 +46,6 @@ def stream_job(context: JobContext, windows: StoredWindows, *, num_workers: int)
         num_tokens=windows.num_windows * config.calibration.length,
         num_shards=min(config.shards, windows.num_windows),
         micro_batch=config.micro_batch,
-        num_workers=num_workers,
     )
 
 

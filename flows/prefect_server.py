@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -34,6 +35,9 @@ POLL_SECONDS = 0.1
 ATTEMPTS = 3
 """Ports tried: another process may take the free one between the look and the start."""
 KEPT_LOGS = 5
+WATCH_SECONDS = 0.5
+RESTARTS = 5
+"""Of a server that ends while it is needed; a run goes on without one, but nobody sees how far it is."""
 
 PRIVATE: Mapping[str, str] = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
 
@@ -78,16 +82,52 @@ def _own_server(log_folder: Path) -> Iterator[str]:
     log = _new_log(log_folder)
     for attempt in range(1, ATTEMPTS + 1):
         port = _free_port()
-        guard = _start(port, log)
+        server = _Server(port, log)
         try:
-            if _wait_until_healthy(guard, port, log):
-                yield f"http://{LOOPBACK}:{port}/api"
+            if _wait_until_healthy(server.guard, port, log):
+                with server.watched():
+                    yield f"http://{LOOPBACK}:{port}/api"
                 return
         finally:
-            _stop(guard)
+            server.stop()
         if attempt == ATTEMPTS or "is already in use" not in log.read_text(errors="replace"):
             break
     raise ConfigError(f"the Prefect server ended while it started: {_last_line(log)}; its log is {log}")
+
+
+class _Server:
+    """A server of ours; one that is ended from outside is started again on its port, with its database."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.port = port
+        self.log = log
+        self.guard = _start(port, log)
+        self._closing = threading.Event()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, the server is started again when it ends, a few times."""
+        thread = threading.Thread(target=self._watch, name="prefect-server-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._closing.set()
+            thread.join()
+
+    def stop(self) -> None:
+        """End the server."""
+        _stop(self.guard)
+
+    def _watch(self) -> None:
+        for _ in range(RESTARTS):
+            while self.guard.poll() is None:
+                if self._closing.wait(WATCH_SECONDS):
+                    return
+            if self._closing.is_set():
+                return
+            _stop(self.guard)
+            self.guard = _start(self.port, self.log)
 
 
 def _start(port: int, log: Path) -> subprocess.Popen[bytes]:

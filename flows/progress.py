@@ -21,7 +21,10 @@ PLAIN_SECONDS = 10.0
 
 
 class Progress(Protocol):
-    """How a run reports; every stage is announced, advanced ``total`` times and closed."""
+    """How a run reports; every stage is announced, advanced ``total`` times and closed.
+
+    After the loss of a worker it is announced again, with what is left of it.
+    """
 
     def stage(self, name: str, total: int, unit: str = "block") -> None:
         """A stage of ``total`` units begins."""
@@ -177,6 +180,8 @@ class RichProgress:
     def stage(self, name: str, total: int, unit: str = "block") -> None:
         """See Progress."""
         clock = StageClock(total=total, unit=unit, clock=self._clock)
+        if name in self._stages:  # begun again, with what is left of it
+            self._bars.remove_task(self._stages[name][1])
         task = self._bars.add_task(name, total=total, unit=unit, detail="", clock=clock)
         self._stages[name] = (clock, task)
 

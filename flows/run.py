@@ -6,17 +6,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows import ctrl_c
 from flows.progress import Progress
+from lrpq.errors import ClusterError, WorkerLost
 from tasks.artifacts import StageFolder
+from tasks.cluster import Pool
 from tasks.store.keys import artifact_key, code_digest, environment_fingerprint
 from tasks.store.manifest import StageManifest, read_manifest, utc_now, write_manifest
 from tasks.store.objects import ObjectStore
+from tasks.waypoints import FOLDER as WAYPOINTS
+from tasks.waypoints import remove_waypoints
+
+T = TypeVar("T")
+MAX_FRUITLESS = 4
+"""Losses in a row, without a unit of work between them, that are not chance any more."""
+OBJECTS = "objects"
+"""Where a stage's manifest names what the stage stored."""
 
 
 @dataclass(kw_only=True)
@@ -32,6 +42,8 @@ class Run:
     reused: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     _stages: dict[str, _Identity] = field(default_factory=dict)
+    _advanced: int = 0
+    """Units done since the run began."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -55,6 +67,12 @@ class Run:
         if not self.store.exists(folder.manifest):
             return None
         manifest = read_manifest(self.store, folder.manifest)
+        missing = missing_objects(self.store, folder, manifest)
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            self.warn(f"{label}: {missing[0]}{more} is gone from {self.store.url}; the stage is completed again")
+            self.store.delete(folder.manifest)
+            return None
         self.reused.append(label)
         self.seconds[label] = 0.0
         self.progress.done(label, seconds=0.0, reused=True)
@@ -62,12 +80,41 @@ class Run:
 
     @contextmanager
     def timed(self, label: str, total: int, unit: str = "block") -> Iterator[None]:
-        """Report and time a stage."""
+        """Report and time a stage, or what is left of it after a loss."""
         started = time.monotonic()
         self.progress.stage(label, total, unit)
-        yield
-        self.seconds[label] = time.monotonic() - started
+        try:
+            yield
+        finally:
+            self.seconds[label] = self.seconds.get(label, 0.0) + time.monotonic() - started
         self.progress.done(label, seconds=self.seconds[label], reused=False)
+
+    def advance(self, label: str, detail: str = "") -> None:
+        """Report one more unit of a stage."""
+        self._advanced += 1
+        self.progress.advance(label, detail)
+
+    def survive(self, pool: Pool, label: str, attempt: Callable[[], T]) -> T:
+        """Make an attempt at a stage; after the loss of a worker another one, which finds in the store what is done.
+
+        Raises:
+            ClusterError: workers are lost again and again and nothing gets done between.
+        """
+        fruitless = 0
+        while True:
+            before = self._advanced
+            try:
+                return attempt()
+            except WorkerLost as loss:
+                fruitless = fruitless + 1 if self._advanced == before else 1
+                if fruitless == MAX_FRUITLESS:
+                    raise ClusterError(
+                        f"{label}: {MAX_FRUITLESS} workers were lost one after the other and nothing was done between "
+                        f"(the last one: {loss}); there may be too little memory: use fewer workers"
+                    ) from loss
+                pool.renew()
+                count = f"{len(pool)} worker" + ("s" if len(pool) > 1 else "")
+                self.warn(f"{label}: a worker was lost ({loss}); it goes on with {count}")
 
     def finish(self, folder: StageFolder, label: str, extra: Mapping[str, Any]) -> Mapping[str, Any]:
         """Write the stage's manifest, last of all its objects; returns the stored one (a racing run may have won)."""
@@ -82,9 +129,10 @@ class Run:
             objects={},
             seconds=self.seconds.get(label, 0.0),
             created=utc_now(),
-            extra=dict(extra),
+            extra=dict(extra) | {OBJECTS: stored_objects(self.store, folder)},
         )
         write_manifest(self.store, folder.manifest, manifest)
+        remove_waypoints(self.store, folder)
         return read_manifest(self.store, folder.manifest).extra
 
     def warn(self, text: str) -> None:
@@ -101,6 +149,22 @@ class _Identity:
     parameters: dict[str, Any]
     environment: dict[str, str]
     code: str
+
+
+def stored_objects(store: ObjectStore, folder: StageFolder) -> list[str]:
+    """Names of a stage's objects below its folder, but for its manifest and what it keeps only while it runs."""
+    names = [key.removeprefix(f"{folder.prefix}/") for key in store.list(folder.prefix)]
+    return [name for name in names if folder.object(name) != folder.manifest and not name.startswith(f"{WAYPOINTS}/")]
+
+
+def missing_objects(store: ObjectStore, folder: StageFolder, manifest: StageManifest) -> list[str]:
+    """What a complete stage stored and is not there any more."""
+    named = manifest.extra.get(OBJECTS)
+    asked = [str(name) for name in named] if isinstance(named, Sequence) and not isinstance(named, str) else []
+    if not asked:
+        return []
+    present = set(stored_objects(store, folder))
+    return [folder.object(name) for name in asked if name not in present]
 
 
 def step(name: str, action: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from flows.run import Run, step
 from lrpq.errors import QuantizationError
+from lrpq.evaluate.divergence import WindowScore
 from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import HEAD, LinearSpec
 from lrpq.model.streaming import BlockStream
@@ -23,6 +24,7 @@ from tasks.cluster import Pool
 from tasks.evaluate import EvaluateJob
 from tasks.profile import ProfileJob
 from tasks.refine import RefineJob
+from tasks.waypoints import is_waypoint
 
 BLOCKS_IN_FLIGHT = 2
 """Blocks whose sums may wait in the object store to be merged: bounds its memory."""
@@ -50,36 +52,64 @@ def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Ma
     done = run.stored(job.folder, label)
     if done is not None:
         return done
-    with run.timed(label, 2 * num_blocks + 1):
-        pool.each(profile.begin, job)
-        waiting = [(block, pool.each_refs(profile.forward, block)) for block in range(num_blocks)]
-        for block, references in waiting:
-            step(f"profile · forward · block {block}", partial(pool.get, references))
-            run.progress.advance(label, f"forward, block {block}")
-        losses = step("profile · labels", lambda: pool.each(profile.seed_gradients))
-        run.progress.advance(label, "labels")
-        curvature: dict[str, float] = {}
-        if job.with_head:
-            sums = pool.each_refs(profile.take_head)
-            store = partial(pool.submit, 0, profile.store_head, job, num_blocks, *sums)
-            curvature.update(step("profile · head", lambda: pool.get([store()])[0]))
+    kept: Counter[str] = Counter()
+    run.survive(pool, label, lambda: _profile(run, pool, job, num_blocks, kept))
+    curvature = profile.stored_curvature(job, range(num_blocks + int(job.with_head)))
+    if kept["forgotten_bytes"]:
+        run.warn(
+            f"profile: no room for {kept['forgotten_bytes']:,} bytes of block inputs, in memory or on disk; they were "
+            "computed twice"
+        )
+    nats, tokens = profile.losses(job, num_blocks=num_blocks)
+    extra = {"sampled_nll_nats": nats / tokens, "num_tokens": tokens, "curvature": curvature, **kept}
+    return run.finish(job.folder, label, extra)
+
+
+def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Counter[str]) -> None:
+    """The sweeps, from where the store says that they were left."""
+    label = profile.STAGE
+    start = profile.position(job, num_blocks=num_blocks)
+    left = start.block if start.backward else 2 * num_blocks + 1 - start.block
+    with run.timed(label, left):
+        pool.each(profile.begin, job, start)
+        if not start.backward:
+            _profile_forward(run, pool, job, range(start.block, num_blocks), num_blocks)
         storing: list[tuple[int, Any]] = []
 
-        def collect(block: int, reference: Any) -> None:
-            curvature.update(step(f"profile · block {block}", lambda: pool.get([reference])[0]))
-            run.progress.advance(label, f"backward, block {block}")
+        def collect(block: int, references: list[Any]) -> None:
+            step(f"profile · block {block}", lambda: pool.get(references))
+            run.advance(label, f"backward, block {block}")
 
-        for block in range(num_blocks - 1, -1, -1):
-            parts = pool.each_refs(profile.backward, block)
-            storing.append((block, pool.submit(block % len(pool), profile.store_block, job, block, *parts)))
+        for block in range((start.block if start.backward else num_blocks) - 1, -1, -1):
+            if block in start.stored:
+                done = pool.each_refs(profile.pass_backward, job, block)
+            else:
+                parts = pool.each_refs(profile.backward, job, block)
+                done = [pool.submit(block % len(pool), profile.store_block, job, block, *parts)]
+            if is_waypoint(block, num_blocks):
+                done += pool.each_refs(profile.keep_gradients, job, block)
+            storing.append((block, done))
             if len(storing) >= BLOCKS_IN_FLIGHT:
                 collect(*storing.pop(0))
         for item in storing:
             collect(*item)
-        spilled = sum(result["spilled_bytes"] for result in pool.each(profile.end))
-    nats, tokens = (sum(column) for column in zip(*losses, strict=True))
-    extra = {"sampled_nll_nats": nats / tokens, "num_tokens": tokens, "spilled_bytes": spilled, "curvature": curvature}
-    return run.finish(job.folder, label, extra)
+        for result in pool.each(profile.end):
+            kept.update(result)
+
+
+def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_blocks: int) -> None:
+    """The forward sweep and the labels."""
+    waiting = [(block, pool.each_refs(profile.forward, job, block)) for block in blocks]
+    for block, references in waiting:
+        step(f"profile · forward · block {block}", partial(pool.get, references))
+        run.advance(profile.STAGE, f"forward, block {block}")
+    step("profile · labels", lambda: pool.each(profile.seed_gradients, job))
+    if job.with_head:
+        sums = pool.each_refs(profile.take_head)
+        store = partial(pool.submit, 0, profile.store_head, job, num_blocks, *sums)
+        step("profile · head", lambda: pool.get([store()]))
+    pool.each(profile.keep_gradients, job, num_blocks)
+    run.advance(profile.STAGE, "labels")
 
 
 def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream) -> list[dict[str, Any]]:
@@ -89,6 +119,7 @@ def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream
     sites = {block: list(found) for block, found in specs.items()}
     if run.stored(job.folder, label) is None:
         missing = list(candidates.missing_sites(job, sites))
+        losses = len(pool.losses)
         with run.timed(label, len(missing), "site"):
             ends = pool.map(
                 candidates.quantize_site, [(job, block, site, specs[block][site]) for block, site in missing]
@@ -99,11 +130,13 @@ def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream
                 while left[block]:
                     position, _ = next(ends)
                     left[missing[position][0]] -= 1
-                    run.progress.advance(label, f"block {missing[position][0]}, {missing[position][1]}")
+                    run.advance(label, f"block {missing[position][0]}, {missing[position][1]}")
 
             for block in sites:
                 place = "head" if block == stream.num_blocks else f"block {block}"
                 step(f"candidates · {place}", partial(wait_for, block))
+        for loss in pool.losses[losses:]:
+            run.warn(f"{label}: a worker was lost ({loss}); others did its part")
         rows = candidates.read_costs(job, sites)
         run.finish(job.folder, label, count_degradations(rows))
         return rows
@@ -153,14 +186,8 @@ def run_refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, *, lab
     done = run.stored(job.folder, label)
     if done is not None:
         return done
-    counts = dict.fromkeys(refine.COUNTS, 0)
-    with run.timed(label, stream.num_blocks):
-        pool.each(refine.begin, job)
-        for block in range(stream.num_blocks):
-            found = step(f"{label} · block {block}", partial(_refine_block, run, pool, job, stream, block))
-            counts = {field: counts[field] + found[field] for field in counts}
-            run.progress.advance(label, f"block {block}")
-        pool.each(refine.end)
+    run.survive(pool, label, lambda: _refine(run, pool, job, stream, label))
+    counts = refine.read_counts(run.store, job.folder, [spec for spec in stream.specs if job.choices[spec.name]])
     num_modules = sum(choice is not None for choice in job.choices.values())
     if counts["damping_steps"] > MAX_DAMPED_SHARE * num_modules:
         raise QuantizationError(
@@ -171,7 +198,20 @@ def run_refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, *, lab
     return run.finish(job.folder, label, counts)
 
 
-def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, block: int) -> dict[str, int]:
+def _refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, label: str) -> None:
+    """The walk, from where the store says that it was left."""
+    first = refine.first_block(job, [stream.block_specs(block) for block in range(stream.num_blocks)])
+    with run.timed(label, stream.num_blocks - first):
+        if first == stream.num_blocks:
+            return
+        pool.each(refine.begin, job, first)
+        for block in range(first, stream.num_blocks):
+            step(f"{label} · block {block}", partial(_refine_block, run, pool, job, stream, block))
+            run.advance(label, f"block {block}")
+        pool.each(refine.end)
+
+
+def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, block: int) -> None:
     pool.each(refine.enter, job, block)  # waits: a block that cannot be read is an error here, not a later one
     quantized: list[Any] = []
     pooled: list[Any] = []
@@ -195,9 +235,10 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
                     new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
         quantized += new.values()
     advanced = pool.each_refs(refine.advance, block, *quantized)
+    if is_waypoint(block + 1, stream.num_blocks):
+        advanced += pool.each_refs(refine.keep, job, block + 1)
     pool.get(summed)  # what went wrong there is the cause of what goes wrong later
     pool.get(advanced)
-    return refine.read_counts(run.store, job.folder, [s for s in stream.block_specs(block) if job.choices[s.name]])
 
 
 def run_evaluate(run: Run, pool: Pool, job: EvaluateJob, folder: StageFolder) -> Mapping[str, Any]:
@@ -206,10 +247,19 @@ def run_evaluate(run: Run, pool: Pool, job: EvaluateJob, folder: StageFolder) ->
     done = run.stored(folder, label)
     if done is not None:
         return done
-    with run.timed(label, 1, "pass"):
-        parts = step("evaluate", lambda: pool.each(evaluate.score, job))
-        run.progress.advance(label)
-    scores = evaluate.merged_scores(parts)
+    scores = run_scores(run, pool, job, label)
     summaries = {name: asdict(evaluate.summarize(rows)) for name, rows in scores.items()}
     extra = {"summary": summaries, "windows": {n: [asdict(r) for r in rows] for n, rows in scores.items()}}
     return run.finish(folder, label, extra)
+
+
+def run_scores(run: Run, pool: Pool, job: EvaluateJob, label: str) -> dict[str, list[WindowScore]]:
+    """Scores of all variants on all windows, in one pass over the blocks."""
+
+    def attempt() -> dict[str, list[WindowScore]]:
+        with run.timed(label, 1, "pass"):
+            parts = step(label, lambda: pool.each(evaluate.score, job))
+            run.advance(label)
+        return evaluate.merged_scores(parts)
+
+    return run.survive(pool, label, attempt)

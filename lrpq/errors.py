@@ -2,12 +2,15 @@
 
     LrpqError
     |-- ConfigError        what the user asked for is not possible or contradicts itself
-    |   `-- BudgetError    the size budget is below the smallest or above the largest possible checkpoint
+    |   |-- BudgetError    the size budget is below the smallest or above the largest possible checkpoint
+    |   `-- OutputBusy     another process is writing the output folder
     |-- ModelError         the source model: unknown, unsupported, truncated, not finite
     |-- CalibrationError   calibration or evaluation text: empty, too short, unreadable
     |-- QuantizationError  a layer cannot be quantized as asked
     |   `-- Diverged       a loss or a gradient of the tuning is not finite
     |-- CheckpointError    the written checkpoint is not what was meant
+    |-- ClusterError       the workers: none left, none started, or one item ends them all
+    |   `-- WorkerLost     a worker died or was given up; the stage goes on without it
     `-- StoreError         the store: not writable, a damaged or missing object
         `-- RunMismatch    the run id exists with another configuration
 
@@ -30,6 +33,10 @@ class BudgetError(ConfigError):
     """The budget lies outside what the choices of bit widths allow."""
 
 
+class OutputBusy(ConfigError):
+    """Another process is writing the output folder."""
+
+
 class ModelError(LrpqError):
     """The source model cannot be read or is not supported."""
 
@@ -48,6 +55,14 @@ class Diverged(QuantizationError):
 
 class CheckpointError(LrpqError):
     """The written checkpoint does not hold what was meant to be written."""
+
+
+class ClusterError(LrpqError):
+    """The workers cannot do what they are asked to."""
+
+
+class WorkerLost(ClusterError):
+    """A worker died or had to be given up."""
 
 
 class StoreError(LrpqError):

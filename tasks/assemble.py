@@ -17,9 +17,9 @@ from lrpq.model.source import open_source
 from lrpq.quant.grid import QuantizedWeight
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob, read_candidate
-from tasks.cluster import WorkerState
 from tasks.refine import read_refined
 from tasks.store.opened import open_store
+from tasks.worker import WorkerState
 
 STAGE = "assemble"
 
@@ -53,7 +53,12 @@ def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
         CheckpointError: the reloaded checkpoint differs from the codes; nothing is published.
     """
     source = open_source(Path(job.model))
-    load = _loader(job)
+    stored = _loader(job)
+
+    def load(name: str) -> QuantizedWeight | None:
+        state.beat()
+        return stored(name)
+
     written_as = CheckpointFormat(job.format)
     proof: list[Verification] = []
 

@@ -20,13 +20,13 @@ from lrpq.quant.starved import Evidence, hessian_of_expert, is_starved
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.weights import has_relevance
 from tasks.artifacts import StageFolder
-from tasks.cluster import WorkerState
 from tasks.profile import ProfileJob, read_curvature, read_hessian
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tables import read_table, write_table
 from tasks.store.tensors import read_tensors, write_tensors
 from tasks.streams import held_source
+from tasks.worker import WorkerState
 
 STAGE = "candidates"
 COST_UNITS = {
@@ -94,6 +94,7 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
                     "evidence": evidence.value,
                 }
             )
+        state.beat()
     write_tensors(store, job.folder.site("codes", block, site, "safetensors"), tensors, {})
     write_table(store, costs_key, pa.Table.from_pylist(rows), units=COST_UNITS, kind="costs")
     return True

@@ -3,23 +3,49 @@
 One actor lives through the whole run: it imports torch once and holds what its stage needs between calls (a stream, its
 shards). Functions run on it take its state first. Large results return as Ray references and travel from worker to
 worker through the object store, not through the driver.
+
+Workers die, with or without their machine, and workers hang. Both end in ``WorkerLost`` at whoever waits; ``renew``
+then gives the pool as many live workers as the cluster has room for, each holding nothing, and the stage goes on from
+what the store has. ``map``, whose items need nothing of each other, does both itself and repeats only what was lost.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
 
-from lrpq.errors import ConfigError, LrpqError
-from tasks.resources import WorkerShape, worker_shape
+from lrpq.errors import ClusterError, ConfigError, LrpqError, WorkerLost
+from tasks.end_process import end_process
+from tasks.resources import WorkerShape, worker_shape, workers_that_fit
+from tasks.watch import START_SECONDS, Watch
+from tasks.worker import Place, Worker, WorkerState
+
+__all__ = ["Pool", "Ref", "WorkerState", "open_pool", "resolve_device"]
 
 T = TypeVar("T")
 Ref = Any
 """A ray.ObjectRef."""
+
+POLL_SECONDS = 0.5
+"""How often workers are asked for a sign of life while somebody waits for them."""
+PATIENCE_SECONDS = 30.0
+"""Silence that is always allowed: a thread that answers may wait for Python's lock, or for a busy machine."""
+ANSWER_SECONDS = 5.0
+"""What a worker gets to answer when the pool is renewed."""
+SOME_START_SECONDS = 60.0
+"""How long a renewed pool waits for new workers where it has some."""
+MAX_DEATHS = 3
+"""Workers that one item of ``map`` may cost before it is the item's fault."""
+AT_ONCE = 2
+"""Items of ``map`` a worker has under way: one computes, one waits."""
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -29,63 +55,59 @@ QUIET = {
 }
 
 
-class WorkerState:
-    """What a worker keeps between calls."""
-
-    def __init__(self, *, index: int, device: str, threads: int, kept_bytes: int) -> None:
-        self.index = index
-        self.device = device
-        self.threads = threads
-        self.kept_bytes = kept_bytes
-        self.held: dict[str, Any] = {}
-        """Stage name -> the stage's own object."""
-
-
-class _Worker:
-    """Body of the actor."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        import torch
-
-        torch.set_num_threads(settings["threads"])
-        torch.use_deterministic_algorithms(True)
-        self.state = WorkerState(**settings)
-
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(self.state, *arguments)
-
-
 class Pool:
     """Workers that run functions of the stages."""
 
-    def __init__(self, shape: WorkerShape, *, device: str, threads: int) -> None:
+    def __init__(
+        self,
+        shape: WorkerShape,
+        *,
+        device: str,
+        threads: int,
+        patience: float = PATIENCE_SECONDS,
+        spill_folder: str | None = None,
+    ) -> None:
         self.shape = shape
+        self.losses: list[str] = []
+        """Why workers were given up, since the pool was made."""
+        self.workers: list[Any] = []
+        self._epoch = 0
+        self._watch = Watch(patience=patience)
+        self._asked: dict[Any, Ref] = {}
+        self._where: dict[Any, tuple[str, int]] = {}
+        self._looked = 0.0
+        self._changed = False
+        """Whether workers have come or gone since everyone was given a place."""
         environment = {**QUIET, **{k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}}
         if device == "cuda":
             environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matrix products
-        actor = ray.remote(_Worker)
-        self.workers = [
-            actor.options(
-                num_cpus=shape.num_cpus,
-                num_gpus=shape.num_gpus,
-                runtime_env={"env_vars": environment},
-            ).remote({"index": i, "device": device, "threads": threads, "kept_bytes": shape.kept_bytes})
-            for i in range(shape.num_workers)
-        ]
+        self._actor = ray.remote(concurrency_groups={"pulse": 1})(Worker).options(
+            num_cpus=shape.num_cpus, num_gpus=shape.num_gpus, runtime_env={"env_vars": environment}
+        )
+        self._settings = {
+            "device": device,
+            "threads": threads,
+            "kept_bytes": shape.kept_bytes,
+            "spill_folder": spill_folder,
+        }
+        for index in range(shape.num_workers):
+            self._start(Place(index=index, num_workers=shape.num_workers, epoch=0))
 
     def __len__(self) -> int:
         return len(self.workers)
 
     def submit(self, worker: int, function: Callable[..., Any], *arguments: Any) -> Ref:
         """Run a function on one worker; arguments that are references are resolved there."""
-        return self.workers[worker].call.remote(function, *arguments)
+        return self.workers[worker].call.remote(self._epoch, function, *arguments)
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run a function with the same arguments on every worker and wait for the results."""
-        return self.get([self.submit(i, function, *arguments) for i in range(len(self))])
+        return self.get(self.each_refs(function, *arguments))
 
     def each_refs(self, function: Callable[..., Any], *arguments: Any) -> list[Ref]:
         """As ``each``, without waiting: references to the results."""
+        if self._changed:  # in a ``map`` before: a stage in the middle of its calls would have had a WorkerLost
+            self.renew()
         return [self.submit(i, function, *arguments) for i in range(len(self))]
 
     def get(self, references: Sequence[Ref]) -> list[Any]:
@@ -93,40 +115,265 @@ class Pool:
 
         Raises:
             LrpqError: as raised on the worker, without Ray's wrapping.
+            WorkerLost: a worker died or had to be given up.
         """
-        try:
-            return list(ray.get(list(references)))
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, LrpqError):
-                raise error.cause from None
-            raise
+        found: dict[Ref, Any] = {}
+        waiting = list(dict.fromkeys(references))
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
+            for reference in ready:
+                found[reference] = _value(reference)
+            if waiting:
+                self._give_up_overdue()
+        return [found[reference] for reference in references]
 
     def map(self, function: Callable[..., T], items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, T]]:
         """Run a function over items, each on the next idle worker; yields (position, result) as they end.
 
-        At most two items a worker are under way: memory stays bounded whatever the number of items.
+        At most two items a worker are under way: memory stays bounded whatever the number of items. What a lost worker
+        had under way is run again by others.
+
+        Raises:
+            ClusterError: an item was under way on three workers that were lost, or no worker is left.
         """
-        waiting = iter(enumerate(items))
-        running: dict[Ref, tuple[int, int]] = {}
+        todo = deque(range(len(items)))
+        running: dict[Ref, tuple[int, Any]] = {}
+        deaths = [0] * len(items)
 
-        def start(worker: int) -> None:
-            following = next(waiting, None)
-            if following is not None:
-                position, arguments = following
-                running[self.submit(worker, function, *arguments)] = (position, worker)
+        def fill() -> None:
+            ready = [worker for worker in self.workers if self._watch.has_started(worker)]  # others may never be
+            for _ in range(AT_ONCE):
+                for worker in ready:
+                    if todo and sum(owner == worker for _, owner in running.values()) < AT_ONCE:
+                        position = todo.popleft()
+                        running[worker.call.remote(self._epoch, function, *items[position])] = (position, worker)
 
-        for _ in range(2):
-            for worker in range(len(self)):
-                start(worker)
-        while running:
-            ready, _ = ray.wait(list(running), num_returns=1)
-            position, worker = running.pop(ready[0])
-            start(worker)
-            yield position, self.get(ready)[0]
+        def repeat(worker: Any) -> None:
+            under_way = sorted(position for position, owner in running.values() if owner == worker)
+            for reference in [ref for ref, (_, owner) in running.items() if owner == worker]:
+                del running[reference]
+            for position in under_way[:1]:  # the first is what it was at; the other one waited
+                deaths[position] += 1
+                if deaths[position] >= MAX_DEATHS:
+                    raise ClusterError(
+                        f"{function.__name__}: the same item was under way on {MAX_DEATHS} workers that were lost "
+                        f"({self.losses[-1]}); there may be too little memory: use fewer workers"
+                    )
+            todo.extendleft(reversed(under_way))
+            self._replace(worker)
+
+        while todo or running:
+            for worker, why in self._overdue().items():
+                self._drop(worker, why)
+                repeat(worker)
+            fill()
+            if not running:
+                time.sleep(POLL_SECONDS / 5)
+                continue
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+            for reference in ready:
+                position, worker = running[reference]
+                try:
+                    value = _value(reference)
+                except WorkerLost as loss:
+                    self._drop(worker, str(loss))
+                    repeat(worker)
+                    continue
+                del running[reference]
+                fill()
+                yield position, value
+
+    def renew(self) -> None:
+        """Replace the workers that are gone and give everyone a new place; afterwards no worker holds anything.
+
+        The pool is smaller where the cluster has become so.
+
+        Raises:
+            ClusterError: no worker could be started.
+        """
+        while True:
+            try:
+                self._renew()
+                return
+            except WorkerLost:  # another one, in the meantime; _renew has at least one worker or raises
+                continue
+
+    def _renew(self) -> None:
+        for worker, why in self._dead().items():
+            self._drop(worker, why)
+        for _ in range(self._room()):
+            self._start(Place(index=0, num_workers=1, epoch=self._epoch))
+        self._keep_started()
+        self._epoch += 1
+        places = [Place(index=i, num_workers=len(self), epoch=self._epoch) for i in range(len(self))]
+        self.get(
+            [
+                worker.move.options(concurrency_group="pulse").remote(place)
+                for worker, place in zip(self.workers, places, strict=True)
+            ]
+        )
+        self.get([worker.clear.remote() for worker in self.workers])
+        self._changed = False
+
+    def _start(self, place: Place) -> Any:
+        worker = self._actor.remote({**self._settings, "place": place})
+        self.workers.append(worker)
+        self._watch.created(worker)
+        return worker
+
+    def _replace(self, lost: Any) -> None:
+        """Have another worker in place of one that is lost, if the cluster has room for it, or none at all is left."""
+        if self._room():
+            self._start(Place(index=0, num_workers=1, epoch=self._epoch))
+        if not self.workers:
+            raise ClusterError(f"no worker is left ({self.losses[-1]}); the same command continues on another cluster")
+
+    def _fitting(self) -> int:
+        """Workers that the cluster, as it is now, has room for."""
+        total = ray.cluster_resources()
+        return workers_that_fit(self.shape, cluster_cpus=total.get("CPU", 0.0), cluster_gpus=total.get("GPU", 0.0))
+
+    def _room(self) -> int:
+        """Workers that may be started: at most as many as there were at first, at least one if none is left."""
+        return max(min(self.shape.num_workers, self._fitting()) - len(self), 0 if self.workers else 1)
+
+    def _keep_started(self) -> None:
+        """Wait for the workers on their way; those that do not start are left out.
+
+        Where others have started the wait is short, and it ends once Ray has noticed that a machine is gone, which
+        takes it a quarter of a minute.
+        """
+        started = time.monotonic()
+        while True:
+            self._look()
+            missing = [worker for worker in self.workers if not self._watch.has_started(worker)]
+            if not missing:
+                break
+            some = len(missing) < len(self.workers)
+            waited = time.monotonic() - started
+            if waited > (SOME_START_SECONDS if some else START_SECONDS) or (some and self._fitting() < len(self)):
+                for worker in missing:
+                    self._drop(worker, "it did not start")
+                break
+            time.sleep(POLL_SECONDS / 5)
+        if not self.workers:
+            raise ClusterError(
+                f"no worker started within {START_SECONDS:.0f} s; the same command continues once the cluster has room"
+            )
+
+    def _give_up_overdue(self) -> None:
+        """Raise WorkerLost for the first worker that is overdue, after ending it."""
+        for worker, why in self._overdue().items():
+            self._drop(worker, why)
+            raise WorkerLost(why)
+
+    def _overdue(self) -> dict[Any, str]:
+        """Workers that are dead or to be given up, and why."""
+        dead = self._look()
+        why = {worker: self._watch.why_overdue(worker) for worker in self.workers if worker not in dead}
+        return {**dead, **{worker: reason for worker, reason in why.items() if reason is not None}}
+
+    def _dead(self) -> dict[Any, str]:
+        """Give every worker that has started a moment to answer; those that do not are taken for dead."""
+        dead: dict[Any, str] = {}
+        deadline = time.monotonic() + min(self._watch.patience, ANSWER_SECONDS)
+        self._looked = -math.inf  # ask everyone now
+        while True:
+            dead |= self._look()
+            silent = [w for w in self._asked if w not in dead and self._watch.has_started(w)]
+            if not silent or time.monotonic() > deadline:
+                return {**dict.fromkeys(silent, "it does not answer"), **dead}
+            time.sleep(POLL_SECONDS / 10)
+
+    def _look(self) -> dict[Any, str]:
+        """Take the answers that came and ask again; returns the workers that are dead."""
+        dead: dict[Any, str] = {}
+        passed = time.monotonic() - self._looked
+        answers = {reference: worker for worker, reference in self._asked.items()}
+        ready = ray.wait(list(answers), num_returns=len(answers), timeout=0)[0] if answers else []
+        for reference in ready:
+            worker = answers[reference]
+            del self._asked[worker]
+            try:
+                pulse = _value(reference)
+            except WorkerLost as loss:
+                dead[worker] = str(loss)
+                continue
+            self._watch.heard(worker, pulse)
+            self._where[worker] = pulse.place
+        if passed < POLL_SECONDS / 2:
+            return dead
+        self._looked = time.monotonic()
+        for worker in self.workers:
+            if worker in self._asked:
+                self._watch.waited(worker, passed)
+            elif worker not in dead:
+                self._asked[worker] = worker.pulse.options(concurrency_group="pulse").remote()
+        return dead
+
+    def _drop(self, worker: Any, why: str) -> None:
+        """Give a worker up: nothing it still writes can be published over another's, but it may hold memory."""
+        if worker not in self.workers:
+            return
+        self.workers.remove(worker)
+        self.losses.append(why)
+        self._changed = True
+        self._watch.forget(worker)
+        self._asked.pop(worker, None)
+        where = self._where.pop(worker, None)
+        with suppress(ray.exceptions.RayError):
+            ray.kill(worker)
+        if where is not None:
+            end_process(*where)
+
+
+def _value(reference: Ref) -> Any:
+    """A result that is there.
+
+    Raises:
+        LrpqError: as raised on the worker.
+        WorkerLost: it died, or what it was given went down with another one.
+    """
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LrpqError):
+            raise error.cause from None
+        if isinstance(error.cause, ray.exceptions.RayError):
+            raise WorkerLost(_reason(error.cause)) from error
+        raise
+    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
+        raise ClusterError(f"Ray has no room for results between workers: {_reason(error)}") from error
+    except ray.exceptions.RayError as error:
+        raise WorkerLost(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of Ray's explanation, which goes on with causes and logs."""
+    kind = type(error).__name__
+    known = {
+        "OutOfMemoryError": "Ray ended it because its machine ran out of memory",
+        "ActorDiedError": "its process died",
+        "ActorUnavailableError": "it cannot be reached",
+        "NodeDiedError": "its machine is gone",
+    }
+    if kind in known:
+        return known[kind]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{kind}: {lines[0][:200]}" if lines else kind
 
 
 @contextmanager
-def open_pool(*, device: str, workers: int | None, threads: int, address: str | None = None) -> Iterator[Pool]:
+def open_pool(
+    *,
+    device: str,
+    workers: int | None,
+    threads: int,
+    address: str | None = None,
+    patience: float = PATIENCE_SECONDS,
+    kept_bytes: int | None = None,
+    spill_folder: str | None = None,
+) -> Iterator[Pool]:
     """Connect to a Ray cluster, or start one on this machine for the length of the context.
 
     Args:
@@ -134,13 +381,18 @@ def open_pool(*, device: str, workers: int | None, threads: int, address: str | 
         workers: number of workers, None for one a GPU or core.
         threads: intra-op threads of a worker: part of the result's identity.
         address: address of a running cluster.
+        patience: seconds of silence after which a worker may be given up.
+        kept_bytes: memory for a worker's kept inputs, None for its share of a quarter of the free memory.
+        spill_folder: where the rest of them go, None for the system's temporary folder.
     """
     os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
+    _keep_stdout_clean()
     resolved = resolve_device(device)
     local_cpus = len(os.sched_getaffinity(0))
     wanted_cpus = max(local_cpus, (workers or 1) * threads)
     if address is None:
         ray.init(
+            address="local",  # without it Ray joins a cluster that somebody else started on this machine
             num_cpus=wanted_cpus,
             include_dashboard=False,
             log_to_driver=False,
@@ -159,7 +411,9 @@ def open_pool(*, device: str, workers: int | None, threads: int, address: str | 
             cluster_gpus=cluster.get("GPU", 0.0),
             free_bytes=_free_bytes(),
         )
-        yield Pool(shape, device=resolved, threads=threads)
+        if kept_bytes is not None:
+            shape = replace(shape, kept_bytes=kept_bytes)
+        yield Pool(shape, device=resolved, threads=threads, patience=patience, spill_folder=spill_folder)
     finally:
         ray.shutdown()
 
@@ -177,6 +431,17 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: no GPU is visible here; use --device cpu or check the driver")
     return device
+
+
+def _keep_stdout_clean() -> None:
+    """Keep Ray's paragraph about a worker that died off stdout, which may be a JSON document: we report it ourselves.
+
+    Ray 2.60 prints it whatever ``log_to_driver`` says, and has no setting for it.
+    """
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None
 
 
 def _free_bytes() -> int:

@@ -17,10 +17,10 @@ from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.model.streaming import BlockStream
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob, read_candidate
-from tasks.cluster import WorkerState
 from tasks.refine import read_refined
 from tasks.store.opened import open_store
 from tasks.streams import StreamJob, my_shards, open_stream
+from tasks.worker import WorkerState
 
 __all__ = [
     "CheckpointCodes",
@@ -72,7 +72,7 @@ def score(state: WorkerState, job: EvaluateJob) -> dict[int, dict[str, list[dict
     if not shards:
         return {}
     stream = open_stream(state, job.stream)
-    variants = {name: _weights(stream, job.stream.store, variant) for name, variant in job.variants.items()}
+    variants = {name: _beating(state, _weights(stream, job.stream.store, v)) for name, v in job.variants.items()}
     found = score_windows(stream, torch.cat([shard.tokens for shard in shards]), variants, micro_batch=1)
     scores: dict[int, dict[str, list[dict[str, float]]]] = {}
     taken = 0
@@ -81,6 +81,16 @@ def score(state: WorkerState, job: EvaluateJob) -> dict[int, dict[str, list[dict
         scores[shard.index] = {name: [asdict(row) for row in of_all[rows]] for name, of_all in found.items()}
         taken = rows.stop
     return scores
+
+
+def _beating(state: WorkerState, weights: Callable[[int], dict[str, Tensor]]) -> Callable[[int], dict[str, Tensor]]:
+    """The same function, with a sign of life at every block that is asked for."""
+
+    def of_block(block: int) -> dict[str, Tensor]:
+        state.beat()
+        return weights(block)
+
+    return of_block
 
 
 def merged_scores(parts: list[dict[int, dict[str, list[dict[str, float]]]]]) -> dict[str, list[WindowScore]]:

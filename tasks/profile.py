@@ -6,7 +6,7 @@ as soon as every worker has gone through it, so memory holds the sums of the blo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -15,25 +15,44 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lrpq.errors import StoreError
 from lrpq.model.kept import KeptInputs
 from lrpq.model.linears import EXPERTS
 from lrpq.quant.hessian import HessianSum, merge
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.composite import Relevance
+from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_block_sums
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
-from tasks.cluster import WorkerState
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
 from tasks.streams import StreamJob, my_shards, open_stream, shard_slices
+from tasks.waypoints import (
+    blocks_with_waypoint,
+    is_waypoint,
+    read_waypoint,
+    read_waypoint_metadata,
+    write_waypoint,
+)
+from tasks.worker import WorkerState
 
 STAGE = "profile"
 ROWS = ".rows"
 """Ending of the name under which an expert's token indices lie beside its token weights."""
+BLOCK_OBJECTS = (
+    ("hessians", "parquet"),
+    ("curvature", "safetensors"),
+    ("token-weights", "safetensors"),
+    ("scores", "parquet"),
+)
+"""Kind and ending of what is stored of a block, in the order of writing."""
+HEAD_OBJECTS = BLOCK_OBJECTS[:2]
+FORWARD, BACKWARD = "forward", "backward"
+"""Kinds of waypoints."""
 SCORE_UNITS = {"value": "as named in the column unit"}
 
 
@@ -53,8 +72,41 @@ class ProfileJob:
     """Also what quantizing the head needs."""
 
 
-def begin(state: WorkerState, job: ProfileJob) -> int:
-    """Open the model and embed this worker's windows; returns the number of its tokens."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where a profile begins or goes on."""
+
+    backward: bool
+    """Whether the forward sweep and the labels are done."""
+    block: int
+    """Forward: the block that comes first. Backward: gradients at the input of this block are known."""
+    stored: frozenset[int]
+    """Blocks whose sums are stored; the head's count as the block behind the last one."""
+
+
+def position(job: ProfileJob, *, num_blocks: int) -> Position:
+    """How far the store says that the profile has come."""
+    store = open_store(job.stream.store)
+    present = set(store.list(job.folder.prefix))
+    names = [*((b, BLOCK_OBJECTS) for b in range(num_blocks)), *([(num_blocks, HEAD_OBJECTS)] if job.with_head else [])]
+    stored = frozenset(b for b, kinds in names if all(job.folder.block(*_name(kind, b)) in present for kind in kinds))
+    lowest = num_blocks  # of the blocks that are stored without a gap from the last one down
+    while lowest - 1 in stored:
+        lowest -= 1
+    known = blocks_with_waypoint(store, job.folder, BACKWARD, job.stream.num_shards)
+    usable = [block for block in known if block >= lowest]
+    if usable and (not job.with_head or num_blocks in stored):
+        return Position(backward=True, block=usable[0], stored=stored)
+    forwards = blocks_with_waypoint(store, job.folder, FORWARD, job.stream.num_shards)
+    return Position(backward=False, block=forwards[-1] if forwards else 0, stored=stored)
+
+
+def _name(kind: tuple[str, str], block: int) -> tuple[str, int, str]:
+    return kind[0], block, kind[1]
+
+
+def begin(state: WorkerState, job: ProfileJob, start: Position) -> None:
+    """Open the model and bring this worker's shards to where the profile begins or goes on."""
     stream = open_stream(state, job.stream)
     sweep = ProfileSweep(
         stream,
@@ -65,29 +117,42 @@ def begin(state: WorkerState, job: ProfileJob) -> int:
         power=job.power,
         seed=job.seed,
         micro_batch=job.stream.micro_batch,
-        kept=KeptInputs(memory_bytes=state.kept_bytes),
+        kept=KeptInputs(memory_bytes=state.kept_bytes, folder=state.spill_folder, may_forget=True),
         with_head=job.with_head,
     )
-    sweep.embed()
+    sweep.on_batch = state.beat
+    sweep.embed()  # also where a waypoint follows: it records what blocks are called with
     state.held[STAGE] = sweep
-    state.held["blocks"] = stream.stream(range(stream.num_blocks))
-    return sum(shard.tokens.numel() for shard in sweep.shards)
+    if start.backward:
+        sweep.hidden.clear()
+        _load_gradients(job, sweep, start.block)
+        state.held["blocks"] = stream.stream(range(start.block - 1, -1, -1))
+        return
+    if start.block:
+        _load_hidden(job, sweep, start.block)
+    state.held["blocks"] = stream.stream(range(start.block, stream.num_blocks))
 
 
-def forward(state: WorkerState, block: int) -> None:
+def forward(state: WorkerState, job: ProfileJob, block: int) -> None:
     """One block of the forward sweep."""
+    sweep: ProfileSweep = state.held[STAGE]
+    if is_waypoint(block, sweep.stream.num_blocks):
+        shards: dict[int, dict[str, Tensor]] = {}
+        for (shard, batch), hidden in sweep.hidden.items():
+            shards.setdefault(shard, {})[_batch(batch)] = hidden
+        write_waypoint(open_store(job.stream.store), job.folder, FORWARD, block, shards)
     index, module = next(state.held["blocks"])
     if index != block:
         raise RuntimeError(f"forward sweep is at block {index}, asked for {block}")
-    state.held[STAGE].forward(block, module)
+    sweep.forward(block, module)
 
 
-def seed_gradients(state: WorkerState) -> tuple[float, int]:
-    """Sampled labels and their gradients at the last block; returns their loss in nats and their number."""
+def seed_gradients(state: WorkerState, job: ProfileJob) -> None:
+    """Sampled labels and their gradients at the last block."""
     sweep: ProfileSweep = state.held[STAGE]
     state.held["blocks"].close()
     state.held["blocks"] = sweep.stream.stream(range(sweep.stream.num_blocks - 1, -1, -1))
-    return sweep.seed_gradients()
+    sweep.seed_gradients()
 
 
 def take_head(state: WorkerState) -> dict[Node, BlockSums]:
@@ -97,22 +162,96 @@ def take_head(state: WorkerState) -> dict[Node, BlockSums]:
     return found
 
 
-def backward(state: WorkerState, block: int) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
+def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
+    """Store the gradients at the input of a block, with the losses of the labels they come from."""
+    sweep: ProfileSweep = state.held[STAGE]
+    shards: dict[int, dict[str, Tensor]] = {}
+    for (shard, batch), gradients in sweep.upstream.items():
+        shards.setdefault(shard, {}).update({_batch(batch, kind): g for kind, g in gradients.items()})
+    losses = {shard: {"nats": nats.hex(), "tokens": str(tokens)} for shard, (nats, tokens) in sweep.losses.items()}
+    write_waypoint(open_store(job.stream.store), job.folder, BACKWARD, block, shards, losses)
+
+
+def losses(job: ProfileJob, *, num_blocks: int) -> tuple[float, int]:
+    """Summed loss of the sampled labels, nats, and their number: by shard, so that workers do not matter."""
+    shards = range(job.stream.num_shards)
+    found = read_waypoint_metadata(open_store(job.stream.store), job.folder, BACKWARD, num_blocks, shards)
+    nats = sum(float.fromhex(found[shard]["nats"]) for shard in shards)
+    return nats, sum(int(found[shard]["tokens"]) for shard in shards)
+
+
+def backward(state: WorkerState, job: ProfileJob, block: int) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
     """One block of the backward sweep; see ProfileSweep.backward."""
+    sweep: ProfileSweep = state.held[STAGE]
+    if sweep.lacks_inputs(block):
+        _repeat_forward(job, sweep, block)
     index, module = next(state.held["blocks"])
     if index != block:
         raise RuntimeError(f"backward sweep is at block {index}, asked for {block}")
-    result: tuple[dict[Node, BlockSums], dict[int, SiteWeights]] = state.held[STAGE].backward(block, module)
-    return result
+    return sweep.backward(block, module)
+
+
+def pass_backward(state: WorkerState, job: ProfileJob, block: int) -> None:
+    """As ``backward``, where only the gradients are missing: the block's sums are stored already."""
+    backward(state, job, block)
 
 
 def end(state: WorkerState) -> dict[str, int]:
-    """Free what the stage holds; returns what was spilled."""
+    """Free what the stage holds; returns what was spilled, and what had to be computed twice for want of room."""
     state.held.pop("blocks").close()
     sweep: ProfileSweep = state.held.pop(STAGE)
-    spilled = sweep.kept.spilled_bytes
+    kept = {"spilled_bytes": sweep.kept.spilled_bytes, "forgotten_bytes": sweep.kept.forgotten_bytes}
     sweep.kept.close()
-    return {"spilled_bytes": spilled}
+    return kept
+
+
+def _batch(batch: int, kind: Pass | None = None) -> str:
+    """Name of a micro-batch's tensor in a waypoint."""
+    return f"{batch:05d}" if kind is None else f"{batch:05d}|{kind.value}"
+
+
+def _load_hidden(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
+    shards = [shard.index for shard in sweep.shards]
+    found = read_waypoint(open_store(job.stream.store), job.folder, FORWARD, block, shards)
+    for shard, tensors in found.items():
+        for name, hidden in tensors.items():
+            sweep.hidden[shard, int(name)] = hidden.to(sweep.stream.device)
+
+
+def _load_gradients(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
+    store, shards = open_store(job.stream.store), [shard.index for shard in sweep.shards]
+    for shard, tensors in read_waypoint(store, job.folder, BACKWARD, block, shards).items():
+        found: dict[int, dict[Pass, Tensor]] = {}
+        for name, gradient in tensors.items():
+            batch, _, kind = name.partition("|")
+            found.setdefault(int(batch), {})[Pass(kind)] = gradient.to(sweep.stream.device)
+        for number, gradients in found.items():
+            sweep.upstream[shard, number] = {kind: gradients[kind] for kind in sweep.passes}
+    for shard, entry in read_waypoint_metadata(store, job.folder, BACKWARD, block, shards).items():
+        sweep.losses[shard] = (float.fromhex(entry["nats"]), int(entry["tokens"]))
+
+
+def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
+    """Compute inputs that are not kept again, from the nearest waypoint on.
+
+    Raises:
+        StoreError: there is no room for them, neither in memory nor on disk.
+    """
+    known = blocks_with_waypoint(open_store(job.stream.store), job.folder, FORWARD, job.stream.num_shards)
+    first = max((b for b in known if b <= block), default=0)
+    sweep.kept.forget_before(first)
+    if first:
+        _load_hidden(job, sweep, first)
+    else:
+        sweep.embed()
+    for index, module in sweep.stream.stream(range(first, block + 1)):
+        sweep.forward(index, module)
+    sweep.hidden.clear()
+    if sweep.lacks_inputs(block):
+        raise StoreError(
+            f"block {block}: no room for the inputs of {block + 1 - first} blocks in memory or on disk; make room in "
+            f"{sweep.kept.folder}, or name another spill_folder (or more kept_bytes) in [cluster] of the configuration"
+        )
 
 
 def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) -> dict[str, float]:
@@ -204,6 +343,16 @@ def score_table(block: int, curvature: Mapping[str, Tensor], tokens: Mapping[str
         share = float(s.max() / s.sum().clamp_min(torch.finfo(s.dtype).tiny))
         rows.append({"name": site, "block": block, "metric": "top_token_share", "value": share, "unit": "1"})
     return pa.Table.from_pylist(rows)
+
+
+def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]:
+    """As ``store_block`` returns it, of blocks that are stored."""
+    store = open_store(job.stream.store)
+    return {
+        name: float(c.sum())
+        for block in blocks
+        for name, c in read_tensors(store, job.folder.block("curvature", block, "safetensors")).items()
+    }
 
 
 def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, int]:

@@ -22,14 +22,17 @@ from lrpq.refine.routed import dense_weights, routed_products
 from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
-from tasks.cluster import WorkerState
 from tasks.profile import ROWS
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
 from tasks.streams import StreamJob, held_source, my_shards, open_stream, shard_slices
+from tasks.waypoints import blocks_with_waypoint, read_waypoint, write_waypoint
+from tasks.worker import WorkerState
 
 STAGE = "refine"
+QUANTIZED, ORIGINAL = "quantized", "original"
+"""The two streams in a waypoint."""
 COUNTS = ("rejected_rows", "rows", "damping_steps", "dead_inputs", "experts_pooled", "experts_without_tokens")
 
 
@@ -55,8 +58,28 @@ class RefineJob:
     """``signed`` or ``symmetric``, see quant/grid.py."""
 
 
-def begin(state: WorkerState, job: RefineJob) -> None:
-    """Open the model and embed this worker's windows."""
+def first_block(job: RefineJob, specs: Sequence[Sequence[LinearSpec]]) -> int:
+    """The block in front of which the refinement begins or goes on, by what is stored.
+
+    Args:
+        job: the stage.
+        specs: layers of every block.
+    """
+    store = open_store(job.stream.store)
+    present = set(store.list(job.folder.prefix))
+    whole = 0  # blocks from the first one on of which every module is stored
+    while whole < len(specs) and all(
+        job.folder.module(spec.name) in present for spec in specs[whole] if job.choices[spec.name] is not None
+    ):
+        whole += 1
+    if whole == len(specs):
+        return whole
+    known = blocks_with_waypoint(store, job.folder, STAGE, job.stream.num_shards)
+    return max((block for block in known if block <= whole), default=0)
+
+
+def begin(state: WorkerState, job: RefineJob, block: int) -> None:
+    """Open the model and bring this worker's windows in front of a block."""
     stream = open_stream(state, job.stream)
     shards = {shard.index: shard.tokens for shard in my_shards(state, job.stream)}
     sweep = RefineSweep(
@@ -66,9 +89,29 @@ def begin(state: WorkerState, job: RefineJob) -> None:
         micro_batch=job.stream.micro_batch,
         with_shift=job.strength > 0,
     )
-    sweep.embed()
+    sweep.on_batch = state.beat
+    sweep.embed()  # also where a waypoint follows: it records what blocks are called with
+    if block:
+        for shard, tensors in read_waypoint(open_store(job.stream.store), job.folder, STAGE, block, shards).items():
+            batches = range(len(sweep.quantized[shard]))
+            sweep.quantized[shard] = [tensors[f"{QUANTIZED}|{i:05d}"].to(stream.device) for i in batches]
+            if sweep.with_shift:
+                sweep.original[shard] = [tensors[f"{ORIGINAL}|{i:05d}"].to(stream.device) for i in batches]
     state.held[STAGE] = sweep
-    state.held["blocks"] = stream.stream(range(stream.num_blocks))
+    state.held["blocks"] = stream.stream(range(block, stream.num_blocks))
+
+
+def keep(state: WorkerState, job: RefineJob, block: int) -> None:
+    """Store this worker's streams in front of a block."""
+    sweep: RefineSweep = state.held[STAGE]
+    shards = {
+        shard: {
+            **{f"{QUANTIZED}|{i:05d}": batch for i, batch in enumerate(batches)},
+            **{f"{ORIGINAL}|{i:05d}": batch for i, batch in enumerate(sweep.original.get(shard, ()))},
+        }
+        for shard, batches in sweep.quantized.items()
+    }
+    write_waypoint(open_store(job.stream.store), job.folder, STAGE, block, shards)
 
 
 def enter(state: WorkerState, job: RefineJob, block: int) -> None:

@@ -44,3 +44,11 @@ def worker_shape(
     return WorkerShape(
         num_workers=workers, num_cpus=cpus, num_gpus=share, kept_bytes=max(free_bytes // 4 // workers, 1 << 28)
     )
+
+
+def workers_that_fit(shape: WorkerShape, *, cluster_cpus: float, cluster_gpus: float) -> int:
+    """Workers of this shape that a cluster has room for, which may have shrunk since the shape was made."""
+    slack = 1e-6  # of shares such as 1/3
+    by_cpu = int((cluster_cpus + slack) / shape.num_cpus) if shape.num_cpus else shape.num_workers
+    by_gpu = int((cluster_gpus + slack) / shape.num_gpus) if shape.num_gpus else by_cpu
+    return min(by_cpu, by_gpu)

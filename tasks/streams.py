@@ -13,8 +13,8 @@ from lrpq.model.streaming import BlockStream
 from lrpq.relevance.sweep import Shard
 from lrpq.shards import assign, split
 from tasks.calibration.stored import read_windows
-from tasks.cluster import WorkerState
 from tasks.store.opened import open_store
+from tasks.worker import WorkerState
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,7 +37,6 @@ class StreamJob:
     num_shards: int
     micro_batch: int
     """Windows computed at once."""
-    num_workers: int
 
 
 def open_stream(state: WorkerState, job: StreamJob) -> BlockStream:
@@ -62,7 +61,7 @@ def my_shards(state: WorkerState, job: StreamJob) -> list[Shard]:
     spans = split(len(windows), job.num_shards)
     return [
         Shard(index=i, first_window=spans[i].start, tokens=windows[spans[i].start : spans[i].stop])
-        for i in assign(job.num_shards, job.num_workers)[state.index]
+        for i in assign(job.num_shards, state.num_workers)[state.index]
     ]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lrpq.errors import ConfigError
+from lrpq.errors import ConfigError, OutputBusy
 
 MANIFEST = "lrpq.json"
 
@@ -25,7 +25,8 @@ def published_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]
     back by the next call if a kill fell into that moment.
 
     Raises:
-        ConfigError: the output cannot be written (:func:`check_output`), or another process is writing it.
+        ConfigError: the output cannot be written (:func:`check_output`).
+        OutputBusy: another process is writing it.
     """
     output = output.resolve()
     check_output(output, overwrite=overwrite)
@@ -88,7 +89,7 @@ def check_output(output: Path, *, overwrite: bool = False) -> None:
 
 
 def _lock(lock: int, partial: Path, output: Path) -> None:
-    busy = ConfigError(f"output {output}: another process is writing it; wait for it or give another folder")
+    busy = OutputBusy(f"output {output}: another process is writing it; wait for it or give another folder")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import shutil
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
@@ -14,40 +20,65 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Key = tuple[int, ...]
+PREFIX = "lrpq-kept-"
+_YOUNG_SECONDS = 60.0
+"""A folder this young may just not have its lock yet."""
 
 
 class KeptInputs:
     """Tensors by key, each taken once. Those beyond ``memory_bytes`` are spilled to a folder of its own.
 
-    Kept in host memory whatever device they come from, and given back on that device.
+    Kept in host memory whatever device they come from, and given back on that device. What a killed process left on
+    disk is removed by the next one that spills there.
 
     Args:
         memory_bytes: how much stays in host memory.
         folder: where the spill folder is made; the system's temporary folder by default.
+        may_forget: a tensor for which there is no room, neither in memory nor on disk, is not kept and can be computed
+            again; otherwise that is an OSError.
     """
 
-    def __init__(self, *, memory_bytes: int, folder: Path | None = None) -> None:
+    def __init__(self, *, memory_bytes: int, folder: Path | None = None, may_forget: bool = False) -> None:
         self.memory_bytes = memory_bytes
         self.held_bytes = 0
         self.spilled_bytes = 0
+        self.forgotten_bytes = 0
+        self.may_forget = may_forget
         self._parent = folder
         self._held: dict[Key, Tensor] = {}
         self._devices: dict[Key, torch.device] = {}
-        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self._spill: _SpillFolder | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the spill folder is made."""
+        return Path(tempfile.gettempdir()) if self._parent is None else self._parent
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._devices
 
     def put(self, key: Key, tensor: Tensor) -> None:
-        """Keep a tensor; it must not be changed afterwards."""
-        self._devices[key] = tensor.device
+        """Keep a tensor; it must not be changed afterwards.
+
+        Raises:
+            OSError: there is no room for it, and nothing may be forgotten.
+        """
+        device = tensor.device
         tensor = tensor.cpu()
         size = tensor.numel() * tensor.element_size()
         if self.held_bytes + size <= self.memory_bytes:
             self._held[key] = tensor
             self.held_bytes += size
-            return
-        if self._spill is None:
-            self._spill = tempfile.TemporaryDirectory(prefix="lrpq-kept-", dir=self._parent)
-        save_file({"x": tensor.contiguous()}, self._path(key))
-        self.spilled_bytes += size
+        else:
+            try:
+                self._write(key, tensor)
+            except OSError:
+                if not self.may_forget:
+                    raise
+                self.forgotten_bytes += size
+                return
+            self.spilled_bytes += size
+        self._devices[key] = device
 
     def take(self, key: Key) -> Tensor:
         """Return a tensor and forget it."""
@@ -61,13 +92,23 @@ class KeptInputs:
         path.unlink()
         return spilled.to(device)
 
+    def forget_before(self, first: int) -> None:
+        """Make room: forget the tensors of all blocks before this one."""
+        for key in [key for key in self._devices if key[0] < first]:
+            del self._devices[key]
+            held = self._held.pop(key, None)
+            if held is None:
+                self._path(key).unlink(missing_ok=True)
+            else:
+                self.held_bytes -= held.numel() * held.element_size()
+
     def close(self) -> None:
         """Forget everything and remove the spill folder."""
         self._held.clear()
         self._devices.clear()
         self.held_bytes = 0
         if self._spill is not None:
-            self._spill.cleanup()
+            self._spill.close()
             self._spill = None
 
     def __enter__(self) -> KeptInputs:
@@ -78,7 +119,47 @@ class KeptInputs:
     ) -> None:
         self.close()
 
+    def _write(self, key: Key, tensor: Tensor) -> None:
+        path: Path | None = None
+        try:
+            if self._spill is None:
+                self._spill = _SpillFolder(self.folder)
+            path = self._path(key)
+            save_file({"x": tensor.contiguous()}, path)
+        except (OSError, SafetensorError) as error:  # the package has its own error for a full disk
+            if path is not None:
+                path.unlink(missing_ok=True)
+            raise OSError(f"cannot keep a block's inputs in {self.folder}: {error}") from error
+
     def _path(self, key: Key) -> Path:
         if self._spill is None:
             raise KeyError(key)
-        return Path(self._spill.name) / ("-".join(map(str, key)) + ".safetensors")
+        return self._spill.path / ("-".join(map(str, key)) + ".safetensors")
+
+
+class _SpillFolder:
+    """A temporary folder with a lock that ends with the process, however that ends."""
+
+    def __init__(self, where: Path) -> None:
+        _remove_abandoned(where)
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=where))
+        self._lock = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _remove_abandoned(where: Path) -> None:
+    """Remove spill folders whose processes are gone: they may hold as much as the disk has."""
+    for folder in where.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or another process was faster
+            if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)

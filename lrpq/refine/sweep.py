@@ -78,6 +78,8 @@ class RefineSweep:
         """Shard -> hidden states of its micro-batches in the original model; empty without ``with_shift``."""
         self.quantized: dict[int, list[Tensor]] = {}
         """The same behind the quantized prefix."""
+        self.on_batch: Callable[[], None] = _nothing
+        """Called after every micro-batch of a step."""
         self._known: dict[tuple[str, int, int], dict[str, Tensor]] = {}
         """(stream, shard, micro-batch) -> last layer of a unit of the block at hand -> its input."""
 
@@ -127,6 +129,7 @@ class RefineSweep:
                     x = self._inputs_of(reader, block, module, original, ("original", shard, position))
                     difference = x.float() - xq.float()
                     shift.addmm_((difference * s[:, None]).T, xq.float())
+                self.on_batch()
             parts[0, shard] = SiteProducts(hessian=hessian, shift=shift)
             parts = fold(parts, self.num_shards, merge_products)
         release_freed_memory()  # of the site before: its products, factors and what rounding and polishing took
@@ -159,6 +162,7 @@ class RefineSweep:
         for shard, batches in streams.items():
             for position, hidden in enumerate(batches):
                 batches[position] = self.run_continued(block, module, hidden, (which, shard, position))
+                self.on_batch()
 
     def _inputs_of(
         self, reader: str, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]
@@ -209,6 +213,10 @@ def _continued(block: nn.Module, units: Sequence[Unit], known: Mapping[str, Tens
     finally:
         for module in replaced:
             del module.forward
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Reached(Exception):  # control flow, not an error

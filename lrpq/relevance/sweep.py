@@ -7,7 +7,7 @@ Cost in forward passes F over the same tokens: forward F, recompute F, one backw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -123,7 +123,12 @@ class ProfileSweep:
         self.head_sums: dict[Node, BlockSums] = {}
         """Of the head, by node of the merge tree; filled by ``seed_gradients``, empty without ``with_head``."""
         self.switch = PassSwitch()
-        self._hidden: dict[tuple[int, int], Tensor] = {}
+        self.hidden: dict[tuple[int, int], Tensor] = {}
+        """(shard, micro-batch) -> input of the block that comes next in the forward sweep."""
+        self.losses: dict[int, tuple[float, int]] = {}
+        """Shard -> summed loss of its sampled labels, nats, and their number."""
+        self.on_batch: Callable[[], None] = _nothing
+        """Called after every micro-batch of a block."""
         self.upstream: dict[tuple[int, int], Mapping[Pass, Tensor]] = {}
         """(shard, micro-batch) -> gradients at the output of the block that comes next in the backward sweep."""
 
@@ -132,37 +137,49 @@ class ProfileSweep:
         with self.stream.embedding():
             for shard in self.shards:
                 for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
-                    self._hidden[shard.index, position] = self.stream.embed(tokens)
+                    self.hidden[shard.index, position] = self.stream.embed(tokens)
 
     @torch.no_grad()
     def forward(self, block: int, module: nn.Module) -> None:
         """Keep the inputs of one block and compute its outputs."""
-        for (shard, position), hidden in self._hidden.items():
-            self.kept.put((block, shard, position), hidden)
-            self._hidden[shard, position] = self.stream.run(module, block, hidden)
+        for (shard, position), hidden in self.hidden.items():
+            if (block, shard, position) not in self.kept:
+                self.kept.put((block, shard, position), hidden)
+            self.hidden[shard, position] = self.stream.run(module, block, hidden)
+            self.on_batch()
+
+    def lacks_inputs(self, block: int) -> bool:
+        """Whether an input of the block is not kept: ``forward`` has to be repeated up to it."""
+        return any(
+            (block, shard.index, position) not in self.kept
+            for shard in self.shards
+            for position in range(len(shard.tokens.split(self.micro_batch)))
+        )
 
     def seed_gradients(self) -> tuple[float, int]:
         """Gradients at the last block's output; returns the sampled labels' summed loss (nats) and their number."""
-        total_nats, num_tokens = 0.0, 0
         with self.stream.head() as (norm, head):
             for shard in self.shards:
+                shard_nats, num_tokens = 0.0, 0
                 with self._watched_head() as sums:
                     for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
                         first = shard.first_window + position * self.micro_batch
                         gradients, nats = head_gradient(
                             norm,
                             head,
-                            self._hidden.pop((shard.index, position)),
+                            self.hidden.pop((shard.index, position)),
                             **self.labels(first, tokens),
                             switch=self.switch,
                             passes=self.passes,
                         )
                         self.upstream[shard.index, position] = gradients
-                        total_nats += nats
+                        shard_nats += nats
                         num_tokens += tokens.numel()
+                        self.on_batch()
+                self.losses[shard.index] = (shard_nats, num_tokens)
                 if sums is not None:
                     self._add_head(shard, sums)
-        return total_nats, num_tokens
+        return sum(nats for nats, _ in self.losses.values()), sum(tokens for _, tokens in self.losses.values())
 
     def labels(self, first: int, tokens: Int[Tensor, "n t"]) -> dict[str, Any]:
         """What ``head_gradient`` explains: labels sampled from the model, by the number of the window."""
@@ -229,8 +246,13 @@ class ProfileSweep:
             for name, stats_of in result.modules.items():
                 curvature[name] += stats_of.channel_sums.cpu()
             start += hidden.shape[0] * hidden.shape[1]
+            self.on_batch()
         sums = BlockSums(hessians=hessians, curvature=curvature, num_tokens=shard.tokens.numel())
         return sums, SiteWeights(
             values={site: torch.cat([torch.empty(0), *parts]) for site, parts in weights.items()},
             rows={site: torch.cat([torch.empty(0, dtype=torch.long), *parts]) for site, parts in rows.items()},
         )
+
+
+def _nothing() -> None:
+    pass

@@ -1,7 +1,7 @@
 """JSON of the store: one canonical text, a checksum in every document, strict reading.
 
-A document is ``{"body": ..., "kind": ..., "schema": 1, "sha256": ...}``; the checksum covers kind, schema and
-body.
+A document is ``{"body": ..., "key": ..., "kind": ..., "schema": 2, "sha256": ...}``; the checksum covers everything
+else. The key is the object's own, so that another run's document in its place is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lrpq.errors import StoreError
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 """What a document may hold; tuples are written as lists, NaN and infinities are refused."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of every format in the store: documents, Parquet metadata, safetensors metadata."""
 
 _MAX_DOCUMENT_BYTES = 64 * 1024 * 1024  # a manifest of 100,000 objects is about 20 MB
@@ -58,17 +58,17 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-def document_bytes(kind: str, body: Mapping[str, JSON]) -> bytes:
-    """The document as it is stored; the same kind and body always give the same bytes."""
-    sealed = _sealed(kind, plain_json(body, where=kind))
+def document_bytes(kind: str, body: Mapping[str, JSON], *, key: str) -> bytes:
+    """The document as it is stored under a key; the same key, kind and body always give the same bytes."""
+    sealed = _sealed(kind, plain_json(body, where=kind), key)
     return (json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
-def parse_document(raw: bytes, kind: str) -> dict[str, JSON]:
+def parse_document(raw: bytes, kind: str, *, key: str) -> dict[str, JSON]:
     """The body of a document.
 
     Raises:
-        ValueError: not a whole, unchanged document of this kind and version.
+        ValueError: not a whole, unchanged document of this kind, version and key.
     """
     if len(raw) > _MAX_DOCUMENT_BYTES:
         raise ValueError(f"it has {len(raw)} bytes, more than any document of the store")
@@ -77,10 +77,21 @@ def parse_document(raw: bytes, kind: str) -> dict[str, JSON]:
         raise ValueError(f"it is of kind {_short(sealed.get('kind'))}, expected {kind!r}")
     if sealed.get("schema") != SCHEMA_VERSION:
         raise ValueError(f"its schema is {_short(sealed.get('schema'))}, this version reads {SCHEMA_VERSION}")
-    body = sealed.get("body")
-    if not isinstance(body, dict) or sealed != _sealed(kind, body):
+    body, written_as = sealed.get("body"), sealed.get("key")
+    if not isinstance(body, dict) or not isinstance(written_as, str) or sealed != _sealed(kind, body, written_as):
         raise ValueError("its checksum does not fit its content")
+    check_written_as(written_as, key)
     return body
+
+
+def check_written_as(found: str | None, key: str) -> None:
+    """Refuse an object that was written under another key, however whole it is.
+
+    Raises:
+        ValueError: it was.
+    """
+    if found != key:
+        raise ValueError(f"it is the object {_short(found)}")
 
 
 def parse_object(raw: bytes) -> dict[str, JSON]:
@@ -103,8 +114,8 @@ def parse_object(raw: bytes) -> dict[str, JSON]:
     return value
 
 
-def _sealed(kind: str, body: JSON) -> dict[str, JSON]:
-    content: dict[str, JSON] = {"body": body, "kind": kind, "schema": SCHEMA_VERSION}
+def _sealed(kind: str, body: JSON, key: str) -> dict[str, JSON]:
+    content: dict[str, JSON] = {"body": body, "key": key, "kind": kind, "schema": SCHEMA_VERSION}
     return {**content, "sha256": sha256_text(canonical_text(content))}
 
 

@@ -79,7 +79,7 @@ def write_manifest(store: ObjectStore, key: str, manifest: StageManifest) -> boo
         _stage_manifest(plain_json(body, where=f"manifest {key}"))  # what no reader would take is not written
     except ValueError as error:
         raise StoreError(f"cannot write manifest {key}: {error}") from error
-    return _publish(store, key, document_bytes(_STAGE, body))
+    return _publish(store, key, document_bytes(_STAGE, body, key=key))
 
 
 def read_manifest(store: ObjectStore, key: str) -> StageManifest:
@@ -89,7 +89,7 @@ def read_manifest(store: ObjectStore, key: str) -> StageManifest:
         StoreError: no such object, or it is truncated, changed or foreign.
     """
     with opened(store, key) as file:
-        return _stage_manifest(parse_document(file.read(), _STAGE))
+        return _stage_manifest(parse_document(file.read(), _STAGE, key=key))
 
 
 def claim_run(store: ObjectStore, run_id: str, configuration: Mapping[str, JSON]) -> None:
@@ -103,7 +103,7 @@ def claim_run(store: ObjectStore, run_id: str, configuration: Mapping[str, JSON]
     """
     key = _run_key(run_id)
     asked = plain_json(configuration, where="configuration")
-    if _publish(store, key, document_bytes(_RUN, configuration)):
+    if _publish(store, key, document_bytes(_RUN, configuration, key=key)):
         return
     differences = _differences(read_run(store, run_id), asked)
     if differences:
@@ -120,7 +120,7 @@ def read_run(store: ObjectStore, run_id: str) -> dict[str, JSON]:
         StoreError: no such run, or its ``run.json`` is truncated, changed or foreign.
     """
     with opened(store, _run_key(run_id)) as file:
-        return parse_document(file.read(), _RUN)
+        return parse_document(file.read(), _RUN, key=_run_key(run_id))
 
 
 def list_runs(store: ObjectStore) -> list[str]:

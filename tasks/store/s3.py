@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, cast
 
 from lrpq.errors import StoreError
+from tasks.store import s3_client
 from tasks.store.objects import check_key, is_key
-from tasks.store.s3_client import ATTEMPTS, AskedToRepeat, S3Client, reason_of
+from tasks.store.s3_client import ATTEMPTS, AskedToRepeat, S3Client, advice_for, reason_of
 from tasks.store.s3_files import Ranges, Upload
 
+_PROBE_READ_SECONDS = 7.0
+"""Three attempts at a server that takes connections and never answers end within half a minute."""
 _READ_AHEAD_BYTES = 1024 * 1024
 
 
@@ -30,7 +33,7 @@ class S3Store:
         Raises:
             StoreError: not reachable, not allowed, or the server ignores the condition.
         """
-        client = S3Client.connect(bucket, prefix, url=url)
+        client = S3Client.connect(bucket, prefix, url=url, read_seconds=_PROBE_READ_SECONDS)
         probe = f"~probe-{uuid.uuid4().hex}"  # no valid key contains "~": listings leave it out
         try:
             won = client.put(probe, b"probe")
@@ -38,7 +41,7 @@ class S3Store:
         except StoreError as error:
             raise StoreError(
                 f"cannot write to the store {url}: {reason_of(error.__cause__ or error)}; "
-                "check bucket, endpoint and credentials in the environment"
+                f"{advice_for(error.__cause__ or error)}"
             ) from error
         client.call_quietly("delete_object", probe)
         if not won:
@@ -48,7 +51,7 @@ class S3Store:
                 f"the store {url} ignores 'If-None-Match: *' (a second conditional PUT was not answered "
                 "412), so objects could be overwritten: use a server with conditional writes"
             )
-        return cls(client=client)
+        return cls(client=replace(S3Client.connect(bucket, prefix, url=url), patience=s3_client.PATIENCE_SECONDS))
 
     @property
     def url(self) -> str:

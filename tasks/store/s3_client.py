@@ -1,13 +1,16 @@
-"""Requests to S3: one place where names are built and where errors become one line."""
+"""Requests to S3: one place where names are built, errors become one line and a server that is away is waited for."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import fsspec
 
@@ -16,7 +19,27 @@ from tasks.store.objects import one_line
 
 ATTEMPTS = 3
 """Of an HTTP request, and of a publication that the server asks to repeat."""
-_TIMEOUTS = {"connect_timeout": 5, "read_timeout": 60}  # seconds
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 60.0
+"""Without a byte of an answer; a server may need long to put the parts of a large object together."""
+
+
+PATIENCE_SECONDS = 120.0
+"""How long a server that has answered before may be away: a restart, a failover, a router."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds between two requests to a server that is away; they double
+T = TypeVar("T")
+_ADVICE = {
+    "ExpiredToken": "get new credentials",
+    "ExpiredTokenException": "get new credentials",
+    "TokenRefreshRequired": "get new credentials",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "NoSuchBucket": "create the bucket, or correct its name",
+    "AccessDenied": "these credentials need to read, write, list and delete below the prefix",
+}
+
+
+class Unreachable(StoreError):
+    """No answer, or one that says that the server cannot answer now (5xx, 429)."""
 
 
 class AlreadyThere(StoreError):
@@ -42,13 +65,16 @@ class S3Client:
     """For messages."""
     files: Any
     """The s3fs file system that holds the connections."""
+    patience: float = 0.0
+    """Seconds for which a request is repeated while the server is away; 0 until it has answered once."""
 
     @classmethod
-    def connect(cls, bucket: str, prefix: str, *, url: str) -> S3Client:
+    def connect(cls, bucket: str, prefix: str, *, url: str, read_seconds: float = READ_SECONDS) -> S3Client:
         """With credentials, region and endpoint of the environment; makes no request."""
+        timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": read_seconds}
         files = fsspec.filesystem(
             "s3",
-            config_kwargs={**_TIMEOUTS, "retries": {"max_attempts": ATTEMPTS, "mode": "standard"}},
+            config_kwargs={**timeouts, "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"}},
             use_listings_cache=False,
             skip_instance_cache=True,  # a cached one would keep the credentials of an earlier environment
         )
@@ -62,16 +88,18 @@ class S3Client:
             AlreadyThere, AskedToRepeat, Missing: 412, 409, 404.
             StoreError: any other error.
         """
-        with self._reporting(method, key):
-            answer = self.files.call_s3(method, Bucket=self.bucket, Key=self._name(key), **options)
-            return cast("dict[str, Any]", answer or {})
+
+        def request() -> dict[str, Any]:
+            with self._reporting(method, key):
+                answer = self.files.call_s3(method, Bucket=self.bucket, Key=self._name(key), **options)
+                return cast("dict[str, Any]", answer or {})
+
+        return self._patiently(request)
 
     def call_quietly(self, method: str, key: str, **options: object) -> None:
         """For tidying up: what it leaves behind is harmless, and an earlier error must be the one that is seen."""
-        try:
-            self.call(method, key, **options)
-        except StoreError:
-            return
+        with suppress(StoreError):
+            replace(self, patience=0.0).call(method, key, **options)
 
     def put(self, key: str, content: bytes) -> bool:
         """PUT if there is no such object; False if there is."""
@@ -90,21 +118,53 @@ class S3Client:
 
     def read(self, key: str, start: int, end: int) -> bytes:
         """Bytes ``start`` to ``end`` of an object."""
-        with self._reporting("get_object", key):
-            return cast(bytes, self.files.cat_file(f"{self.bucket}/{self._name(key)}", start=start, end=end))
+
+        def request() -> bytes:
+            with self._reporting("get_object", key):
+                return cast(bytes, self.files.cat_file(f"{self.bucket}/{self._name(key)}", start=start, end=end))
+
+        return self._patiently(request)
+
+    def content(self, key: str) -> bytes | None:
+        """A small object; None if there is none."""
+        try:
+            size = self.size(key)
+            return None if size is None else self.read(key, 0, size) if size else b""
+        except Missing:  # deleted meanwhile
+            return None
 
     def pages(self, folder: str, **options: str) -> Iterator[tuple[list[str], list[str]]]:
         """Names below a folder (ending in a slash or empty), from there on: of objects, of common prefixes."""
         base = self._name(folder)
         token: dict[str, str] = {}
         while True:
-            with self._reporting("list_objects_v2", folder or "the store"):
-                page = self.files.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=base, **options, **token)
+            page = self._patiently(partial(self._page, folder, base, {**options, **token}))
             objects = [item["Key"][len(base) :] for item in page.get("Contents", ())]
             yield objects, [item["Prefix"][len(base) :] for item in page.get("CommonPrefixes", ())]
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _page(self, folder: str, base: str, options: Mapping[str, str]) -> dict[str, Any]:
+        with self._reporting("list_objects_v2", folder or "the store"):
+            answer = self.files.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=base, **options)
+            return cast("dict[str, Any]", answer)
+
+    def _patiently(self, request: Callable[[], T]) -> T:
+        """Repeat a request while the server is away.
+
+        A request that was carried out and whose answer was lost is carried out twice. A conditional PUT then finds its
+        own object: that reads as another writer's, whose bytes are the same.
+        """
+        deadline, pause = time.monotonic() + self.patience, _FIRST_PAUSE
+        while True:
+            try:
+                return request()
+            except Unreachable:
+                if time.monotonic() + pause > deadline:
+                    raise
+            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- so that many workers do not come back at once
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
@@ -114,6 +174,11 @@ class S3Client:
         # Loaded by s3fs, so by now they are there.
         botocore, aiohttp = import_module("botocore.exceptions"), import_module("aiohttp")
         own = (botocore.BotoCoreError, botocore.ClientError, aiohttp.ClientError, asyncio.TimeoutError)
+        away = (
+            *(botocore.ConnectionError, botocore.ConnectionClosedError, botocore.ReadTimeoutError),
+            *(botocore.IncompleteReadError, botocore.ResponseStreamingError),
+            *(aiohttp.ClientError, asyncio.TimeoutError, ConnectionError),
+        )
         try:
             yield
         except (OSError, *own) as error:
@@ -125,7 +190,14 @@ class S3Client:
                 raise AskedToRepeat(message) from error
             if status == 404 and _code(error) != "NoSuchBucket":
                 raise Missing(message) from error
+            if isinstance(error, away) or isinstance(error.__cause__, away) or status == 429 or (status or 0) >= 500:
+                raise Unreachable(message) from error
             raise StoreError(message) from error
+
+
+def advice_for(error: BaseException) -> str:
+    """What to do about an error of the first request."""
+    return _ADVICE.get(_code(error), "check bucket, endpoint and credentials in the environment")
 
 
 def reason_of(error: BaseException) -> str:

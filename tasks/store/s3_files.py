@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import time
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from lrpq.errors import StoreError
-from tasks.store.s3_client import AlreadyThere, S3Client
+from tasks.store.s3_client import AlreadyThere, AskedToRepeat, Missing, S3Client
 
-PART_BYTES = 64 * 1024 * 1024
-"""Objects up to this size are one PUT. Parts are equal (some servers insist), at most 10,000: 640 GB."""
+PART_BYTES = 32 * 1024 * 1024
+"""Objects up to this size are one PUT. Parts are equal (some servers insist), at most 10,000: 320 GB."""
 CLAIM_SECONDS = 60.0
 """How long the holder of a claim may take to put its parts together before another one takes over."""
 _POLL_SECONDS = 0.25
 
 
 class Upload(io.RawIOBase):
-    """Collects a part at a time, so it holds two at most; a longer object becomes a multipart upload.
+    """Collects a part while the one before it is sent, so it holds two; a longer object becomes a multipart upload.
 
     Completing a multipart upload with ``If-None-Match`` is not atomic everywhere: on SeaweedFS 4.48 up to 8 of 8
     racers won in half of the rounds, while a plain conditional PUT had one winner in 81 of 81. So racers first put a
@@ -31,6 +33,8 @@ class Upload(io.RawIOBase):
         self._num_bytes = 0
         self._upload_id: str | None = None
         self._parts: list[dict[str, object]] = []
+        self._sender: ThreadPoolExecutor | None = None
+        self._sending: Future[dict[str, object]] | None = None
 
     def writable(self) -> bool:
         """True."""
@@ -58,7 +62,9 @@ class Upload(io.RawIOBase):
         if self._upload_id is None:
             return self._client.put(self._key, bytes(self._pending))
         self._send_part()
-        if not self._client.put(self._claim, b"") and self._appears():
+        self._wait_for_part()
+        token = uuid.uuid4().hex.encode()  # tells our claim from another's where the answer to it was lost
+        if not self._client.put(self._claim, token) and self._client.content(self._claim) != token and self._appears():
             return False
         try:
             # Somebody may have published and dropped the claim between our first look and our claim.
@@ -68,6 +74,9 @@ class Upload(io.RawIOBase):
 
     def abort(self) -> None:
         """Drop the parts of an upload that was not published."""
+        if self._sender is not None:
+            self._sender.shutdown(wait=True, cancel_futures=True)
+            self._sender = None
         if self._upload_id is not None:
             self._client.call_quietly("abort_multipart_upload", self._key, UploadId=self._upload_id)
             self._upload_id = None
@@ -92,17 +101,35 @@ class Upload(io.RawIOBase):
             )
         except AlreadyThere:
             return False
+        except Missing as error:  # the upload: completed by a request whose answer was lost, or forgotten by the server
+            if self._client.size(self._key) is not None:
+                return False
+            raise AskedToRepeat(str(error)) from error
         self._upload_id = None
         return True
 
     def _send_part(self) -> None:
         if self._upload_id is None:
             self._upload_id = str(self._client.call("create_multipart_upload", self._key)["UploadId"])
-        number = len(self._parts) + 1
+            self._sender = ThreadPoolExecutor(max_workers=1)
+        self._wait_for_part()
+        assert self._sender is not None
         content = bytes(self._pending)
-        answer = self._client.call("upload_part", self._key, UploadId=self._upload_id, PartNumber=number, Body=content)
-        self._parts.append({"PartNumber": number, "ETag": answer["ETag"]})
         self._pending.clear()
+        self._sending = self._sender.submit(self._sent, self._upload_id, len(self._parts) + 1, content)
+
+    def _wait_for_part(self) -> None:
+        if self._sending is not None:
+            self._parts.append(self._sending.result())
+            self._sending = None
+
+    def _sent(self, upload_id: str, number: int, content: bytes) -> dict[str, object]:
+        options = {"UploadId": upload_id, "PartNumber": number, "Body": content}
+        try:
+            answer = self._client.call("upload_part", self._key, **options)
+        except Missing as error:  # a server that was ended may have forgotten the upload
+            raise AskedToRepeat(str(error)) from error
+        return {"PartNumber": number, "ETag": answer["ETag"]}
 
 
 class Ranges(io.RawIOBase):

@@ -1,9 +1,9 @@
 """What every Parquet object of the store says about itself, and how a reader knows that it is unharmed.
 
-Metadata of the Arrow schema: ``lrpq.schema`` (format version), ``lrpq.kind``, ``lrpq.creator`` (lrpq's
-version), ``lrpq.rows``, ``lrpq.units`` (JSON, column to unit) and ``lrpq.sha256`` over all of these, the
-columns' names and types and, where a table is written in one go, their values. Nothing in it depends on the
-time or the machine.
+Metadata of the Arrow schema: ``lrpq.schema`` (format version), ``lrpq.key`` (the object's own, so that another
+object in its place is refused), ``lrpq.kind``, ``lrpq.creator`` (lrpq's version), ``lrpq.rows``, ``lrpq.units``
+(JSON, column to unit) and ``lrpq.sha256`` over all of these, the columns' names and types and, where a table is
+written in one go, their values. Nothing in it depends on the time or the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 import lrpq
 from lrpq.errors import StoreError
-from tasks.store.documents import SCHEMA_VERSION, canonical_text
+from tasks.store.documents import SCHEMA_VERSION, canonical_text, check_written_as
 from tasks.store.objects import one_line
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def parquet_file(file: BinaryIO) -> pq.ParquetFile:
     return pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
 
 
-def described(schema: pa.Schema, *, kind: str, rows: int, units: Mapping[str, str]) -> dict[str, str]:
+def described(schema: pa.Schema, *, key: str, kind: str, rows: int, units: Mapping[str, str]) -> dict[str, str]:
     """Metadata of a table, without the checksum.
 
     Raises:
@@ -80,6 +80,7 @@ def described(schema: pa.Schema, *, kind: str, rows: int, units: Mapping[str, st
         raise StoreError(f"units of {kind} name {unknown}, which are not columns: the columns are {schema.names}")
     return {
         "lrpq.schema": str(SCHEMA_VERSION),
+        "lrpq.key": key,
         "lrpq.kind": kind,
         "lrpq.creator": f"lrpq {lrpq.__version__}",
         "lrpq.rows": str(rows),
@@ -93,11 +94,11 @@ def sealed(schema: pa.Schema, metadata: Mapping[str, str], *, values: bytes = b"
     return plain.with_metadata({**metadata, _DIGEST: _seal(plain, metadata, values)})
 
 
-def metadata_of(schema: pa.Schema, *, kind: str) -> dict[str, str]:
+def metadata_of(schema: pa.Schema, *, key: str, kind: str) -> dict[str, str]:
     """Metadata of a stored table, checked as far as possible before the values are read.
 
     Raises:
-        ValueError: foreign, of another kind or of another format version.
+        ValueError: foreign, of another key, kind or format version.
     """
     raw: Mapping[bytes, bytes] = schema.metadata or {}
     found = {name.decode(): text.decode() for name, text in raw.items() if name.startswith(_PREFIX.encode())}
@@ -107,6 +108,7 @@ def metadata_of(schema: pa.Schema, *, kind: str) -> dict[str, str]:
         raise ValueError(f"its schema is {found.get('lrpq.schema')}, this version reads {SCHEMA_VERSION}")
     if found["lrpq.kind"] != kind:
         raise ValueError(f"it is of kind {found['lrpq.kind']!r}, expected {kind!r}")
+    check_written_as(found.get("lrpq.key"), key)
     return found
 
 

@@ -98,7 +98,7 @@ def write_symmetric(
                 )
     index = [{"name": name, "width": width, "scalars": numbers[name]} for name, width in widths.items()]
     rows = sum(_num_tiles(width) for width in widths.values())
-    metadata = described(_SCHEMA, kind=KIND, rows=rows, units={"values": unit})
+    metadata = described(_SCHEMA, key=key, kind=KIND, rows=rows, units={"values": unit})
     metadata[_MATRICES] = canonical_text(plain_json(index, where=key))
     schema = sealed(_SCHEMA, metadata)
 
@@ -119,7 +119,7 @@ def symmetric_index(store: ObjectStore, key: str) -> SymmetricIndex:
         StoreError: no such object, or it is truncated, changed or foreign.
     """
     with opened(store, key) as file:
-        return _index(parquet_file(file))
+        return _index(parquet_file(file), key)
 
 
 def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tensor, "d d"], dict[str, float]]:
@@ -132,7 +132,7 @@ def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tenso
     """
     with opened(store, key) as file:
         parquet = parquet_file(file)
-        index = _index(parquet)
+        index = _index(parquet, key)
         if name not in index.widths:
             raise StoreError(f"{key} in {store.url} has no matrix {name!r}: it has {', '.join(index.widths)}")
         width = index.widths[name]
@@ -225,9 +225,9 @@ def _digest(name: str, position: tuple[int, int], tile: NDArray[np.float32]) -> 
     return digest.digest()
 
 
-def _index(parquet: pq.ParquetFile) -> SymmetricIndex:
+def _index(parquet: pq.ParquetFile, key: str) -> SymmetricIndex:
     schema = parquet.schema_arrow
-    metadata = metadata_of(schema, kind=KIND)
+    metadata = metadata_of(schema, key=key, kind=KIND)
     verify(schema, metadata)
     widths: dict[str, int] = {}
     scalars: dict[str, Mapping[str, float]] = {}

@@ -55,7 +55,7 @@ def write_table(
         ) from error
     if len(set(table.column_names)) != table.num_columns or not table.num_columns:
         raise StoreError(f"cannot write {key}: {kind} needs columns with different names, got {table.column_names}")
-    metadata = described(table.schema, kind=kind, rows=table.num_rows, units=units)
+    metadata = described(table.schema, key=key, kind=kind, rows=table.num_rows, units=units)
     schema = sealed(table.schema, metadata, values=values)
 
     def write(file: BinaryIO) -> None:
@@ -78,7 +78,7 @@ def read_table(store: ObjectStore, key: str, kind: str) -> pa.Table:
     """
     with opened(store, key) as file:
         parquet = parquet_file(file)
-        metadata = metadata_of(parquet.schema_arrow, kind=kind)
+        metadata = metadata_of(parquet.schema_arrow, key=key, kind=kind)
         if metadata.get("lrpq.rows") != str(parquet.metadata.num_rows):
             raise ValueError(f"it has {parquet.metadata.num_rows} rows, expected {metadata.get('lrpq.rows')}")
         table = parquet.read(use_threads=False)

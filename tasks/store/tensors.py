@@ -3,7 +3,7 @@
 The file is written here and not by the safetensors package: its metadata is a hash map, so the bytes would
 differ from run to run, and it needs the whole object in memory. The package reads what is written here.
 
-``__metadata__`` holds the caller's entries, ``lrpq.schema``, ``lrpq.creator``, ``sha256:NAME`` for every
+``__metadata__`` holds the caller's entries, ``lrpq.schema``, ``lrpq.key``, ``lrpq.creator``, ``sha256:NAME`` for every
 tensor (over its bytes) and ``lrpq.sha256`` over the rest of the header: names, dtypes, shapes, offsets,
 metadata and those digests. So a reader of a few tensors verifies exactly what it reads.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 import lrpq
 from lrpq.errors import StoreError
-from tasks.store.documents import JSON, SCHEMA_VERSION, canonical_text, parse_object, sha256_text
+from tasks.store.documents import JSON, SCHEMA_VERSION, canonical_text, check_written_as, parse_object, sha256_text
 from tasks.store.objects import ObjectRecord, ObjectStore, publish_recorded
 from tasks.store.schema import opened
 from tasks.store.symmetric import SymmetricIndex, read_symmetric, symmetric_index, write_symmetric
@@ -94,7 +94,7 @@ def read_tensors(store: ObjectStore, key: str, names: Iterable[str] | None = Non
         StoreError: no such object, no such tensor, or the object is truncated, changed or foreign.
     """
     with opened(store, key) as file:
-        header, start, size = _read_header(file)
+        header, start, size = _read_header(file, key)
         entries = {name: _entry(name, entry) for name, entry in header.items() if name != _METADATA}
         _check_layout(entries, size - start)
         wanted = sorted(entries) if names is None else list(names)
@@ -111,7 +111,7 @@ def read_metadata(store: ObjectStore, key: str) -> dict[str, str]:
         StoreError: no such object, or its header is truncated, changed or foreign.
     """
     with opened(store, key) as file:
-        header, _, _ = _read_header(file)
+        header, _, _ = _read_header(file, key)
         return {name: text for name, text in _metadata(header).items() if not name.startswith(_OURS)}
 
 
@@ -120,7 +120,8 @@ def _header(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         if not isinstance(name, str) or not isinstance(text, str) or name.startswith(_OURS):
             raise StoreError(f"cannot write {key}: metadata {name!r} must be text under a name not starting {_OURS}")
     header: dict[str, JSON] = {}
-    full = {**metadata, "lrpq.schema": str(SCHEMA_VERSION), "lrpq.creator": f"lrpq {lrpq.__version__}"}
+    ours = {"lrpq.schema": str(SCHEMA_VERSION), "lrpq.key": key, "lrpq.creator": f"lrpq {lrpq.__version__}"}
+    full = {**metadata, **ours}
     offset = 0
     for name in _order(tensors):
         tensor = tensors[name]
@@ -149,7 +150,7 @@ def _raw(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, JSON], int, int]:
+def _read_header(file: BinaryIO, key: str) -> tuple[dict[str, JSON], int, int]:
     """Header, where the tensors start, length of the object."""
     size = file.seek(0, 2)
     file.seek(0)
@@ -166,6 +167,7 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, JSON], int, int]:
     digest = metadata.pop(_DIGEST)
     if digest != sha256_text(canonical_text({**header, _METADATA: metadata})):
         raise ValueError("the checksum of its header does not fit")
+    check_written_as(metadata.get("lrpq.key"), key)
     return header, start, size
 
 

@@ -27,10 +27,11 @@ def mutate_document(raw: bytes, rng: random.Random) -> bytes:
     """
     document = dict(json.loads(raw, object_pairs_hook=Pairs))
     body = dumped(mutate_value(document["body"], rng))
-    content = {"body": json.loads(body), "kind": document["kind"], "schema": document["schema"]}
+    content = {**document, "body": json.loads(body)}
+    content.pop("sha256")
     checksum = sha256_text(canonical_text(content))
-    kind = json.dumps(document["kind"])
-    return f'{{"body":{body},"kind":{kind},"schema":{document["schema"]},"sha256":"{checksum}"}}'.encode()
+    key, kind = json.dumps(document["key"]), json.dumps(document["kind"])
+    return f'{{"body":{body},"key":{key},"kind":{kind},"schema":{document["schema"]},"sha256":"{checksum}"}}'.encode()
 
 
 def mutate_tensors(raw: bytes, rng: random.Random) -> bytes:

@@ -299,7 +299,7 @@ def test_an_index_of_matrices_with_a_checksum_that_fits(tmp_path: Path, entries:
 
 @pytest.mark.parametrize("shape", [[0, 2**63], [2**62, 4, 0], [1, 0, *[1] * 63], [True, 0]])
 def test_a_stored_shape_without_elements_that_torch_does_not_take(tmp_path: Path, shape: list[int]) -> None:
-    metadata = {"lrpq.schema": str(SCHEMA_VERSION), "sha256:a": sha256_text("")}
+    metadata = {"lrpq.schema": str(SCHEMA_VERSION), "lrpq.key": "t.safetensors", "sha256:a": sha256_text("")}
     header: dict[str, Any] = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}, "__metadata__": metadata}
     metadata["lrpq.sha256"] = sha256_text(canonical_text(header))
     text = json.dumps(header).encode()
@@ -313,8 +313,9 @@ def test_a_stored_shape_without_elements_that_torch_does_not_take(tmp_path: Path
 
 @pytest.mark.parametrize("depth", [960, 980, 990, 1000, 200_000])
 def test_a_document_of_any_depth(depth: int) -> None:
-    raw = '{"kind":"run","schema":1,"sha256":"","body":{"x":' + "[" * depth + "]" * depth + "}}"
-    refused(ValueError, "checksum|nested too deeply", lambda: parse_document(raw.encode(), "run"))
+    opening = f'{{"key":"r/run.json","kind":"run","schema":{SCHEMA_VERSION},"sha256":"","body":{{"x":'
+    raw = opening + "[" * depth + "]" * depth + "}}"
+    refused(ValueError, "checksum|nested too deeply", lambda: parse_document(raw.encode(), "run", key="r/run.json"))
 
 
 # ---- calibration and the command line ------------------------------------------------------------

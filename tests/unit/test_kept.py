@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrpq.model.kept import KeptInputs
+import lrpq.model.kept
+from lrpq.model.kept import PREFIX, KeptInputs
 
 
 def tensor(seed: int, *, dtype: torch.dtype = torch.float32, rows: int = 3) -> Tensor:
@@ -120,3 +121,51 @@ def test_what_was_spilled_may_be_changed_by_its_new_owner(tmp_path: Path) -> Non
         taken = kept.take((0,))
         taken += 1  # not a view of a file that is gone
         assert torch.equal(taken, tensor(0) + 1)
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_without_room_a_tensor_is_forgotten_only_where_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lrpq.model.kept, "save_file", full)
+    with KeptInputs(memory_bytes=96, folder=tmp_path, may_forget=True) as kept:
+        for i in range(3):
+            kept.put((i,), tensor(i))
+        assert [(i,) in kept for i in range(3)] == [True, False, False]
+        assert (kept.held_bytes, kept.spilled_bytes, kept.forgotten_bytes) == (96, 0, 192)
+        assert same_bits(kept.take((0,)), tensor(0))
+        assert not list(tmp_path.rglob("*.safetensors"))
+    with KeptInputs(memory_bytes=0, folder=tmp_path) as kept, pytest.raises(OSError, match="No space left on device"):
+        kept.put((0,), tensor(0))
+
+
+def test_room_is_made_by_forgetting_the_first_blocks(tmp_path: Path) -> None:
+    with KeptInputs(memory_bytes=200, folder=tmp_path) as kept:
+        for block in range(4):
+            kept.put((block, 0), tensor(block))
+        kept.forget_before(3)
+        assert [(block, 0) in kept for block in range(4)] == [False, False, False, True]
+        assert kept.held_bytes == 0  # the last one is on disk
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+        kept.put((4, 0), tensor(4))
+        assert kept.held_bytes == 96
+        assert same_bits(kept.take((3, 0)), tensor(3))
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_keeps_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandoned = tmp_path / f"{PREFIX}abandoned"
+    abandoned.mkdir()
+    (abandoned / "0-0.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(lrpq.model.kept, "_YOUNG_SECONDS", -1.0)
+    with KeptInputs(memory_bytes=0, folder=tmp_path) as first, KeptInputs(memory_bytes=0, folder=tmp_path) as second:
+        first.put((0,), tensor(0))
+        second.put((0,), tensor(1))
+        assert not abandoned.exists()
+        assert same_bits(first.take((0,)), tensor(0))
+        assert same_bits(second.take((0,)), tensor(1))
+    assert list(tmp_path.iterdir()) == []

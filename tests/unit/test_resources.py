@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.resources import WorkerShape, worker_shape
+from tasks.resources import WorkerShape, worker_shape, workers_that_fit
 
 GIB = 1 << 30
 
@@ -66,3 +66,20 @@ def test_all_workers_fit_on_the_cluster(
     assert (found.num_gpus > 0) == (device == "cuda")
     # Kept inputs take a quarter of the free memory at most, apart from the least that is useful.
     assert found.num_workers * found.kept_bytes <= max(free_bytes // 4, found.num_workers << 28)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpus", "gpus", "fitting"),
+    [
+        ({}, 8.0, 0.0, 8),
+        ({}, 4.0, 0.0, 4),  # half of the machines are gone
+        ({"threads": 4}, 7.0, 0.0, 1),
+        ({"requested": 24}, 8.0, 0.0, 24),  # shares of a third add up
+        ({"requested": 24}, 4.0, 0.0, 12),
+        ({"device": "cuda", "cluster_gpus": 4.0}, 8.0, 3.0, 3),
+        ({"device": "cuda", "cluster_gpus": 4.0}, 1.0, 4.0, 1),
+        ({}, 0.0, 0.0, 0),
+    ],
+)
+def test_workers_that_fit_into_what_is_left(asked: dict[str, Any], cpus: float, gpus: float, fitting: int) -> None:
+    assert workers_that_fit(shape(**asked), cluster_cpus=cpus, cluster_gpus=gpus) == fitting

@@ -126,8 +126,8 @@ def test_a_manifest_no_reader_would_take_is_not_written(
 def test_a_reader_checks_types_even_where_the_checksum_fits(store: ObjectStore, name: str, value: JSON) -> None:
     write_manifest(store, "m.json", manifest({}))
     with store.open("m.json") as file:
-        body = parse_document(file.read(), "stage-manifest")
-    content = document_bytes("stage-manifest", {**body, name: value})
+        body = parse_document(file.read(), "stage-manifest", key="m.json")
+    content = document_bytes("stage-manifest", {**body, name: value}, key="bad.json")
     store.publish("bad.json", writing(content))
     with pytest.raises(StoreError, match=r"^bad\.json in .*; delete it and run again$"):
         read_manifest(store, "bad.json")
@@ -139,12 +139,14 @@ def test_the_time_is_utc() -> None:
 
 @given(st.dictionaries(st.text(), Values, max_size=4))
 def test_documents_come_back_and_the_same_content_gives_the_same_bytes(body: dict[str, JSON]) -> None:
-    raw = document_bytes("kind", body)
-    assert raw == document_bytes("kind", dict(reversed(body.items())))
-    found = parse_document(raw, "kind")
+    raw = document_bytes("kind", body, key="a.json")
+    assert raw == document_bytes("kind", dict(reversed(body.items())), key="a.json")
+    found = parse_document(raw, "kind", key="a.json")
     assert json.dumps(found, sort_keys=True) == json.dumps(body, sort_keys=True)
     with pytest.raises(ValueError, match="kind"):
-        parse_document(raw, "other")
+        parse_document(raw, "other", key="a.json")
+    with pytest.raises(ValueError, match=r'^it is the object "a\.json"$'):
+        parse_document(raw, "kind", key="b.json")
 
 
 @pytest.mark.parametrize(

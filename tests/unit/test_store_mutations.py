@@ -20,7 +20,7 @@ from tasks.store.tensors import read_metadata, read_symmetric, read_tensors, wri
 KEY = "r/run.json"
 
 
-def table(store: ObjectStore) -> None:
+def table(store: ObjectStore, key: str = KEY) -> None:
     rng = np.random.default_rng(0)
     columns = {
         "name": [f"model.layers.{row}.q_proj" for row in range(50)],
@@ -28,32 +28,32 @@ def table(store: ObjectStore) -> None:
         "maybe": [None if row % 5 == 0 else row for row in range(50)],
         "ragged": [list(range(row % 4)) for row in range(50)],
     }
-    write_table(store, KEY, columns, units={"cost": "nats"}, kind="costs")
+    write_table(store, key, columns, units={"cost": "nats"}, kind="costs")
 
 
-def tensors(store: ObjectStore) -> None:
+def tensors(store: ObjectStore, key: str = KEY) -> None:
     content = {"a": torch.arange(20.0), "b": torch.ones(3, 5, dtype=torch.bfloat16), "c": torch.zeros(0)}
-    write_tensors(store, KEY, content, {"bits": "3"})
+    write_tensors(store, key, content, {"bits": "3"})
 
 
-def symmetric(store: ObjectStore) -> None:
-    write_symmetric(store, KEY, {"x": torch.eye(6), "y": torch.ones(2, 2)}, {"x": {"tokens": 5}})
+def symmetric(store: ObjectStore, key: str = KEY) -> None:
+    write_symmetric(store, key, {"x": torch.eye(6), "y": torch.ones(2, 2)}, {"x": {"tokens": 5}})
 
 
-def stage_manifest(store: ObjectStore) -> None:
+def stage_manifest(store: ObjectStore, key: str = KEY) -> None:
     manifest = StageManifest(
         stage="s", key="k", inputs={"a": "b"}, parameters={"x": [1, 2.5]}, environment={"torch": "2"}, code="c",
         objects={},
         seconds=1.5, created="2026-11-22T06:30:00+00:00",
     )  # fmt: skip
-    write_manifest(store, KEY, manifest)
+    write_manifest(store, key, manifest)
 
 
-def run(store: ObjectStore) -> None:
-    claim_run(store, "r", {"budget": 3.25, "model": "m", "files": ["a", None, True]})
+def run(store: ObjectStore, key: str = KEY) -> None:
+    claim_run(store, key.split("/")[0], {"budget": 3.25, "model": "m", "files": ["a", None, True]})
 
 
-CASES: list[tuple[Callable[[ObjectStore], None], Callable[[ObjectStore], object]]] = [
+CASES: list[tuple[Callable[..., None], Callable[[ObjectStore], object]]] = [
     (table, lambda store: read_table(store, KEY, "costs").to_pydict()),
     (tensors, lambda store: {name: tensor.tolist() for name, tensor in read_tensors(store, KEY).items()}),
     (tensors, lambda store: read_metadata(store, KEY)),
@@ -88,7 +88,7 @@ def mutated(raw: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize(("write", "read"), CASES)
 def test_mutated_objects_are_read_as_written_or_refused(
-    tmp_path: Path, write: Callable[[ObjectStore], None], read: Callable[[ObjectStore], object]
+    tmp_path: Path, write: Callable[..., None], read: Callable[[ObjectStore], object]
 ) -> None:
     store = open_store(str(tmp_path))
     write(store)
@@ -127,4 +127,30 @@ def test_an_object_of_another_kind_is_refused(
         read(store)
         return
     with pytest.raises(StoreError, match="delete it and run again"):
+        read(store)
+
+
+@pytest.mark.parametrize(("write", "read"), CASES)
+def test_another_run_s_object_in_its_place_is_refused(
+    tmp_path: Path, write: Callable[..., None], read: Callable[[ObjectStore], object]
+) -> None:
+    """It is whole, of the right kind and, here, of the same content: only its key tells."""
+    store = open_store(str(tmp_path))
+    write(store)
+    write(store, "other/run.json")
+    (tmp_path / KEY).write_bytes((tmp_path / "other" / "run.json").read_bytes())
+    with pytest.raises(
+        StoreError, match=rf'^{KEY} in .*: it is the object "other/run\.json"; delete it and run again$'
+    ):
+        read(store)
+
+
+@pytest.mark.parametrize(("write", "read"), CASES)
+def test_an_object_that_is_gone_is_named(
+    tmp_path: Path, write: Callable[..., None], read: Callable[[ObjectStore], object]
+) -> None:
+    store = open_store(str(tmp_path))
+    write(store)
+    store.delete(KEY)
+    with pytest.raises(StoreError, match=rf"^no object {KEY} in "):
         read(store)

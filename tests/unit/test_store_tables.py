@@ -53,7 +53,7 @@ def test_every_type_comes_back_exactly(store: ObjectStore) -> None:
 def test_what_the_object_says_of_itself_can_be_read_without_this_package(store: ObjectStore, tmp_path: Path) -> None:
     write_table(store, "t.parquet", COLUMNS, units=UNITS, kind="costs")
     metadata = pq.read_schema(tmp_path / "t.parquet").metadata
-    assert metadata[b"lrpq.schema"] == b"1"
+    assert (metadata[b"lrpq.schema"], metadata[b"lrpq.key"]) == (b"2", b"t.parquet")
     assert metadata[b"lrpq.kind"] == b"costs"
     assert metadata[b"lrpq.rows"] == b"4"
     assert metadata[b"lrpq.creator"].startswith(b"lrpq ")
@@ -68,15 +68,15 @@ def test_the_same_content_gives_the_same_bytes_however_it_lies_in_memory(store: 
     chunked = pa.concat_tables([table.slice(0, 1), table.slice(1, 0), table.slice(1, 3)])
     annotated = table.replace_schema_metadata({"pandas": "written on Monday"})
     versions = [table, COLUMNS, padded, chunked, annotated]
-    records = [
-        write_table(
-            store, f"{index}.parquet", version, units=dict(sorted(UNITS.items(), reverse=bool(index % 2))), kind="k"
-        )
-        for index, version in enumerate(versions)
-    ]
+    records = []
+    for index, version in enumerate(versions):
+        store.delete("t.parquet")
+        units = dict(sorted(UNITS.items(), reverse=bool(index % 2)))
+        records.append(write_table(store, "t.parquet", version, units=units, kind="k"))
     assert records == [records[0]] * len(versions)
-    read = read_table(store, "0.parquet", "k")
-    assert write_table(store, "again.parquet", read, units=units_of(read), kind="k") == records[0]
+    read = read_table(store, "t.parquet", "k")
+    store.delete("t.parquet")
+    assert write_table(store, "t.parquet", read, units=units_of(read), kind="k") == records[0]
 
 
 Numbers = st.lists(st.none() | st.floats(width=32), max_size=6)
@@ -170,7 +170,8 @@ def metadata_with(**changes: str) -> object:
         (metadata_with(units='{"cost":"bit"}'), "checksum"),
         (metadata_with(creator="lrpq 9"), "checksum"),
         (metadata_with(extra="x"), "checksum"),
-        (metadata_with(schema="2"), "its schema is 2, this version reads 1"),
+        (metadata_with(schema="1"), "its schema is 1, this version reads 2"),
+        (metadata_with(key="other/t.parquet"), 'it is the object "other/t.parquet"'),
         (metadata_with(kind="scores"), "kind 'scores', expected 'costs'"),
     ],
 )

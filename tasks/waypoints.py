@@ -1,0 +1,75 @@
+"""Waypoints: the state of a streaming stage in the store, every K blocks, so that a kill costs at most K blocks.
+
+One object a shard, so that any number of workers can go on from there. They belong to the stage's folder and are
+removed when the stage is complete.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from tasks.artifacts import StageFolder
+from tasks.store.objects import ObjectStore
+from tasks.store.tensors import read_metadata, read_tensors, write_tensors
+
+FOLDER = "waypoints"
+_NAME = re.compile(r"([a-z]+)-(\d+)-(\d+)\.safetensors")
+
+
+def is_waypoint(block: int, num_blocks: int) -> bool:
+    """Whether the state in front of a block is stored: of every K-th, K about the square root of their number.
+
+    K blocks are computed again after a kill, and num_blocks / K states are written: the square root makes both small.
+    """
+    return 0 < block < num_blocks and block % math.ceil(math.sqrt(num_blocks)) == 0
+
+
+def write_waypoint(
+    store: ObjectStore,
+    folder: StageFolder,
+    kind: str,
+    block: int,
+    shards: Mapping[int, Mapping[str, Tensor]],
+    metadata: Mapping[int, Mapping[str, str]] | None = None,
+) -> None:
+    """Store some shards' state in front of a block."""
+    for shard, tensors in shards.items():
+        write_tensors(store, _key(folder, kind, block, shard), tensors, (metadata or {}).get(shard, {}))
+
+
+def read_waypoint(
+    store: ObjectStore, folder: StageFolder, kind: str, block: int, shards: Iterable[int]
+) -> dict[int, dict[str, Tensor]]:
+    """Shard -> its state in front of a block."""
+    return {shard: read_tensors(store, _key(folder, kind, block, shard)) for shard in shards}
+
+
+def read_waypoint_metadata(
+    store: ObjectStore, folder: StageFolder, kind: str, block: int, shards: Iterable[int]
+) -> dict[int, dict[str, str]]:
+    """Shard -> what was written beside its state."""
+    return {shard: read_metadata(store, _key(folder, kind, block, shard)) for shard in shards}
+
+
+def blocks_with_waypoint(store: ObjectStore, folder: StageFolder, kind: str, num_shards: int) -> list[int]:
+    """Blocks in front of which the state of every shard is stored, in order."""
+    found: dict[int, set[int]] = {}
+    for key in store.list(folder.object(FOLDER)):
+        match = _NAME.fullmatch(key.rsplit("/", 1)[-1])
+        if match is not None and match[1] == kind:
+            found.setdefault(int(match[2]), set()).add(int(match[3]))
+    return sorted(block for block, shards in found.items() if len(shards) == num_shards)
+
+
+def remove_waypoints(store: ObjectStore, folder: StageFolder) -> None:
+    """Remove them all: the stage is complete."""
+    for key in list(store.list(folder.object(FOLDER))):
+        store.delete(key)
+
+
+def _key(folder: StageFolder, kind: str, block: int, shard: int) -> str:
+    return folder.object(f"{FOLDER}/{kind}-{block:03d}-{shard:04d}.safetensors")

@@ -1,0 +1,121 @@
+"""The process on which stages compute: what it holds between calls, and its signs of life."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tasks.watch import Pulse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which worker of how many this is. A pool that lost some of its workers gives out new places."""
+
+    index: int
+    num_workers: int
+    epoch: int
+    """Counts the changes; a call of an earlier epoch is not run any more."""
+
+
+class StaleCall(Exception):  # never seen by a user: the driver has given up its reference
+    """The call was made before the pool changed."""
+
+
+class WorkerState:
+    """What a worker keeps between calls."""
+
+    def __init__(
+        self, *, device: str, threads: int, kept_bytes: int, place: Place, spill_folder: str | None = None
+    ) -> None:
+        self.device = device
+        self.threads = threads
+        self.kept_bytes = kept_bytes
+        self.spill_folder = None if spill_folder is None else Path(spill_folder)
+        self.place = place
+        self.held: dict[str, Any] = {}
+        """Stage name -> the stage's own object."""
+        self._step = ""
+        self._since = time.monotonic()
+        self._steps: list[tuple[str, float]] = []
+
+    @property
+    def index(self) -> int:
+        """Of this worker among ``num_workers``."""
+        return self.place.index
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of the pool."""
+        return self.place.num_workers
+
+    def beat(self) -> None:
+        """Something is finished: a micro-batch, a module."""
+        now = time.monotonic()
+        self._steps.append((self._step, now - self._since))
+        self._since = now
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function of a stage; its end is a sign of life too."""
+        self._step, self._since = function.__qualname__, time.monotonic()
+        try:
+            return function(self, *arguments)
+        finally:
+            self.beat()
+            self._step = ""
+
+    def pulse(self) -> Pulse:
+        """What was finished since the last time; asked from another thread."""
+        steps, self._steps = self._steps, []
+        return Pulse(step=self._step, seconds=time.monotonic() - self._since, steps=tuple(steps))
+
+    def clear(self) -> None:
+        """Forget what stages hold; what is on disk goes with it."""
+        blocks = self.held.pop("blocks", None)
+        if blocks is not None:
+            blocks.close()
+        for held in self.held.values():
+            kept = getattr(held, "kept", None)
+            if kept is not None:
+                kept.close()
+        self.held.clear()
+
+
+class Worker:
+    """Body of the actor. ``call`` and ``clear`` run one at a time; ``pulse`` and ``move`` in a thread beside them."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import torch
+
+        torch.use_deterministic_algorithms(True)
+        self.state = WorkerState(**settings)
+        self.state.beat()
+        self._threads = settings["threads"]
+
+    def call(self, epoch: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function of a stage, unless the pool has changed since it was asked for."""
+        import torch
+
+        if epoch != self.state.place.epoch:
+            raise StaleCall
+        if torch.get_num_threads() != self._threads:  # a setting of the thread, which is not that of __init__
+            torch.set_num_threads(self._threads)
+        return self.state.run(function, *arguments)
+
+    def clear(self) -> None:
+        """Forget what stages hold."""
+        self.state.clear()
+
+    def pulse(self) -> Pulse:
+        """See WorkerState."""
+        import ray
+
+        return replace(self.state.pulse(), place=(ray.get_runtime_context().get_node_id(), os.getpid()))
+
+    def move(self, place: Place) -> None:
+        """Take another place: calls that wait end at once."""
+        self.state.place = place
