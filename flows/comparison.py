@@ -88,7 +88,7 @@ class CompareConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     bits: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--bits")] = BIT_WIDTHS
     """Code widths to choose from (bits per weight)."""
-    group_sizes: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--group-size")] = (64,)
+    group_sizes: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--group-size")] = (64, -1)
     """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
 
     @field_validator("methods")

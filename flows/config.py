@@ -101,7 +101,7 @@ class CandidateConfig(Section):
 
     bits: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--bits")] = BIT_WIDTHS
     """Code widths to choose from (bits per weight)."""
-    group_sizes: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--group-size")] = (64,)
+    group_sizes: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--group-size")] = (64, -1)
     """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the diagonal of a Hessian (share of the diagonal's mean)."""
@@ -194,6 +194,9 @@ class PlanConfig(Section):
 
     polish: Annotated[int, Field(ge=0, le=20)] = 2
     """Rounds of coordinate descent on the codes and a refit of the scales after rounding; 0 is none."""
+    row_blocks: Annotated[int, Field(ge=1, le=64)] = 8
+    """Blocks of a layer's rows, each of which makes up for the errors of those before it in what the loss feels; 1
+    rounds every row on its own."""
 
     @field_validator("budget_bytes", mode="before")
     @classmethod

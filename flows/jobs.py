@@ -105,6 +105,7 @@ def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJo
         "strength": wanted.correction,
         "correction_damping": wanted.correction_damping,
         "polish": wanted.polish,
+        "row_blocks": wanted.row_blocks,
         **_refining(context, profile.stream, plan),
     }
     return RefineJob(
@@ -118,6 +119,7 @@ def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJo
         damping=candidate.damping,
         correction_damping=wanted.correction_damping,
         polish_rounds=wanted.polish,
+        row_blocks=wanted.row_blocks,
         grid=candidate.grid,
     )
 
@@ -139,6 +141,7 @@ def control_job(context: JobContext, stream: StreamJob, plan: Plan) -> RefineJob
         damping=candidate.damping,
         correction_damping=context.config.plan.correction_damping,  # not used at strength 0
         polish_rounds=0,
+        row_blocks=1,
         grid=candidate.grid,
     )
 

@@ -133,6 +133,7 @@ def pose(
         target=Target(target),
         tensor_parallel=tensor_parallel,
         fixed=head,
+        fused=Target(target) is Target.VLLM or written_as is CheckpointFormat.GPTQ,
         model_wide_experts=expert_scope(written_as, Target(target)) is ExpertScope.MODEL,
     )
     # Which modules stay at 16 bits decides what a budget in bytes has to pay for besides.

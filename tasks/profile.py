@@ -17,10 +17,12 @@ from torch import Tensor
 
 from lrpq.errors import StoreError
 from lrpq.model.kept import KeptInputs
+from lrpq.model.layers import LinearSpec
 from lrpq.model.linears import EXPERTS
 from lrpq.quant.hessian import HessianSum, merge
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.composite import Relevance
+from lrpq.relevance.outputs import Outputs, num_chunks
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_block_sums
 from lrpq.shards import Node, root
@@ -46,6 +48,7 @@ ROWS = ".rows"
 BLOCK_OBJECTS = (
     ("hessians", "parquet"),
     ("curvature", "safetensors"),
+    ("outputs", "parquet"),
     ("token-weights", "safetensors"),
     ("scores", "parquet"),
 )
@@ -255,7 +258,7 @@ def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
 
 
 def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) -> dict[str, float]:
-    """Merge the workers' sums of a block and store them: Hessians, curvature, token weights, scores.
+    """Merge the workers' sums of a block and store them: Hessians, curvature, outputs, token weights, scores.
 
     Returns:
         Module name -> output curvature summed over its outputs, nats per unit of output squared.
@@ -269,6 +272,11 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
     merged = root(nodes, job.stream.num_shards, merge_block_sums)
     curvature = _write_sums(store, job, block, merged)
     total = merged.num_tokens
+    write_symmetric(
+        store,
+        job.folder.block("outputs", block, "parquet"),
+        {_chunk(name, i): G.cpu() for name, chunks in merged.outputs.items() for i, G in enumerate(chunks)},
+    )
     tokens = _token_weights(weights, total_tokens=total, num_shards=job.stream.num_shards, length=job.stream.length)
     write_tensors(store, job.folder.block("token-weights", block, "safetensors"), tokens, {})
     write_table(
@@ -365,3 +373,13 @@ def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, in
 def read_curvature(job: ProfileJob, block: int, names: list[str]) -> dict[str, Tensor]:
     """Output curvature c [d_out] (float64) of some modules of a block."""
     return read_tensors(open_store(job.stream.store), job.folder.block("curvature", block, "safetensors"), names)
+
+
+def read_outputs(store: ObjectStore, folder: StageFolder, spec: LinearSpec) -> Outputs:
+    """Second moments of the gradients at a module's outputs (lrpq/relevance/outputs.py), in the unit of their sum."""
+    key = folder.block("outputs", spec.block, "parquet")
+    return [read_symmetric(store, key, _chunk(spec.name, i))[0] for i in range(num_chunks(spec.d_out))]
+
+
+def _chunk(name: str, index: int) -> str:
+    return f"{name}|{index}"

@@ -20,9 +20,10 @@ from lrpq.quant.starved import Evidence, hessian_of_expert
 from lrpq.refine.quantize import Refined, quantize_refined
 from lrpq.refine.routed import dense_weights, routed_products
 from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
+from lrpq.relevance.outputs import Outputs
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
-from tasks.profile import ROWS
+from tasks.profile import ROWS, read_outputs
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
@@ -33,7 +34,15 @@ from tasks.worker import WorkerState
 STAGE = "refine"
 QUANTIZED, ORIGINAL = "quantized", "original"
 """The two streams in a waypoint."""
-COUNTS = ("rejected_rows", "rows", "damping_steps", "dead_inputs", "experts_pooled", "experts_without_tokens")
+COUNTS = (
+    "rejected_rows",
+    "rows",
+    "damping_steps",
+    "dead_inputs",
+    "rows_alone",
+    "experts_pooled",
+    "experts_without_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +63,8 @@ class RefineJob:
     """Of the correction, share of the mean diagonal."""
     polish_rounds: int
     """Of coordinate descent and refit after rounding."""
+    row_blocks: int
+    """Blocks of rows that make up for each other's errors, with what the profile knows of the outputs; 1 is none."""
     grid: str
     """``signed`` or ``symmetric``, see quant/grid.py."""
 
@@ -232,11 +243,20 @@ def quantize(
         damping=job.damping,
         correction_damping=job.correction_damping,
         polish_rounds=job.polish_rounds,
+        outputs=_outputs(job, spec),
+        row_blocks=job.row_blocks,
         grid=Grid(job.grid),
         name=spec.name,
     )
     write_refined(open_store(job.stream.store), job.folder, spec.name, refined, evidence)
     return spec.name, _on_host(refined.weight)
+
+
+def _outputs(job: RefineJob, spec: LinearSpec) -> Outputs | None:
+    """What the profile knows of the module's outputs, where the job has a use for it."""
+    if job.token_weights is None or job.row_blocks == 1 or spec.routed:
+        return None
+    return read_outputs(open_store(job.stream.store), job.token_weights, spec)
 
 
 def _merged(parts: Sequence[dict[Node, SiteProducts]], job: RefineJob) -> SiteProducts:
@@ -255,6 +275,7 @@ def write_refined(
         "rows": str(refined.rows),
         "damping_steps": str(refined.damping_steps),
         "dead_inputs": str(refined.dead_inputs),
+        "rows_alone": str(refined.rows_alone),
         "experts_pooled": str(int(evidence is Evidence.POOLED)),
         "experts_without_tokens": str(int(evidence is Evidence.NONE)),
     }

@@ -139,9 +139,12 @@ def build_problem(
     target: Target = Target.TRANSFORMERS,
     tensor_parallel: int = 1,
     fixed: Collection[str] = (),
+    fused: bool = True,
     model_wide_experts: bool = False,
 ) -> Problem:
     """Sum rows over fused groups, apply keep rules and the target's limits, turn the budget into a capacity.
+
+    Not ``fused``, every module but an expert is a group of its own: for a loader that runs layers one by one.
 
     A keep rule or a limit on one member of a fused group holds for the whole group. What the target cannot
     run in any choice is left at 16 bits, also where a keep rule asks for another width. Modules in ``fixed`` have one
@@ -158,13 +161,14 @@ def build_problem(
     check_tensor_parallel(target, tensor_parallel)
     modules, table = index_rows(rows)
     kept = match_keep(keep, [name for name in modules if name not in fixed])
-    fused: dict[str, list[LinearSpec]] = {}
+    together: dict[str, list[LinearSpec]] = {}
     for module in modules.values():
-        together = MODEL_WIDE_EXPERTS if module.routed and model_wide_experts else module.fused_group
-        fused.setdefault(together, []).append(module)
+        name = module.fused_group if fused or module.routed else module.name
+        name = MODEL_WIDE_EXPERTS if module.routed and model_wide_experts else name
+        together.setdefault(name, []).append(module)
     groups: list[Group] = []
     left: list[LeftAt16] = []
-    for name, listed in sorted(fused.items(), key=lambda item: (min(member.block for member in item[1]), item[0])):
+    for name, listed in sorted(together.items(), key=lambda item: (min(member.block for member in item[1]), item[0])):
         members = tuple(sorted(listed, key=lambda member: (member.block, member.name)))
         options = shared_options(members, table)
         rule = _rule_of_group(members, kept)

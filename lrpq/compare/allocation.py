@@ -9,14 +9,14 @@ from lrpq.allocate.baselines import nearest_uniform, two_level
 from lrpq.allocate.budget import BudgetBits
 from lrpq.allocate.knapsack import solve_exact
 from lrpq.allocate.plan import Plan
-from lrpq.allocate.problem import CostRow, build_problem
+from lrpq.allocate.problem import CostRow, Problem, build_problem
 from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice
 
 
 def by_costs(rows: Sequence[CostRow], *, budget_bits: float) -> Plan:
     """The exact optimum for these costs."""
-    return solve_exact(build_problem(rows, budget=BudgetBits(bits=budget_bits)))
+    return solve_exact(_problem(rows, budget_bits))
 
 
 def by_ranking(rows: Sequence[CostRow], scores: Mapping[str, float], *, budget_bits: float) -> Plan:
@@ -25,13 +25,13 @@ def by_ranking(rows: Sequence[CostRow], scores: Mapping[str, float], *, budget_b
     The published rankings choose between two widths. At a budget of n bits and scales these are n - 1 and n + 1.
     """
     low, high = levels({row.choice for row in rows if row.choice is not None}, budget_bits=budget_bits)
-    return two_level(build_problem(rows, budget=BudgetBits(bits=budget_bits)), scores, low=low, high=high)
+    return two_level(_problem(rows, budget_bits), scores, low=low, high=high)
 
 
 def uniform(rows: Sequence[CostRow], *, budget_bits: float) -> Plan:
     """The uniform plan nearest to the budget."""
     smallest = min(budget_bits, 16.0)
-    return nearest_uniform(build_problem(rows, budget=BudgetBits(bits=smallest)), at_bits=budget_bits)
+    return nearest_uniform(_problem(rows, smallest), at_bits=budget_bits)
 
 
 def levels(available: Collection[Choice], *, budget_bits: float) -> tuple[Choice, Choice]:
@@ -41,7 +41,7 @@ def levels(available: Collection[Choice], *, budget_bits: float) -> tuple[Choice
         ConfigError: no two choices lie on both sides.
     """
     choices = sorted(available)
-    size = choices[0].group_size
+    size = max(choice.group_size for choice in choices)
     whole = int(budget_bits)
     below = [c for c in choices if c.group_size == size and c.bits < whole]
     above = [c for c in choices if c.group_size == size and c.bits > whole]
@@ -53,3 +53,8 @@ def levels(available: Collection[Choice], *, budget_bits: float) -> tuple[Choice
 def with_costs(rows: Sequence[CostRow], costs: Mapping[str, Mapping[Choice, float]]) -> list[CostRow]:
     """The same modules and sizes with other costs."""
     return [replace(row, cost_nats=costs[row.module.name][row.choice]) for row in rows if row.choice is not None]
+
+
+def _problem(rows: Sequence[CostRow], budget_bits: float) -> Problem:
+    """Every module for itself, as `lrpq compress` allocates where nothing fuses layers."""
+    return build_problem(rows, budget=BudgetBits(bits=budget_bits), fused=False)

@@ -105,6 +105,7 @@ def _methods() -> dict[str, Method]:
         "token-weights": replace(DEFAULT, weighting="none"),
         "correction": replace(DEFAULT, correction=0.0),
         "polish": replace(DEFAULT, polish_rounds=0),
+        "row-feedback": replace(DEFAULT, row_blocks=1),
     }
     for name, recipe in removed.items():
         found[f"without:{name}"] = Method(axis=Axis.REMOVED, source="ablation", recipe=recipe)
@@ -113,6 +114,7 @@ def _methods() -> dict[str, Method]:
         "token-weights": replace(CONTROL, weighting=DEFAULT.weighting),
         "correction": replace(CONTROL, correction=DEFAULT.correction),
         "polish": replace(CONTROL, polish_rounds=DEFAULT.polish_rounds),
+        "row-feedback": replace(CONTROL, row_blocks=DEFAULT.row_blocks),
     }
     for name, recipe in added.items():
         found[f"control+{name}"] = Method(axis=Axis.ADDED, source="ablation", recipe=recipe)

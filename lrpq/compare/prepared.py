@@ -38,6 +38,7 @@ class Prepared:
             weightings=sorted({recipe.weighting for recipe in recipes}),
             candidates_by=DEFAULT.weighting,
             keep_candidates=ONE_AT_A_TIME in allocations,
+            with_outputs=any(recipe.row_blocks > 1 for recipe in recipes),
         )
         self.costs: dict[str, list[CostRow]] = dict(self.gathered.costs)
         if NOISE in allocations:

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lrpq.quant.row_feedback import DEFAULT_BLOCKS
 from lrpq.tune.options import Trained
 
 
@@ -33,6 +34,8 @@ class Recipe:
     correction_damping: float = 0.1
     polish_rounds: int = 2
     """Of coordinate descent and refit after rounding."""
+    row_blocks: int = DEFAULT_BLOCKS
+    """Blocks of rows that make up for the errors of the blocks before them; 1 rounds each row on its own."""
     tuning: str = "none"
     """What is tuned on the divergence from the original when all codes are found; a name of TUNINGS."""
     transform: str = "none"
@@ -47,5 +50,5 @@ TUNINGS: Mapping[str, Trained] = {
 }
 """One pass over the calibration windows each; gains are those of the norms, which stay as they are stored."""
 DEFAULT = Recipe()
-CONTROL = Recipe(allocation="uniform", weighting="none", correction=0.0, polish_rounds=0)
+CONTROL = Recipe(allocation="uniform", weighting="none", correction=0.0, polish_rounds=0, row_blocks=1)
 """The strong uniform GPTQ: sequential, static activation order, searched scales."""

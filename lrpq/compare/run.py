@@ -106,7 +106,7 @@ class Comparison:
         if recipe.transform not in DEPENDS_ON_BITS:
             return recipe.transform, None
         terms = self.bench.terms
-        return recipe.transform, Choice(bits=max(min(terms.bits), int(budget)), group_size=terms.group_sizes[0])
+        return recipe.transform, Choice(bits=max(min(terms.bits), int(budget)), group_size=max(terms.group_sizes))
 
     def _bench(self, key: Key, folder: Path) -> Workbench:
         transform, choice = key

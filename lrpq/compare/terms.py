@@ -16,7 +16,7 @@ class Terms:
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     """Code widths to choose from."""
-    group_sizes: tuple[int, ...] = (64,)
+    group_sizes: tuple[int, ...] = (64, -1)
     """Columns that share a scale; -1 is one scale a row."""
     grid: Grid = Grid.SIGNED
     damping: float = 0.01

@@ -34,6 +34,7 @@ from lrpq.quant.rtn import round_to_nearest
 from lrpq.refine.quantize import quantize_refined
 from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
 from lrpq.relevance.composite import Relevance
+from lrpq.relevance.outputs import Outputs
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import Shard
 from lrpq.shards import root, split
@@ -69,6 +70,8 @@ class Gathered:
     """Ranking measure -> module -> importance."""
     token_weights: dict[str, dict[int, dict[str, Tensor]]] = field(default_factory=dict)
     """Weighting -> block -> site -> s of all tokens."""
+    outputs: dict[str, Outputs] = field(default_factory=dict)
+    """Module -> second moments of the gradients at its outputs, on the host; empty unless asked for."""
     candidates: dict[str, list[QuantizedWeight]] = field(default_factory=dict)
     """Module -> GPTQ candidates on the original inputs, on the host; empty unless they are kept."""
 
@@ -102,6 +105,7 @@ class Workbench:
         weightings: Sequence[str],
         candidates_by: str,
         keep_candidates: bool = False,
+        with_outputs: bool = False,
     ) -> Gathered:
         """Evaluate measures and token weights: one walk back through the model, and one more each for the text's own
         labels and for attention weights.
@@ -111,6 +115,7 @@ class Workbench:
             weightings: token weightings to keep.
             candidates_by: weighting whose Hessian the candidates are quantized by.
             keep_candidates: keep all candidates of all modules in host memory.
+            with_outputs: also gather what rows of a layer need to make up for each other's errors.
         """
         hessians_by = {candidates_by, *(m.weighting for m in measures.values() if m.weighting is not None)}
         wanted = {*weightings, *hessians_by}
@@ -124,10 +129,11 @@ class Workbench:
         blocks = range(stream.num_blocks - 1, -1, -1)
         # attention weights need another kernel, which must not move the rows of methods that do not ask for them
         plain = tuple(sorted(wanted - {ATTENTION}))
-        walk = self.walk_back(weightings=plain, hessians_by=hessians_by, extra_passes=passes)
+        walk = self.walk_back(weightings=plain, hessians_by=hessians_by, extra_passes=passes, with_outputs=with_outputs)
         for block, evidence in zip(blocks, walk, strict=True):
             for name in plain:
                 found.token_weights[name][block] = evidence.weights[name]
+            found.outputs |= {name: [G.cpu() for G in chunks] for name, chunks in evidence.outputs.items()}
             for module in self._modules(stream, block, evidence, text, measures, candidates_by):
                 _evaluate(found, module, measures)
                 if keep_candidates:
@@ -144,6 +150,7 @@ class Workbench:
         hessians_by: Collection[str] = (),
         extra_passes: frozenset[Pass] = frozenset(),
         text_labels: bool = False,
+        with_outputs: bool = False,
     ) -> Iterator[BlockEvidence]:
         """Evidence of the blocks, last block first."""
         terms = self.terms
@@ -163,6 +170,7 @@ class Workbench:
                 hessians_by=hessians_by,
                 extra_passes=extra_passes,
                 text_labels=text_labels,
+                outputs_by=split(len(self.tokens), terms.shards) if with_outputs else (),
             )
             sweep.embed()
             for block, module in stream.stream(range(stream.num_blocks)):
@@ -262,14 +270,21 @@ class Workbench:
                 for spec in specs:
                     choice = choices[spec.name]
                     if choice is not None:
-                        weight = self._quantize(stream.weight(spec), products, choice, recipe, spec.name)
+                        outputs = gathered.outputs[spec.name] if recipe.row_blocks > 1 else None
+                        weight = self._quantize(stream.weight(spec), products, choice, recipe, spec.name, outputs)
                         before[spec.name] = weight.dequantize(stream.dtype)
                         found[spec.name] = _on_host(weight)
             sweep.advance(block, module, before)
         return found
 
     def _quantize(
-        self, W: Tensor, products: SiteProducts, choice: Choice, recipe: Recipe, name: str
+        self,
+        W: Tensor,
+        products: SiteProducts,
+        choice: Choice,
+        recipe: Recipe,
+        name: str,
+        outputs: Outputs | None,
     ) -> QuantizedWeight:
         terms = self.terms
         if recipe.rounding is Rounding.NEAREST:
@@ -287,6 +302,8 @@ class Workbench:
             damping=terms.damping,
             correction_damping=recipe.correction_damping,
             polish_rounds=recipe.polish_rounds,
+            outputs=outputs,
+            row_blocks=recipe.row_blocks,
             grid=terms.grid,
             name=name,
         ).weight

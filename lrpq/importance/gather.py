@@ -24,9 +24,11 @@ from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian
 from lrpq.relevance.attribute import block_backward
 from lrpq.relevance.head import IGNORED_LABEL
+from lrpq.relevance.outputs import Outputs, add_outputs, empty_outputs, merge_outputs
 from lrpq.relevance.passes import widen
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import ProfileSweep
+from lrpq.shards import Node, fold, root
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -62,6 +64,8 @@ class BlockEvidence:
     """Weighting -> site -> sums; of the weightings that were asked for."""
     weights: dict[str, dict[str, Float[Tensor, " tokens"]]]
     """Weighting -> site -> s of all tokens, on the host."""
+    outputs: dict[str, Outputs]
+    """Module -> second moments of the Fisher pass's gradients at its outputs; empty unless asked for."""
     num_tokens: int
     cosine: float
     """mean_t cos(block input, block output)."""
@@ -74,6 +78,8 @@ class GatherSweep(ProfileSweep):
         weightings: token weightings to find; names of WEIGHTINGS.
         hessians_by: those of them whose Hessians are summed.
         extra_passes: backward passes besides those that the weightings need.
+        outputs_by: windows of every shard of the run, where the second moments of the gradients at outputs are wanted
+            too; summed as the profile sums them.
         text_labels: explain the text's own tokens instead of sampled labels.
         **profile: as for ProfileSweep.
 
@@ -87,6 +93,7 @@ class GatherSweep(ProfileSweep):
         weightings: Sequence[str],
         hessians_by: Collection[str] = (),
         extra_passes: Collection[Pass] = (),
+        outputs_by: Sequence[range] = (),
         text_labels: bool = False,
         **profile: Any,
     ) -> None:
@@ -96,6 +103,7 @@ class GatherSweep(ProfileSweep):
         self.weightings = tuple(weightings)
         self.hessians_by = frozenset(hessians_by)
         self.text_labels = text_labels
+        self.outputs_by = tuple(outputs_by)
         wanted = {Pass.FISHER, *extra_passes}
         for name in self.weightings:
             wanted.update(GRADIENTS[name].passes if name in GRADIENTS else ())
@@ -130,6 +138,7 @@ class GatherSweep(ProfileSweep):
                 for name in self.hessians_by
             },
             weights={name: {} for name in self.weightings},
+            outputs={},
             num_tokens=shard.tokens.numel(),
             cosine=0.0,
         )
@@ -139,8 +148,16 @@ class GatherSweep(ProfileSweep):
                 W = stream.weight(spec)
                 changes[spec.name] = torch.stack([W - q.dequantize(W.dtype) for q in rounded(spec, W)])
 
+        outputs: dict[str, dict[Node, Outputs]] = {
+            spec.name: {(0, i): empty_outputs(spec.d_out, stream.device) for i in range(len(self.outputs_by))}
+            for spec in specs
+        }
+        first = 0
+
         def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:
             _add(found.modules[name], running, x, y, widen(g), changes.get(name))
+            if running is Pass.FISHER:
+                self._add_outputs(outputs[name], first, g)
 
         pieces: dict[tuple[str, str], list[Tensor]] = {}
         for position in range(len(shard.tokens.split(self.micro_batch))):
@@ -152,6 +169,7 @@ class GatherSweep(ProfileSweep):
                     module, arguments, hidden, upstream, sites, switch=self.switch, observer=observe
                 )
             self.upstream[shard.index, position] = result.gradients
+            first += len(hidden)
             found.cosine += float(torch.cosine_similarity(hidden.float(), seen.output.float(), dim=-1).double().sum())
             for site, x in result.inputs.items():
                 tokens = SiteTokens(
@@ -172,8 +190,22 @@ class GatherSweep(ProfileSweep):
         for name, dW in changes.items():
             _finish_gradient(found.modules[name], dW, found.num_tokens)
         found.cosine /= found.num_tokens
+        if self.outputs_by:
+            num = len(self.outputs_by)
+            found.outputs |= {
+                name: root(fold(parts, num, merge_outputs), num, merge_outputs) for name, parts in outputs.items()
+            }
         release_freed_memory()
         return found
+
+    def _add_outputs(self, parts: dict[Node, Outputs], first: int, g: Float[Tensor, "tokens d_out"]) -> None:
+        """Add gradients of consecutive windows, the first of which is given, to the shards they belong to."""
+        length = self.shards[0].tokens.shape[1]
+        last = first + len(g) // length
+        for index, windows in enumerate(self.outputs_by):
+            start, stop = max(first, windows.start), min(last, windows.stop)
+            if start < stop:
+                add_outputs(parts[0, index], g[(start - first) * length : (stop - first) * length])
 
     def _empty(self, spec: LinearSpec) -> ModuleSums:
         device = self.stream.device

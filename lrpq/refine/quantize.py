@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,12 @@ import torch
 
 from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
-from lrpq.quant.factor import factorize
+from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import gptq
 from lrpq.quant.grid import Grid, QuantizedWeight, power_of_two
 from lrpq.quant.hessian import damped_cholesky, normalized
 from lrpq.quant.polish import polish
+from lrpq.quant.row_feedback import DEFAULT_BLOCKS, interacts, joint_error, quantize_in_blocks
 from lrpq.refine.sweep import SiteProducts
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class Refined:
     damping_steps: int
     """How often the damping, GPTQ's or the correction's, was raised because C was not positive definite."""
     dead_inputs: int
+    rows_alone: int = 0
+    """1 if rows that make up for each other's errors were worse together than rows on their own, which were kept."""
 
 
 def quantize_refined(
@@ -43,6 +47,8 @@ def quantize_refined(
     damping: float = 0.01,
     correction_damping: float = 0.1,
     polish_rounds: int = 2,
+    outputs: Sequence[Float[Tensor, "chunk chunk"]] | None = None,
+    row_blocks: int = DEFAULT_BLOCKS,
     grid: Grid = Grid.SIGNED,
     name: str,
 ) -> Refined:
@@ -62,6 +68,9 @@ def quantize_refined(
             calibration tokens, and a held-out text pays for what it fits of their noise (docs/log.md).
         polish_rounds: rounds of coordinate descent on the codes and a refit of the scales (quant/polish.py), towards
             what each row was rounded from; rows whose calibration error that raises stay as rounded; 0 is none.
+        outputs: second moments of the gradients at its outputs (relevance/outputs.py), with which blocks of rows make
+            up for the errors of the blocks before them (quant/row_feedback.py); None rounds each row on its own.
+        row_blocks: how many such blocks, at most; 1 rounds each row on its own.
         grid: signed or symmetric.
         name: module name for errors.
     """
@@ -77,17 +86,52 @@ def quantize_refined(
         both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
         rounded = prefix.better(W, corrected, both)
         rounded.damping_steps = cholesky.num_damping_steps
-    weight = rounded.weight
-    if polish_rounds:
-        polished = polish(rounded.target, [weight], C, rounds=polish_rounds, name=name)[0].weight
-        weight = polished if prefix is None else prefix.lower(polished, weight)
+    weight: QuantizedWeight | None = None
+    together = outputs is not None and interacts(outputs, num_blocks=row_blocks)
+    if outputs is not None and together:
+        weight = _with_feedback(W, C, prefix, rounded, factor, choice, outputs, row_blocks, polish_rounds, grid, name)
+    alone = together and weight is None
+    if weight is None:
+        weight = rounded.weight
+        if polish_rounds:
+            polished = polish(rounded.target, [weight], C, rounds=polish_rounds, name=name)[0].weight
+            weight = polished if prefix is None else prefix.lower(polished, weight)
     return Refined(
         weight=weight,
         rejected_rows=rounded.rejected_rows,
         rows=W.shape[0],
         damping_steps=factor.num_damping_steps + rounded.damping_steps,
         dead_inputs=factor.num_dead,
+        rows_alone=int(alone),
     )
+
+
+def _with_feedback(
+    W: Tensor,
+    C: Tensor,
+    prefix: _Prefix | None,
+    rounded: _Rounded,
+    factor: Factor,
+    choice: Choice,
+    outputs: Sequence[Tensor],
+    row_blocks: int,
+    polish_rounds: int,
+    grid: Grid,
+    name: str,
+) -> QuantizedWeight | None:
+    """Blocks of rows that make up for each other's errors; None where all together are worse than ``rounded``."""
+
+    def round_rows(T: Tensor) -> QuantizedWeight:
+        T = T.contiguous()
+        found = gptq(T, factor, [choice], grid=grid, name=name)[0]
+        return polish(T, [found], C, rounds=polish_rounds, name=name)[0].weight if polish_rounds else found
+
+    weight = quantize_in_blocks(rounded.target, outputs, round_rows, num_blocks=row_blocks, name=name)
+    hessian, shift = (C, None) if prefix is None else (prefix.C, prefix.WD)
+    together, apart = (
+        joint_error(q.dequantize(torch.float32) - W, hessian, shift, outputs) for q in (weight, rounded.weight)
+    )
+    return weight if together <= apart else None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from lrpq.relevance.attribute import block_backward
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.head import head_gradient, sequence_generator
 from lrpq.relevance.head_sums import HeadSums, watched_head
+from lrpq.relevance.outputs import Outputs, add_outputs, empty_outputs, merge_outputs
 from lrpq.relevance.rules import Pass, PassSwitch
 from lrpq.relevance.weights import token_weights
 from lrpq.shards import Node, fold
@@ -40,6 +41,8 @@ class BlockSums:
     """Input site -> relevance-weighted Hessian sums."""
     curvature: Mapping[str, Float[Tensor, " d_out"]]
     """Module name -> sum over tokens of g_tj^2 (float64), g the true gradient in nats per unit of output."""
+    outputs: Mapping[str, Outputs]
+    """Module name -> second moments of the true gradient at its outputs; not of experts, nor of the head."""
     num_tokens: int
 
 
@@ -48,6 +51,7 @@ def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
     return BlockSums(
         hessians={site: merge(left.hessians[site], right.hessians[site]) for site in left.hessians},
         curvature={name: left.curvature[name] + right.curvature[name] for name in left.curvature},
+        outputs={name: merge_outputs(left.outputs[name], right.outputs[name]) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
     )
 
@@ -195,6 +199,7 @@ class ProfileSweep:
         found = BlockSums(
             hessians={self.head.input_site: sums.hessian},
             curvature={self.head.name: sums.curvature.cpu()},
+            outputs={},
             num_tokens=shard.tokens.numel(),
         )
         self.head_sums = fold({**self.head_sums, (0, shard.index): found}, self.num_shards, merge_block_sums)
@@ -222,6 +227,16 @@ class ProfileSweep:
         }
         hessians = {site: empty_hessian(members[0].d_in, self.stream.device) for site, members in specs.items()}
         curvature = {spec.name: torch.zeros(spec.d_out, dtype=torch.float64) for spec in self.stream.block_specs(block)}
+        outputs = {
+            spec.name: empty_outputs(spec.d_out, self.stream.device)
+            for spec in self.stream.block_specs(block)
+            if not spec.routed
+        }
+
+        def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:
+            if running is Pass.FISHER and name in outputs:
+                add_outputs(outputs[name], g)
+
         weights: dict[str, list[Tensor]] = {site: [] for site in sites}
         rows: dict[str, list[Tensor]] = {site: [] for site, members in specs.items() if members[0].routed}
         start = 0
@@ -234,6 +249,7 @@ class ProfileSweep:
                 self.upstream[shard.index, position],
                 sites,
                 switch=self.switch,
+                observer=observe,
             )
             self.upstream[shard.index, position] = result.gradients
             for site, inputs in result.inputs.items():
@@ -247,7 +263,7 @@ class ProfileSweep:
                 curvature[name] += stats_of.channel_sums.cpu()
             start += hidden.shape[0] * hidden.shape[1]
             self.on_batch()
-        sums = BlockSums(hessians=hessians, curvature=curvature, num_tokens=shard.tokens.numel())
+        sums = BlockSums(hessians=hessians, curvature=curvature, outputs=outputs, num_tokens=shard.tokens.numel())
         return sums, SiteWeights(
             values={site: torch.cat([torch.empty(0), *parts]) for site, parts in weights.items()},
             rows={site: torch.cat([torch.empty(0, dtype=torch.long), *parts]) for site, parts in rows.items()},

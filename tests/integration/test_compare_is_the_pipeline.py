@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pipeline_case import Job, start_pool, start_server, write_model
@@ -34,12 +36,14 @@ def test_terms_and_recipe_are_the_defaults_of_compress() -> None:
     assert (terms.power, terms.floor, terms.seed) == (run.relevance_power, run.relevance_floor, run.seed)
     assert (terms.shards, terms.micro_batch) == (run.shards, run.micro_batch)
     assert (DEFAULT.weighting, DEFAULT.polish_rounds) == (run.relevance, plan.polish)
+    assert DEFAULT.row_blocks == plan.row_blocks
     assert (DEFAULT.correction, DEFAULT.correction_damping) == (plan.correction, plan.correction_damping)
 
 
 def test_the_codes_are_those_of_the_pipeline(job: Job) -> None:
-    model = write_model(job.folder / "model")
-    job(model, "out", run__calibration__num_windows=8, plan__budget_bits=BUDGET, evaluation__control=False)
+    model = write_model(job.folder / "model", ffn=256)  # two blocks of rows in gate and up
+    changes = {"run__calibration__num_windows": 8, "run__candidates__group_sizes": list(Terms().group_sizes)}
+    job(model, "out", **changes, plan__budget_bits=BUDGET, evaluation__control=False)
     store = job.folder / "store"
     (path,) = store.glob("*/calibrate/*/held-out.parquet")
     tokens = read_windows(open_store(str(store)), str(path.with_name("windows.parquet").relative_to(store)))
@@ -54,3 +58,8 @@ def test_the_codes_are_those_of_the_pipeline(job: Job) -> None:
         assert torch.equal(codes[spec.name].dequantize(torch.bfloat16), stored), spec.name
     plain = bench.codes(prepared.plan(CONTROL.allocation, BUDGET).choices, CONTROL, prepared.gathered)
     assert any(not torch.equal(plain[name].codes, codes[name].codes) for name in codes)
+    alone = bench.codes(
+        prepared.plan(DEFAULT.allocation, BUDGET).choices, replace(DEFAULT, row_blocks=1), prepared.gathered
+    )
+    differ = {name.rsplit(".", 1)[-1] for name in codes if not torch.equal(alone[name].codes, codes[name].codes)}
+    assert {"gate_proj", "up_proj"} & differ

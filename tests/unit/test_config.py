@@ -43,7 +43,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     assert config.run.calibration == CalibrationConfig(
         source="hub:Salesforce/wikitext:wikitext-2-raw-v1:train", num_windows=128, length=2048, text_column=None
     )
-    assert config.run.candidates == CandidateConfig(bits=(2, 3, 4, 5, 6, 8), group_sizes=(64,), damping=0.01)
+    assert config.run.candidates == CandidateConfig(bits=(2, 3, 4, 5, 6, 8), group_sizes=(64, -1), damping=0.01)
     assert (config.run.relevance, config.run.relevance_floor, config.run.seed) == ("blend", 0.03, 0)
     assert (config.run.dtype, config.run.shards, config.run.micro_batch, config.run.threads) == ("auto", 8, 4, 1)
     assert (config.plan.solver, config.plan.refine, config.plan.correction) == ("exact", "sequential", 0.5)
@@ -145,7 +145,7 @@ def test_wrong_value_in_a_file_names_the_file_and_the_field(tmp_path: Path) -> N
         ({"budget_bits": 16.5}, BudgetError, "above 16"),
         ({"budget_bits": 0.0}, BudgetError, "positive"),
         ({"budget_bits": float("nan")}, ConfigError, "--budget: expected a finite number"),
-        ({"budget_bits": 2.2}, BudgetError, "smallest possible is 2.25 bits"),
+        ({"budget_bits": 1.9}, BudgetError, "smallest possible is 2 bits"),
         ({"budget_bytes": 0}, BudgetError, "positive"),
         ({"budget_bytes": "40 XB"}, ConfigError, "40GB"),
         ({"budget_bits": 3.0, "keep": ["model.layers.0"]}, ConfigError, "PATTERN=BITS"),

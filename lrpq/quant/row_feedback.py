@@ -1,0 +1,144 @@
+"""Rows in blocks: every block of outputs makes up for the errors of the blocks before it.
+
+With D = T - Q and g_t the gradient of the loss at the layer's outputs, the loss changes by about
+
+    1/2 tr(G D H D^T),   G = mean_t g_t g_t^T,  H = mean_t x_t x_t^T
+
+(a Kronecker-factored Fisher, Martens and Grosse 2015, arXiv:1503.05671; for rounding on both sides YAQA, Tseng et al.
+2025, arXiv:2505.22988). GPTQ sees the diagonal of G alone, with which rows do not interact. With all of it, rows A that
+are rounded move the best place of the others to
+
+    T_B + R_BB^-T R_AB^T D_A,   R R^T = G in the order of the rows, R upper triangular,
+
+which is GPTQ's own rule for columns (quant/gptq.py), applied to rows. Rows of one block do not see each other: the more
+blocks, the more of G is used, and the more often the column loop runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from lrpq.errors import QuantizationError
+from lrpq.quant.factor import Factor, factorize
+from lrpq.quant.grid import QuantizedWeight
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+DEFAULT_DAMPING = 0.5
+"""Share of the mean diagonal of G. G has one sampled gradient a token, so its small directions are noise: .5 left 1.5%
+less KL than .05 (docs/log.md)."""
+LEAST_ROWS = 128
+"""Of a block: smaller ones cost as many steps of the column loop and win little."""
+
+DEFAULT_BLOCKS = 8
+RoundRows = Callable[["Tensor"], QuantizedWeight]
+"""From targets [rows, d_in] to codes and scales."""
+
+
+def quantize_in_blocks(
+    T: Float[Tensor, "d_out d_in"],
+    outputs: Sequence[Float[Tensor, "chunk chunk"]],
+    round_rows: RoundRows,
+    *,
+    num_blocks: int,
+    damping: float = DEFAULT_DAMPING,
+    name: str = "layer",
+) -> QuantizedWeight:
+    """Round a layer block by block of rows, those with the largest G_jj first.
+
+    FLOPs besides those of ``round_rows``: c^3 / 3 + c^2 d_in for every chunk of c rows.
+
+    Args:
+        T: what the codes should reproduce, float32.
+        outputs: G of consecutive chunks of rows, in any unit; rows of different chunks do not see each other.
+        round_rows: how one block is rounded; rows it is given are rounded independently.
+        num_blocks: of every chunk, at most: no block has fewer than 128 rows; 1 rounds each row on its own.
+        damping: share of the mean diagonal of G that is added to it.
+        name: module name for errors.
+
+    Raises:
+        QuantizationError: the chunks do not make up the rows, or a G is not finite or stays indefinite.
+    """
+    if sum(len(G) for G in outputs) != len(T):
+        raise QuantizationError(
+            f"{name}: {len(T)} rows, and output gradients of {sum(len(G) for G in outputs)}; they must be of one layer"
+        )
+    parts: list[QuantizedWeight] = []
+    start = 0
+    for G in outputs:
+        rows = T[start : start + len(G)]
+        blocks = _num_blocks(len(G), num_blocks)
+        factor = factorize(G.to(T.device), damping=damping, name=f"{name}, output gradients") if blocks > 1 else None
+        parts.append(round_rows(rows) if factor is None else _chunk(rows, factor, round_rows, num_blocks=blocks))
+        start += len(G)
+    return parts[0] if len(parts) == 1 else _stacked(parts)
+
+
+def interacts(outputs: Sequence[Float[Tensor, "chunk chunk"]], *, num_blocks: int) -> bool:
+    """Whether any rows are cut into more than one block."""
+    return any(_num_blocks(len(G), num_blocks) > 1 for G in outputs)
+
+
+def _num_blocks(rows: int, num_blocks: int) -> int:
+    return max(1, min(num_blocks, rows // LEAST_ROWS))
+
+
+def joint_error(
+    dW: Float[Tensor, "d_out d_in"],
+    C: Float[Tensor, "d_in d_in"],
+    shift: Float[Tensor, "d_out d_in"] | None,
+    outputs: Sequence[Float[Tensor, "chunk chunk"]],
+) -> float:
+    """tr(G E) for the errors E of all rows together, up to a term that does not depend on the codes.
+
+    E = dW C dW^T - 2 shift dW^T, as `lrpq.quant.correction.target_error` has it row by row.
+
+    Args:
+        dW: quantized minus original weights.
+        C: Hessian of the quantized prefix.
+        shift: W D, the pull of the prefix's errors; None where nothing is corrected.
+        outputs: as for `quantize_in_blocks`, undamped.
+    """
+    total, start = 0.0, 0
+    for G in outputs:
+        rows = slice(start, start + len(G))
+        start += len(G)
+        part = dW[rows]
+        pull = part @ C if shift is None else (part @ C).sub_(shift[rows], alpha=2.0)
+        total += float(((G.to(part) @ part) * pull).sum(dtype=torch.float64))
+    return total
+
+
+def _chunk(T: Float[Tensor, "rows d_in"], factor: Factor, round_rows: RoundRows, *, num_blocks: int) -> QuantizedWeight:
+    order = factor.order
+    T = T[order]
+    errors = torch.zeros_like(T)
+    found: list[QuantizedWeight] = []
+    size = -(-len(T) // num_blocks)
+    for start in range(0, len(T), size):
+        rows = slice(start, start + size)
+        targets = T[rows]
+        if start:  # the unit columns of factor.R cancel: R_BB and R_AB are scaled alike
+            pull = factor.R[:start, rows].T @ errors[:start]
+            targets = targets + torch.linalg.solve_triangular(
+                factor.R[rows, rows].T, pull, upper=False, unitriangular=True
+            )
+        found.append(round_rows(targets))
+        errors[rows] = T[rows] - found[-1].dequantize(T.dtype)
+    stacked = _stacked(found)
+    codes, scales = torch.empty_like(stacked.codes), torch.empty_like(stacked.scales)
+    codes[order], scales[order] = stacked.codes, stacked.scales
+    return QuantizedWeight(codes=codes, scales=scales, choice=stacked.choice)
+
+
+def _stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    return QuantizedWeight(
+        codes=torch.cat([part.codes for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        choice=parts[0].choice,
+    )

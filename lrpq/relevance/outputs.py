@@ -1,0 +1,51 @@
+"""Second moments of the gradients at a layer's outputs, for rounding that knows how outputs work together.
+
+    G = sum_t g_t g_t^T / |g_t|
+
+A token counts with |g_t|, not with |g_t|^2, for the reason that token weights have a power of 1/2: few tokens carry
+most of the squared gradient, and a sum that they rule is noise on other text (docs/log.md compares the two).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+CHUNK_ROWS = 4096
+"""Outputs of which G holds all pairs; pairs across chunks are left out, so that wide layers stay small: 64 MB each."""
+
+Outputs = list["Tensor"]
+"""G of every chunk of consecutive outputs, float32."""
+
+
+def empty_outputs(d_out: int, device: torch.device | str) -> Outputs:
+    """Zeros for a layer."""
+    sizes = [min(CHUNK_ROWS, d_out - start) for start in range(0, d_out, CHUNK_ROWS)]
+    return [torch.zeros(size, size, device=device) for size in sizes]
+
+
+def num_chunks(d_out: int) -> int:
+    """Chunks of a layer."""
+    return -(-d_out // CHUNK_ROWS)
+
+
+def add_outputs(total: Outputs, g: Float[Tensor, "tokens d_out"]) -> None:
+    """Add tokens' gradients in place. 2 tokens c d_out FLOPs for chunks of c rows."""
+    g = g.float()
+    norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+    scaled = g * torch.where(norm > 0, norm.rsqrt(), 0.0)
+    start = 0
+    for G in total:
+        part = scaled[:, start : start + len(G)]
+        G.addmm_(part.T, part)
+        start += len(G)
+
+
+def merge_outputs(left: Outputs, right: Outputs) -> Outputs:
+    """Sum of two disjoint sets of tokens."""
+    return [a + b for a, b in zip(left, right, strict=True)]

@@ -1,0 +1,156 @@
+"""Rows that make up for each other's errors, against explicit inverses and sums over tokens, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrpq.errors import QuantizationError
+from lrpq.model.layers import Choice
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq
+from lrpq.quant.grid import Grid, QuantizedWeight
+from lrpq.quant.hessian import HessianSum
+from lrpq.quant.row_feedback import joint_error, quantize_in_blocks
+from lrpq.quant.rtn import round_to_nearest
+from lrpq.refine.quantize import quantize_refined
+from lrpq.refine.sweep import SiteProducts
+from lrpq.relevance.outputs import CHUNK_ROWS, add_outputs, empty_outputs, merge_outputs, num_chunks
+
+ROWS, COLUMNS = 512, 24
+CHOICE = Choice(bits=3, group_size=-1)
+
+
+def moments(seed: int, rows: int = ROWS, *, rank: int = 40) -> Tensor:
+    """Second moments of gradients that share ``rank`` directions."""
+    g = torch.Generator().manual_seed(seed)
+    shared = torch.randn(4 * rows, rank, generator=g, dtype=torch.float64) @ torch.randn(
+        rank, rows, generator=g, dtype=torch.float64
+    )
+    own = torch.randn(4 * rows, rows, generator=g, dtype=torch.float64)
+    together = shared / rank**0.5 + 0.3 * own
+    return together.T @ together / len(together)
+
+
+def weights(seed: int, rows: int = ROWS) -> Tensor:
+    return torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def nearest(T: Tensor) -> QuantizedWeight:
+    return round_to_nearest(T, CHOICE)
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3, 4])
+def test_targets_are_those_of_explicit_inverses(num_blocks: int) -> None:
+    T, G, damping = weights(0), moments(1), 0.05
+    found = quantize_in_blocks(T, [G], nearest, num_blocks=num_blocks, damping=damping)
+
+    damped = G + damping * G.diagonal().mean() * torch.eye(ROWS, dtype=torch.float64)
+    order = torch.argsort(G.diagonal(), descending=True, stable=True)
+    D = torch.zeros_like(T)
+    codes, scales = torch.empty_like(found.codes), torch.empty_like(found.scales)
+    for block in order.split(-(-ROWS // num_blocks)):
+        done = order[: int((order == block[0]).nonzero())]
+        left = order[len(done) :]
+        # the best errors of the rows that are left: G_LL D_L = - G_LA D_A
+        best = torch.zeros_like(T)
+        best[left] = torch.linalg.inv(damped[left][:, left]) @ damped[left][:, done] @ D[done]
+        q = nearest((T + best)[block])
+        codes[block], scales[block] = q.codes, q.scales
+        D[block] = T[block] - q.dequantize(torch.float64)
+    assert torch.equal(found.codes, codes)
+    assert torch.equal(found.scales, scales)
+
+
+def test_outputs_that_do_not_work_together_change_nothing() -> None:
+    T = weights(2)
+    G = torch.diag(torch.rand(ROWS, dtype=torch.float64) + 0.1)
+    found, alone = quantize_in_blocks(T, [G], nearest, num_blocks=4), nearest(T)
+    assert torch.equal(found.codes, alone.codes)
+    assert torch.equal(found.scales, alone.scales)
+
+
+def test_more_blocks_leave_less_of_the_joint_error() -> None:
+    C = torch.eye(COLUMNS, dtype=torch.float64)
+    errors = []
+    for num_blocks in (1, 2, 4):
+        total = 0.0
+        for seed in range(4):
+            T, G = weights(seed), moments(10 + seed)
+            q = quantize_in_blocks(T, [G], nearest, num_blocks=num_blocks, damping=0.01)
+            total += joint_error(q.dequantize(torch.float64) - T, C, None, [G])
+        errors.append(total)
+    assert errors[2] < 0.9 * errors[1] < 0.8 * errors[0]
+
+
+def test_chunks_do_not_see_each_other() -> None:
+    T, first, second = weights(3), moments(4, 256), moments(5, 256)
+    found = quantize_in_blocks(T, [first, second], nearest, num_blocks=2)
+    halves = [quantize_in_blocks(T[:256], [first], nearest, num_blocks=2)]
+    halves.append(quantize_in_blocks(T[256:], [second], nearest, num_blocks=2))
+    assert torch.equal(found.codes, torch.cat([half.codes for half in halves]))
+    assert torch.equal(found.scales, torch.cat([half.scales for half in halves]))
+
+
+def test_joint_error_is_that_of_the_tokens() -> None:
+    g = torch.Generator().manual_seed(6)
+    x, xq = (torch.randn(300, COLUMNS, generator=g, dtype=torch.float64) for _ in range(2))
+    W, first, second = weights(7, 48), weights(8, 48), weights(9, 48)
+    G = [moments(11, 32), moments(12, 16)]
+    C, D = xq.T @ xq / len(x), (x - xq).T @ xq / len(x)
+
+    def by_tokens(Q: Tensor) -> float:
+        y = x @ W.T - xq @ Q.T
+        return float(sum((part @ m * part).sum() for part, m in zip(y.split([32, 16], 1), G, strict=True)) / len(x))
+
+    found = [joint_error(Q - W, C, W @ D, G) for Q in (first, second)]
+    assert found[0] - found[1] == pytest.approx(by_tokens(first) - by_tokens(second), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_together_are_never_worse_than_gptq_on_rows_alone(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, COLUMNS, generator=g) @ torch.randn(COLUMNS, COLUMNS, generator=g)
+    W = weights(20 + seed, 256).float()
+    # at odd seeds gradients of three tokens: little of what they say of the rows holds
+    G = moments(30 + seed, 256).float() if seed % 2 == 0 else torch.randn(3, 256, generator=g).T.cov() + 1e-6
+    products = SiteProducts(hessian=HessianSum(xx=x.T @ x, weight_sum=float(len(x)), num_tokens=len(x)), shift=None)
+    kept = quantize_refined(W, products, CHOICE, strength=0.0, polish_rounds=0, outputs=[G], row_blocks=2, name="w")
+    C = x.T @ x / len(x)
+    alone = gptq(W, factorize(C), [CHOICE], grid=Grid.SIGNED)[0]
+    errors = [joint_error(q.dequantize(torch.float32) - W, C, None, [G]) for q in (kept.weight, alone)]
+    assert errors[0] <= errors[1] * (1 + 1e-6)
+    assert kept.rows_alone in (0, 1)
+    if seed % 2 == 0:
+        assert errors[0] < 0.95 * errors[1]
+        assert kept.rows_alone == 0
+
+
+def test_sums_of_gradients() -> None:
+    g = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    g[7] = 0.0
+    total, parts = empty_outputs(6, "cpu"), [empty_outputs(6, "cpu") for _ in range(2)]
+    add_outputs(total, g)
+    for part, some in zip(parts, g.split(30), strict=True):
+        add_outputs(part, some)
+    wide = g.double()
+    expected = sum(torch.outer(row, row) / row.norm() for row in wide if row.any())
+    torch.testing.assert_close(total[0].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merge_outputs(*parts)[0], total[0], rtol=1e-5, atol=1e-6)
+
+
+def test_wide_layers_are_cut_into_chunks() -> None:
+    wide = CHUNK_ROWS + 3
+    total = empty_outputs(wide, "cpu")
+    assert [len(G) for G in total] == [CHUNK_ROWS, 3]
+    assert num_chunks(wide) == 2
+    g = torch.randn(2, wide, generator=torch.Generator().manual_seed(0))
+    add_outputs(total, g)
+    norms = g.norm(dim=1)
+    torch.testing.assert_close(total[1], sum(torch.outer(r, r) / n for r, n in zip(g[:, -3:], norms, strict=True)))
+
+
+def test_moments_of_another_layer_are_refused() -> None:
+    with pytest.raises(QuantizationError, match=r"layer: 512 rows, and output gradients of 256"):
+        quantize_in_blocks(weights(0), [moments(0, 256)], nearest, num_blocks=2)
