@@ -2,9 +2,11 @@
 
     python -m benchmarks.equal_terms MODEL --calibration FILE --text FILE [--methods lrpq,control,weights:*]
         [--budgets 3.25,4.25] [--seeds 0,1,2] [--windows 128] [--length 1024] [--device cuda] [--json FILE]
+        [--replace polish_rounds=0,row_blocks=4]
 
 The same methods, workbench and windows; rows are printed and written as they are measured. ``--peak`` prints what the
-device computes and copies at, so that seconds can be read against it.
+device computes and copies at, so that seconds can be read against it. ``--replace`` changes whole numbers in the recipe
+of every method but the control.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
-from lrpq.compare.methods import METHODS, methods_named
+from lrpq.compare.methods import methods_named
+from lrpq.compare.recipes import CONTROL, Recipe
 from lrpq.compare.run import Comparison
 from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Workbench
@@ -48,6 +53,14 @@ def peak(device: str) -> str:
     return f"{torch.cuda.get_device_name()}: {rates}"
 
 
+def replaced(recipe: Recipe, fields: Mapping[str, str]) -> Recipe:
+    """The recipe with other whole numbers."""
+    unknown = [name for name in fields if not isinstance(getattr(recipe, name, None), int)]
+    if unknown:
+        raise SystemExit(f"--replace {unknown[0]}: not a whole number of a recipe")
+    return replace(recipe, **{name: int(value) for name, value in fields.items()})  # type: ignore[arg-type]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -60,8 +73,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--text-windows", type=int, default=64)
     parser.add_argument("--bits", default="2,3,4,5,6,8")
-    parser.add_argument("--group-sizes", default="64")
+    parser.add_argument("--group-sizes", default="64,-1")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--replace", default="")
     parser.add_argument("--peak", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -80,6 +94,11 @@ def main() -> None:
         seed=0,
         placement="spread",
     ).tokens
+    fields = dict(part.split("=") for part in arguments.replace.split(",") if part)
+    methods = {
+        name: method if method.recipe == CONTROL else replace(method, recipe=replaced(method.recipe, fields))
+        for name, method in methods_named(arguments.methods.split(",")).items()
+    }
     rows: list[dict[str, object]] = []
     for seed in numbers(arguments.seeds):
         drawn = load_windows(
@@ -99,8 +118,8 @@ def main() -> None:
         )
         bench = Workbench(open_source(arguments.model), calibration.tokens, terms, held_out=held_out)
         budgets = [float(part) for part in arguments.budgets.split(",")]
-        wanted = [(name, budget) for budget in budgets for name in methods_named(arguments.methods.split(","))]
-        comparison = Comparison(bench, METHODS, wanted, scored)
+        wanted = [(name, budget) for budget in budgets for name in methods]
+        comparison = Comparison(bench, methods, wanted, scored)
         comparison.check()
         for row in comparison.rows():
             found = summarize(list(row.scores))
