@@ -43,6 +43,7 @@ from tasks.evaluate import CheckpointCodes, EvaluateJob, StoredCodes, Variant
 from tasks.model_identity import model_fingerprint
 from tasks.profile import ProfileJob
 from tasks.refine import RefineJob
+from tasks.store.garbage import mark_start
 from tasks.store.manifest import claim_run
 from tasks.store.opened import open_store
 from tasks.streams import DTYPES, StreamJob
@@ -78,6 +79,7 @@ class Compression:
         self.run_id = config.run_id or default_run_id(config.run)
         store = open_store(config.store)
         claim_run(store, self.run_id, json.loads(config.run.model_dump_json()))
+        mark_start(store, self.run_id)
         self.run_state = Run(
             store=store,
             run_id=self.run_id,

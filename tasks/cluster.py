@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import ray
 
 from lrpq.errors import ConfigError, LrpqError
-from tasks.resources import WorkerShape, worker_shape
+from tasks.resources import WorkerShape, object_store_bytes, worker_shape
 
 T = TypeVar("T")
 Ref = Any
@@ -186,5 +186,4 @@ def _free_bytes() -> int:
 
 
 def _object_store_bytes() -> int:
-    """Ray's shared memory: an eighth of the free memory, at most 8 GiB, no less than Ray accepts."""
-    return max(min(_free_bytes() // 8, 8 << 30), 128 << 20)
+    return object_store_bytes(_free_bytes())

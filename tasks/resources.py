@@ -44,3 +44,8 @@ def worker_shape(
     return WorkerShape(
         num_workers=workers, num_cpus=cpus, num_gpus=share, kept_bytes=max(free_bytes // 4 // workers, 1 << 28)
     )
+
+
+def object_store_bytes(free_bytes: int) -> int:
+    """Ray's shared memory on a node: an eighth of the free memory, at most 8 GiB, no less than Ray accepts."""
+    return max(min(free_bytes // 8, 8 << 30), 128 << 20)

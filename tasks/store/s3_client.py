@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any, cast
 
@@ -29,6 +30,17 @@ class AskedToRepeat(StoreError):
 
 class Missing(StoreError):
     """404."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """What a listing says of an object, or of an upload that is not complete."""
+
+    name: str
+    """Below the prefix."""
+    num_bytes: int
+    age_seconds: float
+    upload_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +118,37 @@ class S3Client:
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
+    def listed(self) -> Iterator[Listed]:
+        """Everything below the prefix, also what is no object of the store."""
+        base, token = self._name(""), dict[str, str]()
+        while True:
+            with self._reporting("list_objects_v2", "the store"):
+                page = self.files.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=base, **token)
+            for item in page.get("Contents", ()):
+                yield Listed(
+                    name=item["Key"][len(base) :], num_bytes=int(item["Size"]), age_seconds=_age(item["LastModified"])
+                )
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def unfinished_uploads(self) -> Iterator[Listed]:
+        """Multipart uploads below the prefix that were neither completed nor aborted."""
+        base, markers = self._name(""), dict[str, str]()
+        while True:
+            with self._reporting("list_multipart_uploads", "the store"):
+                page = self.files.call_s3("list_multipart_uploads", Bucket=self.bucket, Prefix=base, **markers)
+            for item in page.get("Uploads") or ():
+                yield Listed(
+                    name=item["Key"][len(base) :],
+                    num_bytes=0,
+                    age_seconds=_age(item["Initiated"]),
+                    upload_id=item["UploadId"],
+                )
+            if not page.get("IsTruncated"):
+                return
+            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
@@ -126,6 +169,11 @@ class S3Client:
             if status == 404 and _code(error) != "NoSuchBucket":
                 raise Missing(message) from error
             raise StoreError(message) from error
+
+
+def _age(moment: datetime) -> float:
+    """Seconds since a server's time, by this machine's clock."""
+    return (datetime.now(UTC) - moment).total_seconds()
 
 
 def reason_of(error: BaseException) -> str:
