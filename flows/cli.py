@@ -8,6 +8,8 @@
     lrpq runs
     lrpq status RUN
     lrpq gc STORE
+    lrpq submit CONFIG --address http://HEAD:8265
+    lrpq serve --config CONFIG --cron '0 3 * * *'
 
 Torch, Ray and Prefect are imported by the commands that need them, when they need them.
 """
@@ -31,6 +33,8 @@ from flows.commands.gc import gc
 from flows.commands.plan import plan
 from flows.commands.reallocate import reallocate
 from flows.commands.runs import runs, status
+from flows.commands.serve import serve
+from flows.commands.submit import submit
 from lrpq import __version__
 
 app = typer.Typer(
@@ -56,7 +60,7 @@ def lrpq(
         raise typer.Exit(EXIT_USER)
 
 
-COMMANDS = (plan, compress, reallocate, evaluate, compare, runs, status, gc)
+COMMANDS = (plan, compress, reallocate, evaluate, compare, runs, status, gc, submit, serve)
 for _command in COMMANDS:
     app.command()(_command)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flows import jobs
+from flows import artifacts, jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.config import CompressConfig, RunConfig, default_run_id
 from flows.guard import Contender, guarded
@@ -107,6 +107,7 @@ class Compression:
             prepared = self._prepare(len(pool))
             run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
+            artifacts.publish_costs(rows)
             self._search(pool, prepared, rows)
             plans = self.planner.plans(self.run_state, rows, candidates_key=prepared.candidates.folder.key)
             return self._finish(pool, prepared, rows, plans)

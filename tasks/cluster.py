@@ -141,6 +141,7 @@ def open_pool(*, device: str, workers: int | None, threads: int, address: str | 
     wanted_cpus = max(local_cpus, (workers or 1) * threads)
     if address is None:
         ray.init(
+            address="local",  # without it, Ray joins any cluster that it finds on this machine
             num_cpus=wanted_cpus,
             include_dashboard=False,
             log_to_driver=False,

@@ -93,6 +93,19 @@ def measured_rates(device: str, *, say: Callable[[str], None] = lambda text: Non
     return rates
 
 
+def exercise(device: str) -> None:
+    """A little of everything that computes, for its traces in a process."""
+    where = torch.device(device)
+    generator = torch.Generator(device=where).manual_seed(0)
+    rates = {f"matmul:{dtype}:1024": 1e15 for dtype in ("float32", "bfloat16")}
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=where)
+
+    _vector(where, rates, lambda text: None)
+    _quantizer(where, random, rates, lambda text: None)
+
+
 def _vector(where: torch.device, rates: Mapping[str, float], say: Callable[[str], None]) -> dict[str, float]:
     """Bytes a second of elementwise operations: what a block's passes take besides its products."""
     say("a decoder block, forward and backward")

@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +18,7 @@ import torch
 
 from lrpq.errors import ConfigError
 from lrpq.plan.machine import Machine, measured_rates
+from tasks.estimate.idle import idle_bytes
 from tasks.store.documents import document_bytes, parse_document, plain_json, sha256_text
 from tasks.store.keys import environment_fingerprint
 from tasks.store.local import LocalStore
@@ -29,7 +28,6 @@ KIND = "machine"
 DISK_BYTES = 256 << 20
 MATRIX = 3072
 REPEATS = 3
-WORKER_MODULES = ("ray", "tasks.profile", "tasks.candidates", "tasks.refine", "tasks.evaluate", "tasks.assemble")
 
 
 def calibrated(threads: int, folder: Path, *, say: Callable[[str], None] = lambda text: None) -> Machine:
@@ -59,7 +57,7 @@ def calibrated(threads: int, folder: Path, *, say: Callable[[str], None] = lambd
         device="cpu",
         threads=threads,
         rates=rates,
-        process_bytes=_worker_bytes(),
+        process_bytes=idle_bytes(threads),
         host_bytes=int(psutil.virtual_memory().total),
         source=f"measured in {time.monotonic() - started:.0f} s on {processor}",
     )
@@ -168,11 +166,3 @@ def _fastest(action: Callable[[], object]) -> float:
         action()
         best = min(best, time.perf_counter() - started)
     return best
-
-
-def _worker_bytes() -> int:
-    """Resident memory of a process that has imported what a worker imports."""
-    program = f"import importlib, psutil\nfor name in {WORKER_MODULES!r}: importlib.import_module(name)\n"
-    program += "print(psutil.Process().memory_info().rss)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
-    return int(done.stdout.split()[-1])

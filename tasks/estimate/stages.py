@@ -187,7 +187,10 @@ class Stages:
             work=everything,
             busiest=busiest if busiest.flops > largest.flops else largest,
             tensors=peak,
-            host={"codes of a site": max(self._site_codes(m) for k in shape.kinds for m in k.sites().values())},
+            host={
+                "codes of a site": max(self._site_codes(m) for k in shape.kinds for m in k.sites().values()),
+                "row groups of a Hessian": self._writing(shape),
+            },
             steps=shape.num_blocks,
         )
 
@@ -397,6 +400,7 @@ class Stages:
             "head": float(shape.head_bytes),
             "hidden states": float(models * state),
             "log-probabilities": 20.0 * length * shape.vocabulary,
+            "masks that the heap keeps": 2.0 * length * shape.vocabulary * models if self.cpu else 0.0,
         }
         return Load(
             work=one * windows + loading * min(self.num_workers, windows),
@@ -427,7 +431,12 @@ class Stages:
             work=once,
             busiest=once,
             tensors={},
-            host={"the whole model": model, "its codes while they are unpacked": codes, "one layer": 12.0 * widest},
+            host={
+                "the whole model": model,
+                "its files, mapped": float(shape.disk_bytes),
+                "its codes while they are unpacked": codes,
+                "one layer": 12.0 * widest,
+            },
             steps=1,
         )
 
