@@ -1,6 +1,6 @@
 """``lrpq plan`` against what it plans: FLOPs, memory, store and time of real runs, predicted / measured.
 
-    python -m benchmarks.plan [MODEL] [--windows 16] [--length 512] [--synthetic] [--json FILE]
+    python -m benchmarks.plan MODEL [--windows 16] [--length 512] [--synthetic] [--no-control] [--json FILE]
 
 MODEL is a folder; ``--synthetic`` writes a random 8-block Llama of hidden size 2048 with a tokenizer and plans that.
 The plan is made from a copy of config.json alone, with the calibration of this machine (made if there is none). Then
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,9 @@ SAMPLE_SECONDS = 0.05
 CALIBRATION, EVALUATION = "pydoc:calibrate", "pydoc:evaluate"
 
 
-def configuration(model: Path, folder: Path, *, windows: int, length: int, budget: float) -> CompressConfig:
+def configuration(
+    model: Path, folder: Path, *, windows: int, length: int, budget: float, control: bool
+) -> CompressConfig:
     return CompressConfig.model_validate(
         {
             "run": {
@@ -39,7 +42,7 @@ def configuration(model: Path, folder: Path, *, windows: int, length: int, budge
                 "calibration": {"source": CALIBRATION, "num_windows": windows, "length": length},
             },
             "plan": {"budget_bits": budget},
-            "evaluation": {"source": EVALUATION, "num_windows": windows, "length": length},
+            "evaluation": {"source": EVALUATION, "num_windows": windows, "length": length, "control": control},
             "cluster": {"workers": 1, "device": "cpu"},
             "output": str(folder / "output"),
             "store": str(folder / "store"),
@@ -174,7 +177,8 @@ class Sampler(threading.Thread):
         self.stages = stages
         self.peaks: dict[str, int] = {}
         self.shared: dict[str, int] = {}
-        self.first: dict[str, int] = {}
+        self.cpu_seconds: dict[str, float] = {}
+        self._at: tuple[str, float] | None = None
         self.ended = threading.Event()
 
     def run(self) -> None:
@@ -190,9 +194,22 @@ class Sampler(threading.Thread):
                 worker = next((p for p in below if "_Worker" in " ".join(_command(p))), None)
             if worker is not None:
                 own, shared = _memory(worker.pid)
-                self.first.setdefault(stage, own)
+                self._count(stage, worker)
                 self.peaks[stage] = max(self.peaks.get(stage, 0), own)
                 self.shared[stage] = max(self.shared.get(stage, 0), shared)
+
+    def _count(self, stage: str, worker: Any) -> None:
+        """Processor time of the worker since the sample before goes to the stage that is running."""
+        import psutil
+
+        try:
+            times = worker.cpu_times()
+        except psutil.NoSuchProcess:
+            return
+        now = times.user + times.system
+        if self._at is not None and self._at[0] == stage:
+            self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + now - self._at[1]
+        self._at = stage, now
 
 
 def _memory(pid: int) -> tuple[int, int]:
@@ -236,7 +253,8 @@ def measure(config: CompressConfig) -> dict[str, Any]:
         "seconds": stages.seconds,
         "wall_seconds": seconds,
         "peak_bytes": sampler.peaks,
-        "first_bytes": sampler.first,
+        "cpu_seconds": sampler.cpu_seconds,
+        "load_average": os.getloadavg()[1],
         "shared_bytes": sampler.shared,
         "store_bytes": by_stage,
         "store_objects": len(objects),
@@ -254,7 +272,7 @@ def write_synthetic(folder: Path, tokenizer: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=2048,
-        intermediate_size=5632,
+        intermediate_size=4096,
         num_hidden_layers=8,
         num_attention_heads=16,
         num_key_value_heads=4,
@@ -268,6 +286,56 @@ def write_synthetic(folder: Path, tokenizer: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     own.save_pretrained(folder)
     return folder
+
+
+def predicted(described: Path, config: CompressConfig) -> dict[str, Any]:
+    from flows.estimating import asked_of, this_cluster, this_machine
+    from lrpq.model.described import DescribedModel
+    from tasks.estimate.report import estimate
+
+    source = DescribedModel(described)
+    machine = this_machine(config.run.threads, config.store, again=False, say=lambda text: print(text, file=sys.stderr))
+    return estimate(source, asked_of(config, source), this_cluster(machine, config)).document()
+
+
+def show_measured(found: dict[str, Any]) -> None:
+    planned = {stage["stage"]: stage for stage in found["planned"]["stages"]}
+    print(f"{'stage':12} {'seconds':>21} {'of processor':>13} {'ratio':>6} {'peak MB':>17} {'ratio':>6}")
+    totals = [0.0, 0.0, 0.0]
+    for name, stage in planned.items():
+        if name not in found["peak_bytes"] or not stage["seconds"]:
+            continue
+        wall, cpu, peak = found["seconds"][name], found["cpu_seconds"].get(name, 0.0), found["peak_bytes"][name]
+        totals = [a + b for a, b in zip(totals, (stage["seconds"], wall, cpu), strict=True)]
+        print(
+            f"{name:12} {stage['seconds']:10.1f} {wall:10.1f} {cpu:13.1f} {stage['seconds'] / wall:6.2f} "
+            f"{stage['host_bytes'] / 1e6:8.0f} {peak / 1e6:8.0f} {stage['host_bytes'] / peak:6.2f}"
+        )
+    largest = max(found["peak_bytes"].values())
+    host = found["planned"]["host_bytes"]
+    print(
+        f"{'all':12} {totals[0]:10.1f} {totals[1]:10.1f} {totals[2]:13.1f} {totals[0] / totals[1]:6.2f} "
+        f"{host / 1e6:8.0f} {largest / 1e6:8.0f} {host / largest:6.2f}   load {found['load_average']:.1f}"
+    )
+    for what, plan, real in (
+        ("store bytes", found["planned"]["store_bytes"], sum(found["store_bytes"].values())),
+        ("store objects", found["planned"]["store_objects"], found["store_objects"]),
+        ("checkpoint bytes", found["planned"]["checkpoint_bytes"], found["checkpoint_bytes"]),
+    ):
+        print(f"{what:20} planned {plan:.0f}, measured {real}, ratio {plan / real:.3f}")
+
+
+def show_counted(found: dict[str, Any]) -> None:
+    print(f"{'stage':12} {'planned GFLOP':>14} {'counted GFLOP':>14} {'ratio':>6}")
+    planned = {stage["stage"]: stage["flops"] for stage in found["planned"]["stages"] if stage["flops"]}
+    for name, flops in planned.items():
+        real = found["flops"][name]
+        print(f"{name:12} {flops / 1e9:14.1f} {real / 1e9:14.1f} {flops / real:6.3f}")
+    plan, real = sum(planned.values()), sum(found["flops"][name] for name in planned)
+    print(f"{'all':12} {plan / 1e9:14.1f} {real / 1e9:14.1f} {plan / real:6.3f}")
+
+
+SHOWN = {"measure": show_measured, "count": show_counted}
 
 
 def child(kind: str, config: CompressConfig, target: Path) -> None:
@@ -292,6 +360,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--budget", type=float, default=3.25)
+    parser.add_argument("--no-control", action="store_true", help="leave the control's refinement out")
+    parser.add_argument("--count", type=int, nargs=2, default=(4, 128), metavar=("WINDOWS", "LENGTH"))
     parser.add_argument("--only", choices=("count", "measure"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=2, metavar=("CONFIG", "TARGET"), help=argparse.SUPPRESS)
@@ -305,16 +375,25 @@ def main() -> None:
         model = arguments.model
         if arguments.synthetic:
             model = write_synthetic(Path(parent) / "model", arguments.model)
-        found: dict[str, Any] = {}
-        for kind in ("count", "measure"):
-            if arguments.only in (None, kind):
-                folder = Path(parent) / kind
-                config = configuration(
-                    model, folder, windows=arguments.windows, length=arguments.length, budget=arguments.budget
-                )
-                found[kind] = run_child(kind, config, folder)
-                shutil.rmtree(folder)
-        print(json.dumps(found, indent=1))
+        described = Path(parent) / "described"  # what is planned from: nothing but config.json
+        described.mkdir()
+        shutil.copy(model / "config.json", described)
+        found: dict[str, Any] = {"model": str(arguments.model), "synthetic": arguments.synthetic}
+        for kind in ("measure", "count"):
+            if arguments.only not in (None, kind):
+                continue
+            folder = Path(parent) / kind
+            windows, length = arguments.windows, arguments.length
+            if kind == "count":  # every operation is seen by Python: fewer tokens, planned for as many
+                windows, length = arguments.count
+            config = configuration(
+                model, folder, windows=windows, length=length, budget=arguments.budget, control=not arguments.no_control
+            )
+            planned = predicted(described, config)
+            found[kind] = run_child(kind, config, folder)
+            found[kind]["planned"] = planned
+            shutil.rmtree(folder)
+            SHOWN[kind](found[kind])
         if arguments.json:
             arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

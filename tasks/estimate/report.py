@@ -16,10 +16,14 @@ from tasks.estimate.objects import EMPTY, Stored, stored
 from tasks.estimate.stages import Load, Stages
 from tasks.resources import WorkerShape, object_store_bytes, worker_shape
 
+ASSEMBLE = "assemble"
+"""The stage that one worker does alone."""
 STEP_SECONDS = 0.12
 """Prefect's task run and the calls that wait for it: about 0.1 s a task (docs/log.md)."""
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """Context, cuBLAS workspace and kernels of a process on a GPU."""
+RUN_OBJECTS = 2
+"""The run's configuration and the mark of its start."""
 SERVER_BYTES = 700 * 2**20
 """Prefect's server and Ray's own processes on a node."""
 
@@ -93,8 +97,8 @@ class Estimate:
 
     @property
     def store_objects(self) -> int:
-        """Of all stages, the run's own among them."""
-        return sum(stage.store_objects for stage in self.stages) + 1
+        """Of all stages, and the run's own."""
+        return sum(stage.store_objects for stage in self.stages) + RUN_OBJECTS
 
     def document(self) -> dict[str, Any]:
         """As JSON, totals included."""
@@ -134,10 +138,10 @@ def estimate(source: DescribedModel, asked: Asked, cluster: Cluster, *, shape: M
     others = [(name, of) for name, of in in_store.items() if name not in stages.all()]
     found = [_only_stored(name, of) for name, of in others] + found
     a_node = -(-workers.num_workers // cluster.nodes)
-    node_bytes = (
-        a_node * max(stage.host_bytes for stage in found) + object_store_bytes(cluster.host_bytes) + SERVER_BYTES
-    )
-    node_bytes = max(node_bytes, _assembling(found) + (a_node - 1) * float(cluster.machine.process_bytes))
+    beside = object_store_bytes(cluster.host_bytes) + SERVER_BYTES
+    together = a_node * max(stage.host_bytes for stage in found if stage.stage != ASSEMBLE)
+    alone = _assembling(found) + (a_node - 1) * float(cluster.machine.process_bytes)
+    node_bytes = max(together, alone) + beside
     checkpoint = checkpoint_bytes(shape, asked)
     spilled = a_node * max(stage.spilled_bytes for stage in found)
     local = 0.0 if cluster.remote_store else sum(stage.store_bytes for stage in found)
@@ -214,7 +218,7 @@ def _only_stored(name: str, of: Stored) -> StageEstimate:
 
 
 def _assembling(stages: Sequence[StageEstimate]) -> float:
-    return next(stage.host_bytes for stage in stages if stage.stage == "assemble")
+    return next(stage.host_bytes for stage in stages if stage.stage == ASSEMBLE)
 
 
 def _problems(
@@ -245,14 +249,14 @@ def _problems(
                 f"{worst.stage}: {gigabytes(worst.device_bytes)} on a GPU of {gigabytes(cluster.device_bytes)}; most "
                 f"of it is {largest} ({gigabytes(worst.parts[largest])}): {change}"
             )
-    assembling = _assembling(stages)
+    assembling = _assembling(stages) + object_store_bytes(cluster.host_bytes) + SERVER_BYTES
     if assembling > cluster.host_bytes:
         found.append(
             f"assemble: {gigabytes(assembling)} of host memory on one node of {gigabytes(cluster.host_bytes)}, for the "
             "finished checkpoint is loaded whole and compared before it is published: take nodes with more memory"
         )
     elif node_bytes > cluster.host_bytes:
-        worst = max(stages, key=lambda stage: stage.host_bytes)
+        worst = max((s for s in stages if s.stage != ASSEMBLE), key=lambda stage: stage.host_bytes)
         found.append(
             f"{worst.stage}: {gigabytes(node_bytes)} of host memory on a node of {gigabytes(cluster.host_bytes)} "
             f"({gigabytes(worst.host_bytes)} a worker): use fewer workers a node, or nodes with more memory"
