@@ -272,7 +272,7 @@ def write_synthetic(folder: Path, tokenizer: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=2048,
-        intermediate_size=4096,
+        intermediate_size=2816,
         num_hidden_layers=8,
         num_attention_heads=16,
         num_key_value_heads=4,

@@ -60,7 +60,7 @@ def reserved(config: CompressConfig, *, wait_seconds: float = SCALE_SECONDS) -> 
     needs = {"CPU": threads, "GPU": 1.0} if config.cluster.device == "cuda" else {"CPU": threads}
 
     def ask(bundles: int) -> None:
-        request_resources(bundles=[{name: amount for name, amount in needs.items()}] * bundles)
+        request_resources(bundles=[dict(needs)] * bundles)
 
     ray.init(address=config.cluster.address, log_to_driver=False, logging_level="ERROR")
     try:

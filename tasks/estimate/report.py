@@ -190,7 +190,7 @@ def _stage(name: str, load: Load, of: Stored, cluster: Cluster) -> StageEstimate
     return StageEstimate(
         stage=name,
         flops=load.work.flops,
-        seconds=load.busiest.seconds(rates) + load.steps * STEP_SECONDS + transfer,
+        seconds=load.busiest.seconds(rates) + load.fixed_seconds + load.steps * STEP_SECONDS + transfer,
         device_bytes=tensors + CUDA_CONTEXT_BYTES if cuda else machine.process_bytes + tensors + host,
         host_bytes=machine.process_bytes + host + (0.0 if cuda else tensors),
         parts={**load.tensors, **load.host},

@@ -22,6 +22,8 @@ POLISH_SWEEPS = 2
 ROW_GROUPS_BYTES = 5 * 60 * 2**20
 """Most that writing a matrix to the store holds beside it: five row groups (tasks/store/symmetric.py)."""
 TILE_BYTES = 2**20
+LOAD_SECONDS = 1.5
+"""Least that transformers takes to load a model, however small: about 1 s on one core, and its first forward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,8 @@ class Load:
     """Kept inputs that do not fit into memory, per worker."""
     network_bytes: float = 0.0
     """Between workers, all together."""
+    fixed_seconds: float = 0.0
+    """Time that no size changes."""
     steps: int = 0
     """Calls that one waits for: task runs of Prefect, each with a call on every worker."""
 
@@ -437,6 +441,7 @@ class Stages:
                 "its codes while they are unpacked": codes,
                 "one layer": 12.0 * widest,
             },
+            fixed_seconds=2 * LOAD_SECONDS,
             steps=1,
         )
 
