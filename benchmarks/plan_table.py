@@ -66,7 +66,6 @@ def planned(model: str, *, gpus: int = 8, node_memory: str = "2TB", budget: floa
 
 
 def row(model: str, found: Estimate) -> list[str]:
-    reload = next(stage.host_bytes for stage in found.stages if stage.stage == "assemble")
     moved = sum(stage.network_bytes for stage in found.stages)
     cells: list[Any] = [
         model,
@@ -75,7 +74,7 @@ def row(model: str, found: Estimate) -> list[str]:
         f"{found.flops:.1e}",
         f"{found.device_bytes / 1e9:.0f} GB",
         f"{found.node_bytes / 1e9:.0f} GB",
-        f"{reload / 1e9:.0f} GB",
+        f"{found.reload_bytes / 1e9:.0f} GB",
         f"{found.disk_bytes / 1e9:.0f} GB",
         f"{found.store_bytes / 1e9:.0f} GB",
         found.store_objects,

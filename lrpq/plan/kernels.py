@@ -12,6 +12,7 @@ from lrpq.model.layers import Choice
 from lrpq.plan.work import COUNTED, NOTHING, Work, matmul, total, work
 from lrpq.quant import descent, gptq, grid, hessian
 from lrpq.quant.grid import Grid, group_width
+from lrpq.quant.refit import _ELEMENTS as REFIT_ELEMENTS
 
 FP32 = "float32"
 F32_BYTES = 4
@@ -117,8 +118,13 @@ def refit(d_out: int, d_in: int, choice: Choice) -> Work:
     sums = 2.0 * d_in + sum(2.0 * (groups - g) * width for g in range(groups)) + 4.0 * groups * groups
     small = groups**3 // 3 + 2.0 * groups * groups
     elements = sum((groups - g) * width for g in range(groups))
+    chunks = -(-d_out // max(1, REFIT_ELEMENTS // max(d_in, groups * groups)))
     return matmul(products * d_out, dtype=FP32, width=width) + Work(
-        amounts={COUNTED: (sums + small) * d_out, "refit": float((elements + groups**3 / 3) * d_out)}
+        amounts={
+            COUNTED: (sums + small) * d_out,
+            "refit": float((elements + groups**3 / 3) * d_out),
+            "refit-steps": float(chunks * groups),
+        }
     )
 
 

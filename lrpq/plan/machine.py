@@ -37,6 +37,8 @@ CPU_WIDTHS = (128, 512, 1024, 2048, 4096)
 CUDA_WIDTHS = (128, 512, 2048, 8192, 16384)
 CHOICE = Choice(bits=4, group_size=64)
 CHOICES = tuple(Choice(bits=bits, group_size=64) for bits in (2, 3, 4, 5, 6, 8))
+UNBOUND = 1e30
+"""Rate of what takes no time; JSON has no infinity."""
 ROWS = 2048
 """Tokens, or rows of a weight, that are multiplied."""
 
@@ -198,6 +200,7 @@ def _quantizer(
     groups = CHOICE.groups(d_in)
     visited = sum((groups - g) * d_in // groups for g in range(groups)) + groups**3 / 3
     found["refit"] = visited * large / _seconds(lambda: refit(W, rounded[0], H), where)
+    found["refit-steps"] = UNBOUND  # on a CPU its elements take the time; on a GPU give another rate
     return found
 
 
@@ -208,9 +211,9 @@ def _two_parts(steps: list[float], elements: list[float], seconds: list[float]) 
     per_step = (t0 * e1 - t1 * e0) / determinant
     per_element = (s0 * t1 - s1 * t0) / determinant
     if per_step <= 0:
-        return math.inf, e1 / t1
+        return UNBOUND, e1 / t1
     if per_element <= 0:
-        return s1 / t1, math.inf
+        return s1 / t1, UNBOUND
     return 1 / per_step, 1 / per_element
 
 

@@ -1,11 +1,11 @@
 """Work: how much of each kind of computing something takes, and how long a machine needs for it.
 
-A kind is a text: ``matmul:bfloat16:2048`` (FLOPs of products whose inner sizes are about so wide), ``factor`` (FLOPs of
-Cholesky factorisations), ``vector`` (bytes written by the elementwise operations of a
-block's passes and by softmaxes), ``wide`` (bytes written by plain float32 operations), ``pack`` (codes packed or
-unpacked), and the loops of the quantizer, which
-are neither: ``search``, ``columns``, ``descent``, ``refit`` (elements visited) and ``column-steps``, ``descent-steps``
-(dependent steps, which cost a launch each whatever their size).
+A kind is a text. ``matmul:bfloat16:2048`` are FLOPs of products whose inner sizes are about so wide, ``factor`` FLOPs
+of Cholesky factorisations; ``vector`` are bytes written by the elementwise operations of a block's passes and by
+softmaxes, ``wide`` those written by plain float32 operations; ``pack`` are codes packed or unpacked. The loops of the
+quantizer are neither: ``search``, ``columns``, ``descent`` and ``refit`` are elements visited, ``column-steps``,
+``descent-steps`` and ``refit-steps`` dependent steps, which cost launches whatever their size. ``disk-read``,
+``disk-write``, ``store-read``, ``store-write``, ``matrix-read`` and ``matrix-write`` are bytes.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from lrpq.model.layers import Choice
 from tasks.estimate.asked import Asked, Cluster
 from tasks.estimate.model import ModelShape, model_shape
 from tasks.estimate.objects import EMPTY, Stored, stored
-from tasks.estimate.stages import Load, Stages
+from tasks.estimate.stages import MAPPED, Load, Stages
 from tasks.resources import WorkerShape, object_store_bytes, worker_shape
 
 ASSEMBLE = "assemble"
@@ -91,6 +91,11 @@ class Estimate:
         return max(stage.host_bytes for stage in self.stages)
 
     @property
+    def reload_bytes(self) -> float:
+        """What the finished checkpoint's proof needs on the node of one worker."""
+        return _assembling(self.stages)
+
+    @property
     def store_bytes(self) -> float:
         """Of all stages."""
         return sum(stage.store_bytes for stage in self.stages)
@@ -104,7 +109,15 @@ class Estimate:
         """As JSON, totals included."""
         totals = {
             name: getattr(self, name)
-            for name in ("seconds", "flops", "device_bytes", "host_bytes", "store_bytes", "store_objects")
+            for name in (
+                "seconds",
+                "flops",
+                "device_bytes",
+                "host_bytes",
+                "reload_bytes",
+                "store_bytes",
+                "store_objects",
+            )
         }
         return {**asdict(self), **totals, "fits": not self.problems}
 
@@ -218,7 +231,9 @@ def _only_stored(name: str, of: Stored) -> StageEstimate:
 
 
 def _assembling(stages: Sequence[StageEstimate]) -> float:
-    return next(stage.host_bytes for stage in stages if stage.stage == ASSEMBLE)
+    """What the proof of the checkpoint needs: mapped files are resident too, but need not be."""
+    found = next(stage for stage in stages if stage.stage == ASSEMBLE)
+    return found.host_bytes - found.parts.get(MAPPED, 0.0)
 
 
 def _problems(

@@ -22,6 +22,8 @@ POLISH_SWEEPS = 2
 ROW_GROUPS_BYTES = 5 * 60 * 2**20
 """Most that writing a matrix to the store holds beside it: five row groups (tasks/store/symmetric.py)."""
 TILE_BYTES = 2**20
+MAPPED = "its files, mapped"
+"""Resident, and given back by the system where others need the memory."""
 LOAD_SECONDS = 1.5
 """Least that transformers takes to load a model, however small: about 1 s on one core, and its first forward."""
 
@@ -437,7 +439,7 @@ class Stages:
             tensors={},
             host={
                 "the whole model": model,
-                "its files, mapped": float(shape.disk_bytes),
+                MAPPED: float(shape.disk_bytes),
                 "its codes while they are unpacked": codes,
                 "one layer": 12.0 * widest,
             },

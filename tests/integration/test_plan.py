@@ -144,7 +144,7 @@ def test_more_of_everything_takes_more() -> None:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    small = planned("llama-3-70b", node_memory="256GB")
+    small = planned("llama-3-70b", node_memory="160GB")
     (problem,) = small.problems
     assert problem.startswith("assemble: ")
     assert "loaded whole" in problem
