@@ -96,8 +96,6 @@ def serve_forever(configurations: Sequence[CompressConfig], *, cron: str | None)
         )
     ]
     if cron is not None:
-        if not configurations:
-            raise ConfigError("--cron needs a configuration to run with: give --config FILE")
         found.append(
             compress_deployed.to_deployment(
                 name=SCHEDULED,

@@ -24,7 +24,10 @@ def serve(
     """
     from flows.config_file import load_config
     from flows.prefect_server import prefect_api
+    from lrpq.errors import ConfigError
 
+    if cron is not None and config is None:
+        raise ConfigError("--cron needs a configuration to run with: give --config FILE")
     asked = [] if config is None else [load_config(config, {})]
     with resumable(), prefect_api() as url:
         from flows.deployments import serve_forever

@@ -255,8 +255,12 @@ def test_what_no_schema_says_is_one_line(tmp_path: Path, change: dict[str, Any],
         checked_configuration({**configuration(tmp_path), **change})
 
 
-def test_a_bad_schedule_is_refused() -> None:
-    from flows.deployments import serve_forever
+def test_a_bad_schedule_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli import run
+    from flows.deployments import checked_configuration, serve_forever
 
-    with pytest.raises(ConfigError, match="--cron"):
-        serve_forever([], cron="0 3 * * *")
+    assert run(["serve", "--cron", "0 3 * * *"]) == 2
+    assert "--cron needs a configuration" in capsys.readouterr().err
+    config = checked_configuration(configuration(tmp_path))
+    with pytest.raises(ConfigError, match="--cron 'at three'"):
+        serve_forever([config], cron="at three")
