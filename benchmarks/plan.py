@@ -264,7 +264,7 @@ def measure(config: CompressConfig) -> dict[str, Any]:
 
 
 def write_synthetic(folder: Path, tokenizer: Path) -> Path:
-    """A random Llama of 8 blocks, hidden size 2048, with the tokenizer of another model."""
+    """A random Llama of 8 blocks, hidden size 2048, narrow in its MLP, with the tokenizer of another model."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -272,7 +272,7 @@ def write_synthetic(folder: Path, tokenizer: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=2048,
-        intermediate_size=2816,
+        intermediate_size=1024,
         num_hidden_layers=8,
         num_attention_heads=16,
         num_key_value_heads=4,

@@ -280,8 +280,8 @@ def test_the_images_steps_run(device: str, tmp_path: Path) -> None:
     lrpq.chmod(0o755)
     ran = []
     for name, command in instructions():
-        if name != "RUN" or "useradd" in command:
-            continue
+        if name != "RUN" or "useradd" in command or (device == "cuda" and "torch" not in command and ran):
+            continue  # the devices differ in torch alone
         if "torch==" in command:  # which index it would take, and what from there
             command = command.replace("pip install", "echo")
         done = subprocess.run(["/bin/sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -291,5 +291,6 @@ def test_the_images_steps_run(device: str, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
         ran.append(done.stdout)
     assert f"--index-url {arguments()['INDEX_' + device.upper()]} torch=={arguments()['TORCH']}" in ran[1]
-    assert (tmp_path / "installed" / "tasks" / "estimate" / "gpus").is_dir(), "data files are in the package"
-    assert ran[-1].strip() == f"lrpq {version()}"
+    if device == "cpu":
+        assert (tmp_path / "installed" / "tasks" / "estimate" / "gpus").is_dir(), "data files are in the package"
+        assert ran[-1].strip() == f"lrpq {version()}"
