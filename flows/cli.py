@@ -1,11 +1,15 @@
 """The command ``lrpq``.
 
+    lrpq plan MODEL --gpus 8
     lrpq compress MODEL --budget 3.25 --output DIR
     lrpq reallocate RUN --budget 4.25 --output DIR
     lrpq evaluate DIR --reference MODEL --evaluation SOURCE
     lrpq compare MODEL --budgets 3.25,4.25 --methods lrpq,control
     lrpq runs
     lrpq status RUN
+    lrpq gc STORE
+    lrpq submit CONFIG --address http://HEAD:8265
+    lrpq serve --config CONFIG --cron '0 3 * * *'
 
 Torch, Ray and Prefect are imported by the commands that need them, when they need them.
 """
@@ -25,8 +29,12 @@ from flows.boundary import EXIT_INTERRUPTED, EXIT_USER, Failure, describe, one_l
 from flows.commands.compare import compare
 from flows.commands.compress import compress
 from flows.commands.evaluate import evaluate
+from flows.commands.gc import gc
+from flows.commands.plan import plan
 from flows.commands.reallocate import reallocate
 from flows.commands.runs import runs, status
+from flows.commands.serve import serve
+from flows.commands.submit import submit
 from lrpq import __version__
 
 app = typer.Typer(
@@ -52,7 +60,8 @@ def lrpq(
         raise typer.Exit(EXIT_USER)
 
 
-for _command in (compress, reallocate, evaluate, compare, runs, status):
+COMMANDS = (plan, compress, reallocate, evaluate, compare, runs, status, gc, submit, serve)
+for _command in COMMANDS:
     app.command()(_command)
 
 
@@ -86,7 +95,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _usage(error: TyperException, arguments: Sequence[str]) -> str:
-    known = {"compress", "reallocate", "evaluate", "compare", "runs", "status"}
+    known = {command.__name__ for command in COMMANDS}
     command = next((f"lrpq {part}" for part in arguments if part in known), "lrpq")
     return one_line(f"{error.format_message().rstrip('.')}; see {command} --help")
 

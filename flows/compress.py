@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_table_artifact
 
+from flows import artifacts
 from flows.boundary import refuse_secrets, user_error
 from flows.calibrate import evaluation_only_windows
 from flows.compression import Compression, resolve_dtype
-from flows.config import ClusterConfig, CompressConfig, EvaluationConfig, PlanConfig, RunConfig, default_store
+from flows.config import (
+    ClusterConfig,
+    CompressConfig,
+    EvaluationConfig,
+    PlanConfig,
+    RunConfig,
+    default_run_id,
+    default_store,
+)
 from flows.prefect_server import prefect_api
 from flows.progress import Progress
+from flows.states import close_abandoned, tagged
 from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
 from lrpq.model.safetensors_source import resolve_model
 from lrpq.model.source import open_source
@@ -59,8 +68,11 @@ def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | Non
     with prefect_api():
         asked = _Asked(config=config, progress=progress, pool=pool)
         token = _asked.set(asked)
+        run_id = config.run_id or default_run_id(config.run)
+        close_abandoned(run_id)
         try:
-            _compress(json.loads(config.model_dump_json()))
+            with tagged(run_id):
+                _compress.with_options(flow_run_name=run_name(config, run_id))(json.loads(config.model_dump_json()))
         except Exception as error:
             if asked.manifest is None or user_error(error) is not None:
                 raise
@@ -73,16 +85,33 @@ def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | Non
     return asked.manifest
 
 
+def run_name(config: CompressConfig, run_id: str) -> str:
+    """What a flow run is called, such as ``smollm2-0f3a9c11 · 3.25 bits``."""
+    plan = config.plan
+    if plan.budget_bits is not None:
+        return f"{run_id} · {plan.budget_bits:g} bits"
+    if plan.budget_bytes is not None:
+        return f"{run_id} · {plan.budget_bytes:,} bytes"
+    return f"{run_id} · KL {plan.max_kl:g}"
+
+
 @flow(name="compress", validate_parameters=False, retries=0, persist_result=False)
 def _compress(configuration: dict[str, Any]) -> dict[str, Any]:
     """The flow; its parameter is what the Prefect UI shows."""
     asked = _asked.get()
-    manifest = asked.manifest = Compression(asked.config, asked.progress).run(asked.pool)
-    table = [
-        {k: module[k] for k in ("name", "bits", "group_size", "num_weights", "cost_nats")}
-        for module in manifest["modules"]
-    ]
-    create_table_artifact(key="bits-per-layer", table=table, description=f"Run {manifest['run_id']}")
+    asked.manifest = manifest = compress_in_flow(asked.config, asked.progress, pool=asked.pool)
+    return manifest
+
+
+def compress_in_flow(config: CompressConfig, progress: Progress, *, pool: Pool | None = None) -> dict[str, Any]:
+    """The stages and their artifacts; call it inside a flow run.
+
+    Raises:
+        LrpqError: anything the user can act upon.
+    """
+    with artifacts.shown(progress) as shown:
+        manifest = Compression(config, shown).run(pool)
+    artifacts.publish(manifest)
     return manifest
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flows import jobs
+from flows import artifacts, jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.config import CompressConfig, RunConfig, default_run_id
 from flows.guard import Contender, guarded
@@ -44,6 +44,7 @@ from tasks.evaluate import CheckpointCodes, EvaluateJob, StoredCodes, Variant
 from tasks.model_identity import model_fingerprint
 from tasks.profile import ProfileJob
 from tasks.refine import RefineJob
+from tasks.store.garbage import mark_start
 from tasks.store.manifest import claim_run
 from tasks.store.opened import open_store
 from tasks.streams import DTYPES, StreamJob
@@ -83,6 +84,7 @@ class Compression:
         self.run_id = config.run_id or default_run_id(config.run)
         store = open_store(config.store)
         claim_run(store, self.run_id, json.loads(config.run.model_dump_json()))
+        mark_start(store, self.run_id)
         self.run_state = Run(
             store=store,
             run_id=self.run_id,
@@ -116,6 +118,7 @@ class Compression:
             prepared = self._prepare()
             run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
+            artifacts.publish_costs(rows)
             self._search(pool, prepared, rows)
             plans = self.planner.plans(self.run_state, rows, candidates_key=prepared.candidates.folder.key)
             return self._finish(pool, prepared, rows, plans)

@@ -12,6 +12,7 @@ from lrpq.checkpoint.assemble import manifest_text, write_checkpoint
 from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.publish import MANIFEST
 from lrpq.checkpoint.verify import Verification, verify_checkpoint
+from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.model.source import open_source
 from lrpq.quant.grid import QuantizedWeight
@@ -81,6 +82,7 @@ def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
         overwrite=job.overwrite,
         prove=prove,
     )
+    release_freed_memory()  # of the whole models that were compared
     return {**asdict(size), "average_bits": size.average_bits, "verified": asdict(proof[0])}
 
 

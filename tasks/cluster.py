@@ -24,7 +24,7 @@ import ray
 
 from lrpq.errors import ClusterError, ConfigError, LrpqError, WorkerLost
 from tasks.end_process import end_process
-from tasks.resources import WorkerShape, worker_shape, workers_that_fit
+from tasks.resources import WorkerShape, object_store_bytes, worker_shape, workers_that_fit
 from tasks.watch import START_SECONDS, Watch
 from tasks.worker import Place, Worker, WorkerState
 
@@ -451,5 +451,4 @@ def _free_bytes() -> int:
 
 
 def _object_store_bytes() -> int:
-    """Ray's shared memory: an eighth of the free memory, at most 8 GiB, no less than Ray accepts."""
-    return max(min(_free_bytes() // 8, 8 << 30), 128 << 20)
+    return object_store_bytes(_free_bytes())

@@ -52,3 +52,8 @@ def workers_that_fit(shape: WorkerShape, *, cluster_cpus: float, cluster_gpus: f
     by_cpu = int((cluster_cpus + slack) / shape.num_cpus) if shape.num_cpus else shape.num_workers
     by_gpu = int((cluster_gpus + slack) / shape.num_gpus) if shape.num_gpus else by_cpu
     return min(by_cpu, by_gpu)
+
+
+def object_store_bytes(free_bytes: int) -> int:
+    """Ray's shared memory on a node: an eighth of the free memory, at most 8 GiB, no less than Ray accepts."""
+    return max(min(free_bytes // 8, 8 << 30), 128 << 20)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar, cast
@@ -52,6 +53,17 @@ class AskedToRepeat(StoreError):
 
 class Missing(StoreError):
     """404."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """What a listing says of an object, or of an upload that is not complete."""
+
+    name: str
+    """Below the prefix."""
+    num_bytes: int
+    age_seconds: float
+    upload_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +178,37 @@ class S3Client:
             time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 -- so that many workers do not come back at once
             pause = min(2 * pause, _LONGEST_PAUSE)
 
+    def listed(self) -> Iterator[Listed]:
+        """Everything below the prefix, also what is no object of the store."""
+        base, token = self._name(""), dict[str, str]()
+        while True:
+            with self._reporting("list_objects_v2", "the store"):
+                page = self.files.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=base, **token)
+            for item in page.get("Contents", ()):
+                yield Listed(
+                    name=item["Key"][len(base) :], num_bytes=int(item["Size"]), age_seconds=_age(item["LastModified"])
+                )
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def unfinished_uploads(self) -> Iterator[Listed]:
+        """Multipart uploads below the prefix that were neither completed nor aborted."""
+        base, markers = self._name(""), dict[str, str]()
+        while True:
+            with self._reporting("list_multipart_uploads", "the store"):
+                page = self.files.call_s3("list_multipart_uploads", Bucket=self.bucket, Prefix=base, **markers)
+            for item in page.get("Uploads") or ():
+                yield Listed(
+                    name=item["Key"][len(base) :],
+                    num_bytes=0,
+                    age_seconds=_age(item["Initiated"]),
+                    upload_id=item["UploadId"],
+                )
+            if not page.get("IsTruncated"):
+                return
+            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
@@ -198,6 +241,11 @@ class S3Client:
 def advice_for(error: BaseException) -> str:
     """What to do about an error of the first request."""
     return _ADVICE.get(_code(error), "check bucket, endpoint and credentials in the environment")
+
+
+def _age(moment: datetime) -> float:
+    """Seconds since a server's time, by this machine's clock."""
+    return (datetime.now(UTC) - moment).total_seconds()
 
 
 def reason_of(error: BaseException) -> str:

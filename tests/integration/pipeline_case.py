@@ -186,7 +186,9 @@ def contents(folder: Path, names: Sequence[str] = ("*.safetensors", "config.json
 
 
 def snapshot(folder: Path) -> dict[str, float]:
-    """Every object of a store with its time of writing."""
+    """Every object of a store with its time of writing, but for the marks that every start leaves."""
     return {
-        str(path.relative_to(folder)): os.stat(path).st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): os.stat(path).st_mtime_ns
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.parent.name != "starts"
     }

@@ -1,0 +1,174 @@
+"""Work of the quantizer's functions from shapes, with the constants and the cuts of those functions themselves.
+
+Every function here is named after the one whose work it counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lrpq.model.layers import Choice
+from lrpq.plan.work import COUNTED, NOTHING, Work, matmul, total, work
+from lrpq.quant import descent, gptq, grid, hessian
+from lrpq.quant.grid import Grid, group_width
+from lrpq.quant.refit import _ELEMENTS as REFIT_ELEMENTS
+
+FP32 = "float32"
+F32_BYTES = 4
+
+
+def triangle_flops(d_in: int, tokens: float) -> float:
+    """Products of ``hessian.accumulate``: row blocks from the diagonal to the right edge."""
+    step = max(1, -(-d_in // hessian._NUM_BLOCKS))
+    return sum(2.0 * tokens * min(step, d_in - start) * (d_in - start) for start in range(0, d_in, step))
+
+
+def accumulate(d_in: int, tokens: float) -> Work:
+    """``hessian.accumulate``: widened inputs, weighted inputs, their product."""
+    return matmul(triangle_flops(d_in, tokens), dtype=FP32, width=d_in) + work(wide=2 * F32_BYTES * tokens * d_in)
+
+
+def normalized(d_in: int) -> Work:
+    """``hessian.normalized``: divided and mirrored."""
+    return work(wide=3 * F32_BYTES * d_in * d_in)
+
+
+def factorize(d_in: int) -> Work:
+    """``factor.factorize``: permuted twice, copied, factored, reversed, divided."""
+    return work(factor=d_in**3 / 3, wide=6 * F32_BYTES * d_in * d_in)
+
+
+def search_trials(choice: Choice, d_in: int, kind: Grid) -> int:
+    """How often ``grid._search_chunk`` evaluates the error of a scale, its least-squares refits counted as two more."""
+    constants = grid._SEARCH[choice.bits]
+    signs = 2 if kind is Grid.SIGNED and choice.bits <= 3 else 1
+    width = group_width(choice, d_in)
+    refits = constants.refits
+    return 1 + signs * len(grid._divisors(choice.bits, width)) + (1 if refits else 0) + 3 * refits
+
+
+def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cpu: bool) -> Work:
+    """``gptq.gptq`` with the search for scales: the column loop's products, its columns, the trials of the search."""
+    trials = sum(search_trials(choice, d_in, kind) for choice in choices)
+    stacked = d_out * len(choices)
+    propagated = sum(
+        2.0 * (last - middle) * (middle - first)
+        for first, middle, last in gptq._halvings(0, d_in, gptq.LEAF_COLUMNS)
+        if middle < last
+    )
+    chunks = -(-d_out // rows_at_once(d_in, len(choices), cpu=cpu))
+    return (
+        matmul(propagated * stacked, dtype=FP32, width=min(d_in // 4, stacked))
+        + Work(
+            amounts={
+                COUNTED: 2.0 * trials * d_out * d_in,
+                "search": float(trials * d_out * d_in),
+                "columns": float(d_in * stacked),
+                "column-steps": float(d_in * chunks),
+            }
+        )
+        + work(wide=F32_BYTES * d_in * (d_out + stacked))
+    )
+
+
+def rows_at_once(d_in: int, num_choices: int, *, cpu: bool) -> int:
+    """Rows of a weight in one sweep of ``gptq.gptq``."""
+    return max(1, (gptq._CPU_ROWS if cpu else gptq._GPU_ELEMENTS // d_in) // num_choices)
+
+
+def loss(d_out: int, d_in: int) -> Work:
+    """``gptq.loss``: each pair of column blocks once."""
+    step = max(1, -(-d_in // gptq._LOSS_BLOCKS))
+    flops = sum(2.0 * d_out * min(step, d_in - start) * (d_in - start) for start in range(0, d_in, step))
+    return matmul(flops, dtype=FP32, width=d_in) + work(wide=3 * F32_BYTES * d_out * d_in)
+
+
+def dequantize(d_out: int, d_in: int, *, itemsize: int) -> Work:
+    """``QuantizedWeight.dequantize``: codes widened, then scaled."""
+    return work(wide=2 * itemsize * d_out * d_in)
+
+
+def predicted_cost(d_out: int, d_in: int, num_choices: int) -> Work:
+    """``gptq.predicted_cost``."""
+    return num_choices * (loss(d_out, d_in) + dequantize(d_out, d_in, itemsize=F32_BYTES))
+
+
+def descend(d_out: int, d_in: int, *, sweeps: int, cpu: bool) -> Work:
+    """``descent.descend`` while every row still moves: an upper bound."""
+    flops = 0.0
+    for start in range(0, d_in, descent.BLOCK_COLUMNS):
+        size = min(descent.BLOCK_COLUMNS, d_in - start)
+        flops += 2.0 * size * d_in
+        for first in range(descent._LEAF_COLUMNS, size, descent._LEAF_COLUMNS):
+            flops += 2.0 * min(descent._LEAF_COLUMNS, size - first) * first
+    limit = descent._CPU_ROWS if cpu else descent._GPU_ELEMENTS // d_in
+    chunks = -(-d_out // max(1, limit))
+    return sweeps * (
+        matmul(flops * d_out, dtype=FP32, width=min(descent.BLOCK_COLUMNS * 4, d_in))
+        + work(descent=d_in * d_out, descent_steps=d_in * chunks)
+    )
+
+
+def refit(d_out: int, d_in: int, choice: Choice) -> Work:
+    """``refit.refit``: the products of the systems, their factorisations, the elementwise sums over groups."""
+    groups = choice.groups(d_in)
+    width = d_in // groups
+    products = 2.0 * d_in * d_in + sum(2.0 * width * (d_in - g * width) for g in range(groups))
+    sums = 2.0 * d_in + sum(2.0 * (groups - g) * width for g in range(groups)) + 4.0 * groups * groups
+    small = groups**3 // 3 + 2.0 * groups * groups
+    elements = sum((groups - g) * width for g in range(groups))
+    chunks = -(-d_out // max(1, REFIT_ELEMENTS // max(d_in, groups * groups)))
+    return matmul(products * d_out, dtype=FP32, width=width) + Work(
+        amounts={
+            COUNTED: (sums + small) * d_out,
+            "refit": float((elements + groups**3 / 3) * d_out),
+            "refit-steps": float(chunks * groups),
+        }
+    )
+
+
+def polish(d_out: int, d_in: int, choice: Choice, *, rounds: int, sweeps: int, cpu: bool) -> Work:
+    """``polish.polish`` for one choice, its guard included."""
+    one = descend(d_out, d_in, sweeps=sweeps, cpu=cpu) + refit(d_out, d_in, choice)
+    guard = loss(d_out, d_in) + dequantize(d_out, d_in, itemsize=F32_BYTES)
+    return rounds * one + 2 * guard + work(wide=2 * F32_BYTES * d_in * d_in)
+
+
+def target_error(d_out: int, d_in: int) -> Work:
+    """``correction.target_error``, the product W D being given."""
+    return loss(d_out, d_in) + work(wide=4 * F32_BYTES * d_out * d_in)
+
+
+def quantize_refined(
+    d_out: int,
+    d_in: int,
+    choice: Choice,
+    *,
+    corrected: bool,
+    polish_rounds: int,
+    polish_sweeps: int,
+    kind: Grid,
+    cpu: bool,
+) -> Work:
+    """``refine.quantize.quantize_refined`` of one layer from the merged sums of its site."""
+    parts = [normalized(d_in), factorize(d_in)]
+    if corrected:
+        solve = work(factor=2.0 * d_in * d_in * d_out)
+        product = matmul(2.0 * d_out * d_in * d_in, dtype=FP32, width=d_in)
+        parts += [factorize(d_in), solve, product, work(wide=4 * F32_BYTES * d_in * d_in)]
+        parts += [quantize(2 * d_out, d_in, [choice], kind=kind, cpu=cpu)]
+        parts += [2 * target_error(d_out, d_in), dequantize(2 * d_out, d_in, itemsize=F32_BYTES)]
+    else:
+        parts.append(quantize(d_out, d_in, [choice], kind=kind, cpu=cpu))
+    if polish_rounds:
+        parts.append(polish(d_out, d_in, choice, rounds=polish_rounds, sweeps=polish_sweeps, cpu=cpu))
+        parts += [2 * target_error(d_out, d_in)] if corrected else []
+    return total(parts)
+
+
+def sample_labels(tokens: float, vocabulary: int, *, run: int) -> Work:
+    """``head.sample_labels``: two running sums as products in float64."""
+    runs = math.ceil(vocabulary / run)
+    flops = 2.0 * tokens * (runs * runs + run * run)
+    return Work(amounts={COUNTED: flops}) + work(wide=8 * tokens * (vocabulary + 4 * runs)) if tokens else NOTHING

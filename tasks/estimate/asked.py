@@ -1,0 +1,75 @@
+"""What is planned: a job and the machines for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lrpq.model.layers import Choice
+from lrpq.plan.machine import Machine
+from lrpq.quant.grid import Grid
+from lrpq.relevance.composite import Relevance
+from tasks.calibration.held_out import default_held_out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A compression, as far as its cost depends on it; the fields are those of the configuration."""
+
+    dtype: torch.dtype
+    num_windows: int
+    length: int
+    held_out: int | None
+    shards: int
+    micro_batch: int
+    threads: int
+    relevance: Relevance
+    choices: tuple[Choice, ...]
+    grid: Grid
+    budget_bits: float
+    sequential: bool
+    corrected: bool
+    polish_rounds: int
+    evaluated_windows: int
+    """0 measures nothing."""
+    evaluated_length: int
+    control: bool
+    head_choice: Choice | None = None
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that hold a window."""
+        return min(self.shards, self.num_windows)
+
+    @property
+    def held_out_windows(self) -> int:
+        """Windows that guard the result."""
+        return default_held_out(self.num_windows) if self.held_out is None else self.held_out
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return self.num_windows * self.length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Machines of one kind, and what connects them."""
+
+    machine: Machine
+    nodes: int
+    gpus_per_node: int
+    """0: workers on CPUs."""
+    cpus_per_node: int
+    host_bytes: int
+    """Memory of a node."""
+    device_bytes: int
+    """Memory of a GPU; 0 without GPUs."""
+    disk_bytes: int
+    """Free local disk of a node."""
+    network_bytes_per_second: float
+    """Of a node, to the store and to the other nodes."""
+    remote_store: bool
+    workers: int | None = None
+    """Asked for; None is one a GPU, or one for every ``threads`` cores."""

@@ -1,0 +1,455 @@
+"""Work and peak memory of every stage, on the worker that has the most to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+
+from lrpq.checkpoint.verify import PROBE_TOKENS
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.plan import kernels
+from lrpq.plan.trace import Traced
+from lrpq.plan.work import NOTHING, Work, matmul, total, work
+from lrpq.relevance.head import LABEL_RUN
+from lrpq.shards import assign
+from tasks.estimate.asked import Asked
+from tasks.estimate.model import LABEL_TOKENS, BlockKind, ModelShape
+from tasks.estimate.objects import codes_bytes, hessian_bytes
+
+POLISH_SWEEPS = 2
+"""Default of ``polish``."""
+ROW_GROUPS_BYTES = 5 * 60 * 2**20
+"""Most that writing a matrix to the store holds beside it: five row groups (tasks/store/symmetric.py)."""
+TILE_BYTES = 2**20
+MAPPED = "its files, mapped"
+"""Resident, and given back by the system where others need the memory."""
+LOAD_SECONDS = 1.5
+"""Least that transformers takes to load a model, however small: about 1 s on one core, and its first forward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """One stage."""
+
+    work: Work = NOTHING
+    """Of all workers."""
+    busiest: Work = NOTHING
+    """Of the worker that has most; what the stage waits for."""
+    tensors: Mapping[str, float] = field(default_factory=dict)
+    """Bytes alive at the worst moment, by what they are; on the device where there is one."""
+    host: Mapping[str, float] = field(default_factory=dict)
+    """Bytes in host memory beside those, per worker."""
+    spilled_bytes: float = 0.0
+    """Kept inputs that do not fit into memory, per worker."""
+    network_bytes: float = 0.0
+    """Between workers, all together."""
+    fixed_seconds: float = 0.0
+    """Time that no size changes."""
+    steps: int = 0
+    """Calls that one waits for: task runs of Prefect, each with a call on every worker."""
+
+
+class Stages:
+    """Loads of one compression.
+
+    Args:
+        shape: the model.
+        asked: the job.
+        num_workers: workers.
+        cpu: they compute on CPUs.
+        kept_bytes: what a worker may fill with kept inputs.
+    """
+
+    def __init__(self, shape: ModelShape, asked: Asked, *, num_workers: int, cpu: bool, kept_bytes: int) -> None:
+        self.shape, self.asked, self.cpu, self.kept_bytes = shape, asked, cpu, kept_bytes
+        self.num_workers = num_workers
+        self.dtype = str(asked.dtype).removeprefix("torch.")
+        windows = [ceil(asked.num_windows * len(r) / asked.num_shards) for r in assign(asked.num_shards, num_workers)]
+        self.windows = max(windows)
+        """Of the worker that has most."""
+        self.active = sum(n > 0 for n in windows)
+        """Workers with any."""
+        self.set_bytes = max(kind.hessian_bytes for kind in shape.kinds)
+        self.block_bytes = max(kind.num_bytes for kind in shape.kinds)
+        per_shard = ceil(asked.num_windows / asked.num_shards)
+        self.micro_batch = min(asked.micro_batch, per_shard)
+        shards = max(len(r) for r in assign(asked.num_shards, num_workers))
+        self.levels = max(shards - 1, 0).bit_length() + 1
+        """Sets of sums that the merge tree holds at once."""
+
+    def all(self) -> dict[str, Load]:
+        """Stage -> load, in the order in which they run."""
+        asked = self.asked
+        found = {"profile": self.profile(), "candidates": self.candidates()}
+        if asked.sequential:
+            found["refine"] = self.refine(corrected=asked.corrected, polish_rounds=asked.polish_rounds, weighted=True)
+        if asked.held_out_windows:
+            found["guard"] = self.score(asked.held_out_windows, asked.length, variants=2, held_out=True)
+        found["assemble"] = self.assemble()
+        if asked.evaluated_windows:
+            if asked.control:
+                found["control"] = self.refine(corrected=False, polish_rounds=0, weighted=False)
+            variants = 2 if asked.control else 1
+            found["evaluate"] = self.score(asked.evaluated_windows, asked.evaluated_length, variants, held_out=False)
+        return found
+
+    # --- profile -----------------------------------------------------------------------------------------------------
+
+    def profile(self) -> Load:
+        """Forward sweep, labels, backward sweep with the sums of the Hessians."""
+        shape, asked = self.shape, self.asked
+        passes = len(asked.relevance.passes)
+        one = total(self._profile_block(kind) * kind.count for kind in shape.kinds)
+        labels = self._labels(self.windows * asked.length)
+        merging = total(work(wide=3 * kind.hessian_bytes * kind.count) for kind in shape.kinds)
+        stored = sum(
+            kind.count * sum(hessian_bytes(members[0].d_in) for members in kind.sites().values())
+            for kind in shape.kinds
+        )
+        storing = work(matrix_write=stored)
+        reading = work(disk_read=2.0 * sum(kind.disk_bytes * kind.count for kind in shape.kinds))
+        tokens = self.windows * asked.length
+        state = tokens * shape.hidden * shape.itemsize
+        kept = state * shape.num_blocks
+        in_memory = min(kept, self.kept_bytes)
+        widest = max(spec.d_in for spec in shape.specs)
+        batch = self.micro_batch * asked.length
+        backward = max(kind.calibration.backward.peak_bytes for kind in shape.kinds)
+        accumulating = 8.0 * batch * widest
+        sums = self.levels * self.set_bytes
+        at_block = {
+            "weights of two blocks": 2.0 * self.block_bytes,
+            "gradients between blocks": passes * state,
+            "one micro-batch": backward + accumulating,
+            "sums of Hessians": float(sums),
+        }
+        at_labels = {
+            "head": float(shape.head_bytes),
+            "logits": shape.labels.peak_bytes,
+            "hidden states": (1 + passes) * state,
+        }
+        embedding = {"embeddings": float(shape.embedding_bytes), "hidden states": 2 * state}
+        worst = max((at_block, at_labels, embedding), key=lambda found: sum(found.values()))
+        merged = {"sums on their way to the store": 2.0 * self.set_bytes + self._writing(shape)}
+        return Load(
+            work=one * (asked.num_windows / self.windows) + self._labels(asked.tokens) + merging + storing,
+            busiest=one + labels + merging * (1 / self.num_workers) + storing * (1 / self.num_workers) + reading,
+            tensors=worst,
+            host={"kept block inputs": in_memory, **merged},
+            spilled_bytes=max(kept - in_memory, 0.0),
+            network_bytes=float(self.active * sum(kind.hessian_bytes * kind.count for kind in shape.kinds)),
+            steps=2 * shape.num_blocks + 1,
+        )
+
+    def _writing(self, shape: ModelShape) -> float:
+        """Row groups while the widest matrix is written."""
+        widest = max(spec.d_in for spec in shape.specs)
+        tiles = ceil(widest / 512) * (ceil(widest / 512) + 1) // 2
+        return float(min(ROW_GROUPS_BYTES, 5 * tiles * TILE_BYTES))
+
+    def _profile_block(self, kind: BlockKind) -> Work:
+        asked, shape = self.asked, self.shape
+        batches = self.windows / self.micro_batch
+        tokens = self.windows * asked.length
+        passes = len(asked.relevance.passes)
+        traced = self._traced(kind.calibration.forward) + self._traced(kind.calibration.backward)
+        sums = []
+        for members in kind.sites().values():
+            seen = tokens * shape.share(members[0])
+            sums.append(kernels.accumulate(members[0].d_in, seen))
+            sums.append(work(wide=8.0 * passes * seen * sum(spec.d_out for spec in members)))
+        return traced * batches + total(sums)
+
+    def _traced(self, traced: Traced) -> Work:
+        return matmul(traced.flops, dtype=self.dtype, width=self.shape.hidden) + work(vector=traced.vector_bytes)
+
+    def _labels(self, tokens: float) -> Work:
+        shape = self.shape
+        times = tokens / min(LABEL_TOKENS, self.asked.length)
+        products = matmul(4.0 * tokens * shape.hidden * shape.vocabulary, dtype=self.dtype, width=shape.hidden)
+        bytes_written = work(vector=shape.labels.vector_bytes * times)
+        return products + bytes_written + kernels.sample_labels(tokens, shape.vocabulary, run=LABEL_RUN)
+
+    # --- candidates --------------------------------------------------------------------------------------------------
+
+    def candidates(self) -> Load:
+        """Every layer at every choice, a site at a time on the next idle worker."""
+        shape = self.shape
+        everything, largest, num_sites = NOTHING, NOTHING, 0
+        peak: dict[str, float] = {}
+        for kind in shape.kinds:
+            for members in kind.sites().values():
+                one = self._site(members)
+                everything += one * kind.count
+                num_sites += kind.count
+                if one.flops > largest.flops:
+                    largest = one
+                found = self._site_memory(members)
+                peak = max((peak, found), key=lambda memory: sum(memory.values()))
+        rounds = ceil(num_sites / self.num_workers) / num_sites
+        busiest = everything * max(rounds, 1 / self.num_workers)
+        return Load(
+            work=everything,
+            busiest=busiest if busiest.flops > largest.flops else largest,
+            tensors=peak,
+            host={
+                "codes of a site": max(self._site_codes(m) for k in shape.kinds for m in k.sites().values()),
+                "row groups of a Hessian": self._writing(shape),
+            },
+            steps=shape.num_blocks,
+        )
+
+    def _fitting(self, spec: LinearSpec) -> list[Choice]:
+        return [choice for choice in self.asked.choices if choice.fits(spec.d_in)]
+
+    def _site_codes(self, members: Sequence[LinearSpec]) -> float:
+        return sum(codes_bytes(spec, choice) for spec in members for choice in self._fitting(spec))
+
+    def _site(self, members: Sequence[LinearSpec]) -> Work:
+        d_in = members[0].d_in
+        parts = [kernels.normalized(d_in), kernels.factorize(d_in), work(matrix_read=hessian_bytes(d_in))]
+        for spec in members:
+            choices = self._fitting(spec)
+            parts.append(kernels.quantize(spec.d_out, d_in, choices, kind=self.asked.grid, cpu=self.cpu))
+            parts.append(kernels.predicted_cost(spec.d_out, d_in, len(choices)))
+            parts.append(work(pack=spec.num_weights * len(choices), disk_read=spec.num_weights * self.shape.itemsize))
+        return total(parts) + work(store_write=self._site_codes(members))
+
+    def _site_memory(self, members: Sequence[LinearSpec]) -> dict[str, float]:
+        d_in = members[0].d_in
+        widest = max(members, key=lambda spec: spec.d_out)
+        num = len(self._fitting(widest))
+        square = 4.0 * d_in * d_in
+        rows = kernels.rows_at_once(d_in, num, cpu=self.cpu)
+        sweep = 9.0 * d_in * num * min(rows, widest.d_out)
+        weights = widest.num_weights
+        # the column loop: W, its transpose, codes of all choices, one sweep; or the factorisation: five squares
+        looping = 3 * square + (4 + 4 + 4 + num) * weights + sweep
+        factoring = 5 * square
+        return {
+            "Hessian and factor": 3 * square if looping > factoring else factoring,
+            "weights, codes and the column loop": looping - 3 * square if looping > factoring else 0.0,
+            **({} if not self.cpu else {"candidates of the site": self._site_codes(members)}),
+        }
+
+    # --- refine ------------------------------------------------------------------------------------------------------
+
+    def refine(self, *, corrected: bool, polish_rounds: int, weighted: bool) -> Load:
+        """Both streams through the blocks, a step's products, then its layers shared out over the workers."""
+        shape, asked = self.shape, self.asked
+        everything, busiest = NOTHING, NOTHING
+        tokens_share = asked.num_windows / self.windows
+        peak: dict[str, float] = {}
+        steps = 0
+        for kind in shape.kinds:
+            streaming, quantizing, waited = NOTHING, NOTHING, NOTHING
+            for position, step in enumerate(kind.steps):
+                streaming += self._step_forward(kind, position, corrected=corrected)
+                of_worker: list[Work] = [NOTHING] * self.num_workers
+                for index, spec in enumerate(step):
+                    one = self._module(spec, corrected=corrected, polish_rounds=polish_rounds)
+                    of_worker[index % self.num_workers] += one
+                    quantizing += one
+                waited += max(of_worker, key=lambda found: found.flops)
+                found = self._refine_memory(kind, step, corrected=corrected)
+                peak = max((peak, found), key=lambda memory: sum(memory.values()))
+            streaming += self._step_forward(kind, len(kind.steps), corrected=corrected)
+            everything += (streaming * tokens_share + quantizing) * kind.count
+            busiest += (streaming + waited + work(disk_read=kind.disk_bytes)) * kind.count
+            steps += kind.count
+        widths = [members[0].d_in for kind in shape.blocks() for members in kind.sites().values()]
+        moved = sum(4.0 * width * width * (2 if corrected else 1) for width in widths)
+        state = self.windows * asked.length * shape.hidden * shape.itemsize
+        weights = {"token weights": 4.0 * asked.tokens * max(len(k.sites()) for k in shape.kinds)} if weighted else {}
+        return Load(
+            work=everything,
+            busiest=busiest,
+            tensors=peak,
+            host={"sums on their way": 2.0 * max(widths) ** 2 * 4 * (2 if corrected else 1), **weights},
+            network_bytes=moved * max(self.active - 1, 0) + state * 0,
+            steps=steps,
+        )
+
+    def _linear_flops(self, specs: Sequence[LinearSpec], tokens: float) -> float:
+        return sum(2.0 * spec.num_weights * tokens * self.shape.share(spec) for spec in specs)
+
+    def _step_forward(self, kind: BlockKind, position: int, *, corrected: bool) -> Work:
+        """Forward of one step's sums (or, behind the last, of moving the streams on), as the sweep stops and continues.
+
+        Layers of a unit whose last layer's input is known are left out but for that layer; a forward stops where
+        the step's input is found.
+        """
+        asked, stream = self.asked, self.shape.stream
+        tokens = self.windows * asked.length
+        family = stream.family
+        local = {spec.name: stream.local_name(spec) for spec in kind.specs}
+        order = list(kind.specs)
+        known: set[str] = set()
+        for step in kind.steps[:position]:
+            reader = local[step[0].name]
+            known |= {unit.path for unit in family.units if unit.last == reader}
+        last = position == len(kind.steps)
+        routed = not last and kind.steps[position][0].routed
+        stop = len(order) if last or routed else order.index(kind.steps[position][0])
+        ran = []
+        attention = kind.calibration.forward.flops - self._linear_flops(order, self.micro_batch * asked.length)
+        attention = max(attention, 0.0) * self.windows / self.micro_batch
+        ran_attention = False
+        for spec in order[:stop]:
+            unit = next((u for u in family.units if local[spec.name].startswith(u.path + ".")), None)
+            if unit is not None and unit.path in known and local[spec.name] != unit.last:
+                continue
+            ran.append(spec)
+        attention_unit = family.units[0]
+        reached = any(local[spec.name] == attention_unit.last for spec in order[: stop + 1])
+        if reached and attention_unit.path not in known:
+            ran_attention = True
+        flops = self._linear_flops(ran, tokens) + (attention if ran_attention else 0.0)
+        share = flops / max(self._linear_flops(order, tokens) + attention, 1.0)
+        vector = kind.calibration.forward.vector_bytes * self.windows / self.micro_batch * share
+        streams = 2 if corrected else 1
+        one = matmul(flops, dtype=self.dtype, width=self.shape.hidden) + work(vector=vector)
+        quantized = order[: order.index(kind.steps[position][0])] if not last else order
+        dense = total(kernels.dequantize(s.d_out, s.d_in, itemsize=self.shape.itemsize) for s in quantized)
+        found = one * streams + dense
+        if last:
+            return found
+        for site, members in _by_site(kind.steps[position]).items():
+            del site
+            d_in, seen = members[0].d_in, tokens * self.shape.share(members[0])
+            found += kernels.accumulate(d_in, seen)
+            if corrected:
+                found += matmul(2.0 * seen * d_in * d_in, dtype=kernels.FP32, width=d_in)
+                found += work(wide=20.0 * seen * d_in)
+        return found
+
+    def _module(self, spec: LinearSpec, *, corrected: bool, polish_rounds: int) -> Work:
+        choice = self.refined_choice(spec)
+        found = kernels.quantize_refined(
+            spec.d_out,
+            spec.d_in,
+            choice,
+            corrected=corrected,
+            polish_rounds=polish_rounds,
+            polish_sweeps=POLISH_SWEEPS,
+            kind=self.asked.grid,
+            cpu=self.cpu,
+        )
+        moved = 4.0 * spec.d_in * spec.d_in * (2 if corrected else 1)
+        reading = work(disk_read=spec.num_weights * self.shape.itemsize, wide=2 * moved, pack=2 * spec.num_weights)
+        return found + reading + work(store_write=codes_bytes(spec, choice))
+
+    def refined_choice(self, spec: LinearSpec) -> Choice:
+        """A choice near the budget: what the allocation takes on the average."""
+        fitting = self._fitting(spec)
+        return min(fitting, key=lambda c: abs(c.bits + 16 / (spec.d_in / c.groups(spec.d_in)) - self.asked.budget_bits))
+
+    def _refine_memory(self, kind: BlockKind, step: Sequence[LinearSpec], *, corrected: bool) -> dict[str, float]:
+        shape, asked = self.shape, self.asked
+        sites = _by_site(step)
+        squares = sum(4.0 * members[0].d_in ** 2 for members in sites.values()) * (2 if corrected else 1)
+        widest = max(step, key=lambda spec: spec.d_in * max(spec.d_in, spec.d_out))
+        square, weights = 4.0 * widest.d_in**2, 4.0 * widest.num_weights
+        tokens = self.windows * asked.length
+        streams = 2 if corrected else 1
+        known = sum(
+            tokens * s.d_in * shape.itemsize * streams
+            for s in kind.specs
+            if any(shape.stream.local_name(s) == unit.last for unit in shape.stream.family.units)
+        )
+        batch = self.micro_batch * asked.length
+        rows = (2 if corrected else 1) * widest.d_out
+        sweep = 9.0 * widest.d_in * min(kernels.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows)
+        rounding = square * (6 if corrected else 3) + weights * (8 if corrected else 3) + sweep
+        summing = self.levels * squares + batch * widest.d_in * 4.0 * (5 if corrected else 3)
+        state = tokens * shape.hidden * shape.itemsize * streams
+        return {
+            "weights of two blocks, and the block quantized": 3.0 * self.block_bytes,
+            "hidden states": float(state),
+            "known inputs of the block": float(known),
+            **(
+                {"rounding one layer": rounding + squares}
+                if rounding + squares > summing
+                else {"sums C and D": summing}
+            ),
+        }
+
+    # --- scores, assembly --------------------------------------------------------------------------------------------
+
+    def score(self, windows: int, length: int, variants: int, *, held_out: bool) -> Load:
+        """The original and the variants on windows, one at a time; every worker streams all blocks."""
+        shape = self.shape
+        mine = max(len(r) for r in assign(windows, self.num_workers))
+        models = 1 + variants
+        forward = total(
+            self._traced((kind.held_out if held_out else kind.measured).forward) * kind.count for kind in shape.kinds
+        )
+        logits = matmul(2.0 * length * shape.hidden * shape.vocabulary, dtype=self.dtype, width=shape.hidden)
+        one = (forward + logits + work(vector=26.0 * length * shape.vocabulary)) * models
+        weights = total(
+            kernels.dequantize(s.d_out, s.d_in, itemsize=shape.itemsize) * k.count for k in shape.kinds for s in k.specs
+        )
+        codes = shape.num_weights * self.asked.budget_bits / 8
+        loading = weights * variants + work(
+            pack=shape.num_weights * variants,
+            store_read=codes * variants,
+            disk_read=sum(kind.disk_bytes * kind.count for kind in shape.kinds),
+        )
+        state = mine * length * shape.hidden * shape.itemsize
+        at_block = {
+            "weights of two blocks, and the block quantized": 3.0 * self.block_bytes,
+            "hidden states": float((models + 1) * state),
+            "one window": max((k.held_out if held_out else k.measured).forward.peak_bytes for k in shape.kinds),
+        }
+        at_head = {
+            "head": float(shape.head_bytes),
+            "hidden states": float(models * state),
+            "log-probabilities": 20.0 * length * shape.vocabulary,
+            "masks that the heap keeps": 2.0 * length * shape.vocabulary * models if self.cpu else 0.0,
+        }
+        return Load(
+            work=one * windows + loading * min(self.num_workers, windows),
+            busiest=one * mine + loading,
+            tensors=max((at_block, at_head), key=lambda found: sum(found.values())),
+            steps=1,
+        )
+
+    def assemble(self) -> Load:
+        """One worker writes the checkpoint, loads it as a user would, and then the dense model beside it."""
+        shape = self.shape
+        num = shape.num_weights
+        codes = num * self.asked.budget_bits / 8
+        rest = shape.disk_bytes - sum(kind.disk_bytes * kind.count for kind in shape.kinds)
+        output = codes + rest
+        once = work(
+            pack=5.0 * num,
+            store_read=3 * codes,
+            wide=(2 + 2 + 2) * shape.itemsize * num,
+            disk_read=2.0 * shape.disk_bytes + 3.0 * output,
+            disk_write=output,
+        )
+        probe = 2.0 * 2.0 * PROBE_TOKENS * (num + shape.hidden * shape.vocabulary)
+        model = float(shape.num_parameters * shape.itemsize)
+        widest = max(spec.num_weights for spec in shape.specs)
+        once += matmul(probe, dtype=self.dtype, width=PROBE_TOKENS)
+        return Load(
+            work=once,
+            busiest=once,
+            tensors={},
+            host={
+                "the whole model": model,
+                MAPPED: float(shape.disk_bytes),
+                "its codes while they are unpacked": codes,
+                "one layer": 12.0 * widest,
+            },
+            fixed_seconds=2 * LOAD_SECONDS,
+            steps=1,
+        )
+
+
+def _by_site(step: Sequence[LinearSpec]) -> dict[str, list[LinearSpec]]:
+    found: dict[str, list[LinearSpec]] = {}
+    for spec in step:
+        found.setdefault(spec.input_site, []).append(spec)
+    return found

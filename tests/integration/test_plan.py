@@ -1,0 +1,199 @@
+"""``lrpq plan`` against the pipeline itself: FLOPs that its code runs, objects that it stores; models of the docs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline_case import start_server, write_model
+
+from benchmarks.plan import InlinePool, Stages, counter
+from benchmarks.plan_table import CONFIGS, MODELS, planned, row
+from flows.cli import run
+from flows.config import CompressConfig
+from flows.estimating import asked_of
+from lrpq.errors import ConfigError, ModelError
+from lrpq.model.described import DescribedModel, resolve_description
+from lrpq.model.safetensors_source import ModelSource
+from lrpq.plan.machine import Machine
+from lrpq.plan.work import COUNTED, Work, nearest
+from tasks.estimate.asked import Cluster
+from tasks.estimate.machines import known_gpu, read_machine, write_machine
+from tasks.estimate.report import estimate
+
+PARAMETERS = {  # billions, as published
+    "llama-3-8b": 8.03,
+    "llama-3-70b": 70.55,
+    "llama-3.1-405b": 405.85,
+    "qwen2.5-72b": 72.71,
+    "gemma-3-27b": 27.43,
+    "mixtral-8x22b": 140.63,
+}
+ROOT = Path(__file__).parents[2]
+
+
+def machine(**changes: Any) -> Machine:
+    return replace(known_gpu("h100"), device="cpu", device_bytes=0, process_bytes=600_000_000, **changes)
+
+
+def cluster(**changes: Any) -> Cluster:
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "nodes": 1,
+        "gpus_per_node": 0,
+        "cpus_per_node": 1,
+        "host_bytes": 10**12,
+        "device_bytes": 0,
+        "disk_bytes": 10**12,
+        "network_bytes_per_second": 1e9,
+        "remote_store": False,
+    }
+    return Cluster(**{**found, **changes})
+
+
+def config_of(model: Path, folder: Path) -> CompressConfig:
+    return CompressConfig.model_validate(
+        {
+            "run": {
+                "model": str(model),
+                "calibration": {"source": "pydoc:calibrate", "num_windows": 4, "length": 32},
+                "candidates": {"bits": [3, 4], "group_sizes": [32]},
+                "shards": 4,
+                "micro_batch": 2,
+            },
+            "plan": {"budget_bits": 3.5},
+            "evaluation": {"num_windows": 2, "length": 32},
+            "cluster": {"workers": 1, "device": "cpu"},
+            "output": folder / "output",
+            "store": str(folder / "store"),
+        }
+    )
+
+
+def test_what_is_planned_is_what_runs(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """A whole compression in this process, every product counted."""
+    from flows.compress import run_compress
+
+    start_server(request)
+    model = write_model(tmp_path / "model", layers=2, hidden=64, ffn=128)
+    described = tmp_path / "described"
+    described.mkdir()
+    shutil.copy(model / "config.json", described)
+    config = config_of(model, tmp_path)
+    source = DescribedModel(described)
+    found = estimate(source, asked_of(config, source), cluster())
+    counted: dict[str, int] = {}
+    with counter() as counting:
+
+        def change(event: str, name: str) -> None:
+            total = sum(counting.counts.values())
+            counted[name] = total if event == "begin" else total - counted[name]
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            manifest = run_compress(config, Stages(change), pool=InlinePool(1, 1 << 40))  # type: ignore[arg-type]
+        finally:
+            torch.set_num_threads(threads)
+    stages = {stage.stage: stage for stage in found.stages}
+    for name in ("profile", "candidates", "refine", "guard", "control", "evaluate"):
+        # rows that stop moving drop out of the polish: the plan is an upper bound there
+        assert counted[name] * 0.99 <= stages[name].flops <= counted[name] * 1.1, name
+    files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+    assert found.store_objects == len(files)
+    stored = sum(path.stat().st_size for path in files)
+    assert abs(found.store_bytes / stored - 1) < 0.25, "headers and tables are most of so small a store"
+    reached = manifest["budget"]["reached_bytes"]
+    assert abs(found.checkpoint_bytes / reached - 1) < 0.02
+
+
+def test_a_description_is_the_model(tmp_path: Path) -> None:
+    """Names, shapes and bytes from config.json are those of the files."""
+    for name, options in (("tied", {"tied": True}), ("untied", {"dtype": torch.float32})):
+        model = write_model(tmp_path / name, **options)
+        real, described = ModelSource(model), DescribedModel(model)
+        assert described.names() == real.names()
+        assert [described.shape(n) for n in real.names()] == [real.shape(n) for n in real.names()]
+        assert [described.nbytes(n) for n in real.names()] == [real.nbytes(n) for n in real.names()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_of_the_docs_models(name: str) -> None:
+    source = DescribedModel(CONFIGS / name)
+    number = sum(torch.Size(source.shape(tensor)).numel() for tensor in source.names())
+    assert round(number / 1e9, 2) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ["gemma-3-27b", "mixtral-8x22b"])
+def test_the_docs_table_is_what_is_printed(name: str) -> None:
+    text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert "| " + " | ".join(row(name, planned(name))) + " |" in text.splitlines()
+
+
+def test_more_of_everything_takes_more() -> None:
+    few, many = planned("llama-3-8b", gpus=1), planned("llama-3-8b", gpus=8)
+    assert few.flops == pytest.approx(many.flops)
+    assert few.seconds > 1.5 * many.seconds
+    assert few.workers == 1
+    assert many.workers == 8
+
+
+def test_what_does_not_fit_is_said() -> None:
+    small = planned("llama-3-70b", node_memory="160GB")
+    (problem,) = small.problems
+    assert problem.startswith("assemble: ")
+    assert "loaded whole" in problem
+    huge = planned("llama-3.1-405b")
+    assert any("on a GPU of 80.0 GB" in problem for problem in huge.problems)
+    assert not huge.document()["fits"]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "machine.json"
+    write_machine(path, machine())
+    assert read_machine(path) == machine()
+    config = CONFIGS / "llama-3-8b" / "config.json"
+    arguments = ["plan", str(config), "--gpus", "8", "--machine", str(path), "--json"]
+    write_machine(path, known_gpu("h100"))
+    assert run([*arguments, "--node-memory", "2TB"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["fits"]
+    assert {stage["stage"] for stage in document["stages"]} >= {"profile", "candidates", "refine", "assemble"}
+    assert run([*arguments, "--gpu-memory", "4GB"]) == 2
+    assert not json.loads(capsys.readouterr().out)["fits"]
+    assert run(["plan", str(config), "--gpus", "3", "--nodes", "2"]) == 2
+    assert "as many GPUs on every node" in capsys.readouterr().err
+    assert run(["plan", str(tmp_path / "nowhere"), "--gpus", "8"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    path.write_text("{}", encoding="utf-8")
+    assert run(arguments) == 2
+    assert "measure again" in capsys.readouterr().err
+    assert run(["plan", str(config), "--gpus", "8", "--gpu", "abacus"]) == 2
+    assert "known are h100" in capsys.readouterr().err
+
+
+def test_other_descriptions_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}')
+    with pytest.raises(ModelError, match="unsupported architecture"):
+        DescribedModel(tmp_path)
+    with pytest.raises(ModelError, match="no such folder"):
+        resolve_description("/nowhere/at/all")
+    with pytest.raises(ConfigError):
+        known_gpu("abacus")
+
+
+def test_work_is_priced_by_the_nearest_width() -> None:
+    rates = {"matmul:float32:128": 1.0, "matmul:float32:4096": 4.0, "columns": 2.0}
+    assert nearest("matmul:float32:1000", rates) == "matmul:float32:4096"
+    assert nearest("matmul:float32:500", rates) == "matmul:float32:128"
+    work = Work(amounts={"matmul:float32:100": 3.0, "columns": 4.0, COUNTED: 100.0})
+    assert work.seconds(rates) == 5.0
+    assert (2 * work + work).flops == 309.0
+    with pytest.raises(KeyError):
+        Work(amounts={"search": 1.0}).seconds(rates)
