@@ -19,9 +19,10 @@ from lrpq.model.layers import Choice
 from lrpq.quant.descent import descend
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq
-from lrpq.quant.grid import Grid, QuantizedWeight, search_scales_transposed
+from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum, normalized
 from lrpq.quant.refit import refit
+from lrpq.quant.scale_search import search_scales_transposed
 
 WIDTHS = (128, 512, 2048, 8192, 16384)
 ROWS = (256, 16384)
@@ -74,7 +75,7 @@ def main() -> None:
     Wt = W.T.contiguous()
 
     def search() -> list[Tensor]:
-        return [search_scales_transposed(Wt, factor.importance, choice, grid=Grid.SIGNED) for choice in CHOICES]
+        return search_scales_transposed(Wt, factor.importance, CHOICES, grid=Grid.SIGNED)
 
     found[f"search, {max(ROWS)} x {d_in}, s"] = seconds(search)
     scales = search()

@@ -79,9 +79,11 @@ class InlinePool:
     """One worker that is this process: the same calls, so that what they compute can be counted."""
 
     def __init__(self, threads: int, kept_bytes: int) -> None:
-        from tasks.cluster import WorkerState
+        from tasks.worker import Place, WorkerState
 
-        self.state = WorkerState(index=0, device="cpu", threads=threads, kept_bytes=kept_bytes)
+        place = Place(index=0, num_workers=1, epoch=0)
+        self.state = WorkerState(device="cpu", threads=threads, kept_bytes=kept_bytes, place=place)
+        self.losses: list[str] = []
 
     def __len__(self) -> int:
         return 1

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 from lrpq.model.layers import Choice
 from lrpq.plan.work import COUNTED, NOTHING, Work, matmul, total, work
-from lrpq.quant import descent, gptq, grid, hessian
+from lrpq.quant import descent, gptq, hessian, scale_search
 from lrpq.quant.grid import Grid, group_width
 from lrpq.quant.refit import _ELEMENTS as REFIT_ELEMENTS
+from lrpq.quant.row_feedback import blocks_of
+from lrpq.relevance.outputs import CHUNK_ROWS
 
 FP32 = "float32"
 F32_BYTES = 4
@@ -29,6 +31,18 @@ def accumulate(d_in: int, tokens: float) -> Work:
     return matmul(triangle_flops(d_in, tokens), dtype=FP32, width=d_in) + work(wide=2 * F32_BYTES * tokens * d_in)
 
 
+def output_chunks(d_out: int) -> list[int]:
+    """Rows of the chunks of ``outputs.empty_outputs``."""
+    return [min(CHUNK_ROWS, d_out - start) for start in range(0, d_out, CHUNK_ROWS)]
+
+
+def add_outputs(d_out: int, tokens: float) -> Work:
+    """``outputs.add_outputs``: widened and scaled gradients, their products."""
+    chunks = output_chunks(d_out)
+    flops = sum(2.0 * tokens * rows * rows for rows in chunks)
+    return matmul(flops, dtype=FP32, width=max(chunks)) + work(wide=3 * F32_BYTES * tokens * d_out)
+
+
 def normalized(d_in: int) -> Work:
     """``hessian.normalized``: divided and mirrored."""
     return work(wide=3 * F32_BYTES * d_in * d_in)
@@ -40,12 +54,10 @@ def factorize(d_in: int) -> Work:
 
 
 def search_trials(choice: Choice, d_in: int, kind: Grid) -> int:
-    """How often ``grid._search_chunk`` evaluates the error of a scale, its least-squares refits counted as two more."""
-    constants = grid._SEARCH[choice.bits]
+    """Weighted sums over all weights in ``scale_search._search_chunk``: one a scale tried, two a refit."""
     signs = 2 if kind is Grid.SIGNED and choice.bits <= 3 else 1
-    width = group_width(choice, d_in)
-    refits = constants.refits
-    return 1 + signs * len(grid._divisors(choice.bits, width)) + (1 if refits else 0) + 3 * refits
+    tried = len(scale_search._divisors(choice.bits, group_width(choice, d_in)))
+    return 1 + signs * tried + 2 * scale_search._SEARCH[choice.bits].refits
 
 
 def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cpu: bool) -> Work:
@@ -148,6 +160,7 @@ def quantize_refined(
     corrected: bool,
     polish_rounds: int,
     polish_sweeps: int,
+    row_blocks: int,
     kind: Grid,
     cpu: bool,
 ) -> Work:
@@ -161,9 +174,32 @@ def quantize_refined(
         parts += [2 * target_error(d_out, d_in), dequantize(2 * d_out, d_in, itemsize=F32_BYTES)]
     else:
         parts.append(quantize(d_out, d_in, [choice], kind=kind, cpu=cpu))
-    if polish_rounds:
+    chunks = output_chunks(d_out)
+    if any(blocks_of(rows, row_blocks) > 1 for rows in chunks):
+        how = {"polish_rounds": polish_rounds, "polish_sweeps": polish_sweeps}
+        parts += [
+            _in_blocks(rows, d_in, choice, blocks_of(rows, row_blocks), kind=kind, cpu=cpu, **how) for rows in chunks
+        ]
+    elif polish_rounds:
         parts.append(polish(d_out, d_in, choice, rounds=polish_rounds, sweeps=polish_sweeps, cpu=cpu))
         parts += [2 * target_error(d_out, d_in)] if corrected else []
+    return total(parts)
+
+
+def _in_blocks(
+    rows: int, d_in: int, choice: Choice, blocks: int, *, polish_rounds: int, polish_sweeps: int, kind: Grid, cpu: bool
+) -> Work:
+    """``row_feedback.quantize_in_blocks`` of one chunk, and its part of both calls of ``joint_error``."""
+    size = -(-rows // blocks)
+    joint = matmul(2.0 * rows * d_in * (rows + d_in), dtype=FP32, width=min(rows, d_in))
+    parts = [factorize(rows), 2 * (joint + dequantize(rows, d_in, itemsize=F32_BYTES))]
+    for start in range(0, rows, size):
+        own = min(size, rows - start)
+        parts.append(matmul(2.0 * start * own * d_in, dtype=FP32, width=own))
+        parts.append(work(factor=float(own * own * d_in)) if start else NOTHING)
+        parts.append(quantize(own, d_in, [choice], kind=kind, cpu=cpu))
+        if polish_rounds:
+            parts.append(polish(own, d_in, choice, rounds=polish_rounds, sweeps=polish_sweeps, cpu=cpu))
     return total(parts)
 
 

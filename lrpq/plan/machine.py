@@ -24,10 +24,11 @@ from lrpq.plan.work import Work
 from lrpq.quant.descent import descend
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq
-from lrpq.quant.grid import Grid, QuantizedWeight, search_scales_transposed
+from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum, normalized
 from lrpq.quant.packing import pack, unpack
 from lrpq.quant.refit import refit
+from lrpq.quant.scale_search import search_scales_transposed
 from lrpq.relevance.attribute import block_backward
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.rules import PassSwitch
@@ -157,15 +158,12 @@ def _quantizer(
     trials = sum(search_trials(choice, d_in, Grid.SIGNED) for choice in CHOICES)
 
     def search(Wt: Tensor = Wt) -> None:
-        for choice in CHOICES:
-            search_scales_transposed(Wt, factor.importance, choice, grid=Grid.SIGNED)
+        search_scales_transposed(Wt, factor.importance, CHOICES, grid=Grid.SIGNED)
 
     found["search"] = trials * large * d_in / _seconds(search, where)
     say("column loop")
     scales = {
-        rows: [
-            search_scales_transposed(Wt[:, :rows].contiguous(), factor.importance, c, grid=Grid.SIGNED) for c in CHOICES
-        ]
+        rows: search_scales_transposed(Wt[:, :rows].contiguous(), factor.importance, CHOICES, grid=Grid.SIGNED)
         for rows in (small, large)
     }
 

@@ -72,7 +72,7 @@ def quantize_in_blocks(
     start = 0
     for G in outputs:
         rows = T[start : start + len(G)]
-        blocks = _num_blocks(len(G), num_blocks)
+        blocks = blocks_of(len(G), num_blocks)
         factor = factorize(G.to(T.device), damping=damping, name=f"{name}, output gradients") if blocks > 1 else None
         parts.append(round_rows(rows) if factor is None else _chunk(rows, factor, round_rows, num_blocks=blocks))
         start += len(G)
@@ -81,10 +81,11 @@ def quantize_in_blocks(
 
 def interacts(outputs: Sequence[Float[Tensor, "chunk chunk"]], *, num_blocks: int) -> bool:
     """Whether any rows are cut into more than one block."""
-    return any(_num_blocks(len(G), num_blocks) > 1 for G in outputs)
+    return any(blocks_of(len(G), num_blocks) > 1 for G in outputs)
 
 
-def _num_blocks(rows: int, num_blocks: int) -> int:
+def blocks_of(rows: int, num_blocks: int) -> int:
+    """Blocks that a chunk is cut into when ``num_blocks`` are asked for."""
     return max(1, min(num_blocks, rows // LEAST_ROWS))
 
 

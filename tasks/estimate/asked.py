@@ -31,6 +31,7 @@ class Asked:
     sequential: bool
     corrected: bool
     polish_rounds: int
+    row_blocks: int
     evaluated_windows: int
     """0 measures nothing."""
     evaluated_length: int

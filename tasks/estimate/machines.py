@@ -78,7 +78,7 @@ def write_machine(path: Path, machine: Machine) -> None:
     body = {name: plain_json(value) for name, value in asdict(machine).items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(document_bytes(KIND, body))
+        path.write_bytes(document_bytes(KIND, body, key=path.name))
     except OSError as error:
         raise ConfigError(f"machine {path}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from error
 
@@ -90,7 +90,7 @@ def read_machine(path: Path) -> Machine:
         ConfigError: no such file, or not one of ours.
     """
     try:
-        return _machine(parse_document(path.read_bytes(), KIND))
+        return _machine(parse_document(path.read_bytes(), KIND, key=path.name))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"machine {path}: cannot be read ({error}); measure again with lrpq plan --calibrate"

@@ -11,6 +11,7 @@ import torch
 from lrpq.model.described import DescribedModel
 from lrpq.model.layers import LinearSpec
 from lrpq.model.streaming import BlockStream
+from lrpq.plan.kernels import output_chunks
 from lrpq.plan.trace import BlockTrace, Traced, recorded_arguments, trace_block, trace_labels
 from tasks.estimate.asked import Asked
 
@@ -53,6 +54,16 @@ class BlockKind:
     def hessian_bytes(self) -> int:
         """One set of its Hessians, float32, dense."""
         return sum(4 * members[0].d_in ** 2 for members in self.sites().values())
+
+    @property
+    def chunks(self) -> list[int]:
+        """Rows of all matrices of output gradients' second moments; experts have none."""
+        return [rows for spec in self.specs if not spec.routed for rows in output_chunks(spec.d_out)]
+
+    @property
+    def sums_bytes(self) -> int:
+        """One set of all sums of squares, float32, dense."""
+        return self.hessian_bytes + sum(4 * rows**2 for rows in self.chunks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,7 +70,7 @@ class Stages:
         """Of the worker that has most."""
         self.active = sum(n > 0 for n in windows)
         """Workers with any."""
-        self.set_bytes = max(kind.hessian_bytes for kind in shape.kinds)
+        self.set_bytes = max(kind.sums_bytes for kind in shape.kinds)
         self.block_bytes = max(kind.num_bytes for kind in shape.kinds)
         per_shard = ceil(asked.num_windows / asked.num_shards)
         self.micro_batch = min(asked.micro_batch, per_shard)
@@ -102,9 +102,9 @@ class Stages:
         passes = len(asked.relevance.passes)
         one = total(self._profile_block(kind) * kind.count for kind in shape.kinds)
         labels = self._labels(self.windows * asked.length)
-        merging = total(work(wide=3 * kind.hessian_bytes * kind.count) for kind in shape.kinds)
+        merging = total(work(wide=3 * kind.sums_bytes * kind.count) for kind in shape.kinds)
         stored = sum(
-            kind.count * sum(hessian_bytes(members[0].d_in) for members in kind.sites().values())
+            kind.count * sum(map(hessian_bytes, [*(m[0].d_in for m in kind.sites().values()), *kind.chunks]))
             for kind in shape.kinds
         )
         storing = work(matrix_write=stored)
@@ -138,7 +138,7 @@ class Stages:
             tensors=worst,
             host={"kept block inputs": in_memory, **merged},
             spilled_bytes=max(kept - in_memory, 0.0),
-            network_bytes=float(self.active * sum(kind.hessian_bytes * kind.count for kind in shape.kinds)),
+            network_bytes=float(self.active * sum(kind.sums_bytes * kind.count for kind in shape.kinds)),
             steps=2 * shape.num_blocks + 1,
         )
 
@@ -158,6 +158,7 @@ class Stages:
         for members in kind.sites().values():
             seen = tokens * shape.share(members[0])
             sums.append(kernels.accumulate(members[0].d_in, seen))
+            sums += [kernels.add_outputs(spec.d_out, seen) for spec in members if not spec.routed]
             sums.append(work(wide=8.0 * passes * seen * sum(spec.d_out for spec in members)))
         return traced * batches + total(sums)
 
@@ -248,7 +249,7 @@ class Stages:
                 streaming += self._step_forward(kind, position, corrected=corrected)
                 of_worker: list[Work] = [NOTHING] * self.num_workers
                 for index, spec in enumerate(step):
-                    one = self._module(spec, corrected=corrected, polish_rounds=polish_rounds)
+                    one = self._module(spec, corrected=corrected, polish_rounds=polish_rounds, weighted=weighted)
                     of_worker[index % self.num_workers] += one
                     quantizing += one
                 waited += max(of_worker, key=lambda found: found.flops)
@@ -324,8 +325,9 @@ class Stages:
                 found += work(wide=20.0 * seen * d_in)
         return found
 
-    def _module(self, spec: LinearSpec, *, corrected: bool, polish_rounds: int) -> Work:
+    def _module(self, spec: LinearSpec, *, corrected: bool, polish_rounds: int, weighted: bool) -> Work:
         choice = self.refined_choice(spec)
+        row_blocks = self.asked.row_blocks if weighted and not spec.routed else 1
         found = kernels.quantize_refined(
             spec.d_out,
             spec.d_in,
@@ -333,11 +335,14 @@ class Stages:
             corrected=corrected,
             polish_rounds=polish_rounds,
             polish_sweeps=POLISH_SWEEPS,
+            row_blocks=row_blocks,
             kind=self.asked.grid,
             cpu=self.cpu,
         )
         moved = 4.0 * spec.d_in * spec.d_in * (2 if corrected else 1)
         reading = work(disk_read=spec.num_weights * self.shape.itemsize, wide=2 * moved, pack=2 * spec.num_weights)
+        if row_blocks > 1:
+            reading += work(matrix_read=sum(map(hessian_bytes, kernels.output_chunks(spec.d_out))))
         return found + reading + work(store_write=codes_bytes(spec, choice))
 
     def refined_choice(self, spec: LinearSpec) -> Choice:
