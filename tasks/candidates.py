@@ -60,11 +60,11 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
     """Quantize the modules of one site at every choice that fits and store codes and costs.
 
     Returns:
-        Whether anything was computed: False if the site's costs (written last) are in the store already.
+        Whether anything was computed: False if the site's costs (written last) and codes are in the store already.
     """
     store = open_store(job.profile.stream.store)
-    costs_key = job.folder.site("costs", block, site, "parquet")
-    if store.exists(costs_key):
+    costs_key, codes_key = _keys(job, block, site)
+    if store.exists(costs_key) and store.exists(codes_key):
         return False
     device = torch.device(state.device)
     label = specs[0].name if specs[0].routed else specs[0].fused_group
@@ -96,7 +96,7 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
                 }
             )
         state.beat()
-    write_tensors(store, job.folder.site("codes", block, site, "safetensors"), tensors, {})
+    write_tensors(store, codes_key, tensors, {})
     write_table(store, costs_key, pa.Table.from_pylist(rows), units=COST_UNITS, kind="costs")
     del tensors, factor, H, sums
     release_freed_memory()
@@ -144,9 +144,14 @@ def read_candidate(store: ObjectStore, job: CandidatesJob, spec: LinearSpec, cho
 
 
 def missing_sites(job: CandidatesJob, sites: Mapping[int, list[str]]) -> Iterator[tuple[int, str]]:
-    """Sites without stored costs."""
-    store = open_store(job.profile.stream.store)
+    """Sites without stored costs or codes."""
+    present = set(open_store(job.profile.stream.store).list(job.folder.prefix))
     for block, names in sites.items():
         for site in names:
-            if not store.exists(job.folder.site("costs", block, site, "parquet")):
+            if not present.issuperset(_keys(job, block, site)):
                 yield block, site
+
+
+def _keys(job: CandidatesJob, block: int, site: str) -> tuple[str, str]:
+    """Costs and codes of a site."""
+    return job.folder.site("costs", block, site, "parquet"), job.folder.site("codes", block, site, "safetensors")

@@ -38,8 +38,6 @@ POLL_SECONDS = 0.5
 """How often workers are asked for a sign of life while somebody waits for them."""
 PATIENCE_SECONDS = 30.0
 """Silence that is always allowed: a thread that answers may wait for Python's lock, or for a busy machine."""
-ANSWER_SECONDS = 5.0
-"""What a worker gets to answer when the pool is renewed."""
 SOME_START_SECONDS = 60.0
 """How long a renewed pool waits for new workers where it has some."""
 MAX_DEATHS = 3
@@ -274,9 +272,9 @@ class Pool:
         return {**dead, **{worker: reason for worker, reason in why.items() if reason is not None}}
 
     def _dead(self) -> dict[Any, str]:
-        """Give every worker that has started a moment to answer; those that do not are taken for dead."""
+        """Ask every worker that has started and wait for the answers; those that do not answer are taken for dead."""
         dead: dict[Any, str] = {}
-        deadline = time.monotonic() + min(self._watch.patience, ANSWER_SECONDS)
+        deadline = time.monotonic() + self._watch.patience
         self._looked = -math.inf  # ask everyone now
         while True:
             dead |= self._look()

@@ -3,7 +3,7 @@
 One row a tile of 512 x 512, in the order (0,0), (0,1), ..., (1,1), ...; edge tiles and the lower half of the
 tiles on the diagonal are zeros. A row group holds tiles of one matrix only, so a reader of one matrix reads
 nothing else. Every tile has its own checksum; the names, widths and scalars of all matrices are in the
-metadata, under the checksum of schema.py. Memory beyond the matrix itself: about five row groups (300 MB),
+metadata, under the checksum of schema.py. Memory beyond the matrix itself: some row groups (docs/log.md),
 whatever its width.
 """
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TILE = 512
-TILES_PER_GROUP = 60
-"""Tiles of 2^20 bytes, so that a row group stays below 64 MB."""
+TILES_PER_GROUP = 30
+"""Tiles of 2^20 bytes, so that a row group stays below 32 MB: readers and writers hold several copies of one."""
 KIND = "symmetric"
 _MATRICES = "lrpq.matrices"
-_MAX_GROUP_BYTES = 64_000_000
+_MAX_GROUP_BYTES = 32_000_000
 
 _SCHEMA = pa.schema(
     [

@@ -103,7 +103,6 @@ class Striking(Silent):
     ("stage", "after", "sign", "again"),
     [
         ("profile", 2 * LAYERS - 1, signal.SIGKILL, BETWEEN + 2),  # in the backward sweep, behind a waypoint
-        ("profile", LAYERS - 1, signal.SIGSTOP, BETWEEN + 2),  # in the forward sweep
         ("candidates", 5, signal.SIGSTOP, 0),
         ("refine", LAYERS - 1, signal.SIGKILL, BETWEEN + 1),
         ("assemble", 0, signal.SIGKILL, 0),
