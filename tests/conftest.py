@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
+
+settings.register_profile("lrpq", deadline=None)  # times are no matter of tests: machines are shared
+settings.load_profile("lrpq")
 
 
 def write_llama(
