@@ -20,7 +20,7 @@ import psutil
 
 BUCKET = "lrpq-chaos"
 KEY, SECRET = "chaos-key-5c1d", "chaos-secret-do-not-print-8be2f4"
-START_SECONDS = 90.0
+START_SECONDS = 180.0
 _WEED_PORTS = [f"-{part}.port{kind}" for part in ("master", "volume", "filer", "s3", "admin") for kind in ("", ".grpc")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -15,7 +16,6 @@ from .leaks import leaks
 from .services import running
 
 NODES = {1: [4], 3: [2, 1, 1]}
-WORKERS = (1, 2, 4)
 
 
 def digest(files: dict[str, bytes]) -> str:
@@ -35,6 +35,10 @@ def two_drivers(field: Field) -> list[Attempt]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nodes", type=int, nargs="*", default=list(NODES), choices=list(NODES))
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4])
+    asked = parser.parse_args()
     digests: dict[str, str] = {}
     texts: list[str] = []
     found: list[str] = []
@@ -50,17 +54,17 @@ def main() -> int:
         if attempt.code:
             print(attempt.err[-1500:])
 
-    for nodes, cpus in NODES.items():
+    for nodes in asked.nodes:
         with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
             place = fresh(Path(folder) / "f")
             model = model_in(place, layers=LAYERS)
-            with running(place, cpus=cpus) as (s3, prefect, cluster):
+            with running(place, cpus=NODES[nodes]) as (s3, prefect, cluster):
                 field = Field(folder=place, model=model, s3=s3, prefect=prefect, cluster=cluster)
-                for workers in WORKERS:
+                for workers in asked.workers:
                     field.workers = workers
                     name = f"{nodes}-nodes-{workers}-workers"
                     show(name, execute(field.command(name)), contents(place / "out" / name))
-                if nodes == 1:
+                if nodes == asked.nodes[-1]:
                     for number, attempt in enumerate(two_drivers(field)):
                         show(f"driver {number + 1} of 2", attempt, contents(place / "out" / "together"))
                 found += leaks(place, texts)
