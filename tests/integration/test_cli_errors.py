@@ -74,7 +74,7 @@ def fails(capfd: pytest.CaptureFixture[str], arguments: list[str], *, code: int 
     ("changed", "expected"),
     [
         (["--budget", "17"], "budget of 17 bits is above 16"),
-        (["--budget", "2"], "smallest possible is 2.25 bits"),
+        (["--budget", "1.9"], "smallest possible is 2 bits"),
         (["--budget", "three"], "'--budget'"),
         (["--budget-bytes", "40GB"], "two budgets"),
         (["--keep", "model.layers.0"], "expected PATTERN=BITS"),
