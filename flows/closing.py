@@ -26,6 +26,7 @@ DEGRADATIONS: Mapping[str, str] = {
     "refine_damping_steps": "times the damping was raised tenfold in the refinement",
     "correction_rejected": "corrections made a block worse and were left out",
     "correction_rejected_rows": "rows of weights were left uncorrected, for the correction made them worse",
+    "modules_with_rows_alone": "modules were rounded row by row, for making up for each other made the rows worse",
 }
 """Counter of the manifest -> what it counts; others are shown by their names."""
 TOTALS = frozenset({"rows"})

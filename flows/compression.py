@@ -198,6 +198,7 @@ class Compression:
                 "refine_damping_steps": counts["damping_steps"],
                 "correction_rejected_rows": counts["rejected_rows"],
                 "rows": counts["rows"],
+                "modules_with_rows_alone": counts["rows_alone"],
                 # the router runs on the quantized prefix: these are of the codes in the checkpoint
                 "experts_pooled": counts["experts_pooled"],
                 "experts_without_tokens": counts["experts_without_tokens"],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline_case import write_model
 from tiny_models import write_tiny, write_tokenizer
 
 from flows.cli import run
@@ -22,9 +23,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_tiny(tmp_path_factory.mktemp("compare") / "llama", "llama")
-    write_tokenizer(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("compare") / "llama", hidden=64, ffn=256, tied=True)
 
 
 def command(model: Path, output: Path, *more: str) -> list[str]:
