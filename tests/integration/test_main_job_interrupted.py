@@ -61,6 +61,7 @@ def arguments(model: Path, folder: Path, *, workers: int) -> list[str]:
         "--calibration": "pydoc:calibrate",
         "--calibration-windows": "6",
         "--length": "48",
+        "--group-size": "64",
         "--evaluation-windows": "4",
         "--evaluation-length": "48",
         "--workers": str(workers),
