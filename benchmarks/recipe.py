@@ -85,7 +85,7 @@ def lrpq_command(model: Path, arguments: argparse.Namespace, budget: float, outp
             "--json",
         ),
         *("--calibration", f"text:{arguments.calibration}", "--calibration-windows", str(arguments.windows)),
-        *("--length", str(arguments.length), "--seed", str(arguments.seed), "--group-size", str(GROUP_SIZE)),
+        *("--length", str(arguments.length), "--seed", str(arguments.seed)),
         *("--no-evaluate", "--store", str(arguments.work / "store"), "--relevance", arguments.relevance),
     ]
 

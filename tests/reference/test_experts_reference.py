@@ -260,7 +260,6 @@ def test_an_expert_that_the_original_never_reaches_weighs_as_the_others_of_its_b
         num_tokens=6,
         num_shards=2,
         micro_batch=1,
-        num_workers=1,
     )
     found = shard_weights(stored, [0, 1], job)
     assert [s.tolist() for s in found["experts.1.gate_up"].values()] == [[pytest.approx(2e-7)] * 3] * 2
