@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import botocore.config
+import botocore.exceptions
+import botocore.session
 import psutil
 
 BUCKET = "lrpq-chaos"
@@ -115,14 +118,20 @@ class S3Server(Service):
         return {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "GOMEMLIMIT": "400MiB"}
 
     def is_ready(self) -> bool:
+        """Whether the bucket is there: the port answers, and refuses strangers, before it has been made."""
+        client = botocore.session.get_session().create_client(
+            "s3",
+            endpoint_url=self.url,
+            region_name="us-east-1",
+            aws_access_key_id=KEY,
+            aws_secret_access_key=SECRET,
+            config=botocore.config.Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}),
+        )
         try:
-            urllib.request.urlopen(f"{self.url}/{BUCKET}/", timeout=2).close()
-        except urllib.error.HTTPError as error:
-            error.close()
-            return error.code == 403
-        except OSError:
+            client.head_bucket(Bucket=BUCKET)
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
             return False
-        return False
+        return True
 
 
 class PrefectServer(Service):
