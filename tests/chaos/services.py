@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def wait_for(ready: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
-class Service:
+class Service(ABC):
     """A process with a log; ``kill`` is -9."""
 
     name = ""
@@ -63,14 +64,14 @@ class Service:
         self.log = folder / f"{self.name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def command(self) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def command(self) -> list[str]: ...
 
     def environment(self) -> dict[str, str]:
         return {}
 
-    def is_ready(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def is_ready(self) -> bool: ...
 
     def start(self) -> None:
         with self.log.open("ab") as log:

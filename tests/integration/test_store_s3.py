@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 import torch
+from chaos.services import BUCKET, KEY, SECRET, S3Server, free_ports
 
 from lrpq.errors import RunMismatch, StoreError
 from tasks.store import s3_files
@@ -30,76 +22,23 @@ from tasks.store.s3_client import S3Client
 from tasks.store.tables import read_table, write_table
 from tasks.store.tensors import read_symmetric, read_tensors, write_symmetric, write_tensors
 
-BUCKET = "lrpq-test"
-START_SECONDS = 60
-PORT_ARGUMENTS = [
-    f"-{part}.port{kind}" for part in ("master", "volume", "filer", "s3", "admin") for kind in ("", ".grpc")
-]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on; below 50,000, since some parts also want the port 10,000 above their own."""
-    found: list[int] = []
-    candidate = 20_000 + os.getpid() % 20_000
-    while len(found) < count:
-        candidate += 1
-        with socket.socket() as one, socket.socket() as above:
-            try:
-                one.bind(("127.0.0.1", candidate))
-                above.bind(("127.0.0.1", candidate + 10_000))
-            except OSError:
-                continue
-        found.append(candidate)
-    return found
-
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running server; its key is k, its secret s."""
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert weed is not None, "no SeaweedFS: install lrpq[test]"
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    ports = free_ports(len(PORT_ARGUMENTS))
-    address = f"http://127.0.0.1:{ports[PORT_ARGUMENTS.index('-s3.port')]}"
-    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={BUCKET}"]
-    command += ["-master.telemetry=false", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-    command += [f"{name}={port}" for name, port in zip(PORT_ARGUMENTS, ports, strict=True)]
-    environment = {**os.environ, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "GOMEMLIMIT": "400MiB"}
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            wait_until_ready(address, server, folder / "log")
-            yield address
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(timeout=15)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def wait_until_ready(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the bucket answers: 403 to a request without a signature."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/{BUCKET}/", timeout=2).close()
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 403:
-                return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"SeaweedFS did not start: {log.read_text(errors='replace')[-2000:]}")
+    """A running server."""
+    server = S3Server(tmp_path_factory.mktemp("seaweedfs"))
+    try:
+        server.start()
+        yield server.url
+    finally:
+        server.kill()
 
 
 @pytest.fixture
 def credentials(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
