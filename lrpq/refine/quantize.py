@@ -89,6 +89,7 @@ def quantize_refined(
     weight: QuantizedWeight | None = None
     together = outputs is not None and interacts(outputs, num_blocks=row_blocks)
     if outputs is not None and together:
+        outputs = [G.to(W.device) for G in outputs]
         weight = _with_feedback(W, C, prefix, rounded, factor, choice, outputs, row_blocks, polish_rounds, grid, name)
     alone = together and weight is None
     if weight is None:

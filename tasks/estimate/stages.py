@@ -261,14 +261,13 @@ class Stages:
             steps += kind.count
         widths = [members[0].d_in for kind in shape.blocks() for members in kind.sites().values()]
         moved = sum(4.0 * width * width * (2 if corrected else 1) for width in widths)
-        state = self.windows * asked.length * shape.hidden * shape.itemsize
         weights = {"token weights": 4.0 * asked.tokens * max(len(k.sites()) for k in shape.kinds)} if weighted else {}
         return Load(
             work=everything,
             busiest=busiest,
             tensors=peak,
             host={"sums on their way": 2.0 * max(widths) ** 2 * 4 * (2 if corrected else 1), **weights},
-            network_bytes=moved * max(self.active - 1, 0) + state * 0,
+            network_bytes=moved * max(self.active - 1, 0),
             steps=steps,
         )
 
@@ -316,8 +315,7 @@ class Stages:
         found = one * streams + dense
         if last:
             return found
-        for site, members in _by_site(kind.steps[position]).items():
-            del site
+        for members in _by_site(kind.steps[position]).values():
             d_in, seen = members[0].d_in, tokens * self.shape.share(members[0])
             found += kernels.accumulate(d_in, seen)
             if corrected:
