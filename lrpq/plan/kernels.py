@@ -66,7 +66,7 @@ def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cp
     stacked = d_out * len(choices)
     propagated = sum(
         2.0 * (last - middle) * (middle - first)
-        for first, middle, last in gptq._halvings(0, d_in, gptq.LEAF_COLUMNS)
+        for first, middle, last in gptq._halvings(0, d_in, gptq.COMPILED_LEAF)
         if middle < last
     )
     chunks = -(-d_out // rows_at_once(d_in, len(choices), cpu=cpu))
@@ -108,12 +108,7 @@ def predicted_cost(d_out: int, d_in: int, num_choices: int) -> Work:
 
 def descend(d_out: int, d_in: int, *, sweeps: int, cpu: bool) -> Work:
     """``descent.descend`` while every row still moves: an upper bound."""
-    flops = 0.0
-    for start in range(0, d_in, descent.BLOCK_COLUMNS):
-        size = min(descent.BLOCK_COLUMNS, d_in - start)
-        flops += 2.0 * size * d_in
-        for first in range(descent._LEAF_COLUMNS, size, descent._LEAF_COLUMNS):
-            flops += 2.0 * min(descent._LEAF_COLUMNS, size - first) * first
+    flops = 2.0 * d_in * d_in
     limit = descent._CPU_ROWS if cpu else descent._GPU_ELEMENTS // d_in
     chunks = -(-d_out // max(1, limit))
     return sweeps * (

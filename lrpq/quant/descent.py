@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
+from lrpq.kernels.compiled import usable
+from lrpq.kernels.descent import descend_columns
 from lrpq.quant.grid import QuantizedWeight, check_finite, code_range, group_width
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def descend(
     run = math.gcd(*widths)
     ranges = torch.tensor([code_range(q.choice.bits) for q in quantized], dtype=H.dtype, device=H.device)
     diagonal = H.diagonal()
-    inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0).unbind(0)
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
     codes = torch.empty(len(quantized), d_out, d_in, dtype=torch.int8, device=T.device)
     unsettled = torch.empty(len(quantized), d_out, dtype=torch.bool, device=T.device)
     limit = _CPU_ROWS if T.device.type == "cpu" else _GPU_ELEMENTS // d_in
@@ -151,9 +153,7 @@ class _State:
         )
 
 
-def _descend(
-    state: _State, H: Tensor, inverse: Sequence[Tensor], run: int, *, sweeps: int, block: int
-) -> tuple[Tensor, Tensor]:
+def _descend(state: _State, H: Tensor, inverse: Tensor, run: int, *, sweeps: int, block: int) -> tuple[Tensor, Tensor]:
     """Codes [d_in, stacked] after the sweeps, and which rows moved in the last one."""
     codes = state.codes.clone()
     moving = torch.ones(codes.shape[1], dtype=torch.bool, device=codes.device)
@@ -173,38 +173,70 @@ def _descend(
 
 
 def _sweep(
-    state: _State, H: Tensor, inverse: Sequence[Tensor], bands: Sequence[Sequence[float]], run: int, *, block: int
+    state: _State, H: Tensor, inverse: Tensor, bands: Sequence[Sequence[float]], run: int, *, block: int
 ) -> Tensor:
     """Visit every column once, from left to right; changes ``state``. Returns which rows moved."""
     d_in, stacked = state.D.shape
-    bottom, top = state.ranges.unbind(0)
-    # of one block: H D, codes to go, the same in units of the weights, codes to go for one unit of H D, and the ends of
-    # the range from where the codes are. Whatever does not depend on the column before is computed for all at once.
-    G, steps, change, reach, below, above = (H.new_empty(min(block, d_in), stacked) for _ in range(6))
-    g, n, d, f, low, high, s = (x.unbind(0) for x in (G, steps, change, reach, below, above, state.scales))
     moved = torch.zeros(stacked, dtype=torch.bool, device=H.device)
-    largest = torch.finfo(H.dtype).max
+    G = H.new_empty(min(block, d_in), stacked)
+    runs = torch.arange(d_in, device=H.device) // run
+    visit = None if usable(H) else _Vectorized(state, H, inverse, bands, run, moved, G)
     for start in range(0, d_in, block):
-        stop = min(start + block, d_in)
-        size = stop - start
-        torch.mm(H[start:stop], state.D, out=G[:size])
-        torch.sub(bottom, state.codes[start:stop], out=below[:size])
-        torch.sub(top, state.codes[start:stop], out=above[:size])
+        k = slice(start, min(start + block, d_in))
+        g = torch.mm(H[k], state.D, out=G[: k.stop - start])
+        if visit is None:
+            descend_columns(
+                g, state.D[k], state.codes[k], state.scales, state.ranges, H[k, k], inverse[k], runs[k], moved
+            )
+        else:
+            visit(k)
+    return moved
+
+
+class _Vectorized:
+    """Visits the columns of a block by vector operations."""
+
+    def __init__(
+        self,
+        state: _State,
+        H: Tensor,
+        inverse: Tensor,
+        bands: Sequence[Sequence[float]],
+        run: int,
+        moved: Tensor,
+        G: Tensor,
+    ) -> None:
+        self.state, self.H, self.bands, self.run, self.moved, self.G = state, H, bands, run, moved, G
+        self.inverse = inverse.unbind(0)
+        # of one block: codes to go, the same in units of the weights, codes to go for one unit of H D, and the ends of
+        # the range from where the codes are. What does not depend on the column before is computed for all at once.
+        self.steps, self.change, self.reach, self.below, self.above = (torch.empty_like(G) for _ in range(5))
+        self.scales = state.scales.unbind(0)
+        self.columns = list(
+            zip(*(x.unbind(0) for x in (G, self.steps, self.change, self.reach, self.below, self.above)), strict=True)
+        )
+
+    def __call__(self, block: slice) -> None:
+        state, start, size, s = self.state, block.start, block.stop - block.start, self.scales
+        bottom, top = state.ranges.unbind(0)
+        largest = torch.finfo(self.H.dtype).max
+        torch.sub(bottom, state.codes[block], out=self.below[:size])
+        torch.sub(top, state.codes[block], out=self.above[:size])
         for k in range(size):
-            torch.div(inverse[start + k], s[(start + k) // run], out=f[k])
-        reach[:size].clamp_(-largest, largest)  # of tiny scales and inputs: infinity times zero would be no number
-        own = H[start:stop, start:stop]
+            torch.div(self.inverse[start + k], s[(start + k) // self.run], out=self.columns[k][3])
+        self.reach[:size].clamp_(-largest, largest)  # of tiny scales and inputs: infinity times zero is no number
+        own = self.H[block, block]
         for first in range(0, size, _LEAF_COLUMNS):
             last = min(first + _LEAF_COLUMNS, size)
             if first:
-                G[first:last].addmm_(own[first:last, :first], change[:first], alpha=-1.0)
+                self.G[first:last].addmm_(own[first:last, :first], self.change[:first], alpha=-1.0)
             for k in range(first, last):
-                torch.mul(g[k], f[k], out=n[k]).round_()
-                torch.clamp(n[k], low[k], high[k], out=n[k])
-                torch.mul(n[k], s[(start + k) // run], out=d[k])
+                g, n, d, f, low, high = self.columns[k]
+                torch.mul(g, f, out=n).round_()
+                torch.clamp(n, low, high, out=n)
+                torch.mul(n, s[(start + k) // self.run], out=d)
                 for later in range(k + 1, last):
-                    g[later].sub_(d[k], alpha=bands[later - k - 1][start + k])
-        state.D[start:stop] -= change[:size]
-        state.codes[start:stop] = (state.codes[start:stop] + steps[:size]).to(torch.int8)
-        moved |= steps[:size].any(0)
-    return moved
+                    self.columns[later][0].sub_(d, alpha=self.bands[later - k - 1][start + k])
+        state.D[block] -= self.change[:size]
+        state.codes[block] = (state.codes[block] + self.steps[:size]).to(torch.int8)
+        self.moved |= self.steps[:size].any(0)

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
+from lrpq.kernels.columns import round_columns
+from lrpq.kernels.compiled import usable
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import Factor
 from lrpq.quant.grid import (
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 # Columns below which a sweep step uses vector operations instead of halving again: swept 3 .. 18 on 2 cores.
 LEAF_COLUMNS = 6
+COMPILED_LEAF = 48  # of the compiled loop: 16 .. 48 swept on one core, within 10%
 # Stacked rows of one sweep. On CPU they keep the inner levels of the recursion in cache (2,304 .. 18,432
 # swept: 4,608 and 9,216 are equal, 2,304 is dominated by dispatch); on GPU they only bound the memory.
 _CPU_ROWS = 4608
@@ -63,7 +66,6 @@ def gptq(
     scales: Sequence[Float[Tensor, "d_out groups"]] | None = None,
     H: Float[Tensor, "d_in d_in"] | None = None,
     grid: Grid = Grid.SYMMETRIC,
-    leaf_columns: int = LEAF_COLUMNS,
     name: str = "layer",
 ) -> list[QuantizedWeight]:
     """Quantize W for every choice in one sweep over the columns; results in the order of ``choices``.
@@ -109,7 +111,7 @@ def gptq(
     for start in range(0, d_out, num_rows):
         rows = slice(start, start + num_rows)
         Z_rows = None if Z is None else Z[:, :, rows]
-        sweep = _sweep(Wt[:, rows], factor, S[:, :, rows], bounds, run, Z=Z_rows, leaf=leaf_columns, memory=memory)
+        sweep = _sweep(Wt[:, rows], factor, S[:, :, rows], bounds, run, Z=Z_rows, memory=memory)
         codes[:, :, rows] = sweep.codes
     back = torch.argsort(factor.order)
     return [
@@ -155,14 +157,14 @@ def _sweep(
     run: int,
     *,
     Z: Tensor | None,
-    leaf: int,
     memory: Tensor | None = None,
 ) -> _Sweep:
     """The column loop over W [d_in, rows] in sweep order, for all choices (scales S [runs, choices, rows]).
 
     The matrix is kept transposed, so that a column of W is contiguous. Halving: round the left half,
     propagate its errors to the right half in one matmul, round the right half. Every inner level is then a
-    matmul of growing size and only ``leaf`` columns at a time see vector operations.
+    matmul of growing size, and only the columns of a leaf go through a loop: a compiled one where there is one
+    (float32, no zero points), else vector operations.
 
     ``memory``, if given, is where the errors go: fresh pages cost as much as a fifth of the sweep.
     """
@@ -172,17 +174,54 @@ def _sweep(
     # the targets t_k, updated in place until column k is rounded, and from then on its errors D_k
     T = flat.view(shape).copy_(W.unsqueeze(1))
     codes = torch.empty(shape, dtype=torch.int8, device=W.device)
-    leaf_codes = T.new_empty(min(leaf, d_in), *shape[1:])
-    bottom, top = (b.unsqueeze(1).expand(shape[1:]).contiguous() for b in bounds.unbind(1))
+    round_leaf, leaf = (_compiled if is_compiled(W, Z) else _vectorized)(W, T, codes, factor, S, Z, bounds, run)
+    columns = T.view(d_in, -1)
+    for first, middle, last in _halvings(0, d_in, leaf):
+        if middle == last:
+            round_leaf(first, last)
+        else:
+            columns[middle:last].addmm_(factor.R[first:middle, middle:last].T, columns[first:middle])
+    return _Sweep(codes, T)
+
+
+def is_compiled(W: Tensor, Z: Tensor | None = None) -> bool:
+    """Whether a leaf goes through a compiled loop."""
+    return Z is None and usable(W)
+
+
+_RoundLeaf = Callable[[int, int], None]
+
+
+def _compiled(
+    W: Tensor, T: Tensor, codes: Tensor, factor: Factor, S: Tensor, Z: Tensor | None, bounds: Tensor, run: int
+) -> tuple[_RoundLeaf, int]:
+    """Rounds columns first .. last by `lrpq.kernels`; and how many at a time."""
+    assert Z is None
+    W, S, runs = W.contiguous(), S.contiguous(), factor.order // run
+
+    def round_leaf(first: int, last: int) -> None:
+        k = slice(first, last)
+        round_columns(T[k], W[k], S, factor.R[k, k], bounds, runs[k], codes[k])
+
+    return round_leaf, COMPILED_LEAF
+
+
+def _vectorized(
+    W: Tensor, T: Tensor, codes: Tensor, factor: Factor, S: Tensor, Z: Tensor | None, bounds: Tensor, run: int
+) -> tuple[_RoundLeaf, int]:
+    """The same by vector operations."""
+    leaf = min(LEAF_COLUMNS, len(W))
+    shape = T.shape[1:]
+    leaf_codes = T.new_empty(leaf, *shape)
+    bottom, top = (b.unsqueeze(1).expand(shape).contiguous() for b in bounds.unbind(1))
     # everything that the inner loop indexes, taken apart once: a tensor index costs as much as a vector
     # operation
     w, t, q, s = W.unbind(0), T.unbind(0), leaf_codes.unbind(0), S.contiguous().unbind(0)
     z = None if Z is None else Z.contiguous().unbind(0)
     group = (factor.order // run).tolist()
-    bands = [factor.R.diagonal(i).tolist() for i in range(1, min(leaf, d_in))]  # bands[i - 1][k] = R[k, k + i]
-    columns = T.view(d_in, -1)
+    bands = [factor.R.diagonal(i).tolist() for i in range(1, leaf)]  # bands[i - 1][k] = R[k, k + i]
 
-    def round_columns(first: int, last: int) -> None:
+    def round_leaf(first: int, last: int) -> None:
         for k in range(first, last):
             code, scale, d = q[k - first], s[group[k]], t[k]
             torch.div(t[k], scale, out=code).round_()
@@ -196,12 +235,7 @@ def _sweep(
                 t[later].add_(d, alpha=bands[later - k - 1][k])
         codes[first:last] = leaf_codes[: last - first]
 
-    for first, middle, last in _halvings(0, d_in, leaf):
-        if middle == last:
-            round_columns(first, last)
-        else:
-            columns[middle:last].addmm_(factor.R[first:middle, middle:last].T, columns[first:middle])
-    return _Sweep(codes, T)
+    return round_leaf, leaf
 
 
 def _halvings(first: int, last: int, leaf: int) -> Iterator[tuple[int, int, int]]:

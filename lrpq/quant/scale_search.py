@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from lrpq.kernels.compiled import usable
+from lrpq.kernels.scale_errors import write_errors, write_fit
 from lrpq.model.layers import Choice
 from lrpq.quant.grid import (
     Grid,
@@ -172,26 +174,80 @@ def _search_chunk(
     tried = [(base / (-bottom - 0.5)).unsqueeze(0), *(signed / divisors for signed in _signed(base, w, bits, grid))]
     scales = torch.cat(tried).bfloat16().to(w.dtype)
 
-    cuts = _cuts(w.shape, part)
-    parts = [_Part(w[cut], importance[cut[0]], None if zero is None else zero[cut], bits, buffers) for cut in cuts]
-    errors, inverses = torch.empty_like(scales), scales.reciprocal()
-    for cut, each in zip(cuts, parts, strict=True):
-        each.write_errors(inverses[:, *cut], errors[:, *cut])
-    errors.mul_(scales).mul_(scales)
+    rounded = _on(w, importance, zero, bits, part=part, buffers=buffers)
+    errors = rounded.errors(scales.reciprocal()).mul_(scales).mul_(scales)
     # of equal errors min takes the first, on any device (argmin does too, at ten times the time)
     best = scales.gather(0, errors.min(0, keepdim=True).indices).squeeze(0)
 
-    product, squares = torch.empty_like(best), torch.empty_like(best)
     for _ in range(_SEARCH[bits].refits):
-        inverse = best.reciprocal()
-        for cut, each in zip(cuts, parts, strict=True):
-            each.write_fit(inverse[cut], product[cut], squares[cut])
+        product, squares = rounded.fit(best.reciprocal())
         refitted = (product / squares).bfloat16().to(w.dtype)
         # with these codes the error is a parabola in the scale; what it gains, rounding again can only add to. False
         # for NaN, of a group whose codes are all zero
         gains = (refitted - best) * ((refitted + best) * squares - 2 * product) < 0
         torch.where(gains, refitted, best, out=best)
     return best
+
+
+class _Rounded(Protocol):
+    """A chunk's weights on grids of given scales."""
+
+    def errors(self, inverses: Tensor) -> Tensor:
+        """Weighted squared errors, in units of the scale squared, for every 1 / scale [tried, groups, 1, rows]."""
+
+    def fit(self, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted sums of weight times code and of squared codes [groups, 1, rows], at one 1 / scale."""
+
+
+def _on(
+    w: Tensor, importance: Tensor, zero: Tensor | None, bits: int, *, part: int, buffers: Sequence[Tensor]
+) -> _Rounded:
+    if zero is None and usable(w):
+        return _Compiled(w, importance, code_range(bits))
+    return _Parts(w, importance, zero, bits, part, buffers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """By compiled loops."""
+
+    w: Tensor
+    importance: Tensor
+    range: tuple[int, int]
+
+    def errors(self, inverses: Tensor) -> Tensor:
+        errors = torch.empty_like(inverses)
+        write_errors(self.w, self.importance, inverses, errors, self.range)
+        return errors
+
+    def fit(self, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        product, squares = torch.empty_like(inverse), torch.empty_like(inverse)
+        write_fit(self.w, self.importance, inverse, product, squares, self.range)
+        return product, squares
+
+
+class _Parts:
+    """By vector operations, on parts of the chunk."""
+
+    def __init__(
+        self, w: Tensor, importance: Tensor, zero: Tensor | None, bits: int, part: int, buffers: Sequence[Tensor]
+    ) -> None:
+        self.cuts = _cuts(w.shape, part)
+        self.parts = [
+            _Part(w[cut], importance[cut[0]], None if zero is None else zero[cut], bits, buffers) for cut in self.cuts
+        ]
+
+    def errors(self, inverses: Tensor) -> Tensor:
+        errors = torch.empty_like(inverses)
+        for cut, each in zip(self.cuts, self.parts, strict=True):
+            each.write_errors(inverses[:, *cut], errors[:, *cut])
+        return errors
+
+    def fit(self, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        product, squares = torch.empty_like(inverse), torch.empty_like(inverse)
+        for cut, each in zip(self.cuts, self.parts, strict=True):
+            each.write_fit(inverse[cut], product[cut], squares[cut])
+        return product, squares
 
 
 class _Part:

@@ -38,7 +38,10 @@ def same(a: list[QuantizedWeight], b: list[QuantizedWeight]) -> bool:
 def test_the_leaf_size_does_not_change_the_codes(d_out: int, d_in: int, seed: int, leaf: int) -> None:
     W, H = layer(d_out, d_in, seed)
     factor = factorize(H)
-    assert same(gptq(W, factor, ALL_BITS), gptq(W, factor, ALL_BITS, leaf_columns=leaf))
+    whole = gptq(W, factor, ALL_BITS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gptq_module, "LEAF_COLUMNS", leaf)
+        assert same(whole, gptq(W, factor, ALL_BITS))
 
 
 @few
@@ -95,7 +98,7 @@ def test_internal_loss_is_the_damped_quadratic_form(d_out: int, d_in: int, seed:
     scales = torch.stack([q.scales.T for q in quantized], dim=1).double()
     bounds = torch.tensor([code_range(c.bits) for c in choices]).double()
     Wt = W.T[factor.order]
-    sweep = gptq_module._sweep(Wt, factor, scales, bounds, d_in, Z=None, leaf=3)
+    sweep = gptq_module._sweep(Wt, factor, scales, bounds, d_in, Z=None)
     rounded = Wt.unsqueeze(1) - sweep.errors
     # t_k = w_k + sum_{j<k} D_j R_jk: what each column was rounded at, and to its nearest code
     targets = Wt.unsqueeze(1) + torch.einsum("jk,jcr->kcr", factor.R.triu(1), sweep.errors)

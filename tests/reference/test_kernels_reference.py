@@ -1,0 +1,134 @@
+"""The compiled loops against the same loops in float64, written plainly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrpq.kernels import compiled
+from lrpq.kernels.columns import round_columns
+from lrpq.kernels.descent import descend_columns
+from lrpq.kernels.scale_errors import write_errors, write_fit
+from lrpq.model.layers import Choice
+from lrpq.quant import descent as descent_module
+from lrpq.quant import gptq as gptq_module
+from lrpq.quant import scale_search as search_module
+from lrpq.quant.descent import descend
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import gptq, loss
+from lrpq.quant.grid import Grid
+
+# one row, a strip, strips with a rest; fewer columns than are taken at a time, and more
+SHAPES = [(1, 1), (1, 7), (64, 4), (70, 9), (131, 48)]
+BOUNDS = torch.tensor([[-4.0, 3.0], [-8.0, 7.0]])
+
+
+def numbers(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_columns_are_rounded_as_the_formula_says(rows: int, columns: int) -> None:
+    T, W = numbers(columns, 2, rows, seed=1) * 3, numbers(columns, rows, seed=2) * 3
+    S = numbers(3, 2, rows, seed=3).sign() * (0.2 + numbers(3, 2, rows, seed=4).abs())
+    R = numbers(columns, columns, seed=5).triu(1) * 0.2 + torch.eye(columns)
+    runs = torch.arange(columns) % 3
+    found, codes = T.clone(), torch.empty(columns, 2, rows, dtype=torch.int8)
+    round_columns(found, W, S, R, BOUNDS, runs, codes)
+    errors = found.double()
+    targets = T.double() + torch.einsum("jk,jcr->kcr", R.double().triu(1), errors)
+    s = S.double()[runs]
+    ideal = (targets / s).clamp(BOUNDS[:, 0].view(1, 2, 1), BOUNDS[:, 1].view(1, 2, 1))
+    assert ((ideal - codes).abs() < 0.5 + 1e-4).all()
+    assert torch.allclose(errors, W.double().unsqueeze(1) - codes * s, atol=1e-5)
+    assert codes.unique().numel() > 1 or rows * columns == 1
+
+
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_columns_are_descended_as_the_formula_says(rows: int, columns: int) -> None:
+    D, codes = numbers(columns, rows, seed=1), torch.randint(-4, 4, (columns, rows), dtype=torch.int8)
+    G = numbers(columns, rows, seed=2) * 2
+    S = numbers(2, rows, seed=3).sign() * (0.2 + numbers(2, rows, seed=4).abs())
+    A = numbers(columns, 2 * columns, seed=5)
+    own = A @ A.T / (2 * columns)
+    inverse = 1 / own.diagonal()
+    if columns > 2:
+        inverse[2] = 0.0  # a dead input
+    runs = torch.arange(columns) % 2
+    bounds = torch.tensor([-4.0, 3.0]).unsqueeze(1).expand(2, rows).contiguous()
+    before, D_before = codes.clone(), D.clone()
+    moved = torch.zeros(rows, dtype=torch.bool)
+    descend_columns(G, D, codes, S, bounds, own, inverse, runs, moved)
+    steps = codes.double() - before.double()
+    changes = steps * S.double()[runs]
+    pulls = G.double() - own.double().tril(-1) @ changes
+    ideal = (pulls * inverse.double().unsqueeze(1) / S.double()[runs]).clamp(
+        -4.0 - before.double(), 3 - before.double()
+    )
+    assert ((ideal - steps).abs() < 0.5 + 1e-3).all()
+    assert torch.allclose(D.double(), D_before.double() - changes, atol=1e-5)
+    assert torch.equal(moved, (steps != 0).any(0))
+    if columns > 2:
+        assert (steps[2] == 0).all()
+
+
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_errors_and_fits_of_scales_are_the_weighted_sums(rows: int, width: int) -> None:
+    w, v = numbers(3, width, rows, seed=1), numbers(3, 1, width, seed=2).abs()
+    inverses = numbers(4, 3, 1, rows, seed=3) * 4
+    errors = torch.empty_like(inverses)
+    write_errors(w, v, inverses, errors, (-4, 3))
+    x = w.double() * inverses.double()
+    # the product is rounded to float32 before it is rounded to a code
+    q = (w * inverses).round().clamp(-4, 3).double()
+    weights = v.double().transpose(1, 2)
+    assert torch.allclose(errors.double(), (weights * (x - q).square()).sum(2, keepdim=True), rtol=1e-4, atol=1e-6)
+    product, squares = (torch.empty(3, 1, rows) for _ in range(2))
+    write_fit(w, v, inverses[0], product, squares, (-4, 3))
+    assert torch.allclose(product.double(), (weights * w.double() * q[0]).sum(1, keepdim=True), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(squares.double(), (weights * q[0].square()).sum(1, keepdim=True), rtol=1e-5)
+
+
+def layer(d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
+    X = numbers(4 * d_in, d_in, seed=6) * torch.logspace(0, 1, d_in)
+    return numbers(d_out, d_in, seed=7), X.T @ X / len(X)
+
+
+CHOICES = [Choice(bits=bits, group_size=size) for bits, size in ((2, 32), (3, -1), (4, 96), (8, 48))]
+
+
+def test_a_layer_comes_out_as_by_vector_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same scales and codes but for ties and fp32's last digit, the same loss within 1e-4."""
+    W, H = layer(200, 192)
+    factor = factorize(H)
+    fast = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
+    fast_after = descend(W, fast, H)
+    for module in (gptq_module, descent_module, search_module):
+        monkeypatch.setattr(module, "usable", lambda *tensors: False)
+    plain = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
+    plain_after = descend(W, fast, H)
+    for a, b in zip([*fast, *(d.weight for d in fast_after)], [*plain, *(d.weight for d in plain_after)], strict=True):
+        assert (a.scales == b.scales).float().mean() > 0.99
+        assert (a.codes == b.codes).float().mean() > 0.99
+        losses = [float(loss(W, q.dequantize(), H).sum()) for q in (a, b)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_neither_threads_nor_strips_change_a_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, H = layer(150, 96)
+    factor = factorize(H)
+    alone = [gptq(W[i : i + 1].contiguous(), factor, CHOICES, grid=Grid.SIGNED) for i in range(len(W))]
+    whole = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        shared = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
+    finally:
+        torch.set_num_threads(threads)
+    for i, q in enumerate(whole):
+        assert torch.equal(q.codes, shared[i].codes)
+        assert torch.equal(q.scales, shared[i].scales)
+        assert torch.equal(q.scales, torch.cat([rows[i].scales for rows in alone]))
+    assert compiled.usable(W)
+    assert not compiled.usable(W.double())
