@@ -34,9 +34,9 @@ def compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return made
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether compiled loops take these: float32 in the host's memory."""
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+def usable(tensor: Tensor) -> bool:
+    """Whether compiled loops take this: float32, on a CPU or a CUDA device."""
+    return tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda")
 
 
 def strips(rows: int) -> int:

@@ -202,7 +202,7 @@ class _Rounded(Protocol):
 def _on(
     w: Tensor, importance: Tensor, zero: Tensor | None, bits: int, *, part: int, buffers: Sequence[Tensor]
 ) -> _Rounded:
-    if zero is None and usable(w):
+    if zero is None and usable(w) and not w.is_cuda:  # a GPU has no cache to win
         return _Compiled(w, importance, code_range(bits))
     return _Parts(w, importance, zero, bits, part, buffers)
 

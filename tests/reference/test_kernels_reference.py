@@ -105,7 +105,7 @@ def test_a_layer_comes_out_as_by_vector_operations(monkeypatch: pytest.MonkeyPat
     fast = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
     fast_after = descend(W, fast, H)
     for module in (gptq_module, descent_module, search_module):
-        monkeypatch.setattr(module, "usable", lambda *tensors: False)
+        monkeypatch.setattr(module, "usable", lambda tensor: False)
     plain = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
     plain_after = descend(W, fast, H)
     for a, b in zip([*fast, *(d.weight for d in fast_after)], [*plain, *(d.weight for d in plain_after)], strict=True):
