@@ -20,6 +20,8 @@ class Unit:
     """Its last linear layer; the unit's output is this layer's, unchanged."""
     returns_tuple: bool
     """Whether the module returns (output, something else) instead of the output."""
+    added: bool = True
+    """Whether the block adds the output to its hidden states as it is, with no norm in between."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +78,11 @@ LLAMA = Family(
     },
     units=(_ATTENTION, _MLP),
 )
-GEMMA = replace(LLAMA, logit_cap="final_logit_softcapping")
+_NORMED_UNITS = (replace(_ATTENTION, added=False), replace(_MLP, added=False))
+GEMMA = replace(LLAMA, logit_cap="final_logit_softcapping", units=_NORMED_UNITS)
 GEMMA_MULTIMODAL = replace(  # transformers caps the logits of the text model alone
     LLAMA,
+    units=_NORMED_UNITS,
     blocks="model.language_model.layers",
     outside=("model.language_model.embed_tokens",),
     tail=("model.language_model.norm",),

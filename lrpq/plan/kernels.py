@@ -74,7 +74,7 @@ def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cp
         matmul(propagated * stacked, dtype=FP32, width=min(d_in // 4, stacked))
         + Work(
             amounts={
-                COUNTED: 2.0 * trials * d_out * d_in,
+                COUNTED: 0.0 if cpu else 2.0 * trials * d_out * d_in,  # compiled loops on CPUs, products elsewhere
                 "search": float(trials * d_out * d_in),
                 "columns": float(d_in * stacked),
                 "column-steps": float(d_in * chunks),
@@ -153,6 +153,7 @@ def quantize_refined(
     choice: Choice,
     *,
     corrected: bool,
+    pulled: bool,
     polish_rounds: int,
     polish_sweeps: int,
     row_blocks: int,
@@ -163,7 +164,7 @@ def quantize_refined(
     parts = [normalized(d_in), factorize(d_in)]
     if corrected:
         solve = work(factor=2.0 * d_in * d_in * d_out)
-        product = matmul(2.0 * d_out * d_in * d_in, dtype=FP32, width=d_in)
+        product = NOTHING if pulled else matmul(2.0 * d_out * d_in * d_in, dtype=FP32, width=d_in)  # W D, or P as it is
         parts += [factorize(d_in), solve, product, work(wide=4 * F32_BYTES * d_in * d_in)]
         parts += [quantize(2 * d_out, d_in, [choice], kind=kind, cpu=cpu)]
         parts += [2 * target_error(d_out, d_in), dequantize(2 * d_out, d_in, itemsize=F32_BYTES)]

@@ -54,13 +54,14 @@ def quantize_refined(
 ) -> Refined:
     """GPTQ on the inputs of the quantized prefix, after a correction towards the original outputs; then polished.
 
-    The corrected target is W + a W D (C + damping)^-1 . A row's calibration error is the weighted distance
-    between its original output on original inputs and its quantized output on the real inputs; each row keeps the
-    better of the corrected and the plain codes. Rows do not interact in GPTQ, so this guard can act on each.
+    The corrected target is W + a W D (C + damping)^-1, with P for W D where there is one. A row's calibration error is
+    the weighted distance between the output that is wanted (quant/correction.py) and its quantized output on the real
+    inputs; each row keeps the better of the corrected and the plain codes. Rows do not interact in GPTQ, so this guard
+    can act on each.
 
     Args:
         W: original weights, float32.
-        products: C and D of its input site, all shards merged.
+        products: C and D or P of its input site, all shards merged.
         choice: bits and group size.
         strength: a in the formula; 0 corrects nothing.
         damping: share of the mean diagonal of C that GPTQ adds to it.
@@ -77,12 +78,12 @@ def quantize_refined(
     C = normalized(products.hessian, name=name).to(W.device)
     factor = factorize(C, damping=damping, name=name)
     prefix: _Prefix | None = None
-    if products.shift is None or strength == 0.0:
+    if (products.shift is None and products.pull is None) or strength == 0.0:
         rounded = _Rounded(target=W, weight=gptq(W, factor, [choice], grid=grid, name=name)[0])
     else:
-        prefix = _Prefix.of(W, C, products.shift.to(W.device) / products.hessian.weight_sum)
+        prefix = _Prefix.of(W, C, products)
         cholesky = damped_cholesky(prefix.C, damping=correction_damping, name=name)
-        corrected = correct(W, prefix.D, prefix.C, strength=strength, cholesky=cholesky, WD=prefix.WD, name=name)
+        corrected = correct(W, prefix.pull, strength=strength, cholesky=cholesky, name=name)
         both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
         rounded = prefix.better(W, corrected, both)
         rounded.damping_steps = cholesky.num_damping_steps
@@ -128,7 +129,7 @@ def _with_feedback(
         return polish(T, [found], C, rounds=polish_rounds, name=name)[0].weight if polish_rounds else found
 
     weight = quantize_in_blocks(rounded.target, outputs, round_rows, num_blocks=row_blocks, name=name)
-    hessian, shift = (C, None) if prefix is None else (prefix.C, prefix.WD)
+    hessian, shift = (C, None) if prefix is None else (prefix.C, prefix.pull)
     together, apart = (
         joint_error(q.dequantize(torch.float32) - W, hessian, shift, outputs) for q in (weight, rounded.weight)
     )
@@ -151,18 +152,21 @@ class _Prefix:
 
     W: Float[Tensor, "d_out d_in"]
     C: Float[Tensor, "d_in d_in"]
-    D: Float[Tensor, "d_in d_in"]
-    WD: Float[Tensor, "d_out d_in"]
+    pull: Float[Tensor, "d_out d_in"]
+    """W D, or P where the layer adds to the hidden states."""
 
     @classmethod
-    def of(cls, W: Tensor, C: Tensor, D: Tensor) -> _Prefix:
+    def of(cls, W: Tensor, C: Tensor, products: SiteProducts) -> _Prefix:
         """In units of a power of two near C's largest entry: with small inputs, W D would vanish in fp32."""
         unit = power_of_two(C.diagonal().amax())
-        D = D / unit
-        return cls(W=W, C=C / unit, D=D, WD=W @ D)
+        if products.pull is not None:
+            return cls(W=W, C=C / unit, pull=products.pull.to(W.device) / products.hessian.weight_sum / unit)
+        assert products.shift is not None
+        D = products.shift.to(W.device) / products.hessian.weight_sum / unit
+        return cls(W=W, C=C / unit, pull=W @ D)
 
     def error(self, Q: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "rows=d_out"]:
-        return target_error(self.W, Q, self.C, self.D, WD=self.WD)
+        return target_error(self.W, Q, self.C, self.pull)
 
     def better(self, W: Tensor, corrected: Tensor, both: QuantizedWeight) -> _Rounded:
         """Of every row the better of the plain codes (the first half of ``both``) and the corrected ones."""

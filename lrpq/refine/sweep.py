@@ -4,7 +4,13 @@ For a site with inputs x (original) and xq (quantized prefix) and token weights 
 
     C = sum_t s_t xq_t xq_t^T        D = sum_t s_t (x_t - xq_t) xq_t^T
 
-which is all that correction, GPTQ and the guard need (quant/correction.py). Sites are visited in the order of the
+which is all that correction, GPTQ and the guard need (quant/correction.py). Where a layer's output is added to the
+hidden states as it is (attention's output projection, the MLP's last layer), it can make up for the errors that the
+hidden states r bring along too. There D gives way to
+
+    P = sum_t s_t (W (x_t - xq_t) + r_t - rq_t) xq_t^T.
+
+Sites are visited in the order of the
 forward, so the inputs of a site already carry the errors of the quantized sites before it in the same block.
 
 Cost in forward passes F of the blocks: F for each stream. A site's forward stops at the site, and attention or MLP,
@@ -16,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,13 +46,22 @@ class SiteProducts:
     hessian: HessianSum
     """C with its sum of weights."""
     shift: Float[Tensor, "d_in d_in"] | None
-    """D (float32), or None where nothing is corrected."""
+    """D (float32); None where nothing is corrected, and where there is P."""
+    pull: Float[Tensor, "d_out d_in"] | None = None
+    """P (float32), of a site whose one layer adds to the hidden states."""
 
 
 def merge_products(left: SiteProducts, right: SiteProducts) -> SiteProducts:
     """Sum of two disjoint sets of shards."""
-    shift = None if left.shift is None or right.shift is None else left.shift + right.shift
-    return SiteProducts(hessian=merge(left.hessian, right.hessian), shift=shift)
+    return SiteProducts(
+        hessian=merge(left.hessian, right.hessian),
+        shift=_sum(left.shift, right.shift),
+        pull=_sum(left.pull, right.pull),
+    )
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return None if left is None or right is None else left + right
 
 
 class RefineSweep:
@@ -57,7 +72,7 @@ class RefineSweep:
         shards: shard index -> tokens.
         num_shards: shards of the whole run (the shape of the merge tree).
         micro_batch: windows computed at once; part of the result's identity.
-        with_shift: also carry the original stream and add up D.
+        with_shift: also carry the original stream and add up D or P.
     """
 
     def __init__(
@@ -113,27 +128,42 @@ class RefineSweep:
         reader = self.stream.local_name(site[0])
         parts: dict[Node, SiteProducts] = {}
         for shard, batches in self.quantized.items():
-            hessian = empty_hessian(site[0].d_in, self.stream.device)
-            shift = torch.zeros_like(hessian.xx) if self.with_shift else None
+            sums = self._empty(site[0], reader)
             offset = 0
             for position, hidden in enumerate(batches):
                 with self.stream.swapped(module, quantized):
-                    xq = self._inputs_of(reader, block, module, hidden, ("quantized", shard, position))
+                    xq, rq = self._at(reader, block, module, hidden, ("quantized", shard, position))
                 s = torch.ones(len(xq), device=xq.device)
                 if token_weights is not None:
                     s = token_weights[shard][offset : offset + len(xq)].to(xq.device, torch.float32)
                 offset += len(xq)
-                hessian = accumulate(hessian, xq, s)
-                if shift is not None:
+                sums = replace(sums, hessian=accumulate(sums.hessian, xq, s))
+                if self.with_shift:
                     original = self.original[shard][position]
-                    x = self._inputs_of(reader, block, module, original, ("original", shard, position))
-                    difference = x.float() - xq.float()
-                    shift.addmm_((difference * s[:, None]).T, xq.float())
+                    x, r = self._at(reader, block, module, original, ("original", shard, position))
+                    lacking = x.float() - xq.float()
+                    if sums.pull is not None:
+                        assert r is not None
+                        assert rq is not None
+                        W = module.get_submodule(reader).weight
+                        lacking = (r.float() - rq.float()).addmm_(lacking, W.float().T)
+                    total = sums.shift if sums.pull is None else sums.pull
+                    assert total is not None
+                    total.addmm_((lacking * s[:, None]).T, xq.float())
                 self.on_batch()
-            parts[0, shard] = SiteProducts(hessian=hessian, shift=shift)
+            parts[0, shard] = sums
             parts = fold(parts, self.num_shards, merge_products)
         release_freed_memory()  # of the site before: its products, factors and what rounding and polishing took
         return parts
+
+    def _empty(self, spec: LinearSpec, reader: str) -> SiteProducts:
+        hessian = empty_hessian(spec.d_in, self.stream.device)
+        if not self.with_shift:
+            return SiteProducts(hessian=hessian, shift=None)
+        if self._adds(reader):
+            pull = torch.zeros(spec.d_out, spec.d_in, device=self.stream.device)
+            return SiteProducts(hessian=hessian, shift=None, pull=pull)
+        return SiteProducts(hessian=hessian, shift=torch.zeros_like(hessian.xx))
 
     @torch.no_grad()
     def advance(self, block: int, module: nn.Module, quantized: Mapping[str, Tensor]) -> None:
@@ -163,6 +193,25 @@ class RefineSweep:
             for position, hidden in enumerate(batches):
                 batches[position] = self.run_continued(block, module, hidden, (which, shard, position))
                 self.on_batch()
+
+    def _adds(self, reader: str) -> bool:
+        return any(unit.added and unit.last == reader for unit in self.stream.family.units)
+
+    def _at(
+        self, reader: str, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]
+    ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens h"] | None]:
+        """Input of a layer and, where P is wanted, the hidden states that its output is added to."""
+        x = self._inputs_of(reader, block, module, hidden, place)
+        if not self.with_shift or not self._adds(reader):
+            return x, None
+        r = hidden
+        for unit in self.stream.family.units:
+            if unit.last == reader:
+                break
+            if unit.last not in self._known[place]:
+                self._inputs_of(unit.last, block, module, hidden, place)
+            r = r + module.get_submodule(unit.last)(self._known[place][unit.last])
+        return x, r.flatten(0, -2)
 
     def _inputs_of(
         self, reader: str, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]

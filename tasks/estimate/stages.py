@@ -259,15 +259,15 @@ class Stages:
             everything += (streaming * tokens_share + quantizing) * kind.count
             busiest += (streaming + waited + work(disk_read=kind.disk_bytes)) * kind.count
             steps += kind.count
-        widths = [members[0].d_in for kind in shape.blocks() for members in kind.sites().values()]
-        moved = sum(4.0 * width * width * (2 if corrected else 1) for width in widths)
+        readers = [members[0] for kind in shape.blocks() for members in kind.sites().values()]
+        sums = [self._sums_bytes(spec, corrected=corrected) for spec in readers]
         weights = {"token weights": 4.0 * asked.tokens * max(len(k.sites()) for k in shape.kinds)} if weighted else {}
         return Load(
             work=everything,
             busiest=busiest,
             tensors=peak,
-            host={"sums on their way": 2.0 * max(widths) ** 2 * 4 * (2 if corrected else 1), **weights},
-            network_bytes=moved * max(self.active - 1, 0),
+            host={"sums on their way": 2.0 * max(sums), **weights},
+            network_bytes=sum(sums) * max(self.active - 1, 0),
             steps=steps,
         )
 
@@ -318,10 +318,24 @@ class Stages:
         for members in _by_site(kind.steps[position]).values():
             d_in, seen = members[0].d_in, tokens * self.shape.share(members[0])
             found += kernels.accumulate(d_in, seen)
-            if corrected:
+            if corrected and self._adds(members[0]):  # W (x - xq), P, and what earlier units of the block add
+                found += matmul(4.0 * seen * members[0].num_weights, dtype=kernels.FP32, width=d_in)
+                earlier = [s for s in order[: order.index(members[0])] if self._adds(s)]
+                found += matmul(streams * self._linear_flops(earlier, tokens), dtype=self.dtype, width=d_in)
+                found += work(wide=20.0 * seen * (d_in + members[0].d_out))
+            elif corrected:
                 found += matmul(2.0 * seen * d_in * d_in, dtype=kernels.FP32, width=d_in)
                 found += work(wide=20.0 * seen * d_in)
         return found
+
+    def _adds(self, spec: LinearSpec) -> bool:
+        stream = self.shape.stream
+        return any(unit.added and unit.last == stream.local_name(spec) for unit in stream.family.units)
+
+    def _sums_bytes(self, spec: LinearSpec, *, corrected: bool) -> float:
+        """C, and D or P, of a site that the layer reads."""
+        second = spec.num_weights if self._adds(spec) else spec.d_in**2
+        return 4.0 * (spec.d_in**2 + (second if corrected else 0))
 
     def _module(self, spec: LinearSpec, *, corrected: bool, polish_rounds: int, weighted: bool) -> Work:
         choice = self.refined_choice(spec)
@@ -331,13 +345,14 @@ class Stages:
             spec.d_in,
             choice,
             corrected=corrected,
+            pulled=self._adds(spec),
             polish_rounds=polish_rounds,
             polish_sweeps=POLISH_SWEEPS,
             row_blocks=row_blocks,
             kind=self.asked.grid,
             cpu=self.cpu,
         )
-        moved = 4.0 * spec.d_in * spec.d_in * (2 if corrected else 1)
+        moved = self._sums_bytes(spec, corrected=corrected)
         reading = work(disk_read=spec.num_weights * self.shape.itemsize, wide=2 * moved, pack=2 * spec.num_weights)
         if row_blocks > 1:
             reading += work(matrix_read=sum(map(hessian_bytes, kernels.output_chunks(spec.d_out))))
@@ -351,7 +366,7 @@ class Stages:
     def _refine_memory(self, kind: BlockKind, step: Sequence[LinearSpec], *, corrected: bool) -> dict[str, float]:
         shape, asked = self.shape, self.asked
         sites = _by_site(step)
-        squares = sum(4.0 * members[0].d_in ** 2 for members in sites.values()) * (2 if corrected else 1)
+        squares = sum(self._sums_bytes(members[0], corrected=corrected) for members in sites.values())
         widest = max(step, key=lambda spec: spec.d_in * max(spec.d_in, spec.d_out))
         square, weights = 4.0 * widest.d_in**2, 4.0 * widest.num_weights
         tokens = self.windows * asked.length

@@ -217,7 +217,8 @@ def test_correction_solves_the_damped_least_squares_problem() -> None:
     D = ((X - Xq).T * s) @ Xq / s.sum()
     W = weights(d_out, d_in)
 
-    full = correct(W, D, C, strength=1.0, damping=0.0)
+    P = W @ D
+    full = correct(W, P, strength=1.0, cholesky=damped_cholesky(C, damping=0.0))
     root = s.sqrt().unsqueeze(1)
     solution = torch.linalg.lstsq(root * Xq, root * (X @ W.T)).solution.T
     assert torch.allclose(full, solution, atol=1e-8)
@@ -225,19 +226,18 @@ def test_correction_solves_the_damped_least_squares_problem() -> None:
     damping = 0.02
     ridge = C + damping * C.diagonal().mean() * torch.eye(d_in)
     expected = W + 0.5 * (W @ D) @ torch.linalg.inv(ridge)
-    assert torch.allclose(correct(W, D, C, damping=damping), expected, atol=1e-10)
-    shared = damped_cholesky(C, damping=damping)
-    assert torch.allclose(correct(W, D, C, cholesky=shared), expected, atol=1e-10)
-    assert torch.allclose(correct(W.float(), D.float(), C.float(), damping=damping).double(), expected, atol=1e-4)
+    assert torch.allclose(correct(W, P, cholesky=damped_cholesky(C, damping=damping)), expected, atol=1e-10)
+    single = correct(W.float(), P.float(), cholesky=damped_cholesky(C.float(), damping=damping))
+    assert torch.allclose(single.double(), expected, atol=1e-4)
 
     def explicit(Q: torch.Tensor) -> torch.Tensor:
         return ((X @ W.T - Xq @ Q.T).square() * s.unsqueeze(1)).sum(0) / s.sum()
 
     assert torch.allclose(
-        target_error(W, full, C, D) - target_error(W, W, C, D), explicit(full) - explicit(W), atol=1e-10
+        target_error(W, full, C, P) - target_error(W, W, C, P), explicit(full) - explicit(W), atol=1e-10
     )
     constant = (((X - Xq) @ W.T).square() * s.unsqueeze(1)).sum(0) / s.sum()
-    assert torch.allclose(target_error(W, expected, C, D) + constant, explicit(expected), atol=1e-10)
+    assert torch.allclose(target_error(W, expected, C, P) + constant, explicit(expected), atol=1e-10)
     assert (explicit(full) < explicit(expected)).all()
     assert (explicit(expected) < explicit(W)).all()
 

@@ -62,6 +62,16 @@ def inputs_of(model: Any, name: str) -> Tensor:
     return seen[0].flatten(0, 1).double()
 
 
+ADDED = {"o": "input_layernorm", "down": "post_attention_layernorm"}
+"""Site whose layer adds to the hidden states -> norm that reads these first."""
+
+
+def added_to(model: Any, name: str) -> Tensor:
+    """Hidden states that the output of a layer is added to, [tokens, h]."""
+    prefix, _, _ = name.rpartition(".self_attn." if "self_attn" in name else ".mlp.")
+    return inputs_of(model, f"{prefix}.{ADDED['o' if 'self_attn' in name else 'down']}")
+
+
 def block_output(model: Any, block: int) -> Tensor:
     seen: list[Tensor] = []
 
@@ -101,14 +111,26 @@ def test_products_and_streams_are_those_of_two_plain_models(folder: Path, weight
             assert distance(normalized(products.hessian) * products.hessian.weight_sum, C) < 1e-4, site[0].name
             assert products.hessian.weight_sum == pytest.approx(float(s.sum()), rel=1e-6)
             assert products.hessian.num_tokens == WINDOWS * LENGTH
-            assert products.shift is not None
-            if index == 0 and site[0].input_site == "qkv":  # nothing is quantized before the very first site
-                assert not products.shift.any()
+            if site[0].input_site in ADDED:
+                W = original.get_submodule(site[0].name).weight.detach().double()
+                r, rq = (added_to(model, site[0].name) for model in (original, changed))
+                P = (((x - xq) @ W.T + r - rq) * s[:, None]).T @ xq
+                assert products.shift is None
+                assert products.pull is not None
+                assert distance(products.pull, P) < 1e-4, site[0].name
+                if index or site[0].input_site == "down":  # the input of the first block has no error
+                    assert distance(products.pull, W @ D) > 0.05
             else:
-                assert D.norm() > 1e-3 * C.norm()
-                assert distance(products.shift, D) < 1e-4, site[0].name
+                assert products.pull is None
+                assert products.shift is not None
+                if index == 0 and site[0].input_site == "qkv":  # nothing is quantized before the very first site
+                    assert not products.shift.any()
+                else:
+                    assert D.norm() > 1e-3 * C.norm()
+                    assert distance(products.shift, D) < 1e-4, site[0].name
             alone = root(unshifted.products(index, block, site, weights, quantized), 2, merge_products)
             assert alone.shift is None
+            assert alone.pull is None
             assert torch.equal(alone.hessian.xx, products.hessian.xx)
             for spec in site:
                 linear = changed.get_submodule(spec.name)
@@ -134,7 +156,8 @@ def test_products_and_streams_are_those_of_two_plain_models(folder: Path, weight
 
 @pytest.fixture(scope="module", params=["qkv", "o", "gate_up", "down"])
 def layer(request: pytest.FixtureRequest, folder: Path) -> tuple[Tensor, SiteProducts, Tensor, Tensor]:
-    """A layer of the second block behind a first block at 3 bits: W, its products, x and xq [tokens, d_in]."""
+    """A layer of the second block behind a first block at 3 bits: W, its products, the outputs that would make good for
+    what is lost [tokens, d_out] and xq [tokens, d_in]."""
     sweep = sweep_of(folder)
     original: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     changed: Any = copy.deepcopy(original)
@@ -149,30 +172,40 @@ def layer(request: pytest.FixtureRequest, folder: Path) -> tuple[Tensor, SitePro
         site = sweep.stream.sites(1)[request.param]
         products = root(sweep.products(1, block, site, token_weights(), {}), 2, merge_products)
         W = original.get_submodule(site[0].name).weight.detach().clone()
-        return W, products, inputs_of(original, site[0].name), inputs_of(changed, site[0].name)
+        x, xq = inputs_of(original, site[0].name), inputs_of(changed, site[0].name)
+        target = x @ W.double().T
+        if request.param in ADDED:
+            target += added_to(original, site[0].name) - added_to(changed, site[0].name)
+        return W, products, target, xq
     raise AssertionError
 
 
-def error_of_rows(W: Tensor, Q: Tensor, x: Tensor, xq: Tensor) -> Tensor:
-    """Weighted mean over tokens of (W x - Q xq)^2, from the tokens themselves."""
+def error_of_rows(target: Tensor, Q: Tensor, xq: Tensor) -> Tensor:
+    """Weighted mean over tokens of (target - Q xq)^2, from the tokens themselves."""
     s = WEIGHTS.double()
-    return ((x @ W.double().T - xq @ Q.double().T).square() * s[:, None]).sum(0) / s.sum()
+    return ((target - xq @ Q.double().T).square() * s[:, None]).sum(0) / s.sum()
+
+
+def pull_of(W: Tensor, products: SiteProducts) -> Tensor:
+    """W D or P, float64, a mean over tokens."""
+    if products.pull is not None:
+        return products.pull.double() / products.hessian.weight_sum
+    assert products.shift is not None
+    return W.double() @ products.shift.double() / products.hessian.weight_sum
 
 
 def test_every_row_keeps_the_better_codes(layer: tuple[Tensor, SiteProducts, Tensor, Tensor]) -> None:
-    W, products, x, xq = layer
+    W, products, wanted, xq = layer
     refined = quantize_refined(W, products, CHOICE, strength=0.5, **HOW)
     plain = quantize_refined(W, products, CHOICE, strength=0.0, **HOW)
     # the corrected weights by plain linear algebra in float64
     C = normalized(products.hessian).double()
-    assert products.shift is not None
-    D = products.shift.double() / products.hessian.weight_sum
     damped = C + 0.05 * C.diagonal().mean() * torch.eye(len(C))
-    target = (W.double() + 0.5 * W.double() @ D @ torch.linalg.inv(damped)).float()
+    target = (W.double() + 0.5 * pull_of(W, products) @ torch.linalg.inv(damped)).float()
     factor = factorize(C.float(), damping=0.01)
     corrected = gptq(target, factor, [CHOICE], grid=GRID)[0]
 
-    errors = [error_of_rows(W, q.dequantize(), x, xq) for q in (refined.weight, plain.weight, corrected)]
+    errors = [error_of_rows(wanted, q.dequantize(), xq) for q in (refined.weight, plain.weight, corrected)]
     torch.testing.assert_close(errors[0], torch.minimum(errors[1], errors[2]), rtol=1e-2, atol=0)
     assert refined.rejected_rows == pytest.approx(int((errors[2] > errors[1]).sum()), abs=1)
     assert refined.rows == len(W)
@@ -183,12 +216,12 @@ def test_every_row_keeps_the_better_codes(layer: tuple[Tensor, SiteProducts, Ten
 def test_polish_raises_the_error_of_no_row_and_lowers_that_of_some(
     layer: tuple[Tensor, SiteProducts, Tensor, Tensor],
 ) -> None:
-    W, products, x, xq = layer
+    W, products, wanted, xq = layer
     for given, strength in ((products, 0.5), (SiteProducts(hessian=products.hessian, shift=None), 0.0)):
         rounded = quantize_refined(W, given, CHOICE, strength=strength, **HOW)
         polished = quantize_refined(W, given, CHOICE, strength=strength, **POLISHED)
-        seen = (x, xq) if strength else (xq, xq)
-        before, after = (error_of_rows(W, r.weight.dequantize(), *seen) for r in (rounded, polished))
+        target = wanted if strength else xq @ W.double().T
+        before, after = (error_of_rows(target, r.weight.dequantize(), xq) for r in (rounded, polished))
         assert bool((after <= before * (1 + 1e-4)).all())
         assert int((after < before).sum()) >= 4  # a tiny layer of many tokens: little is left to win
         assert after.sum() < before.sum()
