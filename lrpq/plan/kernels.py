@@ -66,7 +66,7 @@ def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cp
     stacked = d_out * len(choices)
     propagated = sum(
         2.0 * (last - middle) * (middle - first)
-        for first, middle, last in gptq._halvings(0, d_in, gptq.COMPILED_LEAF)
+        for first, middle, last in gptq._halvings(0, d_in, gptq.COMPILED_LEAF["cpu" if cpu else "cuda"])
         if middle < last
     )
     chunks = -(-d_out // rows_at_once(d_in, len(choices), cpu=cpu))
