@@ -105,7 +105,10 @@ def verify_checkpoint(
     num_copied = _compare_files(output, source, plan, codes=None)
     ids = probe_ids(source.config.get_text_config().vocab_size) if input_ids is None else input_ids
     reloaded, dtype = _reloaded_logits(output, source, plan, expected, input_ids=ids)
-    dense = _dense_logits(source, expected, input_ids=ids, dtype=dtype) if dense_logits is None else dense_logits(ids)
+    if dense_logits is None:
+        dense = _dense_logits(source, expected, specs, input_ids=ids, dtype=dtype)
+    else:
+        dense = dense_logits(ids)
     return Verification(
         num_copied=num_copied,
         num_modules=len(modules),
@@ -157,25 +160,50 @@ def _loader(choices: Mapping[str, Choice], specs: Sequence[LinearSpec], format: 
 
 @torch.no_grad()
 def _dense_logits(
-    source: ModelSource, expected: _Expected, *, input_ids: Int64[Tensor, "1 T"], dtype: torch.dtype
+    source: ModelSource,
+    expected: _Expected,
+    specs: Sequence[LinearSpec],
+    *,
+    input_ids: Int64[Tensor, "1 T"],
+    dtype: torch.dtype,
 ) -> Float[Tensor, "1 T vocab"]:
     """Logits of the source, run densely by transformers, with the quantized modules' weights replaced."""
-    model = _dense_model(source, dtype)
+    model = _dense_model(source, specs, dtype)
     for module in expected.modules:
         loaded_weight(model, module.name).copy_(expected.weight(module, dtype))
     logits: Tensor = model(input_ids).logits
     return logits
 
 
-def _dense_model(source: ModelSource, dtype: torch.dtype) -> Any:
-    """The source as transformers runs it; one that is read as another architecture, as that one."""
-    if source.config_document() == ModelSource(source.folder).config_document():
+def _dense_model(source: ModelSource, specs: Sequence[LinearSpec], dtype: torch.dtype) -> Any:
+    """The source as transformers runs it; one that is read as another model, as that one."""
+    if source.as_on_disk:
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, local_files_only=True).eval()
     model = build_skeleton(source.config, dtype=dtype, device=torch.device("cpu"))
     weights = {name: source.read(stored).to(dtype) for name, stored in stored_names(model, source).items()}
     model.load_state_dict({name: w.contiguous() for name, w in weights.items()}, strict=False, assign=True)
     model.tie_weights()
+    for parameter_of, name in _absent(model):  # experts, which are one tensor in the model and many on disk
+        parameter_of.register_parameter(name, _empty_like(parameter_of.get_parameter(name)))
+    for spec in (spec for spec in specs if spec.routed):
+        loaded_weight(model, spec.name).copy_(torch.cat([source.read(name) for name in spec.stored]))
     return model
+
+
+def _absent(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Parameters without values: the module that holds each, and its name there."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
+
+
+def _empty_like(parameter: nn.Parameter) -> nn.Parameter:
+    """The same on the host, full of NaN until it is written."""
+    values = torch.full(parameter.shape, float("nan"), dtype=parameter.dtype, device="cpu")
+    return nn.Parameter(values, requires_grad=False)
 
 
 def _compare_files(output: Path, source: ModelSource, plan: CheckpointPlan, *, codes: _Expected | None) -> int:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +63,8 @@ class GPT2AsOPT(ModelSource):
     Raises:
         ModelError: the configuration uses what OPT does not have, or a tensor is not GPT-2's.
     """
+
+    as_on_disk: ClassVar[bool] = False
 
     def __init__(self, folder: Path | str) -> None:
         self._gpt2 = ModelSource(folder)  # everything public is answered from it, under other names

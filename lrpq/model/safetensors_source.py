@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,6 +93,9 @@ class ModelSource:
     Tensors are read, not mapped: mapped pages would stay in the process's resident memory, which would then grow with
     the depth of the model.
     """
+
+    as_on_disk: ClassVar[bool] = True
+    """Whether transformers, given the folder, loads the same model."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -177,7 +180,10 @@ class ModelSource:
         return tensor
 
     def read_rows(self, names: Sequence[str]) -> Tensor:
-        """Read tensors whose rows, one after the other, make one; a single one is as `read` gives it."""
+        """Read what computes: tensors whose rows, one after the other, make one.
+
+        Values are as exact as the source has them, where `read` gives what a checkpoint stores.
+        """
         return self.read(names[0]) if len(names) == 1 else torch.cat([self.read(name) for name in names])
 
     def _entry(self, name: str) -> _Entry:

@@ -6,7 +6,8 @@ disk; rows are outputs, columns are inputs. Biases and gains are vectors and tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import CheckpointError
+from lrpq.transform.orthogonal import Orthogonal, rotate_axis
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -29,6 +31,11 @@ class Fold(Protocol):
         """Whether every row is changed by itself, so that a matrix can be folded in parts."""
         ...
 
+    @property
+    def column_unit(self) -> int | None:
+        """Neighbouring columns that change together and apart from all others; None if a part needs to know its place."""
+        ...
+
     def __call__(self, W: Tensor) -> Tensor:
         """The changed tensor, in new memory."""
         ...
@@ -40,6 +47,7 @@ class ScaleColumns:
 
     factor: Float[Tensor, "columns=d_in"]
     rowwise: bool = field(default=True, init=False)
+    column_unit: int | None = field(default=None, init=False)
 
     def __call__(self, W: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """Every row times ``factor``."""
@@ -52,6 +60,7 @@ class ScaleLastRows:
 
     factor: Float[Tensor, "rows=d_out"]
     rowwise: bool = field(default=False, init=False)
+    column_unit: int | None = field(default=1, init=False)
 
     def __call__(self, W: Float[Tensor, "d_out columns=d_in"]) -> Float[Tensor, "d_out columns=d_in"]:
         """Scaled rows."""
@@ -64,27 +73,33 @@ class ScaleLastRows:
 class RotateColumns:
     """W diag(Q, .., Q): the layer reads x Q in blocks of the size of Q; also an embedding whose rows are rotated."""
 
-    Q: Float[Tensor, "b b"]
+    Q: Orthogonal
     rowwise: bool = field(default=True, init=False)
+
+    @property
+    def column_unit(self) -> int | None:
+        """Blocks."""
+        return len(self.Q)
 
     def __call__(self, W: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """Every row times the block diagonal matrix."""
-        return (W.reshape(-1, len(self.Q)) @ self.Q).reshape(W.shape)
+        return rotate_axis(W.reshape(-1, len(self.Q), 1), self.Q).reshape(W.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RotateLastRows:
     """diag(Q, .., Q)^T times the last ``num_rows`` rows: the layer writes y Q. Of a bias, its last entries."""
 
-    Q: Float[Tensor, "b b"]
+    Q: Orthogonal
     num_rows: int
     rowwise: bool = field(default=False, init=False)
+    column_unit: int | None = field(default=1, init=False)
 
     def __call__(self, W: Float[Tensor, "d_out columns=d_in"]) -> Float[Tensor, "d_out columns=d_in"]:
         """Rotated rows."""
         changed = W.clone()
         blocks = W[-self.num_rows :].reshape(-1, len(self.Q), W[0].numel())
-        changed[-self.num_rows :] = (self.Q.T @ blocks).reshape(self.num_rows, *W.shape[1:])
+        changed[-self.num_rows :] = rotate_axis(blocks, self.Q).reshape(self.num_rows, *W.shape[1:])
         return changed
 
 
@@ -95,6 +110,7 @@ class ScaleGain:
     factor: Float[Tensor, "channels=h"]
     offset: float
     rowwise: bool = field(default=False, init=False)
+    column_unit: int | None = field(default=None, init=False)
 
     def __call__(self, W: Float[Tensor, "channels=h"]) -> Float[Tensor, "channels=h"]:
         """The stored part of the changed gain."""
@@ -107,6 +123,7 @@ class UnitGain:
 
     offset: float
     rowwise: bool = field(default=False, init=False)
+    column_unit: int | None = field(default=None, init=False)
 
     def __call__(self, W: Float[Tensor, "channels=h"]) -> Float[Tensor, "channels=h"]:
         """Constant."""
@@ -169,24 +186,35 @@ class FoldList:
 def folded(W: Tensor, folds: Sequence[Fold], *, dtype: torch.dtype, name: str) -> Tensor:
     """Apply folds in float64 and round once, to ``dtype``.
 
-    A matrix whose folds are row by row goes through float64 in parts of ``CHUNK_ELEMENTS``.
+    A matrix whose folds are row by row, or apart for some columns, goes through float64 in parts of
+    ``CHUNK_ELEMENTS``.
 
     Raises:
         CheckpointError: a value leaves the range of ``dtype``.
     """
     if not folds:
         return _in_range(W.to(dtype), name)
-    if W.ndim == 2 and all(fold.rowwise for fold in folds):
-        step = max(1, CHUNK_ELEMENTS // max(W.shape[1], 1))
-    else:
-        step = max(1, len(W))
     made = torch.empty(W.shape, dtype=dtype)
-    for start in range(0, len(W), step):
-        values = W[start : start + step].double()
+    for part in _parts(W, folds):
+        values = W[part].double()
         for fold in folds:
             values = fold(values)
-        made[start : start + step] = values
+        made[part] = values
     return _in_range(made, name)
+
+
+def _parts(W: Tensor, folds: Sequence[Fold]) -> Iterator[tuple[slice, ...]]:
+    """Parts of a tensor that can be folded one after the other."""
+    units = [fold.column_unit for fold in folds]
+    if W.ndim == 2 and all(fold.rowwise for fold in folds):
+        step = max(1, CHUNK_ELEMENTS // max(W.shape[1], 1))
+        yield from ((slice(start, start + step),) for start in range(0, len(W), step))
+    elif W.ndim == 2 and None not in units:
+        unit = math.lcm(*(unit for unit in units if unit is not None))
+        step = unit * max(1, CHUNK_ELEMENTS // max(len(W) * unit, 1))
+        yield from ((slice(None), slice(start, start + step)) for start in range(0, W.shape[1], step))
+    else:
+        yield (slice(None),)
 
 
 def _in_range(made: Tensor, name: str) -> Tensor:

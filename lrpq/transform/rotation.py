@@ -37,7 +37,7 @@ from lrpq.transform.folds import (
     UnitGain,
 )
 from lrpq.transform.graph import Graph, rotatable_graph
-from lrpq.transform.orthogonal import RotationKind, rotation_matrix
+from lrpq.transform.orthogonal import Orthogonal, RotationKind, draw_rotation
 from lrpq.transform.parts import head_size, num_value_heads, routers_of, site_layers, stored_biases
 from lrpq.transform.writing import TransformReport, write_folded
 
@@ -80,30 +80,37 @@ def rotate(
         ConfigError: the output is taken, or the disk is too small.
         CheckpointError: a value leaves the dtype's range, or writing failed.
     """
+    plan = drawn_plan(source, generator=generator, kind=kind, scope=scope)
+    return write_folded(source, output, plan, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def drawn_plan(
+    source: ModelSource, *, generator: torch.Generator, kind: RotationKind, scope: RotationScope
+) -> FoldPlan:
+    """What every tensor becomes under rotations drawn from ``generator``; arguments and errors as of `rotate`."""
     graph = rotatable_graph(source)
     stream = BlockStream(source, dtype=torch.float32)
-    Q = rotation_matrix(kind, source.config.get_text_config().hidden_size, generator=generator)
-    values: dict[int, Tensor] = {}
+    Q = draw_rotation(kind, source.config.get_text_config().hidden_size, generator=generator)
+    values: dict[int, Orthogonal] = {}
     if scope is RotationScope.RESIDUAL_AND_VALUES:
         size = head_size(source.config)
-        values = {b: rotation_matrix(kind, size, generator=generator) for b in range(stream.num_blocks)}
-    plan = rotation_plan(stream, graph, Q, values=values)
-    return write_folded(source, output, plan, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        values = {b: draw_rotation(kind, size, generator=generator) for b in range(stream.num_blocks)}
+    return rotation_plan(stream, graph, Q, values=values)
 
 
 def rotation_plan(
     stream: BlockStream,
     graph: Graph,
-    Q: Float[Tensor, "h h"],
+    Q: Orthogonal,
     *,
-    values: Mapping[int, Float[Tensor, "head head"]] | None = None,
+    values: Mapping[int, Orthogonal] | None = None,
 ) -> FoldPlan:
     """What every tensor becomes; reads the gains of the norms and no other weights.
 
     Args:
         stream: the original.
         graph: its table entry.
-        Q: orthogonal, float64; hidden states x become x Q.
+        Q: float64; hidden states x become x Q.
         values: block -> rotation of the values of its heads.
     """
     folds = FoldList()
@@ -120,7 +127,7 @@ def rotation_plan(
     return FoldPlan(tensors=folds.tensors(), config_changes={"tie_word_embeddings": False} if stream.tied_head else {})
 
 
-def _rotate_residual(stream: BlockStream, graph: Graph, block: int, Q: Tensor, folds: FoldList) -> None:
+def _rotate_residual(stream: BlockStream, graph: Graph, block: int, Q: Orthogonal, folds: FoldList) -> None:
     prefix = f"{stream.family.blocks}.{block}"
     for feed in graph.norms:
         name = f"{prefix}.{feed.norm}.weight"
@@ -135,7 +142,7 @@ def _rotate_residual(stream: BlockStream, graph: Graph, block: int, Q: Tensor, f
             folds.add([*spec.stored, *stored_biases(stream, spec.name)], RotateLastRows(Q=Q, num_rows=len(Q)))
 
 
-def _rotate_values(stream: BlockStream, graph: Graph, block: int, R: Tensor, folds: FoldList) -> None:
+def _rotate_values(stream: BlockStream, graph: Graph, block: int, R: Orthogonal, folds: FoldList) -> None:
     for feed in (feed for feed in graph.linears if feed.per_head):
         name = f"{stream.family.blocks}.{block}.{feed.linear}"
         num_rows = len(R) * num_value_heads(stream.source.config)
