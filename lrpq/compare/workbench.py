@@ -17,7 +17,7 @@ from lrpq.allocate.problem import CostRow
 from lrpq.compare.recipes import TUNINGS, Recipe, Rounding
 from lrpq.compare.terms import Terms
 from lrpq.errors import CalibrationError, QuantizationError
-from lrpq.evaluate.divergence import VARIANT, WindowScore, score_other_model, score_windows
+from lrpq.evaluate.divergence import VARIANT, WindowScore, score_windows
 from lrpq.importance.evidence import ModuleEvidence
 from lrpq.importance.gather import BlockEvidence, GatherSweep, ModuleSums, means
 from lrpq.importance.registry import Measure
@@ -321,7 +321,7 @@ class Workbench:
 
         if original is self:
             return score_windows(stream, windows, {VARIANT: weights})
-        return score_other_model(original.stream(), stream, windows, weights)
+        return score_windows(original.stream(), windows, {VARIANT: weights}, other=stream)
 
 
 def _evaluate(found: Gathered, module: ModuleEvidence, measures: Mapping[str, Measure]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ def score_windows(
     variants: Mapping[str, BlockWeights],
     *,
     micro_batch: int = 1,
+    other: BlockStream | None = None,
 ) -> dict[str, list[WindowScore]]:
     """Score the original (under the name "reference") and every variant on every window.
 
@@ -56,68 +58,35 @@ def score_windows(
         windows: token ids; the first token of a window is context only.
         variants: name -> weights.
         micro_batch: windows computed at once.
+        other: the model whose variants they are, if it is another one with the same vocabulary, such as a rotated one.
 
     Raises:
         CheckpointError: a variant gives logits that are not finite.
     """
     batches = list(windows.split(micro_batch))
-    hidden = final_states(stream, batches, {ORIGINAL: None, **variants})
+    if other is None:
+        hidden = final_states(stream, batches, {ORIGINAL: None, **variants})
+    else:
+        hidden = final_states(stream, batches, {ORIGINAL: None}) | final_states(other, batches, variants)
+    of_variants = other or stream
     scores: dict[str, list[WindowScore]] = {name: [] for name in hidden}
     heads = {
-        name: {module: W.to(stream.device) for module, W in weights(stream.num_blocks).items()}
+        name: {module: W.to(of_variants.device) for module, W in weights(of_variants.num_blocks).items()}
         for name, weights in variants.items()
     }
-    with stream.head() as (norm, head):
+    with stream.head() as ours, nullcontext(ours) if other is None else other.head() as theirs:
         for position, batch in enumerate(batches):
             for row, tokens in enumerate(batch.to(stream.device)):
 
                 def log_probabilities(name: str, position: int = position, row: int = row) -> Float[Tensor, "t vocab"]:
-                    with stream.swapped_head(heads.get(name, {})):
+                    norm, head = ours if name == ORIGINAL else theirs
+                    with of_variants.swapped_head(heads.get(name, {})):
                         return _log_probabilities(norm, head, hidden[name][position][row])
 
                 original = log_probabilities(ORIGINAL)
                 for name in hidden:
                     quantized = original if name == ORIGINAL else log_probabilities(name)
                     scores[name].append(_window_score(name, original, quantized, tokens[1:]))
-    return scores
-
-
-@torch.no_grad()
-def score_other_model(
-    stream: BlockStream,
-    other: BlockStream,
-    windows: Int[Tensor, "windows length"],
-    weights: BlockWeights,
-    *,
-    micro_batch: int = 1,
-) -> dict[str, list[WindowScore]]:
-    """Score a variant of another model with the same vocabulary against the original, such as a rotated one.
-
-    Args:
-        stream: the original model.
-        other: the model that the weights belong to.
-        windows: token ids; the first token of a window is context only.
-        weights: of the other model's blocks.
-        micro_batch: windows computed at once.
-
-    Returns:
-        Scores of the original (under the name "reference") and of the other ("variant").
-
-    Raises:
-        CheckpointError: the variant gives logits that are not finite.
-    """
-    batches = list(windows.split(micro_batch))
-    original = final_states(stream, batches, {ORIGINAL: None})[ORIGINAL]
-    changed = final_states(other, batches, {VARIANT: weights})[VARIANT]
-    scores: dict[str, list[WindowScore]] = {ORIGINAL: [], VARIANT: []}
-    head_weights = {module: W.to(other.device) for module, W in weights(other.num_blocks).items()}
-    with stream.head() as (norm, head), other.head() as (other_norm, other_head), other.swapped_head(head_weights):
-        for position, batch in enumerate(batches):
-            for row, tokens in enumerate(batch.to(stream.device)):
-                p = _log_probabilities(norm, head, original[position][row])
-                q = _log_probabilities(other_norm, other_head, changed[position][row])
-                scores[ORIGINAL].append(_window_score(ORIGINAL, p, p, tokens[1:]))
-                scores[VARIANT].append(_window_score(VARIANT, p, q, tokens[1:]))
     return scores
 
 

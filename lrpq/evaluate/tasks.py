@@ -70,7 +70,11 @@ def micro_batches(continuations: Sequence[Continuation], *, max_tokens: int) -> 
 
 @torch.no_grad()
 def score_continuations(
-    stream: BlockStream, batches: Sequence[Sequence[Continuation]], variants: Mapping[str, BlockWeights]
+    stream: BlockStream,
+    batches: Sequence[Sequence[Continuation]],
+    variants: Mapping[str, BlockWeights],
+    *,
+    other: BlockStream | None = None,
 ) -> dict[str, list[float]]:
     """Log-likelihoods in nats, of the original (under the name "reference") and of every variant, in the order given.
 
@@ -81,28 +85,34 @@ def score_continuations(
         stream: the original model.
         batches: as from `micro_batches`.
         variants: name -> weights.
+        other: the model whose variants they are, if it is another one with the same vocabulary, such as a rotated one.
 
     Raises:
         CheckpointError: a model gives logits that are not finite.
     """
     padded = [_padded(batch) for batch in batches]
-    hidden = final_states(stream, [tokens for tokens, _ in padded], {ORIGINAL: None, **variants})
+    read = [tokens for tokens, _ in padded]
+    if other is None:
+        hidden = final_states(stream, read, {ORIGINAL: None, **variants})
+    else:
+        hidden = final_states(stream, read, {ORIGINAL: None}) | final_states(other, read, variants)
     scores: dict[str, list[float]] = {}
-    with stream.head() as (norm, head):
-        for name, states in hidden.items():
-            weights = variants[name](stream.num_blocks) if name in variants else {}
-            with stream.swapped_head({module: W.to(stream.device) for module, W in weights.items()}):
-                scores[name] = []
-                for batch, (_, rows), h in zip(batches, padded, states, strict=True):
-                    found = []
-                    for states_now, wanted in _predicting(batch, rows, h):
-                        log_probabilities = head(norm(states_now[None]))[0].float().log_softmax(-1)
-                        found.append(log_probabilities.gather(-1, wanted[:, None])[:, 0])
-                    of_tokens = torch.cat(found).tolist()
-                    if not all(map(math.isfinite, of_tokens)):
-                        raise CheckpointError(f"{name}: logits are not finite on the questions")
-                    rest = iter(of_tokens)
-                    scores[name] += [math.fsum(islice(rest, len(continuation.tokens))) for continuation in batch]
+    for name, states in hidden.items():
+        of_name = stream if other is None or name == ORIGINAL else other
+        weights = variants[name](of_name.num_blocks) if name in variants else {}
+        swapped = {module: W.to(of_name.device) for module, W in weights.items()}
+        with of_name.head() as (norm, head), of_name.swapped_head(swapped):
+            scores[name] = []
+            for batch, (_, rows), h in zip(batches, padded, states, strict=True):
+                found = []
+                for states_now, wanted in _predicting(batch, rows, h):
+                    log_probabilities = head(norm(states_now[None]))[0].float().log_softmax(-1)
+                    found.append(log_probabilities.gather(-1, wanted[:, None])[:, 0])
+                of_tokens = torch.cat(found).tolist()
+                if not all(map(math.isfinite, of_tokens)):
+                    raise CheckpointError(f"{name}: logits are not finite on the questions")
+                rest = iter(of_tokens)
+                scores[name] += [math.fsum(islice(rest, len(continuation.tokens))) for continuation in batch]
     return scores
 
 
