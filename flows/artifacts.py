@@ -27,7 +27,7 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 
-from flows.closing import budget_line, guard_line, shown_bytes
+from flows.closing import budget_line, guard_line, rotation_line, shown_bytes
 from flows.progress import Progress, shown_seconds
 
 UPDATE_SECONDS = 2.0
@@ -127,6 +127,8 @@ def publish(manifest: Mapping[str, Any]) -> None:
 def result_text(manifest: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     lines = [f"# {manifest['model']}", "", budget_line(manifest["budget"]), ""]
+    if manifest.get("rotation"):
+        lines += [rotation_line(manifest["rotation"]), ""]
     measured = manifest.get("evaluation")
     if measured:
         lines += ["| | perplexity | KL, nats a token |", "|---|---|---|"]

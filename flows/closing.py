@@ -55,6 +55,8 @@ def _closing(manifest: Mapping[str, Any]) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(f"{manifest.get('model', '')}  run {manifest.get('run_id', '')}", style="bold")]
     if budget := manifest.get("budget"):
         parts.append(Text(budget_line(budget)))
+    if rotation := manifest.get("rotation"):
+        parts.append(Text(rotation_line(rotation)))
     if modules := manifest.get("modules"):
         parts.append(bits_table(modules, kept=manifest.get("kept_16bit", ())))
     parts.append(quality_table(manifest.get("evaluation", {}), sizes=manifest.get("bytes", {})))
@@ -99,6 +101,14 @@ def guard_line(guard: Mapping[str, Any]) -> str:
         f"held-out calibration windows ({guard['windows']}): KL {guard['lrpq']['kl_nats']:.4f} nats a token, uniform "
         f"{guard['uniform_choice']} {guard['uniform']['kl_nats']:.4f}; written: {guard['kept']}"
     )
+
+
+def rotation_line(rotation: Mapping[str, Any]) -> str:
+    """Say that the model was rotated, and what it costs."""
+    text = f"rotated: {rotation['kind']}, the residual stream and the values of every block"
+    if rotation["untied_head"]:
+        text += f"; the head, tied before, is stored beside the embedding: {shown_bytes(rotation['added_bytes'])} more"
+    return text
 
 
 def bits_table(modules: Sequence[Mapping[str, Any]], *, kept: Sequence[str] = ()) -> Table:

@@ -25,8 +25,10 @@ from flows.config import (
     default_run_id,
     default_store,
 )
+from flows.manifest_file import MANIFEST, read_manifest_file
 from flows.prefect_server import prefect_api
 from flows.progress import Progress
+from flows.rotation import stored_rotation
 from flows.states import close_abandoned, tagged
 from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
 from lrpq.model.safetensors_source import resolve_model
@@ -168,6 +170,9 @@ def run_evaluate(
     """
     store, model = default_store(), resolve_model(reference)
     dtype = resolve_dtype(RunConfig(model=reference), open_source(model))
+    rotation = stored_rotation(read_manifest_file(checkpoint / MANIFEST))
+    if rotation is not None:
+        evaluate.check_rotated(checkpoint, model, rotation)
     asked = tasks or {}
     questions = encoded_tasks(asked, model)
     measured = evaluation.source is not None
@@ -186,12 +191,15 @@ def run_evaluate(
                     num_tokens=windows.num_windows * evaluation.length,
                     num_shards=windows.num_windows,
                     micro_batch=1,
+                    rotation=rotation,
                 )
                 summaries = _divergence(pool, stream, checkpoint, progress)
                 text = {"source": windows.source, "windows": windows.num_windows, "length": evaluation.length}
                 result["evaluation"] = {**text, **summaries}
             if questions:
-                models = QuestionsJob(model=str(model), dtype=dtype, checkpoint=str(checkpoint.absolute()))
+                models = QuestionsJob(
+                    model=str(model), dtype=dtype, checkpoint=str(checkpoint.absolute()), rotation=rotation
+                )
                 found |= answer_tasks(pool, models, asked, questions, progress)
     if asked:
         found |= harness_tasks(asked, model=model, checkpoint=checkpoint, device=cluster.device, progress=progress)

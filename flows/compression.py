@@ -20,6 +20,7 @@ from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_fil
 from flows.planning import Planner, Plans
 from flows.progress import Progress
 from flows.result import content_key, manifest_of, model_bytes
+from flows.rotation import rotated, rotated_fingerprint, rotation_json, rotation_of
 from flows.run import Run, step
 from flows.search import Search
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
@@ -73,7 +74,7 @@ class Compression:
     def __init__(self, config: CompressConfig, progress: Progress) -> None:
         self.config = config
         self.model = resolve_model(config.run.model)
-        self.source = open_source(self.model)
+        self.source = rotated(open_source(self.model), config.run)
         self.fingerprint = model_fingerprint(self.model)
         self.dtype = resolve_dtype(config.run, self.source)
         self.stream = BlockStream(self.source, dtype=DTYPES[self.dtype])
@@ -95,7 +96,11 @@ class Compression:
         self.searched: dict[str, Any] | None = None
         """With --max-kl: what was searched and found."""
         self.context = JobContext(
-            run=self.run_state, config=config, model=self.model, fingerprint=self.fingerprint, dtype=self.dtype
+            run=self.run_state,
+            config=config,
+            model=self.model,
+            fingerprint=rotated_fingerprint(self.fingerprint, rotation_of(config.run)),
+            dtype=self.dtype,
         )
 
     def run(self, pool: Pool | None = None) -> dict[str, Any]:
@@ -227,6 +232,7 @@ class Compression:
             rows=rows,
             degraded=degraded,
         )
+        manifest["rotation"] = rotation_json(self.config.run, self.source)
         manifest["guard"] = guard
         manifest["budget"] |= {"search": self.searched}
         manifest["content_key"] = key
@@ -249,7 +255,7 @@ class Compression:
             contender.codes,
             contender.plan,
             head=head,
-            fingerprint=self.fingerprint,
+            fingerprint=self.context.fingerprint,
             format=self.config.plan.format,
         )
 
@@ -284,6 +290,7 @@ class Compression:
                 manifest=manifest,
                 format=self.config.plan.format,
                 target=self.config.plan.target,
+                rotation=rotation_of(self.config.run),
             )
 
             def attempt() -> Mapping[str, Any]:
@@ -323,7 +330,7 @@ class Compression:
     ) -> dict[str, Any]:
         run, config = self.run_state, self.config.evaluation
         variants: dict[str, Variant] = {"lrpq": CheckpointCodes(path=str(self.config.output.absolute()))}
-        inputs = {"windows": windows.digest, "lrpq": key, "model": self.fingerprint}
+        inputs = {"windows": windows.digest, "lrpq": key, "model": self.context.fingerprint}
         if control is not None:
             job = jobs.control_job(self.context, prepared.stream_job, control)
             run_refine(run, pool, job, self.stream, label="control")

@@ -154,6 +154,9 @@ class RunConfig(Section):
     """Seed of the sampled windows and labels."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], Flag("--dtype")] = "auto"
     """Weights and activations while computing."""
+    rotate: Annotated[Literal["none", "hadamard"], Flag("--rotate")] = "none"
+    """hadamard rotates the residual stream and each block's values before anything is measured: the same function,
+    weights without outliers; unties a tied head, whose bytes then count."""
     shards: Positive = 8
     """Parts that the calibration windows are cut into, whatever the number of workers."""
     micro_batch: Positive = 4

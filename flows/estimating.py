@@ -17,8 +17,8 @@ from flows.compression import resolve_dtype
 from flows.config import CompressConfig, cache_folder
 from flows.progress import shown_seconds
 from lrpq.allocate.parts import fixed_choice
-from lrpq.model.described import DescribedModel
 from lrpq.model.layers import Choice
+from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.plan.machine import Machine
 from lrpq.quant.grid import Grid
@@ -30,7 +30,7 @@ from tasks.streams import DTYPES
 SECONDS_AN_HOUR = 3600
 
 
-def asked_of(config: CompressConfig, source: DescribedModel) -> Asked:
+def asked_of(config: CompressConfig, source: ModelSource) -> Asked:
     """What of a configuration decides its cost.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 from flows.calibrate import StoredWindows
 from flows.config import CompressConfig
 from flows.result import choices_json
+from flows.rotation import rotation_of
 from flows.run import Run
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
@@ -29,7 +30,7 @@ class JobContext:
     model: Path
     """Local folder of the original."""
     fingerprint: str
-    """Of the model's files."""
+    """Of the model's files, and of its rotation."""
     dtype: str
     """Of weights and activations, resolved."""
 
@@ -46,6 +47,7 @@ def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
         num_tokens=windows.num_windows * config.calibration.length,
         num_shards=min(config.shards, windows.num_windows),
         micro_batch=config.micro_batch,
+        rotation=rotation_of(config),
     )
 
 

@@ -142,11 +142,12 @@ def check_text(source: str) -> None:
 
 
 def _check_model(config: CompressConfig) -> None:
+    from flows.rotation import rotated
     from lrpq.model.families import family_of
     from lrpq.model.safetensors_source import resolve_model
     from lrpq.model.source import open_source
 
-    source = open_source(resolve_model(config.run.model))
+    source = rotated(open_source(resolve_model(config.run.model)), config.run)
     family_of(source.config)
     config.check_parts(tied=bool(source.config.tie_word_embeddings))
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)

@@ -14,8 +14,8 @@ from lrpq.checkpoint.publish import MANIFEST
 from lrpq.checkpoint.verify import Verification, verify_checkpoint
 from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import HEAD, Choice, LinearSpec
-from lrpq.model.source import open_source
 from lrpq.quant.grid import QuantizedWeight
+from lrpq.transform.rotated import Rotation, open_rotated
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob, read_candidate
 from tasks.refine import read_refined
@@ -45,6 +45,8 @@ class AssembleJob:
     """What will load it: ``transformers`` or ``vllm``."""
     head: CandidatesJob | None = None
     """Where the head's codes are, if it is quantized: it is not refined."""
+    rotation: Rotation | None = None
+    """How the model is rotated as it is read."""
 
 
 def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
     Raises:
         CheckpointError: the reloaded checkpoint differs from the codes; nothing is published.
     """
-    source = open_source(Path(job.model))
+    source = open_rotated(Path(job.model), job.rotation)
     stored = _loader(job)
 
     def load(name: str) -> QuantizedWeight | None:

@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 
 from lrpq.checkpoint.modules import WEIGHT
+from lrpq.checkpoint.publish import MANIFEST
 from lrpq.checkpoint.stored import StoredCheckpoint
 from lrpq.errors import CheckpointError
 from lrpq.evaluate.divergence import WindowScore, score_windows, summarize
 from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.model.streaming import BlockStream
+from lrpq.transform.rotated import Rotation, open_rotated
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob, read_candidate
 from tasks.refine import read_refined
 from tasks.store.opened import open_store
-from tasks.streams import StreamJob, my_shards, open_stream
+from tasks.streams import StreamJob, my_shards, open_reference
 from tasks.worker import WorkerState
 
 __all__ = [
     "CheckpointCodes",
     "EvaluateJob",
     "StoredCodes",
+    "check_rotated",
     "checkpoint_weights",
     "merged_scores",
     "score",
@@ -33,6 +36,8 @@ __all__ = [
 ]
 
 STAGE = "evaluate"
+ROTATED_DIFFERENCE = 0.02
+"""Of an embedding's norm: bfloat16 rounds by .002 of it; two unrelated matrices differ by 1.4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +76,11 @@ def score(state: WorkerState, job: EvaluateJob) -> dict[int, dict[str, list[dict
     shards = [shard for shard in my_shards(state, job.stream) if len(shard.tokens)]
     if not shards:
         return {}
-    stream = open_stream(state, job.stream)
-    variants = {name: _beating(state, _weights(stream, job.stream.store, v)) for name, v in job.variants.items()}
-    found = score_windows(stream, torch.cat([shard.tokens for shard in shards]), variants, micro_batch=1)
+    asked = job.stream
+    stream, other = open_reference(state, model=asked.model, dtype=asked.dtype, rotation=asked.rotation)
+    weights = {name: _weights(other or stream, job.stream.store, v) for name, v in job.variants.items()}
+    variants = {name: _beating(state, of_block) for name, of_block in weights.items()}
+    found = score_windows(stream, torch.cat([shard.tokens for shard in shards]), variants, micro_batch=1, other=other)
     scores: dict[int, dict[str, list[dict[str, float]]]] = {}
     taken = 0
     for shard in shards:
@@ -148,6 +155,24 @@ def checkpoint_weights(stream: BlockStream, folder: Path) -> Callable[[int], dic
         }
 
     return of_block
+
+
+def check_rotated(folder: Path, model: Path, rotation: Rotation) -> None:
+    """Compare a checkpoint's embedding with the rotated one of the model that it is to be measured against.
+
+    Two machines may round a value differently; what another rotation or another model gives has nothing in common.
+
+    Raises:
+        CheckpointError: they are different.
+    """
+    stream = BlockStream(open_rotated(model, rotation), dtype=torch.float32)
+    (name,) = stream.stored(f"{stream.family.outside[0]}.weight")
+    found, expected = StoredCheckpoint(folder).dense(name.removesuffix(WEIGHT)), stream.source.read_rows([name])
+    if found.shape != expected.shape or float((found - expected).norm()) > ROTATED_DIFFERENCE * float(expected.norm()):
+        raise CheckpointError(
+            f"tensor {name} in {folder}: is not that of {model} under the rotation that {MANIFEST} names; give the model "
+            "that the checkpoint was made from"
+        )
 
 
 def _specs(stream: BlockStream, block: int) -> tuple[LinearSpec, ...]:

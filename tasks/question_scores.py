@@ -8,11 +8,10 @@ from pathlib import Path
 
 from lrpq.evaluate.divergence import VARIANT
 from lrpq.evaluate.tasks import Continuation, micro_batches, score_continuations
-from lrpq.model.source import open_source
-from lrpq.model.streaming import BlockStream
+from lrpq.transform.rotated import Rotation
 from tasks.cluster import Pool, WorkerState
 from tasks.evaluate import checkpoint_weights
-from tasks.streams import DTYPES
+from tasks.streams import open_reference
 
 STAGE = "tasks"
 BATCH_TOKENS = 4096
@@ -35,12 +34,15 @@ class QuestionsJob:
     """``float32`` or ``bfloat16``: weights and activations."""
     checkpoint: str
     """Folder of the checkpoint."""
+    rotation: Rotation | None = None
+    """How the original was rotated before it was compressed."""
 
 
 def score(state: WorkerState, job: QuestionsJob, batches: Pass) -> dict[str, list[float]]:
     """Log-likelihoods of one pass over the blocks, by model, in the order of the batches."""
-    stream = BlockStream(open_source(Path(job.model)), dtype=DTYPES[job.dtype], device=state.device)
-    return score_continuations(stream, batches, {VARIANT: checkpoint_weights(stream, Path(job.checkpoint))})
+    stream, other = open_reference(state, model=job.model, dtype=job.dtype, rotation=job.rotation)
+    weights = checkpoint_weights(other or stream, Path(job.checkpoint))
+    return score_continuations(stream, batches, {VARIANT: weights}, other=other)
 
 
 def score_all(

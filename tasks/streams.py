@@ -12,6 +12,7 @@ from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.relevance.sweep import Shard
 from lrpq.shards import assign, split
+from lrpq.transform.rotated import Rotation, StoredRotatedSource, open_rotated
 from tasks.calibration.stored import read_windows
 from tasks.store.opened import open_store
 from tasks.worker import WorkerState
@@ -37,20 +38,39 @@ class StreamJob:
     num_shards: int
     micro_batch: int
     """Windows computed at once."""
+    rotation: Rotation | None = None
+    """How the model is rotated as it is read; None reads it as it is."""
 
 
 def open_stream(state: WorkerState, job: StreamJob) -> BlockStream:
-    """The model, streamed on this worker's device."""
-    return BlockStream(open_source(Path(job.model)), dtype=DTYPES[job.dtype], device=state.device)
+    """The model, rotated if it is to be, streamed on this worker's device."""
+    source = open_rotated(Path(job.model), job.rotation)
+    return BlockStream(source, dtype=DTYPES[job.dtype], device=state.device)
+
+
+def open_reference(
+    state: WorkerState, *, model: str, dtype: str, rotation: Rotation | None
+) -> tuple[BlockStream, BlockStream | None]:
+    """What variants are measured against, and the model whose variants they are if that is another one.
+
+    The reference is never rotated. The other model is as a checkpoint stores it: tensors that are not quantized have
+    been rounded to their dtype.
+    """
+    source = open_source(Path(model))
+    reference = BlockStream(source, dtype=DTYPES[dtype], device=state.device)
+    if rotation is None:
+        return reference, None
+    rotated = StoredRotatedSource(source, rotation)
+    return reference, BlockStream(rotated, dtype=DTYPES[dtype], device=state.device)
 
 
 def held_source(state: WorkerState, job: StreamJob) -> ModelSource:
     """The model's tensors, opened once by a worker as long as its files are the same: opening reads every header."""
     files = sorted(path for path in Path(job.model).iterdir() if path.suffix in (".safetensors", ".json"))
-    identity = [(job.model, path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    identity = [(job.model, job.rotation, path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     held: tuple[object, ModelSource] | None = state.held.get("source")
     if held is None or held[0] != identity:
-        held = identity, open_source(Path(job.model))
+        held = identity, open_rotated(Path(job.model), job.rotation)
         state.held["source"] = held
     return held[1]
 

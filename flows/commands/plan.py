@@ -42,6 +42,7 @@ def plan(
     evaluation_windows: o.EvaluationWindows = None,
     evaluation_length: o.EvaluationLength = None,
     relevance: o.Relevance = None,
+    rotate: o.Rotate = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     quantize_head: o.QuantizeHead = None,
@@ -78,6 +79,7 @@ def plan(
         "run.candidates.group_sizes": o.whole_numbers(group_size, flag="--group-size"),
         "run.candidates.quantize_head": quantize_head,
         "run.relevance": relevance,
+        "run.rotate": rotate,
         "run.dtype": dtype,
         "run.threads": threads,
         "plan.budget_bits": budget,
@@ -103,12 +105,13 @@ def plan(
         from pathlib import Path
 
         from flows.estimating import asked_of, this_cluster, this_machine
+        from flows.rotation import rotated
         from lrpq.model.described import DescribedModel, resolve_description
         from tasks.estimate.asked import Cluster
         from tasks.estimate.machines import known_gpu, read_machine
         from tasks.estimate.report import estimate
 
-        source = DescribedModel(resolve_description(asked.run.model))
+        source = rotated(DescribedModel(resolve_description(asked.run.model)), asked.run)
         wanted = asked_of(asked, source)
 
         def say(text: str) -> None:

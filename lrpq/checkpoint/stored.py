@@ -142,6 +142,14 @@ class StoredCheckpoint:
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def dense(self, module: str) -> Tensor:
+        """Weight of a module that is not quantized, as it is stored.
+
+        Raises:
+            CheckpointError: it is in no file, or is no matrix.
+        """
+        return self._part(module, DENSE)
+
     def _part(self, module: str, part: str) -> Tensor:
         name = f"{module}.{part}"
         if name not in self._file_of:

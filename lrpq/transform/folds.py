@@ -33,7 +33,7 @@ class Fold(Protocol):
 
     @property
     def column_unit(self) -> int | None:
-        """Neighbouring columns that change together and apart from all others; None if a part needs to know its place."""
+        """Columns that change together and apart from all others; None where a part has to know its place."""
         ...
 
     def __call__(self, W: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Random orthogonal matrices in float64: Haar distributed ones and randomised Hadamard matrices.
 
-A Hadamard matrix is a Kronecker product and is kept as its factors: of 8192 channels each is turned by 128 + 64 products
-instead of 8192, and no 537 MB of matrix are held.
+A Hadamard matrix is a Kronecker product and is kept as its factors: each of 8192 channels takes 128 + 64 products
+instead of 8192, and no matrix of 537 MB is held.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RotationKind(Enum):
 class Hadamard:
     """diag(signs) (F_1 kron F_2 kron ..), which is orthogonal where every factor is."""
 
-    signs: Float[Tensor, "size"]
+    signs: Float[Tensor, "channels=size"]
     factors: tuple[Float[Tensor, "m m"], ...]
     """The first one turns the channels that lie farthest apart."""
 

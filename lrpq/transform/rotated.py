@@ -58,6 +58,11 @@ class RotatedSource(ModelSource):
             setattr(self.config, field, value)
 
     @property
+    def unties_head(self) -> bool:
+        """Whether the original's head is its embedding."""
+        return bool(self._source.config.tie_word_embeddings) and not self.config.tie_word_embeddings
+
+    @property
     def added_bytes(self) -> int:
         """What the model takes more than the original: a head that was the embedding."""
         return sum(self.nbytes(name) for name in self._made if name not in self._source)

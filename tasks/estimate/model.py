@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lrpq.model.described import DescribedModel
 from lrpq.model.layers import LinearSpec
+from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.plan.kernels import output_chunks
 from lrpq.plan.trace import BlockTrace, Traced, recorded_arguments, trace_block, trace_labels
@@ -70,7 +70,7 @@ class BlockKind:
 class ModelShape:
     """What planning needs of a model."""
 
-    source: DescribedModel
+    source: ModelSource
     stream: BlockStream
     specs: tuple[LinearSpec, ...]
     kinds: tuple[BlockKind, ...]
@@ -115,7 +115,7 @@ class ModelShape:
             yield from [kind] * kind.count
 
 
-def model_shape(source: DescribedModel, asked: Asked) -> ModelShape:
+def model_shape(source: ModelSource, asked: Asked) -> ModelShape:
     """Build the skeleton and trace one block of each kind.
 
     Raises:

@@ -8,8 +8,8 @@ from typing import Any
 
 from lrpq.allocate.budget import UNQUANTIZED_BITS
 from lrpq.checkpoint.plan import planned_size
-from lrpq.model.described import DescribedModel
 from lrpq.model.layers import Choice
+from lrpq.model.safetensors_source import ModelSource
 from tasks.estimate.asked import Asked, Cluster
 from tasks.estimate.model import ModelShape, model_shape
 from tasks.estimate.objects import EMPTY, Stored, stored
@@ -122,7 +122,7 @@ class Estimate:
         return {**asdict(self), **totals, "fits": not self.problems}
 
 
-def estimate(source: DescribedModel, asked: Asked, cluster: Cluster, *, shape: ModelShape | None = None) -> Estimate:
+def estimate(source: ModelSource, asked: Asked, cluster: Cluster, *, shape: ModelShape | None = None) -> Estimate:
     """Plan a compression of a model of which config.json is known.
 
     Args:

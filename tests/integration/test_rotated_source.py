@@ -198,7 +198,7 @@ def test_a_checkpoint_of_it_is_written_and_proved(name: str, format: CheckpointF
     assert model.config.tie_word_embeddings is False
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     # a checkpoint of the original's weights is not taken for one of the rotated model's
-    with pytest.raises(CheckpointError, match="values differ|is in none of its files|was not meant to be written"):
+    with pytest.raises(CheckpointError, match=r"values differ|was not meant to be written"):
         verify_checkpoint(output, open_source(tmp_path / "model"), **made)
     if format is CheckpointFormat.COMPRESSED_TENSORS:
         assert StoredCheckpoint(output).modules()
