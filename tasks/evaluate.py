@@ -170,8 +170,8 @@ def check_rotated(folder: Path, model: Path, rotation: Rotation) -> None:
     found, expected = StoredCheckpoint(folder).dense(name.removesuffix(WEIGHT)), stream.source.read_rows([name])
     if found.shape != expected.shape or float((found - expected).norm()) > ROTATED_DIFFERENCE * float(expected.norm()):
         raise CheckpointError(
-            f"tensor {name} in {folder}: is not that of {model} under the rotation that {MANIFEST} names; give the model "
-            "that the checkpoint was made from"
+            f"tensor {name} in {folder}: is not that of {model} under the rotation that {MANIFEST} names; give the "
+            "model that the checkpoint was made from"
         )
 
 

@@ -304,6 +304,10 @@ def _assumptions(shape: ModelShape, asked: Asked, cluster: Cluster, workers: Wor
         "weights are read from the local disk; a hub download is not counted",
         *machine.assumed,
     ]
+    if not shape.source.as_on_disk:
+        texts.append(
+            "the rotation, which is folded into the weights on the host whenever they are read, is not counted"
+        )
     if shape.routed_share < 1:
         texts.append(f"experts see {shape.routed_share:.0%} of the tokens each: routing is taken as even")
     if cluster.nodes > 1 or cluster.remote_store:

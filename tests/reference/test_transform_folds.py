@@ -17,7 +17,13 @@ from lrpq.transform.folds import (
     UnitGain,
     folded,
 )
-from lrpq.transform.orthogonal import random_orthogonal
+from lrpq.transform.orthogonal import (
+    Hadamard,
+    RotationKind,
+    draw_rotation,
+    random_orthogonal,
+    rotate_axis,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 W = torch.randn(10, 12, dtype=torch.float64, generator=GENERATOR)
@@ -68,6 +74,35 @@ def test_parts_of_rows_make_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatc
     rows = [*columns, RotateLastRows(Q=Q, num_rows=9)]  # needs all rows at once
     expected = block_diagonal(10).T @ whole
     assert torch.allclose(folded(W, rows, dtype=torch.float64, name="w"), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 35, 10_000])
+def test_parts_of_columns_make_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer writes is turned by rows; the columns that its inputs' rotation mixes stay together."""
+    monkeypatch.setattr(folds, "CHUNK_ELEMENTS", chunk)
+    changes = [RotateLastRows(Q=Q, num_rows=9), RotateColumns(Q=Q), ScaleLastRows(factor=FACTOR[:4])]
+    whole = changes[2](changes[1](changes[0](W)))
+    assert torch.allclose(folded(W, changes, dtype=torch.float64, name="w"), whole, rtol=0, atol=1e-14)
+    parts = list(folds._parts(W, changes))
+    assert all(columns.start % 3 == 0 for _, columns in parts)
+    assert len(parts) == (4 if chunk < 60 else 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 96, 128, 256, 1280])
+def test_factors_turn_as_their_matrix_does(size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    factors = draw_rotation(RotationKind.HADAMARD, size, generator=generator)
+    assert isinstance(factors, Hadamard)
+    matrix = factors.dense()
+    X = torch.randn(3, size, 5, dtype=torch.float64, generator=generator)
+    expected = torch.einsum("ij,bia->bja", matrix, X)
+    assert torch.allclose(rotate_axis(X, factors), expected, rtol=0, atol=1e-13)
+    assert torch.allclose(rotate_axis(X, matrix), expected, rtol=0, atol=1e-13)
+    assert torch.allclose(rotate_axis(X[..., :1], factors), expected[..., :1], rtol=0, atol=1e-13)
+    rows = RotateLastRows(Q=factors, num_rows=size)
+    assert torch.allclose(rows(X[0]), matrix.T @ X[0], rtol=0, atol=1e-13)
+    columns = RotateColumns(Q=factors)
+    assert torch.allclose(columns(X[0].T), X[0].T @ matrix, rtol=0, atol=1e-13)
 
 
 def test_values_are_rounded_once_from_float64() -> None:
