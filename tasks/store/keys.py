@@ -23,7 +23,8 @@ __all__ = ["FIRST_PARTY", "artifact_key", "code_digest", "environment_fingerprin
 
 _FORMAT = "lrpq artefact key 1"
 _FLOAT = "$float"
-_LIBRARIES = ("torch", "transformers", "numpy", "highspy")  # those that compute; the others only carry bytes
+# those that compute; the others only carry bytes. Triton comes with its torch
+_LIBRARIES = ("torch", "transformers", "numpy", "numba", "llvmlite", "highspy")
 _PROCESSOR_FIELDS = (
     "vendor_id",
     "model name",

@@ -21,6 +21,10 @@ from lrpq.quant.grid import Grid
 
 # one row, a strip, strips with a rest; fewer columns than are taken at a time, and more
 SHAPES = [(1, 1), (1, 7), (64, 4), (70, 9), (131, 48)]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
+]
 BOUNDS = torch.tensor([[-4.0, 3.0], [-8.0, 7.0]])
 
 
@@ -28,15 +32,16 @@ def numbers(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_columns_are_rounded_as_the_formula_says(rows: int, columns: int) -> None:
+def test_columns_are_rounded_as_the_formula_says(rows: int, columns: int, device: str) -> None:
     T, W = numbers(columns, 2, rows, seed=1) * 3, numbers(columns, rows, seed=2) * 3
     S = numbers(3, 2, rows, seed=3).sign() * (0.2 + numbers(3, 2, rows, seed=4).abs())
     R = numbers(columns, columns, seed=5).triu(1) * 0.2 + torch.eye(columns)
     runs = torch.arange(columns) % 3
-    found, codes = T.clone(), torch.empty(columns, 2, rows, dtype=torch.int8)
-    round_columns(found, W, S, R, BOUNDS, runs, codes)
-    errors = found.double()
+    found, codes = T.to(device, copy=True), torch.empty(columns, 2, rows, dtype=torch.int8, device=device)
+    round_columns(found, *(x.to(device) for x in (W, S, R, BOUNDS, runs)), codes)
+    errors, codes = found.cpu().double(), codes.cpu()
     targets = T.double() + torch.einsum("jk,jcr->kcr", R.double().triu(1), errors)
     s = S.double()[runs]
     ideal = (targets / s).clamp(BOUNDS[:, 0].view(1, 2, 1), BOUNDS[:, 1].view(1, 2, 1))
@@ -45,8 +50,9 @@ def test_columns_are_rounded_as_the_formula_says(rows: int, columns: int) -> Non
     assert codes.unique().numel() > 1 or rows * columns == 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_columns_are_descended_as_the_formula_says(rows: int, columns: int) -> None:
+def test_columns_are_descended_as_the_formula_says(rows: int, columns: int, device: str) -> None:
     D, codes = numbers(columns, rows, seed=1), torch.randint(-4, 4, (columns, rows), dtype=torch.int8)
     G = numbers(columns, rows, seed=2) * 2
     S = numbers(2, rows, seed=3).sign() * (0.2 + numbers(2, rows, seed=4).abs())
@@ -59,7 +65,10 @@ def test_columns_are_descended_as_the_formula_says(rows: int, columns: int) -> N
     bounds = torch.tensor([-4.0, 3.0]).unsqueeze(1).expand(2, rows).contiguous()
     before, D_before = codes.clone(), D.clone()
     moved = torch.zeros(rows, dtype=torch.bool)
-    descend_columns(G, D, codes, S, bounds, own, inverse, runs, moved)
+    changed = [x.to(device) for x in (D, codes, moved)]
+    G_, *fixed = (x.to(device) for x in (G, S, bounds, own, inverse, runs))
+    descend_columns(G_, changed[0], changed[1], *fixed, changed[2])
+    D, codes, moved = (x.cpu() for x in changed)
     steps = codes.double() - before.double()
     changes = steps * S.double()[runs]
     pulls = G.double() - own.double().tril(-1) @ changes
@@ -90,17 +99,18 @@ def test_errors_and_fits_of_scales_are_the_weighted_sums(rows: int, width: int) 
     assert torch.allclose(squares.double(), (weights * q[0].square()).sum(1, keepdim=True), rtol=1e-5)
 
 
-def layer(d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
+def layer(d_out: int, d_in: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     X = numbers(4 * d_in, d_in, seed=6) * torch.logspace(0, 1, d_in)
-    return numbers(d_out, d_in, seed=7), X.T @ X / len(X)
+    return numbers(d_out, d_in, seed=7).to(device), (X.T @ X / len(X)).to(device)
 
 
 CHOICES = [Choice(bits=bits, group_size=size) for bits, size in ((2, 32), (3, -1), (4, 96), (8, 48))]
 
 
-def test_a_layer_comes_out_as_by_vector_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_layer_comes_out_as_by_vector_operations(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same scales and codes but for ties and fp32's last digit, the same loss within 1e-4."""
-    W, H = layer(200, 192)
+    W, H = layer(200, 192, device)
     factor = factorize(H)
     fast = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
     fast_after = descend(W, fast, H)
