@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from flows.config import RunConfig
+from flows.config import MAX_SEED, RunConfig
 from lrpq.errors import CheckpointError
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.transform.orthogonal import RotationKind
@@ -67,7 +67,7 @@ def stored_rotation(manifest: Mapping[str, Any] | None) -> Rotation | None:
         return None
     try:
         kind, scope, seed = RotationKind(found["kind"]), RotationScope(found["scope"]), found["seed"]
-        if type(seed) is not int or seed < 0:
+        if type(seed) is not int or not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seed {seed!r}")
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"lrpq.json: its rotation is none that this version of lrpq knows ({error})") from error

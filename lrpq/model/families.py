@@ -20,7 +20,7 @@ class Unit:
     """Its last linear layer; the unit's output is this layer's, unchanged."""
     returns_tuple: bool
     """Whether the module returns (output, something else) instead of the output."""
-    added: bool = True
+    added: bool
     """Whether the block adds the output to its hidden states as it is, with no norm in between."""
 
 
@@ -62,8 +62,8 @@ class Family:
     """Of ``outside`` and ``tail``: modules that some configurations do not have."""
 
 
-_ATTENTION = Unit(path="self_attn", last="self_attn.o_proj", returns_tuple=True)
-_MLP = Unit(path="mlp", last="mlp.down_proj", returns_tuple=False)
+_ATTENTION = Unit(path="self_attn", last="self_attn.o_proj", returns_tuple=True, added=True)
+_MLP = Unit(path="mlp", last="mlp.down_proj", returns_tuple=False, added=True)
 
 LLAMA = Family(
     blocks="model.layers",
@@ -108,7 +108,7 @@ OPT = Family(
         "up": ("fc1",),
         "down": ("fc2",),
     },
-    units=(Unit(path="self_attn", last="self_attn.out_proj", returns_tuple=True),),
+    units=(Unit(path="self_attn", last="self_attn.out_proj", returns_tuple=True, added=True),),
 )
 GPT_NEOX = Family(
     blocks="gpt_neox.layers",
@@ -122,8 +122,8 @@ GPT_NEOX = Family(
         "down": ("mlp.dense_4h_to_h",),
     },
     units=(
-        Unit(path="attention", last="attention.dense", returns_tuple=True),
-        Unit(path="mlp", last="mlp.dense_4h_to_h", returns_tuple=False),
+        Unit(path="attention", last="attention.dense", returns_tuple=True, added=True),
+        Unit(path="mlp", last="mlp.dense_4h_to_h", returns_tuple=False, added=True),
     ),
 )
 MIXTRAL = replace(

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
-from lrpq.kernels.compiled import usable
 from lrpq.kernels.descent import descend_columns
+from lrpq.kernels.threads import usable
 from lrpq.quant.grid import QuantizedWeight, check_finite, code_range, group_width
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def descend(
 
     Floor: a sweep multiplies all errors with H once, 2 d_in^2 FLOPs a row and choice, twice GPTQ's d_in^2 (whose
     matrix is triangular). What blocks add is their share of d_in. Exact Gauss-Seidel whatever ``block_columns`` is: the
-    errors of other blocks are up to date in that product, those of the own block reach a leaf of 8 columns by a small
-    one. Computes in the dtype of H; each product starts from the errors, so nothing drifts. Memory besides inputs and
-    results: 5 bytes times d_in times at most 4,096 rows on CPU.
+    errors of other blocks are up to date in that product, those of the own block in the loop over its columns (in
+    float64 vector operations, and small products). Computes in the dtype of H; each product starts from the errors, so
+    nothing drifts. Memory besides inputs and results: 5 bytes times d_in times at most 4,096 rows on CPU.
 
     Raises QuantizationError naming the layer for shapes that do not belong together, values that are not finite or so
     large that their products could overflow, or a scale of zero.
@@ -158,10 +158,8 @@ def _descend(state: _State, H: Tensor, inverse: Tensor, run: int, *, sweeps: int
     codes = state.codes.clone()
     moving = torch.ones(codes.shape[1], dtype=torch.bool, device=codes.device)
     active = moving.nonzero().squeeze(1)
-    # bands[i - 1][k] = H[k, k + i]: taken from the device once, not a few numbers at a time
-    bands = [H.diagonal(i).tolist() for i in range(1, min(_LEAF_COLUMNS, len(H)))]
     for _ in range(sweeps):
-        moved = _sweep(state, H, inverse, bands, run, block=block)
+        moved = _sweep(state, H, inverse, run, block=block)
         moving[active] = moved
         if not bool(moved.any()):
             break
@@ -172,15 +170,13 @@ def _descend(state: _State, H: Tensor, inverse: Tensor, run: int, *, sweeps: int
     return codes, moving
 
 
-def _sweep(
-    state: _State, H: Tensor, inverse: Tensor, bands: Sequence[Sequence[float]], run: int, *, block: int
-) -> Tensor:
+def _sweep(state: _State, H: Tensor, inverse: Tensor, run: int, *, block: int) -> Tensor:
     """Visit every column once, from left to right; changes ``state``. Returns which rows moved."""
     d_in, stacked = state.D.shape
     moved = torch.zeros(stacked, dtype=torch.bool, device=H.device)
     G = H.new_empty(min(block, d_in), stacked)
     runs = torch.arange(d_in, device=H.device) // run
-    visit = None if usable(H) else _Vectorized(state, H, inverse, bands, run, moved, G)
+    visit = None if usable(H) else _Vectorized(state, H, inverse, run, moved, G)
     for start in range(0, d_in, block):
         k = slice(start, min(start + block, d_in))
         g = torch.mm(H[k], state.D, out=G[: k.stop - start])
@@ -201,12 +197,13 @@ class _Vectorized:
         state: _State,
         H: Tensor,
         inverse: Tensor,
-        bands: Sequence[Sequence[float]],
         run: int,
         moved: Tensor,
         G: Tensor,
     ) -> None:
-        self.state, self.H, self.bands, self.run, self.moved, self.G = state, H, bands, run, moved, G
+        self.state, self.H, self.run, self.moved, self.G = state, H, run, moved, G
+        # bands[i - 1][k] = H[k, k + i]: taken from the device once, not a few numbers at a time
+        self.bands = [H.diagonal(i).tolist() for i in range(1, min(_LEAF_COLUMNS, len(H)))]
         self.inverse = inverse.unbind(0)
         # of one block: codes to go, the same in units of the weights, codes to go for one unit of H D, and the ends of
         # the range from where the codes are. What does not depend on the column before is computed for all at once.

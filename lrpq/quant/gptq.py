@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.kernels.columns import round_columns
-from lrpq.kernels.compiled import usable
+from lrpq.kernels.threads import usable
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import Factor
 from lrpq.quant.grid import (
@@ -77,7 +77,7 @@ def gptq(
     ``search_importance`` finds in the factor, or diag(H) of another ``H``. Computes in the dtype of the factor (fp32;
     fp64 in tests).
     Memory besides inputs and results: W twice and the codes once more, and 5 bytes times d_in times at most 4,608 rows
-    on CPU.
+    on CPU, where compiled loops copy these rows of W and of the scales too.
 
     Raises QuantizationError naming the layer for values that are not finite or so large that the column loop could
     overflow (from about 1e30 in fp32), a scale of zero, or a group size that does not divide d_in.

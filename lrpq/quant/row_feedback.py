@@ -93,17 +93,17 @@ def blocks_of(rows: int, num_blocks: int) -> int:
 def joint_error(
     dW: Float[Tensor, "d_out d_in"],
     C: Float[Tensor, "d_in d_in"],
-    shift: Float[Tensor, "d_out d_in"] | None,
+    P: Float[Tensor, "d_out d_in"] | None,
     outputs: Sequence[Float[Tensor, "chunk chunk"]],
 ) -> float:
     """tr(G E) for the errors E of all rows together, up to a term that does not depend on the codes.
 
-    E = dW C dW^T - 2 shift dW^T, as `lrpq.quant.correction.target_error` has it row by row.
+    E = dW C dW^T - 2 P dW^T, as `lrpq.quant.correction.target_error` has it row by row.
 
     Args:
         dW: quantized minus original weights.
         C: Hessian of the quantized prefix.
-        shift: W D, the pull of the prefix's errors; None where nothing is corrected.
+        P: what the outputs lack behind the prefix (quant/correction.py); None where nothing is corrected.
         outputs: as for `quantize_in_blocks`, undamped.
     """
     total, start = 0.0, 0
@@ -111,7 +111,7 @@ def joint_error(
         rows = slice(start, start + len(G))
         start += len(G)
         part = dW[rows]
-        pull = part @ C if shift is None else (part @ C).sub_(shift[rows], alpha=2.0)
+        pull = part @ C if P is None else (part @ C).sub_(P[rows], alpha=2.0)
         total += float(((G @ part) * pull).sum(dtype=torch.float64))
     return total
 

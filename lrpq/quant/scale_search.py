@@ -1,7 +1,7 @@
 """The search for the scales of a grid: for each group the one of least weighted error.
 
-Floor: every scale that is tried reads each weight once; there is no matmul in it. What is here is some 6 vector
-operations a weight and scale tried, on parts that stay in the cache of a core.
+Floor: every scale that is tried reads each weight once; there is no matmul in it. Some 6 operations a weight and scale
+tried: on CPUs in a compiled loop (lrpq/kernels), else as vector operations on parts of a chunk.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from lrpq.kernels.compiled import usable
 from lrpq.kernels.scale_errors import write_errors, write_fit
+from lrpq.kernels.threads import usable
 from lrpq.model.layers import Choice
 from lrpq.quant.grid import (
     Grid,

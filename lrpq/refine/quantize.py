@@ -129,9 +129,9 @@ def _with_feedback(
         return polish(T, [found], C, rounds=polish_rounds, name=name)[0].weight if polish_rounds else found
 
     weight = quantize_in_blocks(rounded.target, outputs, round_rows, num_blocks=row_blocks, name=name)
-    hessian, shift = (C, None) if prefix is None else (prefix.C, prefix.pull)
+    hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
     together, apart = (
-        joint_error(q.dequantize(torch.float32) - W, hessian, shift, outputs) for q in (weight, rounded.weight)
+        joint_error(q.dequantize(torch.float32) - W, hessian, P, outputs) for q in (weight, rounded.weight)
     )
     return weight if together <= apart else None
 

@@ -5,13 +5,14 @@ For a site with inputs x (original) and xq (quantized prefix) and token weights 
     C = sum_t s_t xq_t xq_t^T        D = sum_t s_t (x_t - xq_t) xq_t^T
 
 which is all that correction, GPTQ and the guard need (quant/correction.py). Where a layer's output is added to the
-hidden states as it is (attention's output projection, the MLP's last layer), it can make up for the errors that the
+hidden states as it is (families.Unit.added: attention's output projection,
+the last layer of an MLP), it can make up for the errors that the
 hidden states r bring along too. There D gives way to
 
     P = sum_t s_t (W (x_t - xq_t) + r_t - rq_t) xq_t^T.
 
-Sites are visited in the order of the
-forward, so the inputs of a site already carry the errors of the quantized sites before it in the same block.
+Sites are visited in the order of the forward, so the inputs of a site already carry the errors of the quantized sites
+before it in the same block.
 
 Cost in forward passes F of the blocks: F for each stream. A site's forward stops at the site, and attention or MLP,
 once the input of its last layer is known, is not run again but continued from there (families.Unit). Without correction
@@ -126,6 +127,7 @@ class RefineSweep:
             quantized: module name -> weights of the sites before this one in the block.
         """
         reader = self.stream.local_name(site[0])
+        W = module.get_submodule(reader).weight.float() if self._adds(reader) and self.with_shift else None
         parts: dict[Node, SiteProducts] = {}
         for shard, batches in self.quantized.items():
             sums = self._empty(site[0], reader)
@@ -145,8 +147,8 @@ class RefineSweep:
                     if sums.pull is not None:
                         assert r is not None
                         assert rq is not None
-                        W = module.get_submodule(reader).weight
-                        lacking = (r.float() - rq.float()).addmm_(lacking, W.float().T)
+                        assert W is not None
+                        lacking = (r.float() - rq.float()).addmm_(lacking, W.T)
                     total = sums.shift if sums.pull is None else sums.pull
                     assert total is not None
                     total.addmm_((lacking * s[:, None]).T, xq.float())

@@ -7,6 +7,7 @@ core makes a new key and a changed comment or docstring does not.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -25,6 +26,8 @@ _FORMAT = "lrpq artefact key 1"
 _FLOAT = "$float"
 # those that compute; the others only carry bytes. Triton comes with its torch
 _LIBRARIES = ("torch", "transformers", "numpy", "numba", "llvmlite", "highspy")
+_LOOP_SETTINGS = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_DISABLE_JIT")
+"""What makes numba compile for another processor than this one."""
 _PROCESSOR_FIELDS = (
     "vendor_id",
     "model name",
@@ -78,7 +81,12 @@ def environment_fingerprint(device: torch.device | str, *, threads: int) -> dict
     if device.type == "cpu":
         # The capability (AVX2, AVX512, ...) picks PyTorch's kernels and can be lowered by
         # ATEN_CPU_CAPABILITY.
-        return {**found, "device": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"}
+        loops = " ".join(f"{name}={os.environ[name]}" for name in _LOOP_SETTINGS if os.environ.get(name))
+        return {
+            **found,
+            "device": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
+            "loops": loops or "for this processor",
+        }
     if device.type == "cuda" and torch.cuda.is_available():
         runtime = torch.version.cuda or torch.version.hip
         return {

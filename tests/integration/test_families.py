@@ -54,6 +54,35 @@ def test_streamed_forward_equals_the_models_own(name: str, tmp_path: Path) -> No
         assert stream.weight(spec).shape == (spec.d_out, spec.d_in)
 
 
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"opt-post-norm"}))  # there it is the sum that is normed
+@torch.no_grad()
+def test_units_say_whether_their_output_is_added_as_it_is(name: str, tmp_path: Path) -> None:
+    """What a unit's last layer says more comes out of the block as it is, nothing behind it saying anything; behind
+    a norm it would not."""
+    stream = BlockStream(open_source(write_tiny(tmp_path / "model", name)), dtype=torch.float32)
+    hidden = stream.embed(tokens())
+    more = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(1))
+    for index, block in stream.stream(range(1)):
+        parts = dict(block.named_modules())
+        for unit in stream.family.units:
+            silent = parts["mlp" if "mlp" in parts else "fc2"]
+            hooks = []
+            if not unit.path.startswith("mlp"):
+                hooks.append(silent.register_forward_hook(lambda *call: _zeros(call[-1])))
+            before = stream.run(block, index, hidden)
+            hooks.append(parts[unit.last].register_forward_hook(lambda *call: call[-1] + more))
+            difference = stream.run(block, index, hidden) - before
+            for hook in hooks:
+                hook.remove()
+            assert torch.allclose(difference, more.expand_as(difference), atol=1e-3) == unit.added, unit.path
+
+
+def _zeros(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
+
+
 def rewritten(folder: Path, change: dict[str, Any]) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -42,6 +42,15 @@ def test_the_leaf_size_does_not_change_the_codes(d_out: int, d_in: int, seed: in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gptq_module, "LEAF_COLUMNS", leaf)
         assert same(whole, gptq(W, factor, ALL_BITS))
+    # compiled, in float32: scales are the same, codes but where a last digit decides
+    W, factor = W.float(), factorize(H.float())
+    whole = gptq(W, factor, ALL_BITS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gptq_module, "COMPILED_LEAF", {"cpu": leaf})
+        cut = gptq(W, factor, ALL_BITS)
+    for a, b in zip(whole, cut, strict=True):
+        assert torch.equal(a.scales, b.scales)
+        assert (a.codes != b.codes).sum() <= 1 + a.codes.numel() // 20
 
 
 @few

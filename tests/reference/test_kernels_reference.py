@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrpq.kernels import compiled
 from lrpq.kernels.columns import round_columns
 from lrpq.kernels.descent import descend_columns
 from lrpq.kernels.scale_errors import write_errors, write_fit
+from lrpq.kernels.threads import usable
 from lrpq.model.layers import Choice
 from lrpq.quant import descent as descent_module
 from lrpq.quant import gptq as gptq_module
@@ -109,7 +109,7 @@ CHOICES = [Choice(bits=bits, group_size=size) for bits, size in ((2, 32), (3, -1
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_layer_comes_out_as_by_vector_operations(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same scales and codes but for ties and fp32's last digit, the same loss within 1e-4."""
+    """Same scales and codes but for fp32's last digit, which moves a few of ten thousand; the same loss."""
     W, H = layer(200, 192, device)
     factor = factorize(H)
     fast = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
@@ -119,26 +119,52 @@ def test_a_layer_comes_out_as_by_vector_operations(device: str, monkeypatch: pyt
     plain = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
     plain_after = descend(W, fast, H)
     for a, b in zip([*fast, *(d.weight for d in fast_after)], [*plain, *(d.weight for d in plain_after)], strict=True):
-        assert (a.scales == b.scales).float().mean() > 0.99
-        assert (a.codes == b.codes).float().mean() > 0.99
+        assert (a.scales == b.scales).float().mean() > 0.995
+        assert (a.codes == b.codes).float().mean() > 0.995
         losses = [float(loss(W, q.dequantize(), H).sum()) for q in (a, b)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_neither_threads_nor_strips_change_a_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_threads_nor_strips_change_a_digit() -> None:
+    """Of whole layers with threads; of the loops themselves also row by row: products around them may differ there."""
     W, H = layer(150, 96)
     factor = factorize(H)
     alone = [gptq(W[i : i + 1].contiguous(), factor, CHOICES, grid=Grid.SIGNED) for i in range(len(W))]
     whole = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         shared = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     for i, q in enumerate(whole):
         assert torch.equal(q.codes, shared[i].codes)
         assert torch.equal(q.scales, shared[i].scales)
         assert torch.equal(q.scales, torch.cat([rows[i].scales for rows in alone]))
-    assert compiled.usable(W)
-    assert not compiled.usable(W.double())
+    assert usable(W)
+    assert not usable(W.double())
+
+
+@pytest.mark.parametrize("row", [0, 63, 64, 100, 130])
+def test_a_row_is_rounded_and_descended_as_if_alone(row: int) -> None:
+    columns, rows, one = 48, 131, slice(row, row + 1)
+    T, W = numbers(columns, 1, rows, seed=1) * 3, numbers(columns, rows, seed=2) * 3
+    S = 0.2 + numbers(2, rows, seed=3).abs()
+    R = numbers(columns, columns, seed=4).triu(1) * 0.2 + torch.eye(columns)
+    runs = torch.arange(columns) // 24
+    found = []
+    for rows_of in (slice(None), one):
+        errors = T[:, :, rows_of].clone(memory_format=torch.contiguous_format)
+        codes = torch.empty(errors.shape, dtype=torch.int8)
+        w, s = W[:, rows_of].contiguous(), S[:, rows_of].contiguous()
+        round_columns(errors, w, s.unsqueeze(1), R, BOUNDS[:1], runs, codes)
+        D, n = errors[:, 0].clone(), codes[:, 0].clone()
+        own = R @ R.T
+        bounds = BOUNDS[0].unsqueeze(1).expand(2, D.shape[1]).contiguous()
+        moved = torch.zeros(D.shape[1], dtype=torch.bool)
+        G = w * 2  # any: what a product gives need not be the same for one row and for many
+        descend_columns(G, D, n, s, bounds, own, 1 / own.diagonal(), runs, moved)
+        found.append((errors, codes, D, n, moved))
+    for whole, alone in zip(*found, strict=True):
+        picked = whole[..., one]
+        assert torch.equal(picked, alone)

@@ -45,7 +45,16 @@ def test_a_manifest_names_its_rotation() -> None:
 
 
 @pytest.mark.parametrize(
-    "found", [{}, "hadamard", STORED | {"kind": "spin"}, STORED | {"seed": -1}, STORED | {"seed": True}, [STORED]]
+    "found",
+    [
+        {},
+        "hadamard",
+        STORED | {"kind": "spin"},
+        STORED | {"seed": -1},
+        STORED | {"seed": 2**70},
+        STORED | {"seed": True},
+        [STORED],
+    ],
 )
 def test_an_unknown_rotation_is_refused(found: Any) -> None:
     with pytest.raises(CheckpointError, match="its rotation is none that this version of lrpq knows"):

@@ -1,0 +1,39 @@
+"""Which tensors compiled loops take, and how rows are shared out among the threads that PyTorch may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lrpq.kernels.loops import LANES
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether compiled loops take this: float32, on a CPU or a CUDA device."""
+    return tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda")
+
+
+def strips(rows: int) -> int:
+    """How many strips of ``LANES`` rows there are."""
+    return -(-rows // LANES)
+
+
+def in_threads(work: Callable[[int, int], None], count: int) -> None:
+    """``work(begin, end)`` over 0 .. count, cut among the threads that PyTorch is allowed; parts must not interact."""
+    num = min(torch.get_num_threads(), count)
+    if num <= 1:
+        work(0, count)
+        return
+    edges = [count * i // num for i in range(num + 1)]
+    for done in [_executor(torch.get_num_threads()).submit(work, *edge) for edge in pairwise(edges)]:
+        done.result()
+
+
+@cache
+def _executor(num: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num, thread_name_prefix="lrpq-kernel")
