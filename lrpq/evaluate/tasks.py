@@ -91,28 +91,38 @@ def score_continuations(
         CheckpointError: a model gives logits that are not finite.
     """
     padded = [_padded(batch) for batch in batches]
-    read = [tokens for tokens, _ in padded]
+    read, rows = [tokens for tokens, _ in padded], [rows for _, rows in padded]
     if other is None:
-        hidden = final_states(stream, read, {ORIGINAL: None, **variants})
-    else:
-        hidden = final_states(stream, read, {ORIGINAL: None}) | final_states(other, read, variants)
+        return _from_states(stream, batches, rows, final_states(stream, read, {ORIGINAL: None, **variants}), variants)
+    original = _from_states(stream, batches, rows, final_states(stream, read, {ORIGINAL: None}), {})
+    return original | _from_states(other, batches, rows, final_states(other, read, variants), variants)
+
+
+def _from_states(
+    stream: BlockStream,
+    batches: Sequence[Sequence[Continuation]],
+    rows: Sequence[list[int]],
+    hidden: Mapping[str, Sequence[Tensor]],
+    variants: Mapping[str, BlockWeights],
+) -> dict[str, list[float]]:
+    """Log-probabilities of all continuations under every model whose last hidden states these are; one head for all."""
     scores: dict[str, list[float]] = {}
-    for name, states in hidden.items():
-        of_name = stream if other is None or name == ORIGINAL else other
-        weights = variants[name](of_name.num_blocks) if name in variants else {}
-        swapped = {module: W.to(of_name.device) for module, W in weights.items()}
-        with of_name.head() as (norm, head), of_name.swapped_head(swapped):
-            scores[name] = []
-            for batch, (_, rows), h in zip(batches, padded, states, strict=True):
-                found = []
-                for states_now, wanted in _predicting(batch, rows, h):
-                    log_probabilities = head(norm(states_now[None]))[0].float().log_softmax(-1)
-                    found.append(log_probabilities.gather(-1, wanted[:, None])[:, 0])
-                of_tokens = torch.cat(found).tolist()
-                if not all(map(math.isfinite, of_tokens)):
-                    raise CheckpointError(f"{name}: logits are not finite on the questions")
-                rest = iter(of_tokens)
-                scores[name] += [math.fsum(islice(rest, len(continuation.tokens))) for continuation in batch]
+    with stream.head() as (norm, head):
+        for name, states in hidden.items():
+            weights = variants[name](stream.num_blocks) if name in variants else {}
+            swapped = {module: W.to(stream.device) for module, W in weights.items()}
+            with stream.swapped_head(swapped):
+                scores[name] = []
+                for batch, of_batch, h in zip(batches, rows, states, strict=True):
+                    found = []
+                    for states_now, wanted in _predicting(batch, of_batch, h):
+                        log_probabilities = head(norm(states_now[None]))[0].float().log_softmax(-1)
+                        found.append(log_probabilities.gather(-1, wanted[:, None])[:, 0])
+                    of_tokens = torch.cat(found).tolist()
+                    if not all(map(math.isfinite, of_tokens)):
+                        raise CheckpointError(f"{name}: logits are not finite on the questions")
+                    rest = iter(of_tokens)
+                    scores[name] += [math.fsum(islice(rest, len(continuation.tokens))) for continuation in batch]
     return scores
 
 
