@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from lrpq.kernels import loops
 from lrpq.kernels.columns import round_columns
 from lrpq.kernels.descent import descend_columns
 from lrpq.kernels.scale_errors import write_errors, write_fit
@@ -168,3 +172,18 @@ def test_a_row_is_rounded_and_descended_as_if_alone(row: int) -> None:
     for whole, alone in zip(*found, strict=True):
         picked = whole[..., one]
         assert torch.equal(picked, alone)
+
+
+def test_loops_depend_on_no_other_file() -> None:
+    """numba's cache on disk looks at the file of a loop alone: a constant from elsewhere could change unseen."""
+    source = Path(loops.__file__).read_text(encoding="utf-8")
+    imported = {
+        alias
+        for node in ast.walk(ast.parse(source))
+        for alias in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
+        )
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert "numba" in imported
+    assert not {name for name in imported if str(name).split(".")[0] in ("lrpq", "tasks", "flows")}
