@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ MANIFEST = "lrpq.json"
 
 
 def write_manifest_file(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Replace the file in one step: a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace the file in one step: a reader sees the old one or the new one, whoever else writes it too."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     temporary.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,9 @@ def test_two_drivers_of_one_run_make_one_result(
             results[number] = error
 
     watcher = threading.Thread(target=look)
-    drivers = [threading.Thread(target=drive, args=(number,)) for number in range(2)]
+    # each in a copy of this context: Prefect's settings are in it, and without them a thread would start a server and
+    # set the environment of the whole process
+    drivers = [threading.Thread(target=copy_context().run, args=(drive, number)) for number in range(2)]
     watcher.start()
     for driver in drivers:
         driver.start()
