@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import ctrl_c
 from flows.progress import Progress
-from lrpq.errors import ClusterError, WorkerLost
+from lrpq.errors import ClusterError, WaypointGone, WorkerLost
 from tasks.artifacts import StageFolder
 from tasks.cluster import Pool
 from tasks.store.keys import artifact_key, code_digest, environment_fingerprint
@@ -95,7 +95,8 @@ class Run:
         self.progress.advance(label, detail)
 
     def survive(self, pool: Pool, label: str, attempt: Callable[[], T]) -> T:
-        """Make an attempt at a stage; after the loss of a worker another one, which finds in the store what is done.
+        """Make an attempt at a stage; after the loss of a worker, or behind another driver, another
+        one, which finds in the store what is done.
 
         Raises:
             ClusterError: workers are lost again and again and nothing gets done between.
@@ -105,6 +106,10 @@ class Run:
             before = self._advanced
             try:
                 return attempt()
+            except WaypointGone:  # another driver completes the stage: what it made is in the store
+                fruitless += 1
+                if fruitless == MAX_FRUITLESS:
+                    raise
             except WorkerLost as loss:
                 fruitless = fruitless + 1 if self._advanced == before else 1
                 if fruitless == MAX_FRUITLESS:

@@ -69,5 +69,9 @@ class StoreError(LrpqError):
     """The store cannot be read or written, or an object in it is damaged."""
 
 
+class WaypointGone(StoreError):
+    """A stage's state on the way is not there any more: another driver of the run has completed the stage."""
+
+
 class RunMismatch(StoreError):
     """The run id is taken by a run with another configuration."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
+from lrpq.errors import StoreError, WaypointGone
 from tasks.artifacts import StageFolder
 from tasks.store.objects import ObjectStore
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
@@ -44,15 +46,37 @@ def write_waypoint(
 def read_waypoint(
     store: ObjectStore, folder: StageFolder, kind: str, block: int, shards: Iterable[int]
 ) -> dict[int, dict[str, Tensor]]:
-    """Shard -> its state in front of a block."""
-    return {shard: read_tensors(store, _key(folder, kind, block, shard)) for shard in shards}
+    """Shard -> its state in front of a block.
+
+    Raises:
+        WaypointGone: it was removed since ``blocks_with_waypoint`` saw it.
+    """
+    with _there(store, folder):
+        return {shard: read_tensors(store, _key(folder, kind, block, shard)) for shard in shards}
 
 
 def read_waypoint_metadata(
     store: ObjectStore, folder: StageFolder, kind: str, block: int, shards: Iterable[int]
 ) -> dict[int, dict[str, str]]:
-    """Shard -> what was written beside its state."""
-    return {shard: read_metadata(store, _key(folder, kind, block, shard)) for shard in shards}
+    """Shard -> what was written beside its state.
+
+    Raises:
+        WaypointGone: as for ``read_waypoint``.
+    """
+    with _there(store, folder):
+        return {shard: read_metadata(store, _key(folder, kind, block, shard)) for shard in shards}
+
+
+@contextmanager
+def _there(store: ObjectStore, folder: StageFolder) -> Iterator[None]:
+    """What cannot be read although it is there is another error."""
+    before = set(store.list(folder.object(FOLDER)))
+    try:
+        yield
+    except StoreError as error:
+        if before - set(store.list(folder.object(FOLDER))) or not before:
+            raise WaypointGone(f"{folder.prefix}: its waypoints were removed; the stage is complete") from error
+        raise
 
 
 def blocks_with_waypoint(store: ObjectStore, folder: StageFolder, kind: str, num_shards: int) -> list[int]:
