@@ -75,7 +75,9 @@ def _there(store: ObjectStore, folder: StageFolder) -> Iterator[None]:
         yield
     except StoreError as error:
         if before - set(store.list(folder.object(FOLDER))) or not before:
-            raise WaypointGone(f"{folder.prefix}: its waypoints were removed; the stage is complete") from error
+            raise WaypointGone(
+                f"{folder.prefix}: its waypoints were removed while they were read; if no other driver is at this run, the same command goes on"
+            ) from error
         raise
 
 

@@ -5,9 +5,8 @@ For a site with inputs x (original) and xq (quantized prefix) and token weights 
     C = sum_t s_t xq_t xq_t^T        D = sum_t s_t (x_t - xq_t) xq_t^T
 
 which is all that correction, GPTQ and the guard need (quant/correction.py). Where a layer's output is added to the
-hidden states as it is (families.Unit.added: attention's output projection,
-the last layer of an MLP), it can make up for the errors that the
-hidden states r bring along too. There D gives way to
+hidden states as it is (families.Unit.added: attention's output projection, the last layer of an MLP), it can make up
+for the errors that the hidden states r bring along too. There D gives way to
 
     P = sum_t s_t (W (x_t - xq_t) + r_t - rq_t) xq_t^T.
 
