@@ -76,7 +76,8 @@ def _there(store: ObjectStore, folder: StageFolder) -> Iterator[None]:
     except StoreError as error:
         if before - set(store.list(folder.object(FOLDER))) or not before:
             raise WaypointGone(
-                f"{folder.prefix}: its waypoints were removed while they were read; if no other driver is at this run, the same command goes on"
+                f"{folder.prefix}: its waypoints were removed while they were read; if no other driver is at this run, "
+                "the same command goes on"
             ) from error
         raise
 
