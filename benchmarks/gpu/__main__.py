@@ -7,6 +7,13 @@ Parts (all of them without --only):
     ceiling      large products and copies; measured in every run, for the shares
     gptq         the matrices of a 70B block: factorisation, search, column loop, cost; loss; precision of the updates
     block        one block of the 8B, 70B and 405B shapes: profile and refinement, against necessary FLOPs (flops.py)
+    candidates   the seven matrices of a 70B block at six widths and one group size
+    quantize     the same refined: solve, column loop, blocks of rows, polish
+    memory       peaks at 4 and at 16 blocks, and of a 70B block's refinement with its quantization
+    growth       seconds against tokens, width and depth, with fitted exponents (--png draws them)
+    peers        llm-compressor's and GPTQModel's GPTQ on the matrices of ``gptq``, where installed
+    end-to-end   --model from tokens to codes through the workbench, and where the time goes
+    total        minutes for the whole 70B model from the blocks of this run and of the files given with --add
 
 Needs PyTorch, transformers and lrpq's core; with --device cpu and --tiny it runs anywhere, on toy shapes. Weights and
 inputs are random with outliers (matrices.py). A row that fails says so, and the exit status is 1.
@@ -16,30 +23,109 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu import blocks, quantizer
+from benchmarks.gpu import blocks, growth, layers, memory, peers, pipeline, quantizer, whole
 from benchmarks.gpu.ceiling import measure_ceiling
 from benchmarks.gpu.measure import release
+from benchmarks.gpu.model import random_tokens
 from benchmarks.gpu.report import Report, Row
-from benchmarks.gpu.shapes import LLAMA, TINY
+from benchmarks.gpu.shapes import LLAMA, TINY, BlockShape, of_width
+from lrpq.compare.recipes import DEFAULT
 
 Part = Callable[[Report, argparse.Namespace], None]
 
 
 def gptq(report: Report, options: argparse.Namespace) -> None:
     shapes = quantizer.matrices_of(tiny=options.tiny)
-    size = options.group_size
     quantizer.measure_quantizer(
-        report, options.device, shapes, group_size=size, with_precision=not options.without_precision
+        report,
+        options.device,
+        shapes,
+        group_size=options.group_size,
+        with_precision=not options.without_precision,
     )
 
 
 def block(report: Report, options: argparse.Namespace) -> None:
     known = TINY if options.tiny else LLAMA
-    blocks.measure_blocks(report, options.device, [known[name] for name in options.shapes], windows(options))
+    shapes = [known[name] for name in options.shapes]
+    blocks.measure_blocks(
+        report, options.device, shapes, windows(options), with_breakdown=not options.without_breakdown
+    )
+
+
+def candidates(report: Report, options: argparse.Namespace) -> None:
+    layers.measure_candidates(report, options.device, seventy(options), group_size=options.group_size)
+
+
+def quantize(report: Report, options: argparse.Namespace) -> None:
+    layers.measure_quantize(report, options.device, seventy(options), refinement(options))
+
+
+def peak(report: Report, options: argparse.Namespace) -> None:
+    memory.measure_refinement(report, options.device, seventy(options), windows(options), refinement(options))
+    grid = growth.TINY if options.tiny else growth.FULL
+    shape = of_width(grid.base_width, head_width=grid.head_width)
+    memory.measure_depths(report, options.device, shape, replace(windows(options), windows=grid.base_windows))
+
+
+def grown(report: Report, options: argparse.Namespace) -> None:
+    grid = growth.TINY if options.tiny else growth.FULL
+    growth.measure_growth(
+        report, options.device, grid, windows(options), group_size=options.group_size, png=options.png
+    )
+
+
+def compared(report: Report, options: argparse.Namespace) -> None:
+    shapes = quantizer.matrices_of(tiny=options.tiny)
+    required = "peers" in options.named
+    peers.measure_peers(report, options.device, shapes, group_size=options.group_size, required=required)
+
+
+def end_to_end(report: Report, options: argparse.Namespace) -> None:
+    if options.model is None:
+        if "end-to-end" in options.named:
+            report.add(Row(part="end-to-end", name="no model", error="give --model FOLDER"))
+        else:
+            report.say("end-to-end: not run without --model")
+        return
+    tokens = tokens_of(options)
+    pipeline.measure_pipeline(report, options.device, options.model, tokens, budget_bits=options.budget)
+
+
+def tokens_of(options: argparse.Namespace) -> Tensor:
+    """Windows of --text, or random ones, which take as long but for what the quantizer makes of them."""
+    count, length = (8, 16) if options.tiny else (options.windows, 1024)
+    if options.text is None:
+        return random_tokens(count, length)
+    from transformers import AutoTokenizer
+
+    from tasks.calibration.load import load_windows
+    from tasks.calibration.sources import parse_source
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    source = parse_source(f"text:{options.text}")
+    tokens: Tensor = load_windows(source, tokenizer, num_windows=count, length=length, seed=0).tokens
+    return tokens
+
+
+def total(report: Report, options: argparse.Namespace) -> None:
+    whole.add_total(report, seventy(options))
+
+
+def seventy(options: argparse.Namespace) -> BlockShape:
+    return (TINY if options.tiny else LLAMA)["70B"]
+
+
+def refinement(options: argparse.Namespace) -> layers.Refinement:
+    return layers.Refinement(
+        group_size=options.group_size, polish_rounds=options.polish_rounds, row_blocks=options.row_blocks
+    )
 
 
 def windows(options: argparse.Namespace) -> blocks.Windows:
@@ -48,7 +134,17 @@ def windows(options: argparse.Namespace) -> blocks.Windows:
     )
 
 
-PARTS: Mapping[str, Part] = {"gptq": gptq, "block": block}
+PARTS: Mapping[str, Part] = {
+    "gptq": gptq,
+    "block": block,
+    "candidates": candidates,
+    "quantize": quantize,
+    "memory": peak,
+    "growth": grown,
+    "peers": compared,
+    "end-to-end": end_to_end,
+    "total": total,
+}
 
 
 def parsed() -> argparse.Namespace:
@@ -63,6 +159,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--group-size", type=int, help="columns that share a scale; 128, or 32 with --tiny")
     parser.add_argument("--without-precision", action="store_true", help="of gptq: leave out the other precisions")
+    parser.add_argument("--without-breakdown", action="store_true", help="of block: no second run with timers")
+    parser.add_argument("--polish-rounds", type=int, default=DEFAULT.polish_rounds, help="of quantize")
+    parser.add_argument("--row-blocks", type=int, default=DEFAULT.row_blocks, help="of quantize")
+    parser.add_argument("--png", type=Path, help="where growth is drawn")
+    parser.add_argument("--model", type=Path, help="of end-to-end: a model folder")
+    parser.add_argument("--text", type=Path, help="of end-to-end: calibration text; random tokens without it")
+    parser.add_argument("--budget", type=float, default=3.25, help="of end-to-end: bits a weight")
     parser.add_argument("--json", type=Path, help="where all rows are written, after each")
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="files of earlier runs, for the whole model")
     options = parser.parse_args()
@@ -81,6 +184,7 @@ def main() -> None:
     report = Report(options.device, options.json, tuple(options.add))
     report.say(f"{report.device_name}, torch {torch.__version__}")
     measure_ceiling(report, options.device, tiny=options.tiny)
+    release(options.device)
     for name, part in PARTS.items():
         if options.named and name not in options.named:
             continue

@@ -40,15 +40,17 @@ class Windows:
     micro_batch: int
 
 
-def measure_blocks(report: Report, device: torch.device, shapes: list[BlockShape], windows: Windows) -> None:
+def measure_blocks(
+    report: Report, device: torch.device, shapes: list[BlockShape], windows: Windows, *, with_breakdown: bool
+) -> None:
     """Print both stages of one block of every shape, their breakdown, and the sums for the whole models."""
     for shape in shapes:
         source = RandomSource(shape, layers=1, length=windows.length, device=device)
         flops = block_flops(shape, windows=windows.windows, length=windows.length)
         one_pass = pass_bytes(shape, windows=windows.windows, length=windows.length, micro_batch=windows.micro_batch)
         release(device)
-        run = _run(source, windows, device)
-        small = _run(
+        run = run_of(source, windows, device)
+        small = run_of(
             source,
             Windows(windows=windows.micro_batch, length=windows.length, shards=1, micro_batch=windows.micro_batch),
             device,
@@ -64,8 +66,9 @@ def measure_blocks(report: Report, device: torch.device, shapes: list[BlockShape
                 continue
             _add(report, shape, name, times, necessary, passes * one_pass, flops)
             release(device)
-            _breakdown(report, shape, name, stage, run, device)
-            release(device)
+            if with_breakdown:
+                _breakdown(report, shape, name, stage, run, device)
+                release(device)
 
 
 def _attempt(
@@ -80,7 +83,8 @@ def _attempt(
         return None, str(error).split(". ")[0]
 
 
-def _run(source: RandomSource, windows: Windows, device: torch.device) -> Run:
+def run_of(source: RandomSource, windows: Windows, device: torch.device) -> Run:
+    """A run of this model on random windows."""
     return Run(
         source=source,
         tokens=random_tokens(windows.windows, windows.length),
@@ -139,7 +143,7 @@ def _breakdown(
     with timers.watching():
         times = stage(run)
     outside = sum(times.outside.values())
-    figures: dict[str, float | int | str] = {k: v for k, v in timers.seconds.most_common() if v > 0}
+    figures: dict[str, float | int | str] = {k: v for k, v in timers.ranked() if v > 0}
     figures["rest of the blocks and outside of them"] = times.seconds + outside - sum(timers.seconds.values())
     if timers.absent:
         figures["NOT FOUND"] = ", ".join(timers.absent)

@@ -18,13 +18,13 @@ REPEATS = 5
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """``highest`` for float32, ``high`` for TF32; what it was before is set again."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    """``ieee`` for float32, ``tf32`` on units that have it; what it was before is set again."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
 
 
 def measure_ceiling(report: Report, device: torch.device, *, tiny: bool) -> None:
@@ -36,9 +36,9 @@ def measure_ceiling(report: Report, device: torch.device, *, tiny: bool) -> None
     flops = 2.0 * n**3
     half = x.bfloat16()
     bf16 = measured(lambda: half @ half, device, repeats=REPEATS)
-    with float32_products("highest"):
+    with float32_products("ieee"):
         fp32 = measured(lambda: x @ x, device, repeats=REPEATS)
-    with float32_products("high"):
+    with float32_products("tf32"):
         tf32 = measured(lambda: x @ x, device, repeats=REPEATS)
     y = torch.empty(count, device=device)
     z = torch.empty_like(y)

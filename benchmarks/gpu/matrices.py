@@ -17,7 +17,8 @@ CHANNEL_SIGMA, CHANNEL_EVERY, CHANNEL_FACTOR = 1.0, 256, 20.0
 RANK_SHARE = 32
 TOKENS_A_CHANNEL = 2
 """Tokens of a Hessian for each of its inputs: full rank, badly conditioned."""
-_CHUNK = 8192
+_CHUNK, _ROWS = 8192, 4096
+"""Tokens and rows drawn at once."""
 
 
 def generator(seed: int, device: torch.device) -> torch.Generator:
@@ -30,7 +31,8 @@ def weights(d_out: int, d_in: int, *, seed: int, device: torch.device) -> Tensor
     g = generator(seed, device)
     W = torch.randn(d_out, d_in, generator=g, device=device)
     W.mul_(torch.randn(d_in, generator=g, device=device).mul_(WEIGHT_SIGMA).exp_().mul_(d_in**-0.5))
-    for rows in W.split(4096):
+    for start in range(0, d_out, _ROWS):
+        rows = W[start : start + _ROWS]
         large = torch.rand(rows.shape, generator=g, device=device) < WEIGHT_OUTLIERS
         rows[large] *= WEIGHT_FACTOR
     return W
@@ -59,4 +61,5 @@ def hessian(d: int, *, seed: int, device: torch.device) -> Tensor:
         X = (torch.randn(tokens, d, generator=g, device=device) + common) * scales
         sums = accumulate(sums, X, torch.ones(tokens, device=device))
         left -= tokens
-    return normalized(sums, name="random inputs")
+    H: Tensor = normalized(sums, name="random inputs")
+    return H

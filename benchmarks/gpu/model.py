@@ -71,10 +71,12 @@ class RandomSource(ModelSource):
     def read(self, name: str) -> Tensor:
         """The tensor itself: nobody may change it."""
         if name.startswith(_PREFIX):
-            return self._tensors[name.removeprefix(_PREFIX).split(".", 1)[1]]
+            local: str = name.removeprefix(_PREFIX).split(".", 1)[1]
+            return self._tensors[local]
         if name not in self._outside:
             raise ModelError(f"random model: no tensor {name}")
-        return self._outside[name]
+        found: Tensor = self._outside[name]
+        return found
 
 
 def random_tokens(windows: int, length: int, *, seed: int = 0) -> Tensor:

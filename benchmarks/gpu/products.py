@@ -46,8 +46,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype != torch.bfloat16:
         return torch.mm(a, b)
     if a.device.type == "cuda":
-        result: Tensor = torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
-        return result
+        return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())  # products of bfloat16 numbers are exact in float32
 
 
@@ -79,10 +78,10 @@ class Product:
 
 
 PRODUCTS: Mapping[str, Product] = {
-    "fp32": Product(0, None, "highest"),
-    "tf32": Product(1, as_tf32, "high"),
-    "tf32x3": Product(2, as_tf32, "high"),
-    "bf16": Product(1, _bf16, "highest"),
-    "bf16x3": Product(2, _bf16, "highest"),
-    "bf16x6": Product(3, _bf16, "highest"),
+    "fp32": Product(0, None, "ieee"),
+    "tf32": Product(1, as_tf32, "tf32"),
+    "tf32x3": Product(2, as_tf32, "tf32"),
+    "bf16": Product(1, _bf16, "ieee"),
+    "bf16x3": Product(2, _bf16, "ieee"),
+    "bf16x6": Product(3, _bf16, "ieee"),
 }

@@ -69,7 +69,9 @@ TINY: Mapping[str, BlockShape] = {
 }
 
 
-def of_width(hidden: int, *, heads: int) -> BlockShape:
-    """A block of any width in the proportions of the 70B model."""
-    ffn = hidden * 7 // 2
-    return BlockShape(name=str(hidden), hidden=hidden, ffn=ffn, heads=heads, kv_heads=max(1, heads // 4), blocks=1)
+def of_width(hidden: int, *, head_width: int) -> BlockShape:
+    """A block of any width in the proportions of the 70B model, with a key and value head for every eight heads."""
+    heads = hidden // head_width
+    return BlockShape(
+        name=str(hidden), hidden=hidden, ffn=hidden * 7 // 2, heads=heads, kv_heads=max(1, heads // 8), blocks=1
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.rtn import round_to_nearest
-from lrpq.refine.sweep import RefineSweep, merge_products
+from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.sweep import ProfileSweep, Shard, merge_block_sums
 from lrpq.shards import root, split
@@ -111,8 +111,18 @@ def run_profile(run: Run) -> StageTimes:
     return times
 
 
-def run_refine(run: Run) -> StageTimes:
-    """Both streams, Hessians, D and P of every site, behind layers rounded to nearest (not timed)."""
+Quantizer = Callable[[Tensor, SiteProducts, LinearSpec], Tensor]
+"""From a layer's weights and the sums of its site to the quantized weights, dequantized."""
+
+
+def to_nearest(W: Tensor, products: SiteProducts, spec: LinearSpec) -> Tensor:
+    """A prefix that costs nothing."""
+    Q: Tensor = round_to_nearest(W, Choice(bits=PREFIX_BITS, group_size=-1)).dequantize(torch.bfloat16)
+    return Q
+
+
+def run_refine(run: Run, quantizer: Quantizer = to_nearest) -> StageTimes:
+    """Both streams, Hessians, D and P of every site; layers are quantized in between, which is not timed."""
     times = StageTimes()
     stream, device = run.stream(), run.device
     slices = run.slices
@@ -128,9 +138,9 @@ def run_refine(run: Run) -> StageTimes:
                 started = now(device)
                 products = root(sweep.products(block, module, specs, weights, before), run.shards, merge_products)
                 times.add(site, now(device) - started)
-                del products
                 for spec in specs:
-                    before[spec.name] = _rounded(stream, spec)
+                    before[spec.name] = quantizer(stream.weight(spec), products, spec)
+                del products
             started = now(device)
             sweep.advance(block, module, before)
             times.add("advance", now(device) - started)
@@ -142,8 +152,3 @@ def _token_weights(slices: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Of mean about one, on the host as a profile leaves them."""
     g = torch.Generator().manual_seed(0)
     return {i: 0.03 + torch.rand(tokens.numel(), generator=g) for i, tokens in slices.items()}
-
-
-def _rounded(stream: BlockStream, spec: LinearSpec) -> Tensor:
-    W = stream.weight(spec)
-    return round_to_nearest(W, Choice(bits=PREFIX_BITS, group_size=-1)).dequantize(stream.dtype)
