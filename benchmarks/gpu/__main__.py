@@ -5,7 +5,8 @@
 Parts (all of them without --only):
 
     ceiling      large products and copies; measured in every run, for the shares
-    gptq         the matrices of a 70B block: factorisation, search, column loop, cost; loss; precision of the updates
+    gptq         the matrices of a 70B block: factorisation, search, column loop, cost; loss; precision of the updates;
+                 with --model also the loss on that model's own weights and Hessians
     block        one block of the 8B, 70B and 405B shapes: profile and refinement, against necessary FLOPs (flops.py)
     candidates   the seven matrices of a 70B block at six widths and one group size
     quantize     the same refined: solve, column loop, blocks of rows, polish
@@ -29,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import blocks, growth, layers, memory, peers, pipeline, quantizer, whole
+from benchmarks.gpu import blocks, growth, layers, memory, peers, pipeline, quantizer, real, whole
 from benchmarks.gpu.ceiling import measure_ceiling
 from benchmarks.gpu.measure import release
 from benchmarks.gpu.model import random_tokens
@@ -37,6 +38,8 @@ from benchmarks.gpu.report import Report, Row
 from benchmarks.gpu.shapes import LLAMA, TINY, BlockShape, of_width
 from lrpq.compare.recipes import DEFAULT
 
+REAL_WINDOWS = 32
+"""Windows for the Hessians of a real model."""
 Part = Callable[[Report, argparse.Namespace], None]
 
 
@@ -49,6 +52,8 @@ def gptq(report: Report, options: argparse.Namespace) -> None:
         group_size=options.group_size,
         with_precision=not options.without_precision,
     )
+    if options.model is not None:
+        real.measure_real(report, options.device, options.model, tokens_of(options)[:REAL_WINDOWS])
 
 
 def block(report: Report, options: argparse.Namespace) -> None:
@@ -163,8 +168,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--polish-rounds", type=int, default=DEFAULT.polish_rounds, help="of quantize")
     parser.add_argument("--row-blocks", type=int, default=DEFAULT.row_blocks, help="of quantize")
     parser.add_argument("--png", type=Path, help="where growth is drawn")
-    parser.add_argument("--model", type=Path, help="of end-to-end: a model folder")
-    parser.add_argument("--text", type=Path, help="of end-to-end: calibration text; random tokens without it")
+    parser.add_argument("--model", type=Path, help="of end-to-end and gptq: a model folder")
+    parser.add_argument("--text", type=Path, help="calibration text for --model; random tokens without it")
     parser.add_argument("--budget", type=float, default=3.25, help="of end-to-end: bits a weight")
     parser.add_argument("--json", type=Path, help="where all rows are written, after each")
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="files of earlier runs, for the whole model")
