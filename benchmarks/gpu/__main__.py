@@ -7,6 +7,7 @@ Parts (all of them without --only):
     ceiling      large products and copies; measured in every run, for the shares
     gptq         the matrices of a 70B block: factorisation, search, column loop, cost; loss; precision of the updates;
                  with --model also the loss on that model's own weights and Hessians
+    sums         Hessians and output moments of one micro-batch, and other products for them, against float64
     block        one block of the 8B, 70B and 405B shapes: profile and refinement, against necessary FLOPs (flops.py)
     candidates   the seven matrices of a 70B block at six widths and one group size
     quantize     the same refined: solve, column loop, blocks of rows, polish
@@ -30,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import blocks, growth, layers, memory, peers, pipeline, quantizer, real, whole
+from benchmarks.gpu import blocks, growth, layers, memory, peers, pipeline, quantizer, real, sums, whole
 from benchmarks.gpu.ceiling import measure_ceiling
 from benchmarks.gpu.measure import release
 from benchmarks.gpu.model import random_tokens
@@ -54,6 +55,11 @@ def gptq(report: Report, options: argparse.Namespace) -> None:
     )
     if options.model is not None:
         real.measure_real(report, options.device, options.model, tokens_of(options)[:REAL_WINDOWS])
+
+
+def summed(report: Report, options: argparse.Namespace) -> None:
+    shape = seventy(options)
+    sums.measure_sums(report, options.device, [shape.hidden, shape.ffn], tiny=options.tiny)
 
 
 def block(report: Report, options: argparse.Namespace) -> None:
@@ -100,7 +106,14 @@ def end_to_end(report: Report, options: argparse.Namespace) -> None:
             report.say("end-to-end: not run without --model")
         return
     tokens = tokens_of(options)
-    pipeline.measure_pipeline(report, options.device, options.model, tokens, budget_bits=options.budget)
+    pipeline.measure_pipeline(
+        report,
+        options.device,
+        options.model,
+        tokens,
+        budget_bits=options.budget,
+        with_breakdown=not options.without_breakdown,
+    )
 
 
 def tokens_of(options: argparse.Namespace) -> Tensor:
@@ -141,6 +154,7 @@ def windows(options: argparse.Namespace) -> blocks.Windows:
 
 PARTS: Mapping[str, Part] = {
     "gptq": gptq,
+    "sums": summed,
     "block": block,
     "candidates": candidates,
     "quantize": quantize,
@@ -164,7 +178,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--group-size", type=int, help="columns that share a scale; 128, or 32 with --tiny")
     parser.add_argument("--without-precision", action="store_true", help="of gptq: leave out the other precisions")
-    parser.add_argument("--without-breakdown", action="store_true", help="of block: no second run with timers")
+    parser.add_argument(
+        "--without-breakdown", action="store_true", help="of block and end-to-end: no second run with timers"
+    )
     parser.add_argument("--polish-rounds", type=int, default=DEFAULT.polish_rounds, help="of quantize")
     parser.add_argument("--row-blocks", type=int, default=DEFAULT.row_blocks, help="of quantize")
     parser.add_argument("--png", type=Path, help="where growth is drawn")

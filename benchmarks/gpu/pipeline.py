@@ -36,24 +36,27 @@ PIPELINE_FUNCTIONS = {
 }
 
 
-def measure_pipeline(report: Report, device: torch.device, model: Path, tokens: Tensor, *, budget_bits: float) -> None:
-    """Evidence, plan and codes, once as they are and once with timers."""
+def measure_pipeline(
+    report: Report, device: torch.device, model: Path, tokens: Tensor, *, budget_bits: float, with_breakdown: bool
+) -> None:
+    """Evidence, plan and codes as a user's first run finds them, kernels still to be compiled; again with timers."""
     terms = Terms(device=str(device), shards=min(Terms().shards, len(tokens)))
-    _once(model, tokens[: terms.micro_batch], Terms(device=str(device), shards=1), budget_bits, {})  # compiles kernels
+    seconds: dict[str, Figure] = {}
     with peak_memory(str(device)) as peak:
-        seconds: dict[str, Figure] = {}
         started = now(device)
         _once(model, tokens, terms, budget_bits, seconds)
         whole = now(device) - started
     report.add(
         Row(
             part=PART,
-            name=f"{model.name}, {len(tokens)} x {tokens.shape[1]} tokens, {budget_bits:g} bits",
+            name=f"{model.name}, {len(tokens)} x {tokens.shape[1]} tokens, {budget_bits:g} bits, first run",
             seconds=whole,
             peak_bytes=peak.bytes,
             figures=seconds,
         )
     )
+    if not with_breakdown:
+        return
     timers = Timers(device, PIPELINE_FUNCTIONS)
     with timers.watching():
         started = now(device)

@@ -19,8 +19,9 @@ from benchmarks.gpu.matrices import hessian, weights
 from benchmarks.gpu.model import RandomSource, random_tokens
 from benchmarks.gpu.products import PRODUCTS, as_tf32
 from benchmarks.gpu.reference import paper_gptq, total_loss
+from benchmarks.gpu.report import Report
 from benchmarks.gpu.shapes import TINY, BlockShape
-from benchmarks.gpu.stages import Run, run_profile, run_refine
+from benchmarks.gpu.stages import Run, StageTimes, run_profile, run_refine
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq
@@ -189,6 +190,25 @@ def test_timers_give_a_call_the_time_that_calls_inside_it_leave(monkeypatch: pyt
     assert watch.calls == {"inside": 1, "around": 1}
     assert watch.absent == ["lrpq.quant:no"]
     assert blocks.outer is outer  # type: ignore[attr-defined]
+
+
+def test_a_block_too_large_for_the_card_is_measured_on_fewer_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size that did not fit is a failed row, and what was measured does not count for the whole model."""
+
+    def small_card(run: Run) -> StageTimes:
+        if len(run.tokens) > 8:
+            raise torch.OutOfMemoryError("too large. Really")
+        return run_refine(run)
+
+    monkeypatch.setattr(blocks, "STAGES", {"refine": small_card})
+    report = Report(CPU)
+    windows = blocks.Windows(windows=16, length=LENGTH, shards=2, micro_batch=2)
+    blocks.measure_blocks(report, CPU, [SHAPE], windows, with_breakdown=False)
+    failed, found = report.rows
+    assert (failed.name, failed.error) == ("70B refine, one block, 16 windows", "too large")
+    assert (found.name, found.blocks) == ("70B refine, one block, 8 windows", 0)
+    assert found.flops == flops.block_flops(SHAPE, windows=8, length=LENGTH).refine
+    assert report.failed
 
 
 @pytest.mark.parametrize("names", [blocks.STAGE_FUNCTIONS, layers.FUNCTIONS, pipeline.PIPELINE_FUNCTIONS])
