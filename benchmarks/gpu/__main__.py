@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -209,10 +210,7 @@ def main() -> None:
     for name, part in PARTS.items():
         if options.named and name not in options.named:
             continue
-        try:
-            part(report, options)
-        except torch.OutOfMemoryError as error:
-            report.add(Row(part=name, name="out of memory", error=str(error).split(". ")[0]))
+        report.attempt(name, "this part", partial(part, report, options))
         release(options.device)
     raise SystemExit(1 if report.failed else 0)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu import blocks, flops, layers, pipeline, timers
+from benchmarks.gpu import blocks, flops, layers, pipeline, timers, whole
 from benchmarks.gpu.growth import slope
 from benchmarks.gpu.matrices import hessian, weights
 from benchmarks.gpu.model import RandomSource, random_tokens
 from benchmarks.gpu.products import PRODUCTS, as_tf32
 from benchmarks.gpu.reference import paper_gptq, total_loss
-from benchmarks.gpu.report import Report
+from benchmarks.gpu.report import Report, Row
 from benchmarks.gpu.shapes import TINY, BlockShape
 from benchmarks.gpu.stages import Run, StageTimes, run_profile, run_refine
 from lrpq.model.layers import Choice
@@ -190,6 +191,23 @@ def test_timers_give_a_call_the_time_that_calls_inside_it_leave(monkeypatch: pyt
     assert watch.calls == {"inside": 1, "around": 1}
     assert watch.absent == ["lrpq.quant:no"]
     assert blocks.outer is outer  # type: ignore[attr-defined]
+
+
+def test_a_failed_part_is_a_failed_row_and_the_whole_model_needs_all_stages(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    report = Report(CPU, path)
+    report.attempt("gptq", "this part", partial(int, "x"))
+    report.add(Row(part="block", name="70B profile, one block", seconds=2.0, blocks=80))
+    whole.add_total(report, SHAPE)
+    assert [bool(row.error) for row in report.rows] == [True, False, True]
+    assert report.rows[0].error.startswith("ValueError: invalid literal")
+    assert report.rows[2].error == "not measured: candidates, refine, quantize"
+    later = Report(CPU, None, (path,))
+    for stage in ("candidates", "refine", "quantize"):
+        later.add(Row(part=stage, name=f"70B {stage}, one block", seconds=1.0, blocks=80))
+    whole.add_total(later, SHAPE)
+    assert not later.failed
+    assert later.rows[-1].seconds == 80 * 5.0
 
 
 def test_a_block_too_large_for_the_card_is_measured_on_fewer_windows(monkeypatch: pytest.MonkeyPatch) -> None:
