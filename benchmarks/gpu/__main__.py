@@ -46,11 +46,10 @@ Part = Callable[[Report, argparse.Namespace], None]
 
 
 def gptq(report: Report, options: argparse.Namespace) -> None:
-    shapes = quantizer.matrices_of(tiny=options.tiny)
     quantizer.measure_quantizer(
         report,
         options.device,
-        shapes,
+        options.matrices,
         group_size=options.group_size,
         with_precision=not options.without_precision,
     )
@@ -94,9 +93,8 @@ def grown(report: Report, options: argparse.Namespace) -> None:
 
 
 def compared(report: Report, options: argparse.Namespace) -> None:
-    shapes = quantizer.matrices_of(tiny=options.tiny)
     required = "peers" in options.named
-    peers.measure_peers(report, options.device, shapes, group_size=options.group_size, required=required)
+    peers.measure_peers(report, options.device, options.matrices, group_size=options.group_size, required=required)
 
 
 def end_to_end(report: Report, options: argparse.Namespace) -> None:
@@ -167,12 +165,21 @@ PARTS: Mapping[str, Part] = {
 }
 
 
+def matrix(text: str) -> tuple[int, int]:
+    """``8192x28672`` as (d_out, d_in)."""
+    d_out, d_in = text.split("x")
+    return int(d_out), int(d_in)
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"parts, by commas: ceiling, {', '.join(PARTS)}")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--tiny", action="store_true", help="toy shapes, for machines without a GPU")
     parser.add_argument("--shapes", default="8B,70B,405B", type=lambda text: text.split(","))
+    parser.add_argument(
+        "--matrices", type=matrix, nargs="*", help="of gptq and peers: ROWSxCOLUMNS, those of a 70B block"
+    )
     parser.add_argument("--windows", type=int, help="calibration windows; 128, or 8 with --tiny")
     parser.add_argument("--length", type=int, help="tokens a window; 2048, or 16 with --tiny")
     parser.add_argument("--shards", type=int, default=8)
@@ -194,6 +201,7 @@ def parsed() -> argparse.Namespace:
     options.windows = options.windows or (8 if options.tiny else 128)
     options.length = options.length or (16 if options.tiny else 2048)
     options.group_size = options.group_size or (32 if options.tiny else 128)
+    options.matrices = options.matrices or quantizer.matrices_of(tiny=options.tiny)
     options.named = [part for part in options.only.split(",") if part]
     unknown = [name for name in options.named if name not in ("ceiling", *PARTS)]
     if unknown:
