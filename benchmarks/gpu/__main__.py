@@ -5,7 +5,9 @@
 Parts (all of them without --only):
 
     ceiling      large products and copies; measured in every run, for the shares
-    gptq         the matrices of a 70B block: factorisation, search, column loop, cost; loss; precision of the updates
+    gptq         the matrices of a 70B block: factorisation, search, column loop, cost; loss; precision of the updates;
+                 with --model also the loss on that model's own weights and Hessians
+    sums         Hessians and output moments of one micro-batch, and other products for them, against float64
     block        one block of the 8B, 70B and 405B shapes: profile and refinement, against necessary FLOPs (flops.py)
     candidates   the seven matrices of a 70B block at six widths and one group size
     quantize     the same refined: solve, column loop, blocks of rows, polish
@@ -24,12 +26,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import blocks, growth, layers, memory, peers, pipeline, quantizer, whole
+from benchmarks.gpu import blocks, growth, layers, memory, peers, pipeline, quantizer, real, sums, whole
 from benchmarks.gpu.ceiling import measure_ceiling
 from benchmarks.gpu.measure import release
 from benchmarks.gpu.model import random_tokens
@@ -37,18 +40,26 @@ from benchmarks.gpu.report import Report, Row
 from benchmarks.gpu.shapes import LLAMA, TINY, BlockShape, of_width
 from lrpq.compare.recipes import DEFAULT
 
+REAL_WINDOWS = 32
+"""Windows for the Hessians of a real model."""
 Part = Callable[[Report, argparse.Namespace], None]
 
 
 def gptq(report: Report, options: argparse.Namespace) -> None:
-    shapes = quantizer.matrices_of(tiny=options.tiny)
     quantizer.measure_quantizer(
         report,
         options.device,
-        shapes,
+        options.matrices,
         group_size=options.group_size,
         with_precision=not options.without_precision,
     )
+    if options.model is not None:
+        real.measure_real(report, options.device, options.model, tokens_of(options)[:REAL_WINDOWS])
+
+
+def summed(report: Report, options: argparse.Namespace) -> None:
+    shape = seventy(options)
+    sums.measure_sums(report, options.device, [shape.hidden, shape.ffn], tiny=options.tiny)
 
 
 def block(report: Report, options: argparse.Namespace) -> None:
@@ -82,9 +93,8 @@ def grown(report: Report, options: argparse.Namespace) -> None:
 
 
 def compared(report: Report, options: argparse.Namespace) -> None:
-    shapes = quantizer.matrices_of(tiny=options.tiny)
     required = "peers" in options.named
-    peers.measure_peers(report, options.device, shapes, group_size=options.group_size, required=required)
+    peers.measure_peers(report, options.device, options.matrices, group_size=options.group_size, required=required)
 
 
 def end_to_end(report: Report, options: argparse.Namespace) -> None:
@@ -95,7 +105,14 @@ def end_to_end(report: Report, options: argparse.Namespace) -> None:
             report.say("end-to-end: not run without --model")
         return
     tokens = tokens_of(options)
-    pipeline.measure_pipeline(report, options.device, options.model, tokens, budget_bits=options.budget)
+    pipeline.measure_pipeline(
+        report,
+        options.device,
+        options.model,
+        tokens,
+        budget_bits=options.budget,
+        with_breakdown=not options.without_breakdown,
+    )
 
 
 def tokens_of(options: argparse.Namespace) -> Tensor:
@@ -136,6 +153,7 @@ def windows(options: argparse.Namespace) -> blocks.Windows:
 
 PARTS: Mapping[str, Part] = {
     "gptq": gptq,
+    "sums": summed,
     "block": block,
     "candidates": candidates,
     "quantize": quantize,
@@ -147,24 +165,35 @@ PARTS: Mapping[str, Part] = {
 }
 
 
+def matrix(text: str) -> tuple[int, int]:
+    """``8192x28672`` as (d_out, d_in)."""
+    d_out, d_in = text.split("x")
+    return int(d_out), int(d_in)
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"parts, by commas: ceiling, {', '.join(PARTS)}")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--tiny", action="store_true", help="toy shapes, for machines without a GPU")
     parser.add_argument("--shapes", default="8B,70B,405B", type=lambda text: text.split(","))
+    parser.add_argument(
+        "--matrices", type=matrix, nargs="*", help="of gptq and peers: ROWSxCOLUMNS, those of a 70B block"
+    )
     parser.add_argument("--windows", type=int, help="calibration windows; 128, or 8 with --tiny")
     parser.add_argument("--length", type=int, help="tokens a window; 2048, or 16 with --tiny")
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--group-size", type=int, help="columns that share a scale; 128, or 32 with --tiny")
     parser.add_argument("--without-precision", action="store_true", help="of gptq: leave out the other precisions")
-    parser.add_argument("--without-breakdown", action="store_true", help="of block: no second run with timers")
+    parser.add_argument(
+        "--without-breakdown", action="store_true", help="of block and end-to-end: no second run with timers"
+    )
     parser.add_argument("--polish-rounds", type=int, default=DEFAULT.polish_rounds, help="of quantize")
     parser.add_argument("--row-blocks", type=int, default=DEFAULT.row_blocks, help="of quantize")
     parser.add_argument("--png", type=Path, help="where growth is drawn")
-    parser.add_argument("--model", type=Path, help="of end-to-end: a model folder")
-    parser.add_argument("--text", type=Path, help="of end-to-end: calibration text; random tokens without it")
+    parser.add_argument("--model", type=Path, help="of end-to-end and gptq: a model folder")
+    parser.add_argument("--text", type=Path, help="calibration text for --model; random tokens without it")
     parser.add_argument("--budget", type=float, default=3.25, help="of end-to-end: bits a weight")
     parser.add_argument("--json", type=Path, help="where all rows are written, after each")
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="files of earlier runs, for the whole model")
@@ -172,6 +201,7 @@ def parsed() -> argparse.Namespace:
     options.windows = options.windows or (8 if options.tiny else 128)
     options.length = options.length or (16 if options.tiny else 2048)
     options.group_size = options.group_size or (32 if options.tiny else 128)
+    options.matrices = options.matrices or quantizer.matrices_of(tiny=options.tiny)
     options.named = [part for part in options.only.split(",") if part]
     unknown = [name for name in options.named if name not in ("ceiling", *PARTS)]
     if unknown:
@@ -188,10 +218,7 @@ def main() -> None:
     for name, part in PARTS.items():
         if options.named and name not in options.named:
             continue
-        try:
-            part(report, options)
-        except torch.OutOfMemoryError as error:
-            report.add(Row(part=name, name="out of memory", error=str(error).split(". ")[0]))
+        report.attempt(name, "this part", partial(part, report, options))
         release(options.device)
     raise SystemExit(1 if report.failed else 0)
 

@@ -11,8 +11,9 @@ from benchmarks.gpu.measure import measured
 from benchmarks.gpu.report import Ceiling, Report, Row
 
 PART = "ceiling"
-SIZE, TINY_SIZE = 8192, 256
-COPY_BYTES, TINY_COPY_BYTES = 4 << 30, 1 << 20
+SIZE = {"cuda": 8192, "cpu": 2048}
+COPY_BYTES = {"cuda": 4 << 30, "cpu": 1 << 28}
+TINY_SIZE, TINY_COPY_BYTES = 256, 1 << 20
 REPEATS = 5
 
 
@@ -29,8 +30,8 @@ def float32_products(precision: str) -> Iterator[None]:
 
 def measure_ceiling(report: Report, device: torch.device, *, tiny: bool) -> None:
     """Measure and set ``report.ceiling``."""
-    n = TINY_SIZE if tiny else SIZE
-    count = (TINY_COPY_BYTES if tiny else COPY_BYTES) // 4
+    n = TINY_SIZE if tiny else SIZE[device.type]
+    count = (TINY_COPY_BYTES if tiny else COPY_BYTES[device.type]) // 4
     g = torch.Generator(device).manual_seed(0)
     x = torch.randn(n, n, generator=g, device=device)
     flops = 2.0 * n**3

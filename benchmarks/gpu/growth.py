@@ -1,9 +1,15 @@
-"""Seconds of both stages and of the candidates against tokens, width and depth, with exponents fitted in logarithms."""
+"""Seconds of both stages and of GPTQ against tokens, width and depth, with exponents fitted in logarithms.
+
+python -m benchmarks.gpu.growth ROWS.json PNG    draws what a run has measured, where matplotlib is
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +28,7 @@ from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq
 
 PART = "growth"
+POINT = "point"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +82,6 @@ def measure_growth(
     report: Report, device: torch.device, grid: Grid, windows: Windows, *, group_size: int, png: Path | None
 ) -> None:
     """Print all points and exponents, and draw them where matplotlib can be imported."""
-    curves: list[Curve] = []
     base = replace(windows, windows=grid.base_windows)
     shape = of_width(grid.base_width, head_width=grid.head_width)
     axes = {
@@ -84,21 +90,35 @@ def measure_growth(
         "depth": [(d, shape, d, base) for d in grid.depths],
     }
     for axis, points in axes.items():
-        seconds: dict[str, list[float]] = {}
         for x, of_point, layers, cut in points:
             found = _stages(device, of_point, layers, cut)
             if axis == "width":
                 found["quantize"] = _quantize(device, of_point, group_size)
-            for stage, value in found.items():
-                seconds.setdefault(stage, []).append(value)
-            report.add(Row(part=PART, name=f"{axis} {x}", figures={f"{k}, s": v for k, v in found.items()}))
+            report.add(Row(part=PART, name=f"{POINT} {axis} {x}", figures=found))
             release(device)
-        for stage, values in seconds.items():
-            curve = Curve(stage=stage, axis=axis, x=[float(p[0]) for p in points], seconds=values)
-            curves.append(curve)
-            report.add(Row(part=PART, name=f"{stage} against {axis}", figures={"exponent": curve.exponent}))
+    for curve in curves_of(report.rows):
+        report.add(Row(part=PART, name=f"{curve.stage} against {curve.axis}", figures={"exponent": curve.exponent}))
     if png is not None:
-        _draw(report, curves, png)
+        if importlib.util.find_spec("matplotlib") is None:
+            report.say(
+                f"{PART}: not drawn, matplotlib is not installed; python -m benchmarks.gpu.growth draws the JSON"
+            )
+        else:
+            draw(curves_of(report.rows), png, title=report.device_name)
+
+
+def curves_of(rows: Iterable[Row]) -> list[Curve]:
+    """What the points among these rows lie on."""
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.part == PART and row.name.startswith(POINT):
+            _, axis, x = row.name.split()
+            for stage, seconds in row.figures.items():
+                points.setdefault((axis, stage), []).append((float(x), float(seconds)))
+    return [
+        Curve(stage=stage, axis=axis, x=[x for x, _ in found], seconds=[seconds for _, seconds in found])
+        for (axis, stage), found in points.items()
+    ]
 
 
 def _stages(device: torch.device, shape: BlockShape, layers: int, windows: Windows) -> dict[str, float]:
@@ -120,20 +140,25 @@ def _quantize(device: torch.device, shape: BlockShape, group_size: int) -> float
     return measured(lambda: gptq(W, factorize(H), [choice], grid=GRID), device).seconds
 
 
-def _draw(report: Report, curves: Sequence[Curve], png: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        report.add(Row(part=PART, name="plot", error="matplotlib is not installed; the points are in the JSON file"))
-        return
+def draw(curves: Sequence[Curve], png: Path, *, title: str) -> None:
+    """Log-log plots, one an axis."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = dict.fromkeys(curve.axis for curve in curves)
     for place, axis in zip(figure.subplots(1, len(axes)), axes, strict=True):
-        for curve in (c for c in curves if c.axis == axis):
+        of_axis = [curve for curve in curves if curve.axis == axis]
+        for curve in of_axis:
             place.loglog(curve.x, curve.seconds, "o-", label=f"{curve.stage}: {curve.exponent:.2f}")
         place.set(xlabel=axis, ylabel="seconds", title=f"against {axis} (exponents fitted)")
+        place.set_xticks(of_axis[0].x, [f"{x:g}" for x in of_axis[0].x])
+        place.set_xticks([], minor=True)
         place.grid(visible=True, which="both", alpha=0.3)
         place.legend()
-    figure.suptitle(report.device_name)
+    figure.suptitle(title)
     figure.savefig(png, dpi=120)
-    report.say(f"{PART}: drawn to {png}")
+
+
+if __name__ == "__main__":
+    measured_rows = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    draw(curves_of([Row(**row) for row in measured_rows["rows"]]), Path(sys.argv[2]), title=measured_rows["device"])

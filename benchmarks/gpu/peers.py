@@ -14,6 +14,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -88,7 +89,8 @@ def measure_peers(
         own, case = _own(report, W, H, group_size, label, device)
         for name, (package, baseline, peer) in PEERS.items():
             if importlib.util.find_spec(package) is not None:
-                _add(report, case, f"{label}: {name}", peer, own[baseline])
+                full = f"{label}: {name}"
+                report.attempt(PART, full, partial(_add, report, case, full, peer, own[baseline]))
                 release(device)
         del W, case
         release(device)

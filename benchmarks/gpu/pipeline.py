@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from lrpq.compare.workbench import Workbench
 from lrpq.model.source import open_source
 
 PART = "end-to-end"
+STAGES = ("evidence", "plan", "codes")
 PIPELINE_FUNCTIONS = {
     **FUNCTIONS,
     **STAGE_FUNCTIONS,
@@ -36,48 +39,64 @@ PIPELINE_FUNCTIONS = {
 }
 
 
-def measure_pipeline(report: Report, device: torch.device, model: Path, tokens: Tensor, *, budget_bits: float) -> None:
-    """Evidence, plan and codes, once as they are and once with timers."""
+def measure_pipeline(
+    report: Report, device: torch.device, model: Path, tokens: Tensor, *, budget_bits: float, with_breakdown: bool
+) -> None:
+    """Evidence, plan and codes as a user's first run finds them, kernels still to be compiled; again with timers."""
     terms = Terms(device=str(device), shards=min(Terms().shards, len(tokens)))
-    _once(model, tokens[: terms.micro_batch], Terms(device=str(device), shards=1), budget_bits, {})  # compiles kernels
+    seconds: dict[str, Figure] = {}
     with peak_memory(str(device)) as peak:
-        seconds: dict[str, Figure] = {}
         started = now(device)
         _once(model, tokens, terms, budget_bits, seconds)
         whole = now(device) - started
     report.add(
         Row(
             part=PART,
-            name=f"{model.name}, {len(tokens)} x {tokens.shape[1]} tokens, {budget_bits:g} bits",
+            name=f"{model.name}, {len(tokens)} x {tokens.shape[1]} tokens, {budget_bits:g} bits, first run",
             seconds=whole,
             peak_bytes=peak.bytes,
             figures=seconds,
         )
     )
-    timers = Timers(device, PIPELINE_FUNCTIONS)
-    with timers.watching():
-        started = now(device)
-        _once(model, tokens, terms, budget_bits, {})
-        whole = now(device) - started
-    report.add(Row(part=PART, name="with timers that wait for the device", seconds=whole))
-    for label, spent in timers.ranked():
-        share: dict[str, Figure] = {"share": f"{spent / whole:.1%}", "calls": timers.calls[label]}
-        report.add(Row(part=PART, name=f"  {label}", seconds=spent, figures=share))
-    rest = whole - sum(timers.seconds.values())
-    report.add(Row(part=PART, name="  everything else", seconds=rest, figures={"share": f"{rest / whole:.1%}"}))
-    if timers.absent:
-        report.add(Row(part=PART, name="  not found in the core", figures={"names": ", ".join(timers.absent)}))
+    if not with_breakdown:
+        return
+    watched = {stage: Timers(device, PIPELINE_FUNCTIONS) for stage in STAGES}
+    _once(model, tokens, terms, budget_bits, seconds, watched)
+    whole = sum(float(value) for value in seconds.values())
+    report.add(Row(part=PART, name="again, with timers that wait", seconds=whole, figures=seconds))
+    for stage, timers in watched.items():
+        spent = float(seconds[stage])
+        rest = ("everything else", spent - sum(timers.seconds.values()))
+        for label, own in [*timers.ranked(), rest]:
+            share: dict[str, Figure] = {"share of all": f"{own / whole:.1%}", "calls": timers.calls[label]}
+            report.add(Row(part=PART, name=f"  {stage}: {label}", seconds=own, figures=share))
+        if timers.absent:
+            names: dict[str, Figure] = {"names": ", ".join(timers.absent)}
+            report.add(Row(part=PART, name=f"  {stage}: NOT FOUND in the core", figures=names))
 
 
-def _once(model: Path, tokens: Tensor, terms: Terms, budget_bits: float, seconds: dict[str, Figure]) -> None:
+def _once(
+    model: Path,
+    tokens: Tensor,
+    terms: Terms,
+    budget_bits: float,
+    seconds: dict[str, Figure],
+    timers: Mapping[str, Timers] | None = None,
+) -> None:
+    """Run all; ``seconds`` is filled by stage."""
     device = torch.device(terms.device)
-    marks = [now(device)]
-    bench = Workbench(open_source(model), tokens, terms)
-    prepared = Prepared(bench, [DEFAULT], [budget_bits])
-    marks.append(now(device))
-    plan = prepared.plan(DEFAULT.allocation, budget_bits)
-    marks.append(now(device))
-    bench.quantized(plan.choices, DEFAULT, prepared.gathered)
-    marks.append(now(device))
-    for i, name in enumerate(("evidence", "plan", "codes")):
-        seconds[name] = marks[i + 1] - marks[i]
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        with nullcontext() if timers is None else timers[name].watching():
+            started = now(device)
+            yield
+            seconds[name] = now(device) - started
+
+    with stage("evidence"):
+        bench = Workbench(open_source(model), tokens, terms)
+        prepared = Prepared(bench, [DEFAULT], [budget_bits])
+    with stage("plan"):
+        plan = prepared.plan(DEFAULT.allocation, budget_bits)
+    with stage("codes"):
+        bench.quantized(plan.choices, DEFAULT, prepared.gathered)

@@ -52,7 +52,7 @@ def paper_gptq(
     return Q[back].T.contiguous()
 
 
-def total_loss(W: Tensor, Q: Tensor, H: Tensor, *, rows_at_once: int = 256) -> float:
+def total_loss(W: Tensor, Q: Tensor, H: Tensor, *, rows_at_once: int = 1024) -> float:
     """tr((W - Q) H (W - Q)^T), undamped, in the dtype of H, of all rows."""
     total = 0.0
     for start in range(0, len(W), rows_at_once):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -56,6 +59,7 @@ class Report:
 
     def __init__(self, device: torch.device, path: Path | None = None, earlier: tuple[Path, ...] = ()) -> None:
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        self.date = datetime.now(UTC).isoformat(timespec="minutes")
         self.path = path
         self.ceiling: Ceiling | None = None
         self.rows: list[Row] = []
@@ -78,11 +82,23 @@ class Report:
         if self.path is not None:
             found = {
                 "device": self.device_name,
+                "date": self.date,
+                "arguments": sys.argv[1:],
                 "torch": torch.__version__,
+                "cuda": torch.version.cuda,
                 "ceiling": None if self.ceiling is None else asdict(self.ceiling),
                 "rows": [asdict(each) for each in self.rows],
             }
             self.path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    def attempt(self, part: str, name: str, action: Callable[[], None]) -> None:
+        """Do it; an error is printed and makes a failed row, so that what follows is measured all the same."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 (whatever a part or a peer raises)
+            traceback.print_exc()
+            lines = str(error).strip().splitlines() or [""]
+            self.add(Row(part=part, name=name, error=f"{type(error).__name__}: {lines[0]}"))
 
     def say(self, text: str) -> None:
         """Print what is no measurement."""
