@@ -1,9 +1,10 @@
-"""Which tensors compiled loops take, and how rows are shared out among the threads that PyTorch may use."""
+"""Which tensors compiled loops take, where they run, and how rows are shared out among PyTorch's threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import pairwise
 
@@ -16,6 +17,12 @@ from lrpq.kernels.loops import LANES
 def usable(tensor: Tensor) -> bool:
     """Whether compiled loops take this: float32, on a CPU or a CUDA device."""
     return tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda")
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Makes the tensor's GPU the current one, which is where Triton launches; does nothing for a CPU's."""
+    context: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return context
 
 
 def strips(rows: int) -> int:
