@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.kernels.descent import descend_columns
-from lrpq.kernels.threads import usable
+from lrpq.kernels.threads import in_one_launch, usable
 from lrpq.quant.grid import QuantizedWeight, code_ranges, ends, fetch, group_width, largest, refuse_unless_finite
 
 if TYPE_CHECKING:
@@ -181,6 +181,13 @@ class _State:
 
 def _descend(state: _State, H: Tensor, inverse: Tensor, run: int, *, sweeps: int, block: int) -> tuple[Tensor, Tensor]:
     """Codes [d_in, stacked] after the sweeps, and which rows moved in the last one."""
+    if in_one_launch(H, columns=len(H), rows=state.D.shape[1]):
+        from lrpq.kernels.descent_sweep_cuda import descend_sweeps
+
+        moved = torch.zeros(state.D.shape[1], dtype=torch.bool, device=H.device)
+        runs = torch.arange(len(H), device=H.device) // run
+        descend_sweeps(state.D, state.codes, state.scales, state.ranges, H, inverse, runs, moved, sweeps=sweeps)
+        return state.codes, moved
     codes = state.codes.clone()
     moving = torch.ones(codes.shape[1], dtype=torch.bool, device=codes.device)
     active = moving.nonzero().squeeze(1)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.kernels.columns import round_columns
-from lrpq.kernels.threads import usable
+from lrpq.kernels.threads import in_one_launch, usable
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import Factor
 from lrpq.quant.grid import (
@@ -173,16 +173,22 @@ def _sweep(
     The matrix is kept transposed, so that a column of W is contiguous. Halving: round the left half,
     propagate its errors to the right half in one matmul, round the right half. Every inner level is then a
     matmul of growing size, and only the columns of a leaf go through a loop: a compiled one where there is one
-    (float32, no zero points), else vector operations.
+    (float32, no zero points), else vector operations. On a GPU all of a small layer is one launch.
 
     ``memory``, if given, is where the errors go: fresh pages cost as much as a fifth of the sweep.
     """
     d_in, num_rows = W.shape
     shape = (d_in, S.shape[1], num_rows)
     flat = W.new_empty(math.prod(shape)) if memory is None else memory[: math.prod(shape)]
+    codes = torch.empty(shape, dtype=torch.int8, device=W.device)
+    if Z is None and in_one_launch(W, columns=d_in, rows=shape[1] * num_rows):
+        from lrpq.kernels.column_sweep_cuda import sweep_columns
+
+        errors = flat.view(shape)
+        sweep_columns(errors, W.contiguous(), S.contiguous(), factor.R, bounds, factor.order // run, codes)
+        return _Sweep(codes, errors)
     # the targets t_k, updated in place until column k is rounded, and from then on its errors D_k
     T = flat.view(shape).copy_(W.unsqueeze(1))
-    codes = torch.empty(shape, dtype=torch.int8, device=W.device)
     round_leaf, leaf = (_compiled if is_compiled(W, Z) else _vectorized)(W, T, codes, factor, S, Z, bounds, run)
     columns = T.view(d_in, -1)
     for first, middle, last in _halvings(0, d_in, leaf):
