@@ -33,7 +33,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
 def in_one_launch(tensor: Tensor, *, columns: int, rows: int) -> bool:
     """Whether all columns of these (stacked) rows go through one kernel, products included, and not leaf by leaf."""
     small = columns <= _ONE_LAUNCH_COLUMNS and columns * columns * rows <= _ONE_LAUNCH_PRODUCTS
-    return tensor.is_cuda and usable(tensor) and small and columns * rows < 2**31
+    return tensor.is_cuda and small and columns * rows < 2**31
 
 
 def strips(rows: int) -> int:

@@ -181,7 +181,7 @@ class _State:
 
 def _descend(state: _State, H: Tensor, inverse: Tensor, run: int, *, sweeps: int, block: int) -> tuple[Tensor, Tensor]:
     """Codes [d_in, stacked] after the sweeps, and which rows moved in the last one."""
-    if in_one_launch(H, columns=len(H), rows=state.D.shape[1]):
+    if usable(H) and in_one_launch(H, columns=len(H), rows=state.D.shape[1]):
         from lrpq.kernels.descent_sweep_cuda import descend_sweeps
 
         moved = torch.zeros(state.D.shape[1], dtype=torch.bool, device=H.device)

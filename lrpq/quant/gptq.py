@@ -181,7 +181,7 @@ def _sweep(
     shape = (d_in, S.shape[1], num_rows)
     flat = W.new_empty(math.prod(shape)) if memory is None else memory[: math.prod(shape)]
     codes = torch.empty(shape, dtype=torch.int8, device=W.device)
-    if Z is None and in_one_launch(W, columns=d_in, rows=shape[1] * num_rows):
+    if is_compiled(W, Z) and in_one_launch(W, columns=d_in, rows=shape[1] * num_rows):
         from lrpq.kernels.column_sweep_cuda import sweep_columns
 
         errors = flat.view(shape)
