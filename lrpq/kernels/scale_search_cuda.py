@@ -76,7 +76,7 @@ def _search(
         step = start + tl.arange(0, STEPS)
         divisor = tl.load(table + HEAD + step, mask=step < count, other=1.0)
         dividend = tl.where(step[:, None] == 0, base[None, :], signed[None, :])
-        tried = _bfloat16(tl.div_rn(dividend, tl.broadcast_to(divisor[:, None], [STEPS, ROWS])))
+        tried = to_bfloat16(tl.div_rn(dividend, tl.broadcast_to(divisor[:, None], [STEPS, ROWS])))
         inverse = tl.div_rn(tl.full([STEPS, ROWS], 1.0, tl.float32), tried)
         errors = tl.zeros([STEPS, ROWS], tl.float32)
         # the next column is loaded while this one is computed with
@@ -113,7 +113,7 @@ def _search(
             product += v * (w * q)
             squares += v * (q * q)
         # of a group whose codes are all zero: nothing is gained
-        refitted = _bfloat16(tl.div_rn(product, tl.where(squares > 0, squares, 1.0)))
+        refitted = to_bfloat16(tl.div_rn(product, tl.where(squares > 0, squares, 1.0)))
         gains = (refitted - best) * ((refitted + best) * squares - 2 * product) < 0
         best = tl.where(gains, refitted, best)
 
@@ -126,8 +126,8 @@ def _search(
 
 
 @triton.jit
-def _bfloat16(x):
-    """Rounded to bfloat16, half to even; by its bits, as Triton's interpreter would cut them off."""
+def to_bfloat16(x):
+    """Rounded to bfloat16, half to even, and infinity stays so; by bits, as Triton's interpreter would cut them off."""
     bits = x.to(tl.int32, bitcast=True)
     bits += 32767 + ((bits >> 16) & 1)
     return (bits & -65536).to(tl.float32, bitcast=True)

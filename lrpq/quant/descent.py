@@ -28,6 +28,7 @@ from lrpq.errors import QuantizationError
 from lrpq.kernels.descent import descend_columns
 from lrpq.kernels.threads import in_one_launch, usable
 from lrpq.quant.grid import QuantizedWeight, code_ranges, ends, fetch, group_width, largest, refuse_unless_finite
+from lrpq.quant.residual import has_kernel, write_residual
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int8
@@ -123,7 +124,7 @@ def descend_checked(
         parts = [q.rows(rows) for q in quantized]
         num = len(parts[0].codes)
         state = _State(
-            D=torch.cat([(T[rows].to(H.dtype) - p.dequantize(H.dtype)).T for p in parts], dim=1).contiguous(),
+            D=_errors(T[rows], parts, H),
             codes=torch.cat([p.codes.T for p in parts], dim=1),
             scales=torch.cat(
                 [p.scales.to(H.dtype).T.repeat_interleave(w // run, 0) for p, w in zip(parts, widths, strict=True)],
@@ -142,6 +143,16 @@ def descend_checked(
         )
         for c, q, m in zip(codes, quantized, unsettled, strict=True)
     ]
+
+
+def _errors(T: Tensor, parts: Sequence[QuantizedWeight], H: Tensor) -> Tensor:
+    """T - Q of all parts, transposed and side by side."""
+    if not all(has_kernel(T, p, H) for p in parts):
+        return torch.cat([(T.to(H.dtype) - p.dequantize(H.dtype)).T for p in parts], dim=1).contiguous()
+    D = H.new_empty(T.shape[1], len(parts) * len(T))
+    for i, p in enumerate(parts):
+        write_residual(T, p, D[:, i * len(T) : (i + 1) * len(T)].T)
+    return D
 
 
 def _check(T: Tensor, quantized: Sequence[QuantizedWeight], H: Tensor, *, name: str) -> None:

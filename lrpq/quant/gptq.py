@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -43,6 +42,7 @@ from lrpq.quant.grid import (
     zero_points,
 )
 from lrpq.quant.importance import search_importance
+from lrpq.quant.residual import has_kernel, write_residual
 from lrpq.quant.scale_search import search_scales_transposed
 
 if TYPE_CHECKING:
@@ -287,31 +287,48 @@ def loss(
 
     The error that GPTQ minimises includes damping; it ranks bit widths wrongly and is nowhere returned.
     """
-    return _loss(W, lambda rows: Q[rows], H)
+    return _loss(lambda rows: (W[rows] - Q[rows]).to(H.dtype), *W.shape, H=H)
 
 
-def _loss(W: Tensor, Q: Callable[[slice], Tensor], H: Tensor) -> Tensor:
+def loss_of(
+    W: Float[Tensor, "d_out d_in"], quantized: QuantizedWeight, H: Float[Tensor, "d_in d_in"]
+) -> Float[Tensor, "rows=d_out"]:
     """``loss``, with a Q that is made for some rows at a time: it then stays in cache."""
-    total = torch.zeros(len(W), dtype=torch.float64, device=W.device)
-    step = max(1, _GPU_LOSS_ELEMENTS // W.shape[1]) if H.is_cuda else _LOSS_ROWS
-    for top in range(0, len(W), step):
+    return _loss(lambda rows: _errors(W[rows], quantized.rows(rows), H), *W.shape, H=H)
+
+
+def _errors(W: Tensor, quantized: QuantizedWeight, H: Tensor) -> Tensor:
+    if has_kernel(W, quantized, H):
+        errors: Tensor = write_residual(W, quantized, H.new_empty(W.shape))
+    else:
+        errors = (W - quantized.dequantize(H.dtype)).to(H.dtype)
+    return errors
+
+
+def _loss(errors: Callable[[slice], Tensor], d_out: int, d_in: int, *, H: Tensor) -> Tensor:
+    total = torch.zeros(d_out, dtype=torch.float64, device=H.device)
+    step = max(1, _GPU_LOSS_ELEMENTS // d_in) if H.is_cuda else _LOSS_ROWS
+    for top in range(0, d_out, step):
         rows = slice(top, top + step)
-        total[rows] = _forms((W[rows] - Q(rows)).to(H.dtype), H)
+        total[rows] = _forms(errors(rows), H)
     return total.clamp_(min=0.0)
 
 
 def _forms(dW: Tensor, H: Tensor) -> Tensor:
     """dW_j H dW_j^T of every row, float64; changes dW."""
     d_in = dW.shape[1]
-    step = d_in if H.is_cuda and d_in <= _GPU_LOSS_WIDTH else max(1, -(-d_in // _LOSS_BLOCKS))
+    if H.is_cuda and usable(H) and d_in <= _GPU_LOSS_WIDTH:
+        from lrpq.kernels.row_errors_cuda import quadratic_forms
+
+        return quadratic_forms(dW, H)
+    step = max(1, -(-d_in // _LOSS_BLOCKS))
     unit = power_of_two(torch.maximum(dW.amax(1), -dW.amin(1)))
     dW.div_(unit.unsqueeze(1))
     products = dW.new_zeros(len(dW), step)
     for start in range(0, d_in, step):
         stop = min(d_in, start + step)
         half = torch.mm(dW[:, start:stop], H[start:stop, start:stop])
-        if stop < d_in:
-            half.addmm_(dW[:, stop:], H[stop:, start:stop], alpha=2.0)
+        half.addmm_(dW[:, stop:], H[stop:, start:stop], alpha=2.0)
         products[:, : stop - start].addcmul_(half, dW[:, start:stop])
     forms: Tensor = products.sum(1, dtype=torch.float64) * unit.double().square()
     return forms
@@ -331,14 +348,9 @@ def predicted_cost(
     c = curvature.double()
     at_once = _GPU_LOSS_ELEMENTS // max(1, W.numel()) if H.is_cuda else 1
     if at_once <= 1:
-        return [0.5 * cost for cost in fetch(*(_loss(W, partial(_dequantized, q, H.dtype), H) @ c for q in quantized))]
+        return [0.5 * cost for cost in fetch(*(loss_of(W, q, H) @ c for q in quantized))]
     costs: list[Tensor] = []
     for start in range(0, len(quantized), at_once):
-        errors = torch.cat([(W - q.dequantize(H.dtype)).to(H.dtype) for q in quantized[start : start + at_once]])
+        errors = torch.cat([_errors(W, q, H) for q in quantized[start : start + at_once]])
         costs += (_forms(errors, H).clamp_(min=0.0).view(-1, len(W)) @ c).unbind()
     return [0.5 * cost for cost in fetch(*costs)]
-
-
-def _dequantized(q: QuantizedWeight, dtype: torch.dtype, rows: slice) -> Tensor:
-    Q: Tensor = q.rows(rows).dequantize(dtype)
-    return Q

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.quant.descent import descend, descend_checked
-from lrpq.quant.gptq import loss
+from lrpq.quant.gptq import loss_of
 from lrpq.quant.grid import QuantizedWeight, power_of_two
 from lrpq.quant.refit import refit_checked
 
@@ -98,7 +98,7 @@ def _damped(H: Tensor, damping: float) -> Tensor:
 
 def _guarded(T: Tensor, after: QuantizedWeight, before: QuantizedWeight, H: Tensor) -> Polished:
     T = T.to(H.dtype)
-    worse = loss(T, after.dequantize(H.dtype), H) > loss(T, before.dequantize(H.dtype), H)
+    worse = loss_of(T, after, H) > loss_of(T, before, H)
     codes = torch.where(worse.unsqueeze(1), before.codes, after.codes)
     scales = torch.where(worse.unsqueeze(1), before.scales, after.scales)
     return Polished(

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
-from lrpq.kernels.threads import usable
 from lrpq.quant.grid import QuantizedWeight, ends, fetch, largest, refuse_unless_finite
+from lrpq.quant.residual import has_kernel, write_residual
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -81,11 +81,14 @@ def refit_checked(
 ) -> Refitted:
     """``refit`` of what is known to belong together and to be finite; no wait for the device."""
     d_out = len(T)
-    scales = quantized.scales.clone()
+    scales = quantized.scales.clone(memory_format=torch.contiguous_format)
     num_rows = rows_at_once(T.shape[1], scales.shape[1], cpu=T.device.type == "cpu")
     rejected = torch.empty(d_out, dtype=torch.bool, device=T.device)
     for start in range(0, d_out, num_rows):
         rows = slice(start, start + num_rows)
+        if has_kernel(T, quantized, H):
+            _refit_on_gpu(T[rows], quantized.rows(rows), H, scales[rows], rejected[rows])
+            continue
         old = scales[rows].double()
         A, b = _systems(T[rows], quantized, rows, H)
         new = (old + _solve(A, b)).bfloat16()
@@ -118,17 +121,37 @@ def _systems(T: Tensor, quantized: QuantizedWeight, rows: slice, H: Tensor) -> t
     D = T.to(H.dtype) - (Z * s).view(num, d_in)
     b = torch.einsum("rgw,rgw->rg", Z, (D @ H).view(num, num_groups, width)).double()
     A = torch.empty(num, num_groups, num_groups, dtype=torch.float64, device=T.device)
-    if H.is_cuda and usable(H) and quantized.zero_points is None and fills_a_gpu(d_in, num_groups):
-        from lrpq.kernels.group_products_cuda import group_products
-
-        group_products(quantized.codes[rows], H, A)
-        return A, b
     for g in range(num_groups):  # each pair of groups once: A is symmetric
         columns = slice(g * width, (g + 1) * width)
         ZH = (Z[:, g] @ H[columns, columns.start :]).view(num, num_groups - g, width)
         A[:, g, g:] = torch.einsum("rgw,rgw->rg", ZH, Z[:, g:])
         A[:, g:, g] = A[:, g, g:]
     return A, b
+
+
+def _refit_on_gpu(T: Tensor, quantized: QuantizedWeight, H: Tensor, new: Tensor, rejected: Tensor) -> None:
+    """The same by kernels, into new scales and which rows keep theirs. Sums over a group are float64 here."""
+    from lrpq.kernels.group_products_cuda import group_products
+    from lrpq.kernels.refit_cuda import group_sums, judge, part_empty
+
+    (rows, d_in), num_groups = T.shape, new.shape[1]
+    codes, old = quantized.codes.contiguous(), quantized.scales.contiguous()
+    D = write_residual(T, quantized, H.new_empty(rows, d_in))
+    b = H.new_empty(rows, num_groups, dtype=torch.float64)
+    group_sums(codes, D @ H, b)
+    A = H.new_empty(rows, num_groups, num_groups, dtype=torch.float64)
+    if fills_a_gpu(d_in, num_groups):
+        group_products(codes, H, A)
+    else:
+        width = d_in // num_groups
+        for g in range(num_groups):
+            own = slice(g * width, (g + 1) * width)
+            group_sums(codes[:, own.start :], codes[:, own].to(H.dtype) @ H[own, own.start :], A[:, g, g:])
+            A[:, g:, g] = A[:, g, g:]
+    part_empty(A, b)
+    L, info = torch.linalg.cholesky_ex(A)
+    ds = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2).contiguous()
+    judge(A, b, ds, info, old, new, rejected)
 
 
 def fills_a_gpu(d_in: int, groups: int) -> bool:

@@ -240,6 +240,73 @@ def test_sweeps_in_one_launch_descend_as_single_columns_do(rows: int, columns: i
     assert torch.equal(changed[2].cpu(), moved)
 
 
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+@pytest.mark.parametrize(("rows", "columns", "groups"), PAIRS)
+def test_errors_and_their_quadratic_forms_are_those_of_the_formula(
+    rows: int, columns: int, groups: int, device: str
+) -> None:
+    from lrpq.kernels.row_errors_cuda import quadratic_forms, write_errors
+
+    T, codes = numbers(rows, columns, seed=1), torch.randint(-8, 8, (rows, columns), dtype=torch.int8)
+    scales = (0.05 + numbers(rows, groups, seed=2).abs()).bfloat16()
+    expected = T - (codes.view(rows, groups, -1) * scales.float().unsqueeze(2)).view(rows, columns)
+    found = torch.full((columns, rows), torch.nan, device=device).T
+    write_errors(T.to(device), codes.T.contiguous().to(device).T, scales.to(device), found)
+    assert torch.equal(found.cpu(), expected)
+    X = numbers(3 * columns, columns, seed=3)
+    H = X.T @ X
+    for unit in (1.0, 2.0**-80, 2.0**60):
+        forms = quadratic_forms((expected * unit).to(device), H.to(device)).cpu()
+        exact = torch.einsum("rj,jk,rk->r", expected.double(), H.double(), expected.double()) * unit**2
+        assert torch.allclose(forms, exact, rtol=1e-5, atol=0.0)
+    assert (quadratic_forms(torch.zeros(2, columns, device=device), H.to(device)) == 0).all()
+
+
+@pytest.mark.parametrize("device", TRITON_DEVICES)
+@pytest.mark.parametrize(("rows", "columns", "groups"), PAIRS)
+def test_rows_of_a_refit_are_summed_and_judged(rows: int, columns: int, groups: int, device: str) -> None:
+    from lrpq.kernels.refit_cuda import group_sums, judge, part_empty
+
+    codes, X = torch.randint(-8, 8, (rows, columns), dtype=torch.int8), numbers(rows, columns, seed=1)
+    sums = torch.empty(groups, rows, dtype=torch.float64, device=device).T
+    group_sums(codes.to(device), X.to(device), sums)
+    assert torch.allclose(sums.cpu(), (codes * X.double()).view(rows, groups, -1).sum(2), rtol=1e-12, atol=1e-12)
+
+    root = numbers(rows, groups, groups, seed=2).double()
+    A = root @ root.transpose(1, 2) + torch.eye(groups).double()
+    A[0, 1], A[0, :, 1] = 0.0, 0.0  # a group without codes
+    old = (0.2 + numbers(rows, groups, seed=3).abs()).bfloat16()
+    ds = numbers(rows, groups, seed=4).double() * 0.1
+    b = torch.einsum("rgh,rh->rg", A, ds)  # then ds is the best step
+    parted = [x.to(device, copy=True) for x in (A, b + 1.0)]
+    part_empty(*parted)
+    expected = A.clone()
+    expected[0, 1, 1] = 1.0
+    assert torch.equal(parted[0].cpu(), expected)
+    assert float(parted[1][0, 1]) == 0.0
+    assert (parted[1].cpu() == b + 1.0).sum() == b.numel() - 1
+
+    info = torch.zeros(rows, dtype=torch.int32)
+    ds[0, 1] = 0.0
+    if rows > 4:
+        info[1] = 3  # not solved
+        ds[2, 0] = torch.nan
+        ds[3, 0] = -2 * old[3, 0].double()  # would change its sign
+        b[4] = -b[4]  # the wrong way: the error grows
+    new, rejected = torch.empty_like(old, device=device), torch.empty(rows, dtype=torch.bool, device=device)
+    judge(*(x.to(device) for x in (A, b, ds, info, old)), new, rejected)
+    steps = torch.where((info == 0).unsqueeze(1) & torch.isfinite(ds), ds, 0.0)
+    after = (old.double() + steps).bfloat16()
+    step = after.double() - old.double()
+    growth = torch.einsum("rg,rgh,rh->r", step, A, step) - 2 * (step * b).sum(1)
+    better = (growth < 0) & (after.double() * old.double() > 0).all(1)
+    assert torch.equal(rejected.cpu(), ~better)
+    assert torch.equal(new.cpu(), torch.where(better.unsqueeze(1), after, old))
+    if rows > 4:
+        assert not better[[1, 3, 4]].any()
+        assert better.any()
+
+
 def layer(d_out: int, d_in: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     X = numbers(4 * d_in, d_in, seed=6) * torch.logspace(0, 1, d_in)
     return numbers(d_out, d_in, seed=7).to(device), (X.T @ X / len(X)).to(device)
