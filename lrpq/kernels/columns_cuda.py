@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from lrpq.kernels.threads import on_device_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -17,11 +19,12 @@ ROWS = 32
 def round_columns(T: Tensor, W: Tensor, S: Tensor, R: Tensor, bounds: Tensor, runs: Tensor, codes: Tensor) -> None:
     """See `lrpq.kernels.columns.round_columns`."""
     num_columns, choices, rows = T.shape
-    _round_columns[(triton.cdiv(rows, ROWS), choices)](
-        T, W, S, R, bounds, runs, codes,
-        num_columns, choices, rows, R.stride(0), R.stride(1),
-        COLUMNS=triton.next_power_of_2(num_columns), ROWS=ROWS, num_warps=1,
-    )  # fmt: skip
+    with on_device_of(T):
+        _round_columns[(triton.cdiv(rows, ROWS), choices)](
+            T, W, S, R, bounds, runs, codes,
+            num_columns, choices, rows, R.stride(0), R.stride(1),
+            COLUMNS=triton.next_power_of_2(num_columns), ROWS=ROWS, num_warps=1,
+        )  # fmt: skip
 
 
 @triton.jit

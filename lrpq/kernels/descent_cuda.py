@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from lrpq.kernels.columns_cuda import ROWS
+from lrpq.kernels.threads import on_device_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +27,12 @@ def descend_columns(
 ) -> None:
     """See `lrpq.kernels.descent.descend_columns`."""
     num_columns, rows = D.shape
-    _descend_columns[(triton.cdiv(rows, ROWS),)](
-        G, D, codes, S, bounds, own, inverse, runs, moved,
-        num_columns, rows, own.stride(0), own.stride(1),
-        COLUMNS=triton.next_power_of_2(num_columns), ROWS=ROWS, num_warps=1,
-    )  # fmt: skip
+    with on_device_of(D):
+        _descend_columns[(triton.cdiv(rows, ROWS),)](
+            G, D, codes, S, bounds, own, inverse, runs, moved,
+            num_columns, rows, own.stride(0), own.stride(1),
+            COLUMNS=triton.next_power_of_2(num_columns), ROWS=ROWS, num_warps=1,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -1,9 +1,10 @@
-"""Which tensors compiled loops take, and how rows are shared out among the threads that PyTorch may use."""
+"""Which tensors compiled loops take, where they run, and how rows are shared out among PyTorch's threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import pairwise
 
@@ -12,10 +13,27 @@ from torch import Tensor
 
 from lrpq.kernels.loops import LANES
 
+# Where a layer of so few columns has its launches to wait for, not its products, which the one kernel computes at a
+# fraction of the matrix library's rate: an estimate from the instructions of both, not yet measured.
+_ONE_LAUNCH_COLUMNS = 2048
+_ONE_LAUNCH_PRODUCTS = 2**35
+
 
 def usable(tensor: Tensor) -> bool:
     """Whether compiled loops take this: float32, on a CPU or a CUDA device."""
     return tensor.dtype == torch.float32 and tensor.device.type in ("cpu", "cuda")
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Makes the tensor's GPU the current one, which is where Triton launches; does nothing for a CPU's."""
+    context: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return context
+
+
+def in_one_launch(tensor: Tensor, *, columns: int, rows: int) -> bool:
+    """Whether all columns of these (stacked) rows go through one kernel, products included, and not leaf by leaf."""
+    small = columns <= _ONE_LAUNCH_COLUMNS and columns * columns * rows <= _ONE_LAUNCH_PRODUCTS
+    return tensor.is_cuda and small and columns * rows < 2**31
 
 
 def strips(rows: int) -> int:

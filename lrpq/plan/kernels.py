@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from lrpq.model.layers import Choice
 from lrpq.plan.work import COUNTED, NOTHING, Work, matmul, total, work
 from lrpq.quant import descent, gptq, hessian, scale_search
+from lrpq.quant import refit as refits
 from lrpq.quant.grid import Grid, group_width
-from lrpq.quant.refit import _ELEMENTS as REFIT_ELEMENTS
 from lrpq.quant.row_feedback import blocks_of
 from lrpq.relevance.outputs import CHUNK_ROWS
 
@@ -117,27 +117,31 @@ def descend(d_out: int, d_in: int, *, sweeps: int, cpu: bool) -> Work:
     )
 
 
-def refit(d_out: int, d_in: int, choice: Choice) -> Work:
-    """``refit.refit``: the products of the systems, their factorisations, the elementwise sums over groups."""
+def refit(d_out: int, d_in: int, choice: Choice, *, cpu: bool) -> Work:
+    """``refit.refit``: the products of the systems, their factorisations, the elementwise sums over groups.
+
+    A step is a group of a chunk of rows; where one launch does all groups, a chunk.
+    """
     groups = choice.groups(d_in)
     width = d_in // groups
     products = 2.0 * d_in * d_in + sum(2.0 * width * (d_in - g * width) for g in range(groups))
     sums = 2.0 * d_in + sum(2.0 * (groups - g) * width for g in range(groups)) + 4.0 * groups * groups
     small = groups**3 // 3 + 2.0 * groups * groups
     elements = sum((groups - g) * width for g in range(groups))
-    chunks = -(-d_out // max(1, REFIT_ELEMENTS // max(d_in, groups * groups)))
+    chunks = -(-d_out // refits.rows_at_once(d_in, groups, cpu=cpu))
+    steps = 1 if not cpu and refits.fills_a_gpu(d_in, groups) else groups
     return matmul(products * d_out, dtype=FP32, width=width) + Work(
         amounts={
             COUNTED: (sums + small) * d_out,
             "refit": float((elements + groups**3 / 3) * d_out),
-            "refit-steps": float(chunks * groups),
+            "refit-steps": float(chunks * steps),
         }
     )
 
 
 def polish(d_out: int, d_in: int, choice: Choice, *, rounds: int, sweeps: int, cpu: bool) -> Work:
     """``polish.polish`` for one choice, its guard included."""
-    one = descend(d_out, d_in, sweeps=sweeps, cpu=cpu) + refit(d_out, d_in, choice)
+    one = descend(d_out, d_in, sweeps=sweeps, cpu=cpu) + refit(d_out, d_in, choice, cpu=cpu)
     guard = loss(d_out, d_in) + dequantize(d_out, d_in, itemsize=F32_BYTES)
     return rounds * one + 2 * guard + work(wide=2 * F32_BYTES * d_in * d_in)
 

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.kernels.descent import descend_columns
-from lrpq.kernels.threads import usable
-from lrpq.quant.grid import QuantizedWeight, check_finite, code_range, group_width
+from lrpq.kernels.threads import in_one_launch, usable
+from lrpq.quant.grid import QuantizedWeight, code_ranges, ends, fetch, group_width, largest, refuse_unless_finite
+from lrpq.quant.residual import has_kernel, write_residual
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int8
 
 # Columns between two products with all of H, and columns that see vector operations only: swept 32 .. 128 and 4, 8 on
 # one core, within 10% of each other.
@@ -48,10 +49,20 @@ class Descended:
 
     weight: QuantizedWeight
     """New codes, the scales that came in."""
-    changed_codes: int
-    """Codes that differ from those that came in."""
-    unsettled_rows: int
+    before: Int8[Tensor, "d_out d_in"]
+    """The codes that came in."""
+    unsettled: Bool[Tensor, "rows=d_out"]
     """Rows that still moved in the last sweep: more sweeps may lower their error further."""
+
+    @property
+    def changed_codes(self) -> int:
+        """Codes that differ from those that came in."""
+        return int((self.weight.codes != self.before).sum())
+
+    @property
+    def unsettled_rows(self) -> int:
+        """How many rows are unsettled."""
+        return int(self.unsettled.sum())
 
 
 def descend(
@@ -84,12 +95,24 @@ def descend(
         raise QuantizationError(
             f"{name}: a target of {d_out} x {d_in}, a Hessian of {len(H)}, codes of {shapes}: they must be of one layer"
         )
-    check_finite(T, "target", name=name)
-    check_finite(H, "Hessian", name=name)
-    _check_reach(T, quantized, H, name=name)
+    _check(T, quantized, H, name=name)
+    return descend_checked(T, quantized, H, sweeps=sweeps, block_columns=block_columns, name=name)
+
+
+def descend_checked(
+    T: Float[Tensor, "d_out d_in"],
+    quantized: Sequence[QuantizedWeight],
+    H: Float[Tensor, "d_in d_in"],
+    *,
+    sweeps: int,
+    block_columns: int = BLOCK_COLUMNS,
+    name: str = "layer",
+) -> list[Descended]:
+    """``descend`` of what is known to belong together, to be finite and not to overflow."""
+    d_out, d_in = T.shape
     widths = [group_width(q.choice, d_in, name=name) for q in quantized]
     run = math.gcd(*widths)
-    ranges = torch.tensor([code_range(q.choice.bits) for q in quantized], dtype=H.dtype, device=H.device)
+    ranges = code_ranges(tuple(q.choice.bits for q in quantized), H.dtype, H.device)
     diagonal = H.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
     codes = torch.empty(len(quantized), d_out, d_in, dtype=torch.int8, device=T.device)
@@ -101,7 +124,7 @@ def descend(
         parts = [q.rows(rows) for q in quantized]
         num = len(parts[0].codes)
         state = _State(
-            D=torch.cat([(T[rows].to(H.dtype) - p.dequantize(H.dtype)).T for p in parts], dim=1).contiguous(),
+            D=_errors(T[rows], parts, H),
             codes=torch.cat([p.codes.T for p in parts], dim=1),
             scales=torch.cat(
                 [p.scales.to(H.dtype).T.repeat_interleave(w // run, 0) for p, w in zip(parts, widths, strict=True)],
@@ -115,20 +138,34 @@ def descend(
     return [
         Descended(
             weight=QuantizedWeight(codes=c, scales=q.scales, choice=q.choice, zero_points=q.zero_points),
-            changed_codes=int((c != q.codes).sum()),
-            unsettled_rows=int(m.sum()),
+            before=q.codes,
+            unsettled=m,
         )
         for c, q, m in zip(codes, quantized, unsettled, strict=True)
     ]
 
 
-def _check_reach(T: Tensor, quantized: Sequence[QuantizedWeight], H: Tensor, *, name: str) -> None:
-    """Raise if D H might overflow or a scale is zero: an infinity or NaN would end as codes like any other."""
-    if not all(bool(q.scales.all()) for q in quantized):
+def _errors(T: Tensor, parts: Sequence[QuantizedWeight], H: Tensor) -> Tensor:
+    """T - Q of all parts, transposed and side by side."""
+    if not all(has_kernel(T, p, H) for p in parts):
+        return torch.cat([(T.to(H.dtype) - p.dequantize(H.dtype)).T for p in parts], dim=1).contiguous()
+    D = H.new_empty(T.shape[1], len(parts) * len(T))
+    for i, p in enumerate(parts):
+        write_residual(T, p, D[:, i * len(T) : (i + 1) * len(T)].T)
+    return D
+
+
+def _check(T: Tensor, quantized: Sequence[QuantizedWeight], H: Tensor, *, name: str) -> None:
+    """Raise if T or H is not finite, D H might overflow or a scale is zero: an infinity or NaN would end as codes like
+    any other. One wait for the device."""
+    found = fetch(*(q.scales.all() for q in quantized), *ends([T, H, *(q.scales for q in quantized)]))
+    scaled, (target, hessian, *steps) = found[: len(quantized)], largest(found[len(quantized) :])
+    refuse_unless_finite(target, "target", name=name)
+    refuse_unless_finite(hessian, "Hessian", name=name)
+    if not all(scaled):
         raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
-    grid_end = max(2**q.choice.bits * float(q.scales.abs().amax()) for q in quantized)
-    error = float(T.abs().amax()) + grid_end
-    if not error * len(H) * float(H.abs().amax()) < torch.finfo(H.dtype).max:
+    error = target + max(2**q.choice.bits * step for q, step in zip(quantized, steps, strict=True))
+    if not error * len(H) * hessian < torch.finfo(H.dtype).max:
         raise QuantizationError(
             f"{name}: errors up to {error:.3g} may overflow {H.dtype} under its Hessian; check the source model"
         )
@@ -155,15 +192,23 @@ class _State:
 
 def _descend(state: _State, H: Tensor, inverse: Tensor, run: int, *, sweeps: int, block: int) -> tuple[Tensor, Tensor]:
     """Codes [d_in, stacked] after the sweeps, and which rows moved in the last one."""
+    if usable(H) and in_one_launch(H, columns=len(H), rows=state.D.shape[1]):
+        from lrpq.kernels.descent_sweep_cuda import descend_sweeps
+
+        moved = torch.zeros(state.D.shape[1], dtype=torch.bool, device=H.device)
+        runs = torch.arange(len(H), device=H.device) // run
+        descend_sweeps(state.D, state.codes, state.scales, state.ranges, H, inverse, runs, moved, sweeps=sweeps)
+        return state.codes, moved
     codes = state.codes.clone()
     moving = torch.ones(codes.shape[1], dtype=torch.bool, device=codes.device)
     active = moving.nonzero().squeeze(1)
-    for _ in range(sweeps):
+    for left in range(sweeps - 1, -1, -1):
         moved = _sweep(state, H, inverse, run, block=block)
         moving[active] = moved
-        if not bool(moved.any()):
+        num = int(moved.sum()) if left else 0
+        if not num:
             break
-        if int(moved.sum()) < _CONDENSE_BELOW * len(active):
+        if num < _CONDENSE_BELOW * len(active):
             codes[:, active] = state.codes
             state, active = state.of(moved.nonzero().squeeze(1)), active[moved]
     codes[:, active] = state.codes

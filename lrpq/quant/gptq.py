@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,19 +26,23 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.kernels.columns import round_columns
-from lrpq.kernels.threads import usable
+from lrpq.kernels.threads import in_one_launch, usable
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import Factor
 from lrpq.quant.grid import (
     Grid,
     QuantizedWeight,
-    check_finite,
-    code_range,
+    code_ranges,
+    ends,
+    fetch,
     group_width,
+    largest,
     power_of_two,
+    refuse_unless_finite,
     zero_points,
 )
 from lrpq.quant.importance import search_importance
+from lrpq.quant.residual import has_kernel, write_residual
 from lrpq.quant.scale_search import search_scales_transposed
 
 if TYPE_CHECKING:
@@ -58,6 +61,9 @@ _GPU_ELEMENTS = 2**30  # of d_in times stacked rows: 5 bytes each
 # multiplied.
 _LOSS_ROWS = 1024
 _LOSS_BLOCKS = 8
+# On a GPU the rows of several candidates at once, and one product where eight would be bound by their launches.
+_GPU_LOSS_ELEMENTS = 2**26
+_GPU_LOSS_WIDTH = 2048
 
 
 def gptq(
@@ -89,22 +95,21 @@ def gptq(
         )
     if not choices or (scales is not None and len(scales) != len(choices)):
         raise QuantizationError(f"{name}: give at least one choice, and one tensor of scales for each or none at all")
-    check_finite(W, "weight", name=name)
     widths = [group_width(choice, d_in, name=name) for choice in choices]
     Wt = W.T.to(factor.R.dtype).contiguous()
+    weights = factor.importance
     if scales is None:
         weights = search_importance(factor, name=name) if H is None else H.diagonal()
-        check_finite(weights, "Hessian", name=name)
         scales = search_scales_transposed(Wt, weights, choices, grid=grid, name=name)
     zeros = [zero_points(Wt.T, choice) for choice in choices] if grid is Grid.ASYMMETRIC else []
 
     # one row of scales for every run of columns that lies in one group of every choice
     run = math.gcd(*widths)
     scales = [s.bfloat16() for s in scales]
-    _check_reach(Wt, scales, choices, factor, name=name)
+    _check(W, weights, scales, choices, factor, name=name)
     S = _stack(scales, widths, run).to(Wt)
     Z = _stack(zeros, widths, run).to(Wt) if zeros else None
-    bounds = torch.tensor([code_range(choice.bits) for choice in choices], dtype=Wt.dtype, device=Wt.device)
+    bounds = code_ranges(tuple(choice.bits for choice in choices), Wt.dtype, Wt.device)
     codes = torch.empty(d_in, len(choices), d_out, dtype=torch.int8, device=Wt.device)
     Wt = Wt[factor.order]
     limit = _CPU_ROWS if Wt.device.type == "cpu" else _GPU_ELEMENTS // d_in
@@ -122,26 +127,28 @@ def gptq(
     ]
 
 
-def _check_reach(Wt: Tensor, scales: Sequence[Tensor], choices: Sequence[Choice], factor: Factor, *, name: str) -> None:
-    """Raise if a target t_k = w_k + sum_j D_j R_jk might overflow, or a scale is zero or not finite.
+def _check(
+    W: Tensor, importance: Tensor, scales: Sequence[Tensor], choices: Sequence[Choice], factor: Factor, *, name: str
+) -> None:
+    """Raise for a weight or importance that is not finite, if a target t_k = w_k + sum_j D_j R_jk might overflow, or if
+    a scale is zero or not finite; all in one wait for the device.
 
     Where this passes, the column loop makes no infinity and no NaN, which would end as codes like any other.
     """
-    weight = _largest(Wt)
-    grid_end = max(2**choice.bits * _largest(s) for s, choice in zip(scales, choices, strict=True))
-    reach = weight + (weight + grid_end) * len(factor.R) * _largest(factor.R)
-    if not reach < torch.finfo(Wt.dtype).max:
+    dtype = factor.R.dtype
+    found = fetch(*(s.all() for s in scales), *ends([W, importance, factor.R, *scales]))
+    scaled, (weight, weighed, pull, *steps) = found[: len(scales)], largest(found[len(scales) :])
+    refuse_unless_finite(weight, "weight", name=name)
+    refuse_unless_finite(weighed, "Hessian", name=name)
+    grid_end = max(2**choice.bits * step for step, choice in zip(steps, choices, strict=True))
+    reach = weight + (weight + grid_end) * len(factor.R) * pull
+    if not reach < torch.finfo(dtype).max:
         raise QuantizationError(
-            f"{name}: weights up to {weight:.3g} and a grid up to {grid_end:.3g} may overflow {Wt.dtype} while columns"
+            f"{name}: weights up to {weight:.3g} and a grid up to {grid_end:.3g} may overflow {dtype} while columns"
             " correct each other; check the source model"
         )
-    if not all(bool(s.all()) for s in scales):
+    if not all(scaled):
         raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
-
-
-def _largest(x: Tensor) -> float:
-    low, high = x.aminmax()
-    return max(-float(low), float(high))
 
 
 class _Sweep(NamedTuple):
@@ -166,16 +173,22 @@ def _sweep(
     The matrix is kept transposed, so that a column of W is contiguous. Halving: round the left half,
     propagate its errors to the right half in one matmul, round the right half. Every inner level is then a
     matmul of growing size, and only the columns of a leaf go through a loop: a compiled one where there is one
-    (float32, no zero points), else vector operations.
+    (float32, no zero points), else vector operations. On a GPU all of a small layer is one launch.
 
     ``memory``, if given, is where the errors go: fresh pages cost as much as a fifth of the sweep.
     """
     d_in, num_rows = W.shape
     shape = (d_in, S.shape[1], num_rows)
     flat = W.new_empty(math.prod(shape)) if memory is None else memory[: math.prod(shape)]
+    codes = torch.empty(shape, dtype=torch.int8, device=W.device)
+    if is_compiled(W, Z) and in_one_launch(W, columns=d_in, rows=shape[1] * num_rows):
+        from lrpq.kernels.column_sweep_cuda import sweep_columns
+
+        errors = flat.view(shape)
+        sweep_columns(errors, W.contiguous(), S.contiguous(), factor.R, bounds, factor.order // run, codes)
+        return _Sweep(codes, errors)
     # the targets t_k, updated in place until column k is rounded, and from then on its errors D_k
     T = flat.view(shape).copy_(W.unsqueeze(1))
-    codes = torch.empty(shape, dtype=torch.int8, device=W.device)
     round_leaf, leaf = (_compiled if is_compiled(W, Z) else _vectorized)(W, T, codes, factor, S, Z, bounds, run)
     columns = T.view(d_in, -1)
     for first, middle, last in _halvings(0, d_in, leaf):
@@ -274,27 +287,51 @@ def loss(
 
     The error that GPTQ minimises includes damping; it ranks bit widths wrongly and is nowhere returned.
     """
-    return _loss(W, lambda rows: Q[rows], H)
+    return _loss(lambda rows: (W[rows] - Q[rows]).to(H.dtype), *W.shape, H=H)
 
 
-def _loss(W: Tensor, Q: Callable[[slice], Tensor], H: Tensor) -> Tensor:
+def loss_of(
+    W: Float[Tensor, "d_out d_in"], quantized: QuantizedWeight, H: Float[Tensor, "d_in d_in"]
+) -> Float[Tensor, "rows=d_out"]:
     """``loss``, with a Q that is made for some rows at a time: it then stays in cache."""
-    d_in = W.shape[1]
-    step = max(1, -(-d_in // _LOSS_BLOCKS))
-    total = torch.zeros(len(W), dtype=torch.float64, device=W.device)
-    for top in range(0, len(W), _LOSS_ROWS):
-        rows = slice(top, top + _LOSS_ROWS)
-        dW = (W[rows] - Q(rows)).to(H.dtype)
-        unit = power_of_two(torch.maximum(dW.amax(1), -dW.amin(1)))
-        dW.div_(unit.unsqueeze(1))
-        products = dW.new_zeros(len(dW), step)
-        for start in range(0, d_in, step):
-            stop = min(d_in, start + step)
-            half = torch.mm(dW[:, start:stop], H[start:stop, start:stop])
-            half.addmm_(dW[:, stop:], H[stop:, start:stop], alpha=2.0)
-            products[:, : stop - start].addcmul_(half, dW[:, start:stop])
-        total[rows] = products.sum(1, dtype=torch.float64) * unit.double().square()
+    return _loss(lambda rows: _errors(W[rows], quantized.rows(rows), H), *W.shape, H=H)
+
+
+def _errors(W: Tensor, quantized: QuantizedWeight, H: Tensor) -> Tensor:
+    if has_kernel(W, quantized, H):
+        errors: Tensor = write_residual(W, quantized, H.new_empty(W.shape))
+    else:
+        errors = (W - quantized.dequantize(H.dtype)).to(H.dtype)
+    return errors
+
+
+def _loss(errors: Callable[[slice], Tensor], d_out: int, d_in: int, *, H: Tensor) -> Tensor:
+    total = torch.zeros(d_out, dtype=torch.float64, device=H.device)
+    step = max(1, _GPU_LOSS_ELEMENTS // d_in) if H.is_cuda else _LOSS_ROWS
+    for top in range(0, d_out, step):
+        rows = slice(top, top + step)
+        total[rows] = _forms(errors(rows), H)
     return total.clamp_(min=0.0)
+
+
+def _forms(dW: Tensor, H: Tensor) -> Tensor:
+    """dW_j H dW_j^T of every row, float64; changes dW."""
+    d_in = dW.shape[1]
+    if H.is_cuda and usable(H) and d_in <= _GPU_LOSS_WIDTH:
+        from lrpq.kernels.row_errors_cuda import quadratic_forms
+
+        return quadratic_forms(dW, H)
+    step = max(1, -(-d_in // _LOSS_BLOCKS))
+    unit = power_of_two(torch.maximum(dW.amax(1), -dW.amin(1)))
+    dW.div_(unit.unsqueeze(1))
+    products = dW.new_zeros(len(dW), step)
+    for start in range(0, d_in, step):
+        stop = min(d_in, start + step)
+        half = torch.mm(dW[:, start:stop], H[start:stop, start:stop])
+        half.addmm_(dW[:, stop:], H[stop:, start:stop], alpha=2.0)
+        products[:, : stop - start].addcmul_(half, dW[:, start:stop])
+    forms: Tensor = products.sum(1, dtype=torch.float64) * unit.double().square()
+    return forms
 
 
 def predicted_cost(
@@ -305,12 +342,15 @@ def predicted_cost(
 ) -> list[float]:
     """Predicted growth of the model's loss, nats a token, for each candidate: 1/2 sum_j c_j dW_j H dW_j^T.
 
-    Some rows of one candidate at a time are dequantized. Sums in float64.
+    Some rows of one candidate at a time are dequantized; on a GPU all of several candidates, as many as memory is meant
+    for. Sums in float64.
     """
     c = curvature.double()
-    return [0.5 * float(_loss(W, partial(_dequantized, q, H.dtype), H) @ c) for q in quantized]
-
-
-def _dequantized(q: QuantizedWeight, dtype: torch.dtype, rows: slice) -> Tensor:
-    Q: Tensor = q.rows(rows).dequantize(dtype)
-    return Q
+    at_once = _GPU_LOSS_ELEMENTS // max(1, W.numel()) if H.is_cuda else 1
+    if at_once <= 1:
+        return [0.5 * cost for cost in fetch(*(loss_of(W, q, H) @ c for q in quantized))]
+    costs: list[Tensor] = []
+    for start in range(0, len(quantized), at_once):
+        errors = torch.cat([_errors(W, q, H) for q in quantized[start : start + at_once]])
+        costs += (_forms(errors, H).clamp_(min=0.0).view(-1, len(W)) @ c).unbind()
+    return [0.5 * cost for cost in fetch(*costs)]

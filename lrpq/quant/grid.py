@@ -7,9 +7,11 @@ layout), so that no ``g_idx`` is stored and no scale depends on the order of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,6 +106,12 @@ def zero_points(W: Float[Tensor, "d_out d_in"], choice: Choice) -> Int8[Tensor, 
     return asymmetric_zero(lowest, steps, choice.bits).squeeze(-1).to(torch.int8)
 
 
+@lru_cache(maxsize=256)
+def code_ranges(bits: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "choices two"]:
+    """``code_range`` of several widths, to compute with, not to be changed; kept, as copying it there would wait."""
+    return torch.tensor([code_range(b) for b in bits], dtype=dtype, device=device)
+
+
 def absmax_scales(W: Float[Tensor, "d_out d_in"], choice: Choice) -> BFloat16[Tensor, "d_out groups"]:
     """Scales 2 max|w| / (2^bits - 1), as compressed-tensors sets them by default; 1 for a group of zeros."""
     d_out, d_in = W.shape
@@ -125,6 +133,29 @@ def check_finite(tensor: Tensor, what: str, *, name: str) -> None:
     """Raise QuantizationError naming the layer if a value is NaN or infinite."""
     # what is not finite stays so in a sum; fp64, for sums that merely overflow fp32, takes five times as long
     if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+        refuse_unless_finite(math.nan, what, name=name)
+
+
+def fetch(*numbers: Float[Tensor, ""]) -> list[float]:
+    """Numbers of a device, exact, with one wait for it: each question of its own would leave a GPU without work."""
+    found: list[float] = torch.stack([number.double() for number in numbers]).tolist()
+    return found
+
+
+def ends(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Lowest and highest value of each, NaN where it holds one: what ``largest`` makes a magnitude of."""
+    for tensor in tensors:
+        yield from tensor.aminmax()
+
+
+def largest(fetched: Sequence[float]) -> list[float]:
+    """Largest magnitudes from ``ends``, once they are fetched."""
+    return [max(-low, high) for low, high in zip(fetched[::2], fetched[1::2], strict=True)]
+
+
+def refuse_unless_finite(magnitude: float, what: str, *, name: str) -> None:
+    """``check_finite`` for a tensor whose largest magnitude is known."""
+    if not math.isfinite(magnitude):
         raise QuantizationError(f"{name}: its {what} is not finite; check the source model and the calibration")
 
 

@@ -6,6 +6,7 @@ normalised once, at the end. Signed token weights would make H indefinite, so th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
+from lrpq.quant.grid import fetch
 from lrpq.quant.products import add_product, is_split
 
 if TYPE_CHECKING:
@@ -140,18 +142,21 @@ def damped_cholesky(H: Float[Tensor, "d_in d_in"], *, damping: float = 0.01, nam
     if not damping >= 0:
         raise QuantizationError(f"{name}: damping must not be negative, got {damping}")
     diagonal = H.diagonal()
-    if not bool(torch.isfinite(H.sum(dtype=torch.float64))):
-        raise QuantizationError(f"{name}: its Hessian is not finite; check the calibration inputs and the relevance")
     dead = diagonal == 0
-    num_dead = int(dead.sum())
-    mean = float(diagonal.sum(dtype=torch.float64)) / max(1, len(diagonal) - num_dead)
+    total, sum_of_diagonal, dead_inputs = fetch(
+        H.sum(dtype=torch.float64), diagonal.sum(dtype=torch.float64), dead.sum()
+    )
+    if not math.isfinite(total):
+        raise QuantizationError(f"{name}: its Hessian is not finite; check the calibration inputs and the relevance")
+    num_dead = int(dead_inputs)
+    mean = sum_of_diagonal / max(1, len(diagonal) - num_dead)
     live_diagonal = torch.where(dead, 1.0, diagonal)
     damped = H.clone()
     for step in range(_MAX_DAMPING_STEPS + 1):
         relative = damping if step == 0 else max(damping, _FIRST_DAMPING) * _DAMPING_FACTOR**step
         damped.diagonal().copy_(live_diagonal + relative * mean)
         L, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
+        if bool((info == 0) & torch.isfinite(L.diagonal()).all()):
             return DampedCholesky(L=L, damping=relative * mean, num_damping_steps=step, num_dead=num_dead)
     raise QuantizationError(
         f"{name}: its Hessian is not positive definite even with damping {relative:g}; use more calibration tokens"

@@ -20,12 +20,17 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
-from lrpq.quant.grid import QuantizedWeight, check_finite
+from lrpq.quant.grid import QuantizedWeight, ends, fetch, largest, refuse_unless_finite
+from lrpq.quant.residual import has_kernel, write_residual
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
-_ELEMENTS = 2**22  # of one temporary: G^2 (the systems) or d_in (products) times rows
+# Of one temporary: G^2 (the systems) or d_in (products) times rows. On a GPU a cut costs some 30 launches, whatever its
+# rows, and three such temporaries of float64 take 1.5 GB.
+_CPU_ELEMENTS = 2**22
+_GPU_ELEMENTS = 2**26
+_WIDEST_BY_KERNEL = 256  # columns of a group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +39,13 @@ class Refitted:
 
     weight: QuantizedWeight
     """The codes that came in, new scales."""
-    rejected_rows: int
+    rejected: Bool[Tensor, "rows=d_out"]
     """Rows that keep their scales: the rounded ones are no better, or not storable on the same grid."""
+
+    @property
+    def rejected_rows(self) -> int:
+        """How many."""
+        return int(self.rejected.sum())
 
 
 def refit(
@@ -51,7 +61,7 @@ def refit(
     change its sign or vanish: a symmetric grid stays one. A group of zeros keeps its scale.
 
     3 d_in^2 FLOPs a row and d_in G elementwise, products in the dtype of H; the systems are solved, and rounded scales
-    judged, in float64. Memory besides inputs and results: some temporaries of 2^22 elements.
+    judged, in float64. Memory besides inputs and results: some temporaries of 2^22 elements, on GPUs of 2^26.
 
     Raises QuantizationError naming the layer for shapes that do not belong together or values that are not finite.
     """
@@ -61,14 +71,24 @@ def refit(
             f"{name}: a target of {d_out} x {d_in}, a Hessian of {len(H)}, codes of {tuple(quantized.codes.shape)}:"
             " they must be of one layer"
         )
-    check_finite(T, "target", name=name)
-    check_finite(H, "Hessian", name=name)
-    scales = quantized.scales.clone()
-    num_groups = scales.shape[1]
-    num_rows = max(1, _ELEMENTS // max(d_in, num_groups**2))
-    rejected = 0
+    for magnitude, what in zip(largest(fetch(*ends([T, H]))), ("target", "Hessian"), strict=True):
+        refuse_unless_finite(magnitude, what, name=name)
+    return refit_checked(T, quantized, H)
+
+
+def refit_checked(
+    T: Float[Tensor, "d_out d_in"], quantized: QuantizedWeight, H: Float[Tensor, "d_in d_in"]
+) -> Refitted:
+    """``refit`` of what is known to belong together and to be finite; no wait for the device."""
+    d_out = len(T)
+    scales = quantized.scales.clone(memory_format=torch.contiguous_format)
+    num_rows = rows_at_once(T.shape[1], scales.shape[1], cpu=T.device.type == "cpu")
+    rejected = torch.empty(d_out, dtype=torch.bool, device=T.device)
     for start in range(0, d_out, num_rows):
         rows = slice(start, start + num_rows)
+        if has_kernel(T, quantized, H):
+            _refit_on_gpu(T[rows], quantized.rows(rows), H, scales[rows], rejected[rows])
+            continue
         old = scales[rows].double()
         A, b = _systems(T[rows], quantized, rows, H)
         new = (old + _solve(A, b)).bfloat16()
@@ -77,11 +97,16 @@ def refit(
         storable = torch.isfinite(new) & (new * old > 0) & (new.abs() >= torch.finfo(torch.bfloat16).tiny)
         better = (growth < 0) & storable.all(1)
         scales[rows] = torch.where(better.unsqueeze(1), new, scales[rows])
-        rejected += int((~better).sum())
+        rejected[rows] = ~better
     weight = QuantizedWeight(
         codes=quantized.codes, scales=scales, choice=quantized.choice, zero_points=quantized.zero_points
     )
-    return Refitted(weight=weight, rejected_rows=rejected)
+    return Refitted(weight=weight, rejected=rejected)
+
+
+def rows_at_once(d_in: int, groups: int, *, cpu: bool) -> int:
+    """Rows whose systems are made and solved together."""
+    return max(1, (_CPU_ELEMENTS if cpu else _GPU_ELEMENTS) // max(d_in, groups**2))
 
 
 def _systems(T: Tensor, quantized: QuantizedWeight, rows: slice, H: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +127,37 @@ def _systems(T: Tensor, quantized: QuantizedWeight, rows: slice, H: Tensor) -> t
         A[:, g, g:] = torch.einsum("rgw,rgw->rg", ZH, Z[:, g:])
         A[:, g:, g] = A[:, g, g:]
     return A, b
+
+
+def _refit_on_gpu(T: Tensor, quantized: QuantizedWeight, H: Tensor, new: Tensor, rejected: Tensor) -> None:
+    """The same by kernels, into new scales and which rows keep theirs. Sums over a group are float64 here."""
+    from lrpq.kernels.group_products_cuda import group_products
+    from lrpq.kernels.refit_cuda import group_sums, judge, part_empty
+
+    (rows, d_in), num_groups = T.shape, new.shape[1]
+    codes, old = quantized.codes.contiguous(), quantized.scales.contiguous()
+    D = write_residual(T, quantized, H.new_empty(rows, d_in))
+    b = H.new_empty(rows, num_groups, dtype=torch.float64)
+    group_sums(codes, D @ H, b)
+    A = H.new_empty(rows, num_groups, num_groups, dtype=torch.float64)
+    if fills_a_gpu(d_in, num_groups):
+        group_products(codes, H, A)
+    else:
+        width = d_in // num_groups
+        for g in range(num_groups):
+            own = slice(g * width, (g + 1) * width)
+            group_sums(codes[:, own.start :], codes[:, own].to(H.dtype) @ H[own, own.start :], A[:, g, g:])
+            A[:, g:, g] = A[:, g, g:]
+    part_empty(A, b)
+    L, info = torch.linalg.cholesky_ex(A)
+    ds = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2).contiguous()
+    judge(A, b, ds, info, old, new, rejected)
+
+
+def fills_a_gpu(d_in: int, groups: int) -> bool:
+    """Whether pairs of groups are so many that one launch multiplies all; of a few wide groups products of matrices do
+    it."""
+    return groups > 1 and d_in // groups <= _WIDEST_BY_KERNEL
 
 
 def _solve(A: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The search for the scales of a grid: for each group the one of least weighted error.
 
 Floor: every scale that is tried reads each weight once; there is no matmul in it. Some 6 operations a weight and scale
-tried: on CPUs in a compiled loop (lrpq/kernels), else as vector operations on parts of a chunk.
+tried: on CPUs in a compiled loop (lrpq/kernels), on CUDA devices in one kernel, else (float64, zero points) as vector
+operations on parts of a chunk.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -122,6 +124,8 @@ def _search_groups(Wt: Tensor, importance: Tensor, width: int, bits: Sequence[in
     W = Wt.view(d_in // width, width, d_out)
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
     weights = importance.to(W.device, dtype).view(d_in // width, 1, width)
+    if W.is_cuda and grid is not Grid.ASYMMETRIC and usable(weights):
+        return _search_on_gpu(W, weights, tuple(bits), grid)
     scales = torch.empty(len(bits), d_in // width, d_out, dtype=torch.bfloat16, device=W.device)
     part, chunk = (_CPU_PART, _CPU_CHUNK) if W.device.type == "cpu" else (_GPU_PART, _GPU_PART)
     # memory for the weights of a chunk and the temporaries of a part: fresh pages would cost as much as the arithmetic
@@ -136,6 +140,31 @@ def _search_groups(Wt: Tensor, importance: Tensor, width: int, bits: Sequence[in
             best = _search_chunk(w, weights[groups], b, grid, part=part, buffers=buffers[1:])
             scales[i, groups, rows] = storable(best * unit, b).squeeze(1)
     return scales
+
+
+def _search_on_gpu(W: Tensor, weights: Tensor, bits: tuple[int, ...], grid: Grid) -> Tensor:
+    """``_search_groups`` by the kernel; in memory rows come before groups, as results have them."""
+    from lrpq.kernels import scale_search_cuda
+
+    groups, width, d_out = W.shape
+    scales = torch.empty(len(bits), d_out, groups, dtype=torch.bfloat16, device=W.device).transpose(1, 2)
+    table = _table(bits, width, grid, W.device)
+    scale_search_cuda.search_scales(W, weights.squeeze(1).contiguous(), table, scales)
+    return scales
+
+
+@lru_cache(maxsize=64)
+def _table(bits: tuple[int, ...], width: int, grid: Grid, device: torch.device) -> Tensor:
+    """What `lrpq.kernels.scale_search_cuda` tries for each width of the code; kept, as copying it there would wait."""
+    lines = []
+    for b in bits:
+        bottom, top = code_range(b)
+        both = grid is Grid.SIGNED and b <= 3
+        divisors = [-bottom - 0.5, *(sign * d for sign in ((1, -1) if both else (1,)) for d in _divisors(b, width))]
+        one_sided = grid is Grid.SIGNED and not both
+        lines.append([bottom, top, len(divisors), _SEARCH[b].refits, float(one_sided), *divisors])
+    longest = max(map(len, lines))
+    return torch.tensor([[*line, *[1.0] * (longest - len(line))] for line in lines], dtype=torch.float32, device=device)
 
 
 Cut = tuple[slice, slice, slice]
@@ -202,7 +231,7 @@ class _Rounded(Protocol):
 def _on(
     w: Tensor, importance: Tensor, zero: Tensor | None, bits: int, *, part: int, buffers: Sequence[Tensor]
 ) -> _Rounded:
-    if zero is None and usable(w) and not w.is_cuda:  # a GPU has no cache to win
+    if zero is None and usable(w) and not w.is_cuda:
         return _Compiled(w, importance, code_range(bits))
     return _Parts(w, importance, zero, bits, part, buffers)
 

@@ -121,7 +121,7 @@ def test_refit_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     W, H = layer(23, 32, 1)
     (q,) = gptq(W, factorize(H), [Choice(bits=3, group_size=8)])
     whole = refit(W, q, H)
-    monkeypatch.setattr(refit_module, "_ELEMENTS", 100)  # three rows at once
+    monkeypatch.setattr(refit_module, "_CPU_ELEMENTS", 100)  # three rows at once
     cut = refit(W, q, H)
     assert same(whole.weight, cut.weight)
     assert whole.rejected_rows == cut.rejected_rows
