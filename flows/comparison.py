@@ -66,6 +66,7 @@ ROW: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("budget_bits", "all_in_bits", "predicted_nats", "perplexity", "kl_nats", "top1"), (float, int)),
     "kl_standard_error": (float, int, type(None)),
     "kl_windows": (list,),
+    "counts": (dict,),
     **dict.fromkeys(("seconds", "evidence_seconds"), (float, int)),
 }
 """Fields of a row that is kept."""
@@ -281,6 +282,7 @@ def _plain(row: Row, *, seed: int) -> dict[str, Any]:
         "evidence_seconds": row.evidence_seconds,
         "peak_bytes": row.peak_bytes,
         "checkpoint_bytes": row.checkpoint_bytes,
+        "counts": dict(row.counts),
     }
 
 

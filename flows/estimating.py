@@ -64,6 +64,7 @@ def asked_of(config: CompressConfig, source: ModelSource) -> Asked:
         evaluated_length=measured.length,
         control=measured.control,
         head_choice=head,
+        gradients_every=run.gradients_every,
     )
 
 

@@ -62,6 +62,7 @@ def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) 
         "seed": config.seed,
         **_streaming(context, stream),
         **({"head": True} if with_head else {}),
+        **({"gradients_every": config.gradients_every} if config.gradients_every > 1 else {}),
     }
     return ProfileJob(
         stream=stream,
@@ -69,13 +70,14 @@ def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) 
             profile.STAGE,
             inputs={"model": context.fingerprint, "windows": windows.digest},
             parameters=parameters,
-            code=["tasks.profile"],
+            code=["tasks.profile"] if config.gradients_every == 1 else ["tasks.profile_inputs"],
         ),
         relevance=config.relevance,
         floor=config.relevance_floor,
         power=config.relevance_power,
         seed=config.seed,
         with_head=with_head,
+        gradients_every=config.gradients_every,
     )
 
 

@@ -9,7 +9,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
+from lrpq.compare.recipes import CONTROL, DEFAULT, FAST, Recipe, Rounding
 from lrpq.errors import ConfigError
 from lrpq.importance.registry import MEASURES
 
@@ -75,6 +75,11 @@ def _methods() -> dict[str, Method]:
         "lrpq": Method(axis=Axis.WHOLE, source="this project", recipe=DEFAULT),
         "control": Method(
             axis=Axis.WHOLE, source="uniform GPTQ (arXiv:2210.17323), sequential, activation order", recipe=CONTROL
+        ),
+        "fast": Method(
+            axis=Axis.WHOLE,
+            source="this project, `compress --fast`: Fisher costs from every 8th window, plain GPTQ, stitched",
+            recipe=FAST,
         ),
         "gptq-in-order": Method(
             axis=Axis.WHOLE,

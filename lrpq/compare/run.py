@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from lrpq.compare.methods import Method
 from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import Recipe
 from lrpq.compare.transforms import DEPENDS_ON_BITS, NONE, TRANSFORMS, TransformInputs
-from lrpq.compare.workbench import Workbench
+from lrpq.compare.workbench import Quantized, Workbench
 from lrpq.errors import LrpqError
 from lrpq.evaluate.divergence import ORIGINAL, VARIANT, WindowScore
 from lrpq.importance.registry import MEASURES
@@ -42,12 +42,14 @@ class Row:
     """Of the plan under lrpq's costs."""
     scores: Sequence[WindowScore]
     seconds: float
-    """For its codes."""
+    """For its plan and its codes."""
     evidence_seconds: float
     """For its transform and for the evidence of all methods that share it."""
     peak_bytes: int
     checkpoint_bytes: int
     """Of the packed checkpoint, embeddings and head included: a rotated model's head is untied."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What its allocation has to say of itself."""
 
 
 class Comparison:
@@ -119,10 +121,15 @@ class Comparison:
 
     def _row(self, prepared: Prepared, name: str, budget: float, evidence_seconds: float) -> Row:
         recipe = self.methods[name].recipe
-        plan = prepared.plan(recipe.allocation, budget)
         started = time.monotonic()
         with peak_memory(self.bench.terms.device) as peak:
-            quantized = prepared.bench.quantized(plan.choices, recipe, prepared.gathered)
+            planned = prepared.planned(recipe, budget)
+            plan, codes = planned.plan, planned.codes
+            quantized = (
+                prepared.bench.quantized(plan.choices, recipe, prepared.gathered)
+                if codes is None
+                else Quantized(codes=codes, vectors={})
+            )
         seconds = time.monotonic() - started
         scores = prepared.bench.scores(self.windows, quantized, original=self.bench)
         self.original = scores[ORIGINAL]
@@ -136,4 +143,5 @@ class Comparison:
             evidence_seconds=evidence_seconds,
             peak_bytes=peak.bytes,
             checkpoint_bytes=prepared.checkpoint_bytes(plan),
+            counts=planned.counts,
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrpq.allocate.problem import CostRow
+from lrpq.compare.fast import on_host
 from lrpq.compare.recipes import TUNINGS, Recipe, Rounding
 from lrpq.compare.terms import Terms
 from lrpq.errors import CalibrationError, QuantizationError
@@ -137,7 +138,7 @@ class Workbench:
             for module in self._modules(stream, block, evidence, text, measures, candidates_by):
                 _evaluate(found, module, measures)
                 if keep_candidates:
-                    found.candidates[module.spec.name] = [_on_host(q) for q in module.candidates]
+                    found.candidates[module.spec.name] = [on_host(q) for q in module.candidates]
         if ATTENTION in wanted:
             for block, evidence in zip(blocks, self.walk_back(weightings=(ATTENTION,)), strict=True):
                 found.token_weights[ATTENTION][block] = evidence.weights[ATTENTION]
@@ -180,9 +181,10 @@ class Workbench:
                 yield sweep.gather(block, module, rounded=self._rounded if text_labels else None)
 
     def _rounded(self, spec: LinearSpec, W: Tensor) -> list[QuantizedWeight]:
-        return [round_to_nearest(W, choice, grid=self.terms.grid, name=spec.name) for choice in self._fitting(spec)]
+        return [round_to_nearest(W, choice, grid=self.terms.grid, name=spec.name) for choice in self.fitting(spec)]
 
-    def _fitting(self, spec: LinearSpec) -> list[Choice]:
+    def fitting(self, spec: LinearSpec) -> list[Choice]:
+        """Choices whose groups fill the layer's rows."""
         return [choice for choice in self.terms.choices if choice.fits(spec.d_in)]
 
     def _modules(
@@ -207,7 +209,7 @@ class Workbench:
                     ModuleEvidence(
                         spec=spec,
                         W=W,
-                        candidates=gptq(W, factor, self._fitting(spec), grid=self.terms.grid, name=spec.name),
+                        candidates=gptq(W, factor, self.fitting(spec), grid=self.terms.grid, name=spec.name),
                         rounded=self._rounded(spec, W) if with_rounded else (),
                         hessians=hessians,
                         curvature=curvature[spec.name],
@@ -273,7 +275,7 @@ class Workbench:
                         outputs = gathered.outputs[spec.name] if recipe.row_blocks > 1 else None
                         weight = self._quantize(stream.weight(spec), products, choice, recipe, spec.name, outputs)
                         before[spec.name] = weight.dequantize(stream.dtype)
-                        found[spec.name] = _on_host(weight)
+                        found[spec.name] = on_host(weight)
             sweep.advance(block, module, before)
         return found
 
@@ -345,7 +347,3 @@ def _by_shard(s: Tensor, shards: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Token weights of all windows, cut as the windows are."""
     sizes = [shards[index].numel() for index in sorted(shards)]
     return dict(zip(sorted(shards), torch.split(s, sizes), strict=True))
-
-
-def _on_host(q: QuantizedWeight) -> QuantizedWeight:
-    return QuantizedWeight(codes=q.codes.cpu(), scales=q.scales.cpu(), choice=q.choice)

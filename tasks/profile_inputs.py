@@ -1,0 +1,37 @@
+"""The forward sweep of a profile whose gradients are taken on some of the windows: Hessians are summed and stored here.
+
+A block's sums go to the store as soon as every worker has run it, so that memory holds those of the blocks at hand. A
+worker stores what it is given before it runs the next block: where every shard's waypoint in front of a block is
+stored, so are the sums of all blocks before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lrpq.relevance.partial import PartialSweep
+from lrpq.relevance.sweep import BlockSums, SiteWeights, merge_block_sums
+from lrpq.shards import Node, root
+from tasks.profile import ProfileJob, enter_forward, write_hessians, write_token_weights
+from tasks.store.opened import open_store
+from tasks.worker import WorkerState
+
+
+def forward(state: WorkerState, job: ProfileJob, block: int) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
+    """One block of the forward sweep; see PartialSweep.forward_summing."""
+    sweep, module = enter_forward(state, job, block)
+    if not isinstance(sweep, PartialSweep):
+        raise RuntimeError("the sweep takes gradients of all windows: its Hessians are summed on the way back")
+    return sweep.forward_summing(block, module)
+
+
+def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: Any) -> None:
+    """Merge the workers' sums of a block's inputs and store them, with the token weights: ones."""
+    nodes: dict[Node, BlockSums] = {}
+    weights: dict[int, SiteWeights] = {}
+    for sums, shard_weights in parts:
+        nodes |= sums
+        weights |= shard_weights
+    store = open_store(job.stream.store)
+    write_hessians(store, job, block, root(nodes, job.stream.num_shards, merge_block_sums))
+    write_token_weights(store, job, block, weights)
