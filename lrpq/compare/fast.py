@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lrpq.allocate.problem import CostRow
+from lrpq.compare.codes import on_host
 from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import LinearSpec
 from lrpq.quant.factor import factorize
@@ -82,11 +83,6 @@ def fast_candidates(bench: Workbench, *, gradients_every: int = GRADIENTS_EVERY)
                 c = sums.curvature[spec.name].to(stream.device) / sums.num_explained
                 rows += _rows(spec, candidates[spec.name], (0.5 * losses.pop(spec.name) @ c).tolist())
     return Stitchable(rows=rows, candidates=candidates)
-
-
-def on_host(q: QuantizedWeight) -> QuantizedWeight:
-    """The same in host memory."""
-    return QuantizedWeight(codes=q.codes.cpu(), scales=q.scales.cpu(), choice=q.choice)
 
 
 def _rows(spec: LinearSpec, candidates: list[QuantizedWeight], costs: list[float]) -> list[CostRow]:

@@ -9,6 +9,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from lrpq.compare.planned import COOPQ, REESTIMATED, SWAPS
 from lrpq.compare.recipes import CONTROL, DEFAULT, FAST, Recipe, Rounding
 from lrpq.errors import ConfigError
 from lrpq.importance.registry import MEASURES
@@ -50,6 +51,8 @@ _MEASURED_SOURCES: Mapping[str, str] = {
     EQUAL_LOSS: "BAQ's equal-loss rule, on modules",
     ONE_AT_A_TIME: "AdaQuant's integer program (arXiv:2006.10518): measured KL of single modules",
     NOISE: "HIGGS (arXiv:2411.17525): factors fitted by noise",
+    COOPQ: "CoopQ (arXiv:2509.15455): Shapley values of blocks, progressively demoted, and their covariance",
+    REESTIMATED: "a second plan from costs at the first plan's model (as PQI, arXiv:2503.01901)",
 }
 
 
@@ -97,6 +100,11 @@ def _methods() -> dict[str, Method]:
     for name, source in _MEASURED_SOURCES.items():
         recipe = replace(DEFAULT, allocation=name)
         found[f"allocation:{name}"] = Method(axis=Axis.ALLOCATION, source=source, recipe=recipe)
+    found[SWAPS] = Method(
+        axis=Axis.ALLOCATION,
+        source="measured swaps of bits between two layers, after lrpq's plan",
+        recipe=replace(DEFAULT, allocation=SWAPS),
+    )
     for name, source in _WEIGHT_SOURCES.items():
         recipe = replace(DEFAULT, weighting=name)
         found[f"weights:{name}"] = Method(axis=Axis.WEIGHTS, source=source, recipe=recipe)

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
 from lrpq.checkpoint.plan import planned_size
 from lrpq.compare import allocation
+from lrpq.compare import planned as searching
+from lrpq.compare.codes import stitched
 from lrpq.compare.fast import fast_candidates
 from lrpq.compare.methods import EQUAL_LOSS, NOISE, ONE_AT_A_TIME
+from lrpq.compare.planned import COOPQ, PROBE_WINDOWS, SWAPS, Planned
 from lrpq.compare.recipes import DEFAULT, FAST, Recipe
-from lrpq.compare.workbench import Codes, Workbench
+from lrpq.compare.workbench import Workbench
 from lrpq.errors import ConfigError
 from lrpq.importance.equal_loss import equal_loss
 from lrpq.importance.measured import filled, noise_factors, one_at_a_time, relative_error
 from lrpq.importance.registry import MEASURES, Measure
+from lrpq.importance.shapley import Game
 from lrpq.model.layers import Choice
-from lrpq.quant.grid import QuantizedWeight
 
-PROBE_WINDOWS = 4
-"""Calibration windows on which single modules are measured."""
 MEASURED_BITS = (2, 3, 4)
 """Widths that are measured; wider ones follow the estimate, scaled to meet the widest measured."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """A plan, and what came with it."""
-
-    plan: Plan
-    codes: Codes | None = None
-    """Of a method that quantizes before it allocates."""
-    counts: Mapping[str, int] = field(default_factory=dict)
-    """What the method has to say of how it came about."""
 
 
 class Prepared:
@@ -51,7 +40,7 @@ class Prepared:
             _measures(allocations, budgets),
             weightings=sorted({recipe.weighting for recipe in recipes}),
             candidates_by=DEFAULT.weighting,
-            keep_candidates=ONE_AT_A_TIME in allocations,
+            keep_candidates=bool(allocations & {ONE_AT_A_TIME, COOPQ, SWAPS}),
             with_outputs=any(recipe.row_blocks > 1 for recipe in recipes),
         )
         self.costs: dict[str, list[CostRow]] = dict(self.gathered.costs)
@@ -59,17 +48,31 @@ class Prepared:
             self.costs[NOISE] = self._noise_costs()
         if ONE_AT_A_TIME in allocations:
             self.costs[ONE_AT_A_TIME] = self._measured_costs()
+        self.games: dict[searching.Levels, Game] = {}
+        """CoopQ's, by the widths that they are played between."""
+        if COOPQ in allocations:
+            ours = self.gathered.costs[DEFAULT.allocation]
+            for levels in sorted({searching.demotion_levels(ours, budget) for budget in budgets}):
+                self.games[levels] = searching.demotion_game(bench, self.gathered, levels)
 
     def planned(self, recipe: Recipe, budget: float) -> Planned:
         """The plan of a recipe; of a method that looks for evidence of its own, after it has found it."""
-        if recipe.allocation == FAST.allocation:
-            return self._fast(budget)
-        return Planned(plan=self.plan(recipe.allocation, budget))
-
-    def _fast(self, budget: float) -> Planned:
-        found = fast_candidates(self.bench)
-        plan = allocation.by_costs(found.rows, budget_bits=budget)
-        return Planned(plan=plan, codes=stitched(found.candidates, plan))
+        ours = self.gathered.costs[DEFAULT.allocation]
+        match recipe.allocation:
+            case FAST.allocation:
+                found = fast_candidates(self.bench)
+                plan = allocation.by_costs(found.rows, budget_bits=budget)
+                return Planned(plan=plan, codes=stitched(found.candidates, plan))
+            case searching.REESTIMATED:
+                first = self.plan(DEFAULT.allocation, budget)
+                return searching.reestimated(self.bench, self.gathered, recipe, first, budget)
+            case searching.COOPQ:
+                levels = searching.demotion_levels(ours, budget)
+                return searching.cooperative(ours, self.games[levels], levels, budget)
+            case searching.SWAPS:
+                return searching.swapped(self.bench, self.gathered, self.plan(DEFAULT.allocation, budget), budget)
+            case name:
+                return Planned(plan=self.plan(name, budget))
 
     def plan(self, name: str, budget: float) -> Plan:
         """The plan of an allocation, by its name."""
@@ -121,15 +124,6 @@ class Prepared:
             if row.choice is not None:
                 estimated.setdefault(row.module.name, {})[row.choice] = row.cost_nats
         return allocation.with_costs(rows, filled(measured, estimated))
-
-
-def stitched(candidates: Mapping[str, Sequence[QuantizedWeight]], plan: Plan) -> Codes:
-    """The candidates that a plan chose."""
-    return {
-        name: next(q for q in candidates[name] if q.choice == choice)
-        for name, choice in plan.choices.items()
-        if choice is not None
-    }
 
 
 def _measures(allocations: set[str], budgets: Sequence[float]) -> dict[str, Measure]:

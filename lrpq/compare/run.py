@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 from lrpq.compare.allocation import levels
 from lrpq.compare.memory import peak_memory
 from lrpq.compare.methods import Method
+from lrpq.compare.planned import COOPQ, SWAPS, level_pairs
 from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import Recipe
 from lrpq.compare.transforms import DEPENDS_ON_BITS, NONE, TRANSFORMS, TransformInputs
 from lrpq.compare.workbench import Quantized, Workbench
-from lrpq.errors import LrpqError
+from lrpq.errors import CalibrationError, LrpqError
 from lrpq.evaluate.divergence import ORIGINAL, VARIANT, WindowScore
 from lrpq.importance.registry import MEASURES
 from lrpq.model.layers import Choice
@@ -86,6 +87,10 @@ class Comparison:
                 measure = MEASURES.get(recipe.allocation)
                 if measure is not None and measure.score is not None:
                     levels(self.bench.terms.choices, budget_bits=budget)
+                if recipe.allocation == SWAPS and (self.bench.held_out is None or not len(self.bench.held_out)):
+                    raise CalibrationError("swaps are accepted on held-out windows, and there are none")
+                if recipe.allocation == COOPQ:
+                    level_pairs(self.bench.terms.bits)
             except LrpqError as error:
                 raise type(error)(f"method {name}: {error}") from error
 

@@ -64,6 +64,9 @@ def test_every_method_has_a_row_within_its_budget(everything: Path) -> None:
             assert by_method[name]["kl_windows"] != by_method[known]["kl_windows"], name
     # four windows may not be enough for an epoch of tuning to be better than none; of all of them one is
     assert any(by_method[f"tuned:{name}"]["kl_windows"] != by_method["lrpq"]["kl_windows"] for name in TUNINGS)
+    assert by_method["lrpq+swaps"]["counts"]["swaps_tried"] > 0
+    assert by_method["allocation:coopq"]["counts"]["blocks_demoted"] == 1  # of two, at 2 and 4 bits
+    assert "modules_changed" in by_method["allocation:re-estimated"]["counts"]
     allocations = {tuple(r["kl_windows"]) for r in found["rows"] if METHODS[r["method"]].axis is Axis.ALLOCATION}
     assert len(allocations) >= 6
 
@@ -161,7 +164,9 @@ def test_bad_requests_are_one_line(
     ("more", "said"),
     [
         (["--methods", "tuned:scales", "--held-out-windows", "0"], "method tuned:scales: tuning is chosen on held-out"),
+        (["--methods", "lrpq+swaps", "--held-out-windows", "0"], "method lrpq+swaps: swaps are accepted on held-out"),
         (["--methods", "allocation:lim", "--budgets", "3.5", "--bits", "3,4"], "method allocation:lim: a ranking"),
+        (["--methods", "allocation:coopq", "--bits", "3,4"], "method allocation:coopq: blocks are demoted by two bits"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_work(
