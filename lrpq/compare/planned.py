@@ -17,6 +17,7 @@ from lrpq.compare.recipes import DEFAULT, Recipe
 from lrpq.compare.workbench import Gathered, Workbench
 from lrpq.errors import ConfigError
 from lrpq.importance.joint import joint_kl
+from lrpq.importance.probe import PROBE_WINDOWS
 from lrpq.importance.registry import MEASURES
 from lrpq.importance.shapley import HIGH, LOW, Game, demotion_orders, progressive_demotion
 from lrpq.model.layers import Choice
@@ -24,8 +25,6 @@ from lrpq.quant.grid import QuantizedWeight
 
 REESTIMATED, COOPQ, SWAPS = "re-estimated", "coopq", "lrpq+swaps"
 """Names of the allocations."""
-PROBE_WINDOWS = 4
-"""Calibration windows on which blocks are measured."""
 NUM_ORDERS = 8
 """Of demotion: four and their reverses."""
 PLANS_AT_ONCE = 128

@@ -12,12 +12,13 @@ from lrpq.compare import planned as searching
 from lrpq.compare.codes import stitched
 from lrpq.compare.fast import fast_candidates
 from lrpq.compare.methods import EQUAL_LOSS, NOISE, ONE_AT_A_TIME
-from lrpq.compare.planned import COOPQ, PROBE_WINDOWS, SWAPS, Planned
+from lrpq.compare.planned import COOPQ, SWAPS, Planned
 from lrpq.compare.recipes import DEFAULT, FAST, Recipe
 from lrpq.compare.workbench import Workbench
 from lrpq.errors import ConfigError
 from lrpq.importance.equal_loss import equal_loss
 from lrpq.importance.measured import filled, noise_factors, one_at_a_time, relative_error
+from lrpq.importance.probe import PROBE_WINDOWS
 from lrpq.importance.registry import MEASURES, Measure
 from lrpq.importance.shapley import Game
 from lrpq.model.layers import Choice
