@@ -318,6 +318,10 @@ def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             "seconds": statistics.fmean(row["seconds"] for row in found),
             "peak_mb": max(row["peak_bytes"] for row in found) / 1e6,
             "checkpoint_mb": max(row["checkpoint_bytes"] for row in found) / 1e6,
+            "counts": {
+                name: sum(row["counts"].get(name, 0) for row in found)
+                for name in dict.fromkeys(name for row in found for name in row["counts"])
+            },
         }
 
 

@@ -155,8 +155,8 @@ class RunConfig(Section):
     relevance_power: Share = 0.5
     """Exponent of the token weights; 0 weighs all tokens alike."""
     gradients_every: Annotated[Positive, Flag("--gradients-every")] = 1
-    """Of how many calibration windows one has its gradients taken. Above 1 all tokens weigh the same and gradients
-    decide the bits only, which needs --relevance fisher."""
+    """Of how many calibration windows one has its gradients taken. Above 1 gradients decide the bits and nothing else:
+    all tokens weigh the same, rows are rounded on their own; it needs --relevance fisher."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED), Flag("--seed")] = 0
     """Seed of the sampled windows and labels."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], Flag("--dtype")] = "auto"

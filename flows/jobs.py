@@ -103,13 +103,17 @@ def candidates_job(context: JobContext, profile: ProfileJob, *, head: LinearSpec
 
 
 def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJob:
-    """Depends on the profile's token weights, the plan's choices and the correction."""
+    """Depends on the profile's token weights, the plan's choices and the correction.
+
+    A profile that weighs no tokens knows nothing of outputs either: rows are rounded on their own.
+    """
     wanted, candidate = context.config.plan, context.config.run.candidates
+    row_blocks = wanted.row_blocks if profile.weighs_tokens else 1
     parameters = {
         "strength": wanted.correction,
         "correction_damping": wanted.correction_damping,
         "polish": wanted.polish,
-        "row_blocks": wanted.row_blocks,
+        "row_blocks": row_blocks,
         **_refining(context, profile.stream, plan),
     }
     return RefineJob(
@@ -117,13 +121,13 @@ def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJo
         folder=context.run.folder(
             refine.STAGE, inputs={"profile": profile.folder.key}, parameters=parameters, code=["tasks.refine"]
         ),
-        token_weights=profile.folder,
+        token_weights=profile.folder if profile.weighs_tokens else None,
         choices=plan.choices,
         strength=wanted.correction,
         damping=candidate.damping,
         correction_damping=wanted.correction_damping,
         polish_rounds=wanted.polish,
-        row_blocks=wanted.row_blocks,
+        row_blocks=row_blocks,
         grid=candidate.grid,
     )
 

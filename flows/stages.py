@@ -100,14 +100,14 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
 def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_blocks: int) -> None:
     """The forward sweep and the labels."""
     waiting: list[tuple[int, list[Any]]] = []
-    in_flight = len(blocks) if job.gradients_every == 1 else BLOCKS_IN_FLIGHT
+    in_flight = len(blocks) if job.weighs_tokens else BLOCKS_IN_FLIGHT
 
     def wait(block: int, references: list[Any]) -> None:
         step(f"profile · forward · block {block}", lambda: pool.get(references))
         run.advance(profile.STAGE, f"forward, block {block}")
 
     for block in blocks:
-        if job.gradients_every == 1:
+        if job.weighs_tokens:
             waiting.append((block, pool.each_refs(profile.forward, job, block)))
         else:
             parts = pool.each_refs(profile_inputs.forward, job, block)

@@ -49,11 +49,13 @@ ROWS = ".rows"
 BLOCK_OBJECTS = (
     ("hessians", "parquet"),
     ("curvature", "safetensors"),
+    ("scores", "parquet"),
     ("outputs", "parquet"),
     ("token-weights", "safetensors"),
-    ("scores", "parquet"),
 )
 """Kind and ending of what is stored of a block, in the order of writing."""
+PLAIN_OBJECTS = BLOCK_OBJECTS[:3]
+"""Of these what there is where tokens are not weighed."""
 HEAD_OBJECTS = BLOCK_OBJECTS[:2]
 FORWARD, BACKWARD = "forward", "backward"
 """Kinds of waypoints."""
@@ -78,6 +80,11 @@ class ProfileJob:
     """Of how many windows one has its gradients taken; above 1 Hessians are plain and summed on the way forward
     (tasks.profile_inputs)."""
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens are weighed by their gradients; otherwise gradients give the curvature alone."""
+        return self.gradients_every == 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
@@ -95,7 +102,8 @@ def position(job: ProfileJob, *, num_blocks: int) -> Position:
     """How far the store says that the profile has come."""
     store = open_store(job.stream.store)
     present = set(store.list(job.folder.prefix))
-    names = [*((b, BLOCK_OBJECTS) for b in range(num_blocks)), *([(num_blocks, HEAD_OBJECTS)] if job.with_head else [])]
+    objects = BLOCK_OBJECTS if job.weighs_tokens else PLAIN_OBJECTS
+    names = [*((b, objects) for b in range(num_blocks)), *([(num_blocks, HEAD_OBJECTS)] if job.with_head else [])]
     stored = frozenset(b for b, kinds in names if all(job.folder.block(*_name(kind, b)) in present for kind in kinds))
     lowest = num_blocks  # of the blocks that are stored without a gap from the last one down
     while lowest - 1 in stored:
@@ -138,7 +146,7 @@ def _sweep(state: WorkerState, job: ProfileJob) -> ProfileSweep:
         "with_head": job.with_head,
     }
     stream, shards = open_stream(state, job.stream), my_shards(state, job.stream)
-    if job.gradients_every > 1:
+    if not job.weighs_tokens:
         return PartialSweep(stream, shards, gradients_every=job.gradients_every, **common)
     weights: dict[str, Any] = {"relevance": Relevance(job.relevance), "floor": job.floor, "power": job.power}
     return ProfileSweep(stream, shards, **weights, **common)
@@ -286,16 +294,16 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
         nodes |= sums
         weights |= shard_weights
     merged = root(nodes, job.stream.num_shards, merge_block_sums)
-    tokens: dict[str, Tensor] = {}
-    if job.gradients_every == 1:
-        write_hessians(store, job, block, merged)
-        tokens = write_token_weights(store, job, block, weights)
     curvature = _write_curvature(store, job, block, merged)
-    write_symmetric(
-        store,
-        job.folder.block("outputs", block, "parquet"),
-        {_chunk(name, i): G.cpu() for name, chunks in merged.outputs.items() for i, G in enumerate(chunks)},
-    )
+    tokens: dict[str, Tensor] = {}
+    if job.weighs_tokens:
+        write_hessians(store, job, block, merged)
+        tokens = _write_token_weights(store, job, block, weights)
+        write_symmetric(
+            store,
+            job.folder.block("outputs", block, "parquet"),
+            {_chunk(name, i): G.cpu() for name, chunks in merged.outputs.items() for i, G in enumerate(chunks)},
+        )
     write_table(
         store,
         job.folder.block("scores", block, "parquet"),
@@ -346,7 +354,7 @@ def _pooled(hessians: Mapping[str, HessianSum]) -> dict[str, HessianSum]:
     return {POOLED: reduce(merge, found)} if found else {}
 
 
-def write_token_weights(
+def _write_token_weights(
     store: ObjectStore, job: ProfileJob, block: int, weights: Mapping[int, SiteWeights]
 ) -> dict[str, Tensor]:
     """Store the token weights of all shards; returns what is stored."""

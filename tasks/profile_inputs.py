@@ -7,17 +7,15 @@ stored, so are the sums of all blocks before it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from lrpq.relevance.partial import PartialSweep
-from lrpq.relevance.sweep import BlockSums, SiteWeights, merge_block_sums
+from lrpq.relevance.sweep import BlockSums, merge_block_sums
 from lrpq.shards import Node, root
-from tasks.profile import ProfileJob, enter_forward, write_hessians, write_token_weights
+from tasks.profile import ProfileJob, enter_forward, write_hessians
 from tasks.store.opened import open_store
 from tasks.worker import WorkerState
 
 
-def forward(state: WorkerState, job: ProfileJob, block: int) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
+def forward(state: WorkerState, job: ProfileJob, block: int) -> dict[Node, BlockSums]:
     """One block of the forward sweep; see PartialSweep.forward_summing."""
     sweep, module = enter_forward(state, job, block)
     if not isinstance(sweep, PartialSweep):
@@ -25,13 +23,10 @@ def forward(state: WorkerState, job: ProfileJob, block: int) -> tuple[dict[Node,
     return sweep.forward_summing(block, module)
 
 
-def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: Any) -> None:
-    """Merge the workers' sums of a block's inputs and store them, with the token weights: ones."""
+def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Node, BlockSums]) -> None:
+    """Merge the workers' sums of a block's inputs and store them."""
     nodes: dict[Node, BlockSums] = {}
-    weights: dict[int, SiteWeights] = {}
-    for sums, shard_weights in parts:
+    for sums in parts:
         nodes |= sums
-        weights |= shard_weights
     store = open_store(job.stream.store)
     write_hessians(store, job, block, root(nodes, job.stream.num_shards, merge_block_sums))
-    write_token_weights(store, job, block, weights)

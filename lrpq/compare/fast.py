@@ -65,7 +65,7 @@ def fast_candidates(bench: Workbench, *, gradients_every: int = GRADIENTS_EVERY)
         )
         sweep.embed()
         for block, module in stream.stream(range(stream.num_blocks)):
-            parts, _ = sweep.forward_summing(block, module)
+            parts = sweep.forward_summing(block, module)
             hessians = root(parts, terms.shards, merge_block_sums).hessians
             for site, specs in stream.sites(block).items():
                 H = normalized(hessians[site], name=specs[0].name)

@@ -7,52 +7,28 @@ GPTQ, and gradients serve the costs c alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lrpq.model.experts import RoutedLinear
-from lrpq.model.layers import LinearSpec
 from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian
-
-
-@dataclass(slots=True, kw_only=True)
-class InputSums:
-    """Sums over the tokens seen so far; filled in place."""
-
-    hessians: dict[str, HessianSum]
-    """Input site -> sums, all weights one."""
-    rows: dict[str, list[Tensor]]
-    """Site of an expert -> which tokens it saw, a micro-batch each, on the host."""
-    start: int = 0
-    """Index of the first token of the micro-batch at hand."""
 
 
 @contextmanager
 def watched_inputs(
-    block: nn.Module, sites: Mapping[str, Sequence[tuple[LinearSpec, nn.Module]]], device: torch.device | str
-) -> Iterator[InputSums]:
-    """While inside, every forward of the block adds the inputs of its sites, micro-batch after micro-batch.
+    sites: Mapping[str, tuple[int, nn.Module]], device: torch.device | str
+) -> Iterator[dict[str, HessianSum]]:
+    """While inside, every forward of a watched layer adds its inputs, all weights one; yields the sums by site.
 
     Args:
-        block: the block with its weights.
-        sites: site -> layers that read it, of which the first is watched.
+        sites: site -> its width d_in, and a layer that reads it. An expert's is the tokens that are sent there.
         device: where sums are held.
     """
-    sums = InputSums(
-        hessians={site: empty_hessian(members[0][0].d_in, device) for site, members in sites.items()},
-        rows={site: [] for site, members in sites.items() if members[0][0].routed},
-    )
-
-    def move(_: nn.Module, arguments: tuple[Any, ...], __: Any) -> None:
-        sums.start += arguments[0].shape[0] * arguments[0].shape[1]
-
-    handles = [members[0][1].register_forward_hook(_adds(sums, site)) for site, members in sites.items()]
-    handles.append(block.register_forward_hook(move))
+    sums = {site: empty_hessian(d_in, device) for site, (d_in, _) in sites.items()}
+    handles = [layer.register_forward_hook(_adds(sums, site)) for site, (_, layer) in sites.items()]
     try:
         yield sums
     finally:
@@ -60,11 +36,9 @@ def watched_inputs(
             handle.remove()
 
 
-def _adds(sums: InputSums, site: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...], _: Any) -> None:
-        x = arguments[0].detach().flatten(0, -2)
-        sums.hessians[site] = accumulate(sums.hessians[site], x, torch.ones(len(x), device=x.device))
-        if isinstance(module, RoutedLinear) and module.rows is not None:
-            sums.rows[site].append(sums.start + module.rows.cpu())
+def _adds(sums: dict[str, HessianSum], site: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def hook(_: nn.Module, arguments: tuple[Any, ...], __: Any) -> None:
+        x = arguments[0].detach()
+        sums[site] = accumulate(sums[site], x, torch.ones(x.shape[:-1], device=x.device))
 
     return hook

@@ -5,7 +5,8 @@ in d_in^2 unknowns, for which they do not. So all windows go forward, where the 
 (lrpq.relevance.inputs), and every n-th one goes backward. Cost in forward passes F: (1 + 2 / n) F, Hessians apart.
 
 Of the run's windows those whose index n divides are counted in each shard, and the shard's first so many are taken:
-windows are drawn at random, and the number is the same however they are cut.
+windows are drawn at random, and the number is the same however they are cut. Nothing but c is taken from the gradients:
+tokens all weigh the same, and how outputs work together (lrpq.relevance.outputs) is not summed.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lrpq.model.host_memory import release_freed_memory
 from lrpq.quant.hessian import accumulate
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.head_sums import HeadSums
 from lrpq.relevance.inputs import watched_inputs
-from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, SiteWeights, merge_block_sums
+from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, merge_block_sums
 from lrpq.shards import Node, fold
 
 if TYPE_CHECKING:
@@ -57,30 +59,22 @@ class PartialSweep(ProfileSweep):
         return [(first, tokens) for first, tokens in self.batches(shard) if first < last]
 
     @torch.no_grad()
-    def forward_summing(self, block: int, module: nn.Module) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
-        """As ``forward``; also what the block's inputs add up to.
-
-        Returns:
-            Sums by node of the merge tree, without curvature and outputs, and per shard the token weights: ones.
-        """
+    def forward_summing(self, block: int, module: nn.Module) -> dict[Node, BlockSums]:
+        """As ``forward``; also what the block's inputs add up to, by node of the merge tree: Hessians alone."""
         sites = {
-            site: [(spec, module.get_submodule(self.stream.local_name(spec))) for spec in members]
+            site: (members[0].d_in, module.get_submodule(self.stream.local_name(members[0])))
             for site, members in self.stream.sites(block).items()
         }
         parts: dict[Node, BlockSums] = {}
-        weights: dict[int, SiteWeights] = {}
         for shard in self.shards:
-            with watched_inputs(module, sites, self.stream.device) as sums:
+            with watched_inputs(sites, self.stream.device) as hessians:
                 self.forward_shard(block, module, shard)
             parts[0, shard.index] = BlockSums(
-                hessians=sums.hessians, curvature={}, outputs={}, num_tokens=shard.tokens.numel(), num_explained=0
-            )
-            weights[shard.index] = SiteWeights(
-                values={site: torch.ones(found.num_tokens) for site, found in sums.hessians.items()},
-                rows={site: torch.cat([torch.empty(0, dtype=torch.long), *found]) for site, found in sums.rows.items()},
+                hessians=hessians, curvature={}, outputs={}, num_tokens=shard.tokens.numel(), num_explained=0
             )
             parts = fold(parts, self.num_shards, merge_block_sums)
-        return parts, weights
+        release_freed_memory()
+        return parts
 
     def pass_over(self, shard: Shard, norm: nn.Module, sums: HeadSums | None) -> None:
         """Forget the hidden states of windows without gradients; the head's Hessian is summed over them too."""

@@ -101,7 +101,7 @@ class ProfileSweep:
     """
 
     weighs_tokens: ClassVar[bool] = True
-    """Whether Hessians are weighted by relevance, and summed on the way back."""
+    """Whether Hessians are weighted by relevance, and summed on the way back, with the moments of outputs."""
 
     def __init__(
         self,
@@ -263,7 +263,7 @@ class ProfileSweep:
         outputs = {
             spec.name: empty_outputs(spec.d_out, self.stream.device)
             for spec in self.stream.block_specs(block)
-            if not spec.routed
+            if self.weighs_tokens and not spec.routed
         }
 
         def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:

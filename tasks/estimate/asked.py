@@ -50,6 +50,11 @@ class Asked:
         return default_held_out(self.num_windows) if self.held_out is None else self.held_out
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Whether gradients weigh tokens and say how outputs work together, or give the costs alone."""
+        return self.gradients_every == 1
+
+    @property
     def explained_share(self) -> float:
         """Share of the calibration windows of which gradients are taken."""
         return -(-self.num_windows // self.gradients_every) / self.num_windows

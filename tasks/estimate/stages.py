@@ -83,7 +83,9 @@ class Stages:
         asked = self.asked
         found = {"profile": self.profile(), "candidates": self.candidates()}
         if asked.sequential:
-            found["refine"] = self.refine(corrected=asked.corrected, polish_rounds=asked.polish_rounds, weighted=True)
+            found["refine"] = self.refine(
+                corrected=asked.corrected, polish_rounds=asked.polish_rounds, weighted=asked.weighs_tokens
+            )
         if asked.held_out_windows:
             found["guard"] = self.score(asked.held_out_windows, asked.length, variants=2, held_out=True)
         found["assemble"] = self.assemble()
@@ -159,7 +161,8 @@ class Stages:
         for members in kind.sites().values():
             seen = tokens * shape.share(members[0])
             sums.append(kernels.accumulate(members[0].d_in, seen))
-            sums += [kernels.add_outputs(spec.d_out, seen * explained) for spec in members if not spec.routed]
+            if asked.weighs_tokens:
+                sums += [kernels.add_outputs(spec.d_out, seen) for spec in members if not spec.routed]
             sums.append(work(wide=8.0 * passes * seen * explained * sum(spec.d_out for spec in members)))
         return traced * batches + total(sums)
 

@@ -13,6 +13,7 @@ from tiny_models import write_tiny, write_tokenizer
 
 from flows.cli import run
 from flows.comparison import summary
+from flows.comparison_table import comparison_table
 from flows.pareto import is_on_front
 from lrpq.compare.methods import METHODS, Axis, methods_named
 from lrpq.compare.recipes import CONTROL, DEFAULT, TUNINGS
@@ -206,7 +207,7 @@ def test_names_and_wildcards() -> None:
 
 def test_summary_pairs_windows() -> None:
     common = {"seed": 0, "budget_bits": 3.0, "all_in_bits": 3.0, "perplexity": 9.0, "predicted_nats": 0.1}
-    common |= {"seconds": 1.0, "peak_bytes": 1, "checkpoint_bytes": 1}
+    common |= {"seconds": 1.0, "peak_bytes": 1, "checkpoint_bytes": 1, "counts": {"tried": 3, "accepted": 0}}
     rows = [
         {**common, "method": "lrpq", "kl_windows": [0.1, 0.3]},
         {**common, "method": "control", "kl_windows": [0.2, 0.4]},
@@ -218,5 +219,9 @@ def test_summary_pairs_windows() -> None:
     # seeds are scored on the same windows: their values are not independent
     again = [{**row, "seed": 1} for row in rows]
     assert summary(rows + again)[0]["kl_standard_error"] == pytest.approx(ours["kl_standard_error"])
+    assert summary(rows + again)[0]["counts"] == {"tried": 6, "accepted": 0}
+    assert comparison_table(summary(rows)).caption == (
+        "lrpq at 3: tried 3, accepted 0\ncontrol at 3: tried 3, accepted 0"
+    )
     assert is_on_front(ours, [ours, control])
     assert not is_on_front(control, [ours, control])

@@ -48,7 +48,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("fast") / "llama", layers=LAYERS, hidden=64, ffn=128)
 
 
-def compress(model: Path, folder: Path, *, stop_at: str | None = None, first: str | None = None) -> dict[str, Any]:
+def compress(
+    model: Path, folder: Path, *, stop_at: str | None = None, first: str | None = None, refine: str = "stitch"
+) -> dict[str, Any]:
     """Compress, from the beginning or from ``first`` on, to the end or to ``stop_at``."""
     settings = nested(FAST)
     config = CompressConfig.model_validate(
@@ -61,10 +63,10 @@ def compress(model: Path, folder: Path, *, stop_at: str | None = None, first: st
                 "micro_batch": 2,
                 **settings["run"],
             },
-            "plan": {"budget_bits": BUDGET, **settings["plan"]},
+            "plan": {"budget_bits": BUDGET, "refine": refine},
             "evaluation": {"enabled": False},
             "cluster": {"workers": 1, "device": "cpu"},
-            "output": folder / "out",
+            "output": folder / ("out" if refine == "stitch" else refine),
             "store": str(folder / "store"),
         }
     )
@@ -74,7 +76,7 @@ def compress(model: Path, folder: Path, *, stop_at: str | None = None, first: st
     try:
         return run_compress(config, progress, pool=InlinePool(1, 1 << 40))  # type: ignore[arg-type]
     finally:
-        assert first in (None, next(detail for detail in progress.seen if "ward" in detail))
+        assert first in (None, next((detail for detail in progress.seen if "ward" in detail), None))
         torch.set_num_threads(threads)
 
 
@@ -95,6 +97,14 @@ def test_it_goes_on_where_it_stopped(undisturbed: Path, model: Path, tmp_path: P
         compress(model, tmp_path, stop_at="backward, block 1", first="forward, block 3")
     compress(model, tmp_path, first="backward, block 2")
     assert contents(tmp_path / "out") == contents(undisturbed / "out")
+
+
+def test_its_profile_serves_a_refinement_without_token_weights(undisturbed: Path, model: Path) -> None:
+    manifest = compress(model, undisturbed, refine="sequential")
+    assert {"profile", "candidates"} <= set(manifest["reused"])
+    assert manifest["seconds"]["refine"] > 0
+    assert manifest["degraded"]["modules_with_rows_alone"] == 0  # nothing was rounded together
+    assert contents(undisturbed / "sequential") != contents(undisturbed / "out")
 
 
 def test_the_method_of_compare_is_the_pipeline(undisturbed: Path, model: Path) -> None:
