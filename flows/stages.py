@@ -110,6 +110,8 @@ def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_b
         if job.weighs_tokens:
             waiting.append((block, pool.each_refs(profile.forward, job, block)))
         else:
+            while waiting and is_waypoint(block, num_blocks):  # behind a waypoint, sums of earlier blocks are stored
+                wait(*waiting.pop(0))
             parts = pool.each_refs(profile_inputs.forward, job, block)
             stored = pool.submit(block % len(pool), profile_inputs.store_inputs, job, block, *parts)
             waiting.append((block, [stored]))

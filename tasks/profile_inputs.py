@@ -1,8 +1,8 @@
 """The forward sweep of a profile whose gradients are taken on some of the windows: Hessians are summed and stored here.
 
-A block's sums go to the store as soon as every worker has run it, so that memory holds those of the blocks at hand. A
-worker stores what it is given before it runs the next block: where every shard's waypoint in front of a block is
-stored, so are the sums of all blocks before it.
+A block's sums go to the store as soon as every worker has run it, so that memory holds those of the blocks at hand. The
+caller waits for them before it asks for a block with a waypoint: what goes on from there finds the sums of all blocks
+before it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_case import contents, start_server, write_model
+from pipeline_case import contents, start_pool, start_server, write_model
 
 from benchmarks.plan import InlinePool, Stages
 from flows.commands.options import nested
@@ -49,7 +49,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compress(
-    model: Path, folder: Path, *, stop_at: str | None = None, first: str | None = None, refine: str = "stitch"
+    model: Path,
+    folder: Path,
+    *,
+    stop_at: str | None = None,
+    first: str | None = None,
+    refine: str = "stitch",
+    pool: Any = None,
 ) -> dict[str, Any]:
     """Compress, from the beginning or from ``first`` on, to the end or to ``stop_at``."""
     settings = nested(FAST)
@@ -74,7 +80,7 @@ def compress(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return run_compress(config, progress, pool=InlinePool(1, 1 << 40))  # type: ignore[arg-type]
+        return run_compress(config, progress, pool=pool or InlinePool(1, 1 << 40))
     finally:
         assert first in (None, next((detail for detail in progress.seen if "ward" in detail), None))
         torch.set_num_threads(threads)
@@ -96,6 +102,14 @@ def test_it_goes_on_where_it_stopped(undisturbed: Path, model: Path, tmp_path: P
     with pytest.raises(StoppedError):
         compress(model, tmp_path, stop_at="backward, block 1", first="forward, block 3")
     compress(model, tmp_path, first="backward, block 2")
+    assert contents(tmp_path / "out") == contents(undisturbed / "out")
+
+
+def test_two_workers_write_the_same_bytes(
+    request: pytest.FixtureRequest, undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
+    """Of the four shards two have no gradients."""
+    compress(model, tmp_path, pool=start_pool(request))
     assert contents(tmp_path / "out") == contents(undisturbed / "out")
 
 

@@ -171,6 +171,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     document = json.loads(capsys.readouterr().out)
     assert document["fits"]
     assert {stage["stage"] for stage in document["stages"]} >= {"profile", "candidates", "refine", "assemble"}
+    assert run([*arguments, "--node-memory", "2TB", "--fast"]) == 0
+    fast = {stage["stage"]: stage["flops"] for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert "refine" not in fast
+    # of a forward, a recomputed one, two backward passes and the sums, the first stays, and an eighth of one backward
+    assert fast["profile"] < 0.6 * next(s["flops"] for s in document["stages"] if s["stage"] == "profile")
     assert run([*arguments, "--gpu-memory", "4GB"]) == 2
     assert not json.loads(capsys.readouterr().out)["fits"]
     assert run(["plan", str(config), "--gpus", "3", "--nodes", "2"]) == 2
