@@ -95,7 +95,7 @@ Fast = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="About as fast as uniform GPTQ, at some cost in quality: short for "
+        help="Bits from an eighth of the gradients and no refinement: less time, lower quality. Short for "
         + " ".join(f"{_flag(path).name} {value}" for path, value in FAST.items())
         + ", each of which can be given.",
     ),
