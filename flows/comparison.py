@@ -176,7 +176,8 @@ class ComparisonRun:
         rows = kept.get("rows")
         if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() == ROW.keys() for row in rows):
             raise ConfigError(f"{self.output / FILE}: its rows are damaged; give another --output, or --overwrite")
-        if not all(isinstance(row[key], kind) for row in rows for key, kind in ROW.items()):
+        whole = all(isinstance(row[key], kind) for row in rows for key, kind in ROW.items())
+        if not whole or not all(isinstance(count, int) for row in rows for count in row["counts"].values()):
             raise ConfigError(f"{self.output / FILE}: its rows are damaged; give another --output, or --overwrite")
         self.document["rows"] = rows
         self.document["original"] = kept.get("original")

@@ -187,7 +187,8 @@ def test_an_output_that_is_a_file(model: Path, tmp_path: Path, capsys: pytest.Ca
 def test_damaged_rows_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(model, tmp_path, "--methods", "control", "--budgets", "3.5")) == 0
     whole = document(tmp_path)
-    for damaged in ({"method": "control"}, {**whole["rows"][0], "kl_windows": 3}, 5):
+    row = whole["rows"][0]
+    for damaged in ({"method": "control"}, {**row, "kl_windows": 3}, {**row, "counts": {"swaps_tried": "3"}}, 5):
         (tmp_path / "compare.json").write_text(json.dumps({**whole, "rows": [damaged]}))
         assert run(command(model, tmp_path, "--methods", "control", "--budgets", "3.5")) == 2
         assert "rows are damaged" in capsys.readouterr().err
