@@ -137,6 +137,7 @@ def main() -> None:
                     "budget_bits": row.budget_bits,
                     "all_in_bits": row.all_in_bits,
                     "predicted_nats": row.predicted_nats,
+                    "counts": dict(row.counts),
                     "perplexity": found.perplexity,
                     "kl_windows": [score.kl_nats for score in row.scores],
                     "seconds": row.seconds,

@@ -66,6 +66,7 @@ ROW: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("budget_bits", "all_in_bits", "predicted_nats", "perplexity", "kl_nats", "top1"), (float, int)),
     "kl_standard_error": (float, int, type(None)),
     "kl_windows": (list,),
+    "counts": (dict,),
     **dict.fromkeys(("seconds", "evidence_seconds"), (float, int)),
 }
 """Fields of a row that is kept."""
@@ -175,7 +176,8 @@ class ComparisonRun:
         rows = kept.get("rows")
         if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() == ROW.keys() for row in rows):
             raise ConfigError(f"{self.output / FILE}: its rows are damaged; give another --output, or --overwrite")
-        if not all(isinstance(row[key], kind) for row in rows for key, kind in ROW.items()):
+        whole = all(isinstance(row[key], kind) for row in rows for key, kind in ROW.items())
+        if not whole or not all(isinstance(count, int) for row in rows for count in row["counts"].values()):
             raise ConfigError(f"{self.output / FILE}: its rows are damaged; give another --output, or --overwrite")
         self.document["rows"] = rows
         self.document["original"] = kept.get("original")
@@ -281,6 +283,7 @@ def _plain(row: Row, *, seed: int) -> dict[str, Any]:
         "evidence_seconds": row.evidence_seconds,
         "peak_bytes": row.peak_bytes,
         "checkpoint_bytes": row.checkpoint_bytes,
+        "counts": dict(row.counts),
     }
 
 
@@ -316,6 +319,10 @@ def _summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             "seconds": statistics.fmean(row["seconds"] for row in found),
             "peak_mb": max(row["peak_bytes"] for row in found) / 1e6,
             "checkpoint_mb": max(row["checkpoint_bytes"] for row in found) / 1e6,
+            "counts": {
+                name: sum(row["counts"].get(name, 0) for row in found)
+                for name in dict.fromkeys(name for row in found for name in row["counts"])
+            },
         }
 
 

@@ -36,6 +36,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row["seeds"]),
             style="bold" if row["kl_nats"] == best[row["budget_bits"]] else None,
         )
+    said = [
+        f"{row['method']} at {row['budget_bits']:g}: "
+        + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in row["counts"].items())
+        for row in rows
+        if row["counts"]
+    ]
+    table.caption = "\n".join(said) or None
     return table
 
 

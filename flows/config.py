@@ -41,6 +41,10 @@ SLUG_CHARS = 55  # leaves room for "-" and 8 digits in a run id
 MAX_SEED = 2**63 - 1  # what torch.Generator takes
 
 
+FAST: Mapping[str, Any] = {"run.relevance": "fisher", "run.gradients_every": 8, "plan.refine": "stitch"}
+"""What ``--fast`` stands for, where the options themselves are not given."""
+
+
 @dataclass(frozen=True, slots=True)
 class Flag:
     """The option of the command line that sets a field."""
@@ -150,6 +154,9 @@ class RunConfig(Section):
     """Weight that every token gets (share of the mean weight)."""
     relevance_power: Share = 0.5
     """Exponent of the token weights; 0 weighs all tokens alike."""
+    gradients_every: Annotated[Positive, Flag("--gradients-every")] = 1
+    """Of how many calibration windows one has its gradients taken. Above 1 gradients decide the bits and nothing else:
+    all tokens weigh the same, rows are rounded on their own; it needs --relevance fisher."""
     seed: Annotated[int, Field(ge=0, le=MAX_SEED), Flag("--seed")] = 0
     """Seed of the sampled windows and labels."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], Flag("--dtype")] = "auto"
@@ -163,6 +170,15 @@ class RunConfig(Section):
     """Windows computed at once (sequences)."""
     threads: Annotated[Positive, Flag("--threads")] = 1
     """Threads of a worker (cores); part of a result's identity."""
+
+    @model_validator(mode="after")
+    def _gradients_for_weights(self) -> RunConfig:
+        if self.gradients_every > 1 and self.relevance != "fisher":
+            raise ConfigError(
+                f"--gradients-every {self.gradients_every} with --relevance {self.relevance}: tokens without "
+                "gradients have no relevance; take --relevance fisher, or gradients of every window"
+            )
+        return self
 
 
 class PlanConfig(Section):

@@ -59,11 +59,12 @@ def asked_of(config: CompressConfig, source: ModelSource) -> Asked:
         sequential=plan.refine == "sequential",
         corrected=plan.correction > 0,
         polish_rounds=plan.polish,
-        row_blocks=plan.row_blocks,
+        row_blocks=plan.row_blocks if run.gradients_every == 1 else 1,
         evaluated_windows=measured.num_windows if measured.enabled else 0,
         evaluated_length=measured.length,
         control=measured.control,
         head_choice=head,
+        gradients_every=run.gradients_every,
     )
 
 

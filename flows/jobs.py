@@ -62,6 +62,7 @@ def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) 
         "seed": config.seed,
         **_streaming(context, stream),
         **({"head": True} if with_head else {}),
+        **({"gradients_every": config.gradients_every} if config.gradients_every > 1 else {}),
     }
     return ProfileJob(
         stream=stream,
@@ -69,13 +70,14 @@ def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) 
             profile.STAGE,
             inputs={"model": context.fingerprint, "windows": windows.digest},
             parameters=parameters,
-            code=["tasks.profile"],
+            code=["tasks.profile"] if config.gradients_every == 1 else ["tasks.profile_inputs"],
         ),
         relevance=config.relevance,
         floor=config.relevance_floor,
         power=config.relevance_power,
         seed=config.seed,
         with_head=with_head,
+        gradients_every=config.gradients_every,
     )
 
 
@@ -101,13 +103,17 @@ def candidates_job(context: JobContext, profile: ProfileJob, *, head: LinearSpec
 
 
 def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJob:
-    """Depends on the profile's token weights, the plan's choices and the correction."""
+    """Depends on the profile's token weights, the plan's choices and the correction.
+
+    A profile that weighs no tokens knows nothing of outputs either: rows are rounded on their own.
+    """
     wanted, candidate = context.config.plan, context.config.run.candidates
+    row_blocks = wanted.row_blocks if profile.weighs_tokens else 1
     parameters = {
         "strength": wanted.correction,
         "correction_damping": wanted.correction_damping,
         "polish": wanted.polish,
-        "row_blocks": wanted.row_blocks,
+        "row_blocks": row_blocks,
         **_refining(context, profile.stream, plan),
     }
     return RefineJob(
@@ -115,13 +121,13 @@ def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJo
         folder=context.run.folder(
             refine.STAGE, inputs={"profile": profile.folder.key}, parameters=parameters, code=["tasks.refine"]
         ),
-        token_weights=profile.folder,
+        token_weights=profile.folder if profile.weighs_tokens else None,
         choices=plan.choices,
         strength=wanted.correction,
         damping=candidate.damping,
         correction_damping=wanted.correction_damping,
         polish_rounds=wanted.polish,
-        row_blocks=wanted.row_blocks,
+        row_blocks=row_blocks,
         grid=candidate.grid,
     )
 

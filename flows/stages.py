@@ -17,7 +17,7 @@ from lrpq.model.layers import HEAD, LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.starved import Evidence
 from lrpq.refine.routed import POOLED
-from tasks import candidates, evaluate, profile, refine
+from tasks import candidates, evaluate, profile, profile_inputs, refine
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
 from tasks.cluster import Pool
@@ -99,10 +99,26 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
 
 def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_blocks: int) -> None:
     """The forward sweep and the labels."""
-    waiting = [(block, pool.each_refs(profile.forward, job, block)) for block in blocks]
-    for block, references in waiting:
-        step(f"profile · forward · block {block}", partial(pool.get, references))
+    waiting: list[tuple[int, list[Any]]] = []
+    in_flight = len(blocks) if job.weighs_tokens else BLOCKS_IN_FLIGHT
+
+    def wait(block: int, references: list[Any]) -> None:
+        step(f"profile · forward · block {block}", lambda: pool.get(references))
         run.advance(profile.STAGE, f"forward, block {block}")
+
+    for block in blocks:
+        if job.weighs_tokens:
+            waiting.append((block, pool.each_refs(profile.forward, job, block)))
+        else:
+            while waiting and is_waypoint(block, num_blocks):  # behind a waypoint, sums of earlier blocks are stored
+                wait(*waiting.pop(0))
+            parts = pool.each_refs(profile_inputs.forward, job, block)
+            stored = pool.submit(block % len(pool), profile_inputs.store_inputs, job, block, *parts)
+            waiting.append((block, [stored]))
+        if len(waiting) > in_flight:
+            wait(*waiting.pop(0))
+    for item in waiting:
+        wait(*item)
     step("profile · labels", lambda: pool.each(profile.seed_gradients, job))
     if job.with_head:
         sums = pool.each_refs(profile.take_head)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrpq.errors import StoreError
 from lrpq.model.kept import KeptInputs
@@ -23,6 +23,7 @@ from lrpq.quant.hessian import HessianSum, merge
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.outputs import Outputs, num_chunks
+from lrpq.relevance.partial import PartialSweep
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_block_sums
 from lrpq.shards import Node, root
@@ -48,11 +49,13 @@ ROWS = ".rows"
 BLOCK_OBJECTS = (
     ("hessians", "parquet"),
     ("curvature", "safetensors"),
+    ("scores", "parquet"),
     ("outputs", "parquet"),
     ("token-weights", "safetensors"),
-    ("scores", "parquet"),
 )
 """Kind and ending of what is stored of a block, in the order of writing."""
+PLAIN_OBJECTS = BLOCK_OBJECTS[:3]
+"""Of these what there is where tokens are not weighed."""
 HEAD_OBJECTS = BLOCK_OBJECTS[:2]
 FORWARD, BACKWARD = "forward", "backward"
 """Kinds of waypoints."""
@@ -73,6 +76,14 @@ class ProfileJob:
     seed: int
     with_head: bool = False
     """Also what quantizing the head needs."""
+    gradients_every: int = 1
+    """Of how many windows one has its gradients taken; above 1 Hessians are plain and summed on the way forward
+    (tasks.profile_inputs)."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens are weighed by their gradients; otherwise gradients give the curvature alone."""
+        return self.gradients_every == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +102,8 @@ def position(job: ProfileJob, *, num_blocks: int) -> Position:
     """How far the store says that the profile has come."""
     store = open_store(job.stream.store)
     present = set(store.list(job.folder.prefix))
-    names = [*((b, BLOCK_OBJECTS) for b in range(num_blocks)), *([(num_blocks, HEAD_OBJECTS)] if job.with_head else [])]
+    objects = BLOCK_OBJECTS if job.weighs_tokens else PLAIN_OBJECTS
+    names = [*((b, objects) for b in range(num_blocks)), *([(num_blocks, HEAD_OBJECTS)] if job.with_head else [])]
     stored = frozenset(b for b, kinds in names if all(job.folder.block(*_name(kind, b)) in present for kind in kinds))
     lowest = num_blocks  # of the blocks that are stored without a gap from the last one down
     while lowest - 1 in stored:
@@ -110,19 +122,8 @@ def _name(kind: tuple[str, str], block: int) -> tuple[str, int, str]:
 
 def begin(state: WorkerState, job: ProfileJob, start: Position) -> None:
     """Open the model and bring this worker's shards to where the profile begins or goes on."""
-    stream = open_stream(state, job.stream)
-    sweep = ProfileSweep(
-        stream,
-        my_shards(state, job.stream),
-        num_shards=job.stream.num_shards,
-        relevance=Relevance(job.relevance),
-        floor=job.floor,
-        power=job.power,
-        seed=job.seed,
-        micro_batch=job.stream.micro_batch,
-        kept=KeptInputs(memory_bytes=state.kept_bytes, folder=state.spill_folder, may_forget=True),
-        with_head=job.with_head,
-    )
+    sweep = _sweep(state, job)
+    stream = sweep.stream
     sweep.on_batch = state.beat
     sweep.embed()  # also where a waypoint follows: it records what blocks are called with
     state.held[STAGE] = sweep
@@ -136,8 +137,29 @@ def begin(state: WorkerState, job: ProfileJob, start: Position) -> None:
     state.held["blocks"] = stream.stream(range(start.block, stream.num_blocks))
 
 
+def _sweep(state: WorkerState, job: ProfileJob) -> ProfileSweep:
+    common: dict[str, Any] = {
+        "num_shards": job.stream.num_shards,
+        "seed": job.seed,
+        "micro_batch": job.stream.micro_batch,
+        "kept": KeptInputs(memory_bytes=state.kept_bytes, folder=state.spill_folder, may_forget=True),
+        "with_head": job.with_head,
+    }
+    stream, shards = open_stream(state, job.stream), my_shards(state, job.stream)
+    if not job.weighs_tokens:
+        return PartialSweep(stream, shards, gradients_every=job.gradients_every, **common)
+    weights: dict[str, Any] = {"relevance": Relevance(job.relevance), "floor": job.floor, "power": job.power}
+    return ProfileSweep(stream, shards, **weights, **common)
+
+
 def forward(state: WorkerState, job: ProfileJob, block: int) -> None:
     """One block of the forward sweep."""
+    sweep, module = enter_forward(state, job, block)
+    sweep.forward(block, module)
+
+
+def enter_forward(state: WorkerState, job: ProfileJob, block: int) -> tuple[ProfileSweep, nn.Module]:
+    """The sweep, and the block that comes next in it with its weights; waypoints are stored here."""
     sweep: ProfileSweep = state.held[STAGE]
     if is_waypoint(block, sweep.stream.num_blocks):
         shards: dict[int, dict[str, Tensor]] = {}
@@ -147,7 +169,7 @@ def forward(state: WorkerState, job: ProfileJob, block: int) -> None:
     index, module = next(state.held["blocks"])
     if index != block:
         raise RuntimeError(f"forward sweep is at block {index}, asked for {block}")
-    sweep.forward(block, module)
+    return sweep, module
 
 
 def seed_gradients(state: WorkerState, job: ProfileJob) -> None:
@@ -168,9 +190,11 @@ def take_head(state: WorkerState) -> dict[Node, BlockSums]:
 def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
     """Store the gradients at the input of a block, with the losses of the labels they come from."""
     sweep: ProfileSweep = state.held[STAGE]
-    shards: dict[int, dict[str, Tensor]] = {}
+    shards: dict[int, dict[str, Tensor]] = {
+        shard.index: {} for shard in sweep.shards
+    }  # of some, no gradients are taken
     for (shard, batch), gradients in sweep.upstream.items():
-        shards.setdefault(shard, {}).update({_batch(batch, kind): g for kind, g in gradients.items()})
+        shards[shard].update({_batch(batch, kind): g for kind, g in gradients.items()})
     losses = {shard: {"nats": nats.hex(), "tokens": str(tokens)} for shard, (nats, tokens) in sweep.losses.items()}
     write_waypoint(open_store(job.stream.store), job.folder, BACKWARD, block, shards, losses)
 
@@ -270,15 +294,16 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
         nodes |= sums
         weights |= shard_weights
     merged = root(nodes, job.stream.num_shards, merge_block_sums)
-    curvature = _write_sums(store, job, block, merged)
-    total = merged.num_tokens
-    write_symmetric(
-        store,
-        job.folder.block("outputs", block, "parquet"),
-        {_chunk(name, i): G.cpu() for name, chunks in merged.outputs.items() for i, G in enumerate(chunks)},
-    )
-    tokens = _token_weights(weights, total_tokens=total, num_shards=job.stream.num_shards, length=job.stream.length)
-    write_tensors(store, job.folder.block("token-weights", block, "safetensors"), tokens, {})
+    curvature = _write_curvature(store, job, block, merged)
+    tokens: dict[str, Tensor] = {}
+    if job.weighs_tokens:
+        write_hessians(store, job, block, merged)
+        tokens = _write_token_weights(store, job, block, weights)
+        write_symmetric(
+            store,
+            job.folder.block("outputs", block, "parquet"),
+            {_chunk(name, i): G.cpu() for name, chunks in merged.outputs.items() for i, G in enumerate(chunks)},
+        )
     write_table(
         store,
         job.folder.block("scores", block, "parquet"),
@@ -299,12 +324,13 @@ def store_head(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Nod
     for sums in parts:
         nodes |= sums
     merged = root(nodes, job.stream.num_shards, merge_block_sums)
-    curvature = _write_sums(open_store(job.stream.store), job, block, merged)
+    write_hessians(open_store(job.stream.store), job, block, merged)
+    curvature = _write_curvature(open_store(job.stream.store), job, block, merged)
     return {name: float(c.sum()) for name, c in curvature.items()}
 
 
-def _write_sums(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> dict[str, Tensor]:
-    """Store Hessians and curvature; returns the curvature, nats per unit of output squared."""
+def write_hessians(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> None:
+    """Store the sums of every site, and of all experts together."""
     hessians = {**merged.hessians, **_pooled(merged.hessians)}
     total = merged.num_tokens
     write_symmetric(
@@ -313,7 +339,11 @@ def _write_sums(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSu
         {site: h.xx.cpu() for site, h in hessians.items()},
         {s: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens, "total": total} for s, h in hessians.items()},
     )
-    curvature = {name: g2 / total for name, g2 in merged.curvature.items()}
+
+
+def _write_curvature(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> dict[str, Tensor]:
+    """Store the curvature and return it: nats per unit of output squared, a mean over the tokens with gradients."""
+    curvature = {name: g2 / merged.num_explained for name, g2 in merged.curvature.items()}
     write_tensors(store, job.folder.block("curvature", block, "safetensors"), curvature, {})
     return curvature
 
@@ -322,6 +352,16 @@ def _pooled(hessians: Mapping[str, HessianSum]) -> dict[str, HessianSum]:
     """The sum over all experts' gate and up projections, which read the same; nothing in a dense block."""
     found = [h for site, h in hessians.items() if site.startswith(f"{EXPERTS}.") and site.endswith(".gate_up")]
     return {POOLED: reduce(merge, found)} if found else {}
+
+
+def _write_token_weights(
+    store: ObjectStore, job: ProfileJob, block: int, weights: Mapping[int, SiteWeights]
+) -> dict[str, Tensor]:
+    """Store the token weights of all shards; returns what is stored."""
+    stream = job.stream
+    tokens = _token_weights(weights, total_tokens=stream.num_tokens, num_shards=stream.num_shards, length=stream.length)
+    write_tensors(store, job.folder.block("token-weights", block, "safetensors"), tokens, {})
+    return tokens
 
 
 def _token_weights(

@@ -22,6 +22,7 @@ def compress(
     evaluation_windows: o.EvaluationWindows = None,
     evaluation_length: o.EvaluationLength = None,
     relevance: o.Relevance = None,
+    gradients_every: o.GradientsEvery = None,
     rotate: o.Rotate = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
@@ -44,6 +45,7 @@ def compress(
     device: o.Device = None,
     address: o.Address = None,
     overwrite: o.Overwrite = None,
+    fast: o.Fast = False,
     config: o.ConfigFile = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -55,7 +57,7 @@ def compress(
     from flows.config import default_run_id
     from flows.config_file import load_config
 
-    overrides = o.nested(
+    given = o.presets(
         {
             "run.model": model,
             "run.calibration.source": calibration,
@@ -68,6 +70,7 @@ def compress(
             "run.candidates.quantize_head": quantize_head,
             "run.candidates.quantize_embeddings": quantize_embeddings,
             "run.relevance": relevance,
+            "run.gradients_every": gradients_every,
             "run.rotate": rotate,
             "run.seed": seed,
             "run.dtype": dtype,
@@ -93,9 +96,10 @@ def compress(
             "overwrite": overwrite,
             "store": store,
             "run_id": run_id,
-        }
+        },
+        fast=fast,
     )
-    asked = load_config(config, overrides)
+    asked = load_config(config, o.nested(given))
     with resumable(asked.run_id or default_run_id(asked.run)):
         from flows.commands.reporting import reported
         from flows.preflight import preflight

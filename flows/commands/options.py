@@ -8,19 +8,24 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from flows.config import PER_CHANNEL, CompressConfig
+from flows.config import FAST, PER_CHANNEL, CompressConfig, Flag
 from flows.config_file import fields_of, flag_of
 from lrpq.errors import ConfigError
 
 _FIELDS = {".".join(path): field for path, field in fields_of(CompressConfig)}
 
 
+def _flag(path: str) -> Flag:
+    flag = flag_of(_FIELDS[path])
+    if flag is None:
+        raise KeyError(f"{path} has no option")
+    return flag
+
+
 def option(path: str) -> Any:
     """Describe the option of a field, such as ``run.seed``."""
     field = _FIELDS[path]
-    flag = flag_of(field)
-    if flag is None:
-        raise KeyError(f"{path} has no option")
+    flag = _flag(path)
     default = field.default
     shown = None
     if default not in (None, ()) and not field.is_required() and field.default_factory is None:
@@ -46,6 +51,7 @@ GroupSize = Annotated[str | None, option("run.candidates.group_sizes")]
 QuantizeHead = Annotated[int | None, option("run.candidates.quantize_head")]
 QuantizeEmbeddings = Annotated[int | None, option("run.candidates.quantize_embeddings")]
 Relevance = Annotated[str | None, option("run.relevance")]
+GradientsEvery = Annotated[int | None, option("run.gradients_every")]
 Seed = Annotated[int | None, option("run.seed")]
 Rotate = Annotated[str | None, option("run.rotate")]
 Dtype = Annotated[str | None, option("run.dtype")]
@@ -85,6 +91,15 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="TOML or JSON file of settings; options override it.", metavar="FILE"),
 ]
+Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast",
+        help="Bits from an eighth of the gradients and no refinement: less time, lower quality. Short for "
+        + " ".join(f"{_flag(path).name} {value}" for path, value in FAST.items())
+        + ", each of which can be given.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, progress as JSON lines on stderr.")]
 
 
@@ -100,6 +115,11 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             below = below.setdefault(section, {})
         below[name] = str(value) if isinstance(value, Path) else value
     return tree
+
+
+def presets(values: Mapping[str, Any], *, fast: bool) -> dict[str, Any]:
+    """What was given, and what ``--fast`` stands for where nothing was."""
+    return {path: FAST.get(path) if fast and value is None else value for path, value in values.items()}
 
 
 def whole_numbers(text: str | None, *, flag: str) -> list[int] | None:

@@ -42,6 +42,7 @@ def plan(
     evaluation_windows: o.EvaluationWindows = None,
     evaluation_length: o.EvaluationLength = None,
     relevance: o.Relevance = None,
+    gradients_every: o.GradientsEvery = None,
     rotate: o.Rotate = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
@@ -53,6 +54,7 @@ def plan(
     dtype: o.Dtype = None,
     threads: o.Threads = None,
     workers: o.Workers = None,
+    fast: o.Fast = False,
     config: o.ConfigFile = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -79,6 +81,7 @@ def plan(
         "run.candidates.group_sizes": o.whole_numbers(group_size, flag="--group-size"),
         "run.candidates.quantize_head": quantize_head,
         "run.relevance": relevance,
+        "run.gradients_every": gradients_every,
         "run.rotate": rotate,
         "run.dtype": dtype,
         "run.threads": threads,
@@ -97,7 +100,7 @@ def plan(
         settings["evaluation.source"] = "pydoc:evaluate"  # nothing is read
     if budget is None and "plan" not in given:
         settings["plan.budget_bits"] = DEFAULT_BUDGET
-    asked = load_config(config, o.nested(settings))
+    asked = load_config(config, o.nested(o.presets(settings, fast=fast)))
     if asked.plan.budget_bits is None:
         raise ConfigError("a plan needs a budget in bits a weight: give --budget BITS")
     quiet_prefect()

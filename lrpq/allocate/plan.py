@@ -16,6 +16,8 @@ class Method(enum.Enum):
     LAGRANGIAN = "lagrangian"
     UNIFORM = "uniform"
     TWO_LEVEL = "two-level"
+    SEARCHED = "searched"
+    """By measurements of whole plans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

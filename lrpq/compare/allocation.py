@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from lrpq.allocate.baselines import nearest_uniform, two_level
 from lrpq.allocate.budget import BudgetBits
-from lrpq.allocate.knapsack import solve_exact
+from lrpq.allocate.knapsack import lower_bound, solve_exact
 from lrpq.allocate.plan import Plan
-from lrpq.allocate.problem import CostRow, Problem, build_problem
-from lrpq.errors import ConfigError
+from lrpq.allocate.problem import CostRow, Method, Problem, build_problem, plan_of
+from lrpq.errors import BudgetError, ConfigError
 from lrpq.model.layers import Choice
 
 
@@ -32,6 +32,29 @@ def uniform(rows: Sequence[CostRow], *, budget_bits: float) -> Plan:
     """The uniform plan nearest to the budget."""
     smallest = min(budget_bits, 16.0)
     return nearest_uniform(_problem(rows, smallest), at_bits=budget_bits)
+
+
+def chosen(rows: Sequence[CostRow], choices: Mapping[str, Choice | None], *, budget_bits: float) -> Plan:
+    """The plan of these choices.
+
+    Raises:
+        BudgetError: they take more than the budget.
+    """
+    problem = _problem(rows, budget_bits)
+    picks = [
+        next(option for option in group.options if option.choice == choices[group.members[0].name])
+        for group in problem.groups
+    ]
+    storage = sum(pick.storage_bits for pick in picks)
+    if storage > problem.capacity_bits:
+        raise BudgetError(f"the plan takes {storage} bits, {storage - problem.capacity_bits} more than its budget")
+    bound = lower_bound(problem, capacity_bits=storage)
+    return plan_of(problem, picks, method=Method.SEARCHED, bound_nats=bound, bound_bits=storage)
+
+
+def capacity(rows: Sequence[CostRow], *, budget_bits: float) -> int:
+    """Bits that all modules together may take."""
+    return _problem(rows, budget_bits).capacity_bits
 
 
 def levels(available: Collection[Choice], *, budget_bits: float) -> tuple[Choice, Choice]:

@@ -9,7 +9,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
+from lrpq.compare.planned import COOPQ, REESTIMATED, SWAPS
+from lrpq.compare.recipes import CONTROL, DEFAULT, FAST, Recipe, Rounding
 from lrpq.errors import ConfigError
 from lrpq.importance.registry import MEASURES
 
@@ -50,6 +51,8 @@ _MEASURED_SOURCES: Mapping[str, str] = {
     EQUAL_LOSS: "BAQ's equal-loss rule, on modules",
     ONE_AT_A_TIME: "AdaQuant's integer program (arXiv:2006.10518): measured KL of single modules",
     NOISE: "HIGGS (arXiv:2411.17525): factors fitted by noise",
+    COOPQ: "CoopQ (arXiv:2509.15455): Shapley values of blocks, progressively demoted, and their covariance",
+    REESTIMATED: "a second plan from costs at the first plan's model (as PQI, arXiv:2503.01901)",
 }
 
 
@@ -76,6 +79,11 @@ def _methods() -> dict[str, Method]:
         "control": Method(
             axis=Axis.WHOLE, source="uniform GPTQ (arXiv:2210.17323), sequential, activation order", recipe=CONTROL
         ),
+        "fast": Method(
+            axis=Axis.WHOLE,
+            source="this project, `compress --fast`: Fisher costs from every 8th window, plain GPTQ, stitched",
+            recipe=FAST,
+        ),
         "gptq-in-order": Method(
             axis=Axis.WHOLE,
             source="uniform GPTQ without activation order",
@@ -92,6 +100,11 @@ def _methods() -> dict[str, Method]:
     for name, source in _MEASURED_SOURCES.items():
         recipe = replace(DEFAULT, allocation=name)
         found[f"allocation:{name}"] = Method(axis=Axis.ALLOCATION, source=source, recipe=recipe)
+    found[SWAPS] = Method(
+        axis=Axis.ALLOCATION,
+        source="measured swaps of bits between two layers, after lrpq's plan",
+        recipe=replace(DEFAULT, allocation=SWAPS),
+    )
     for name, source in _WEIGHT_SOURCES.items():
         recipe = replace(DEFAULT, weighting=name)
         found[f"weights:{name}"] = Method(axis=Axis.WEIGHTS, source=source, recipe=recipe)

@@ -8,17 +8,21 @@ from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
 from lrpq.checkpoint.plan import planned_size
 from lrpq.compare import allocation
+from lrpq.compare import planned as searching
+from lrpq.compare.codes import stitched
+from lrpq.compare.fast import fast_candidates
 from lrpq.compare.methods import EQUAL_LOSS, NOISE, ONE_AT_A_TIME
-from lrpq.compare.recipes import DEFAULT, Recipe
+from lrpq.compare.planned import COOPQ, SWAPS, Planned
+from lrpq.compare.recipes import DEFAULT, FAST, Recipe
 from lrpq.compare.workbench import Workbench
 from lrpq.errors import ConfigError
 from lrpq.importance.equal_loss import equal_loss
 from lrpq.importance.measured import filled, noise_factors, one_at_a_time, relative_error
+from lrpq.importance.probe import PROBE_WINDOWS
 from lrpq.importance.registry import MEASURES, Measure
+from lrpq.importance.shapley import Game
 from lrpq.model.layers import Choice
 
-PROBE_WINDOWS = 4
-"""Calibration windows on which single modules are measured."""
 MEASURED_BITS = (2, 3, 4)
 """Widths that are measured; wider ones follow the estimate, scaled to meet the widest measured."""
 
@@ -37,7 +41,7 @@ class Prepared:
             _measures(allocations, budgets),
             weightings=sorted({recipe.weighting for recipe in recipes}),
             candidates_by=DEFAULT.weighting,
-            keep_candidates=ONE_AT_A_TIME in allocations,
+            keep_candidates=bool(allocations & {ONE_AT_A_TIME, COOPQ, SWAPS}),
             with_outputs=any(recipe.row_blocks > 1 for recipe in recipes),
         )
         self.costs: dict[str, list[CostRow]] = dict(self.gathered.costs)
@@ -45,6 +49,31 @@ class Prepared:
             self.costs[NOISE] = self._noise_costs()
         if ONE_AT_A_TIME in allocations:
             self.costs[ONE_AT_A_TIME] = self._measured_costs()
+        self.games: dict[searching.Levels, Game] = {}
+        """CoopQ's, by the widths that they are played between."""
+        if COOPQ in allocations:
+            ours = self.gathered.costs[DEFAULT.allocation]
+            for levels in sorted({searching.demotion_levels(ours, budget) for budget in budgets}):
+                self.games[levels] = searching.demotion_game(bench, self.gathered, levels)
+
+    def planned(self, recipe: Recipe, budget: float) -> Planned:
+        """The plan of a recipe; of a method that looks for evidence of its own, after it has found it."""
+        ours = self.gathered.costs[DEFAULT.allocation]
+        match recipe.allocation:
+            case FAST.allocation:
+                found = fast_candidates(self.bench)
+                plan = allocation.by_costs(found.rows, budget_bits=budget)
+                return Planned(plan=plan, codes=stitched(found.candidates, plan))
+            case searching.REESTIMATED:
+                first = self.plan(DEFAULT.allocation, budget)
+                return searching.reestimated(self.bench, self.gathered, recipe, first, budget)
+            case searching.COOPQ:
+                levels = searching.demotion_levels(ours, budget)
+                return searching.cooperative(ours, self.games[levels], levels, budget)
+            case searching.SWAPS:
+                return searching.swapped(self.bench, self.gathered, self.plan(DEFAULT.allocation, budget), budget)
+            case name:
+                return Planned(plan=self.plan(name, budget))
 
     def plan(self, name: str, budget: float) -> Plan:
         """The plan of an allocation, by its name."""

@@ -18,6 +18,8 @@ class Rounding(enum.Enum):
     GPTQ_IN_ORDER = "gptq, columns from left to right"
     NEAREST = "nearest"
     """Scales searched under the diagonal of H."""
+    STITCHED = "gptq on the original inputs"
+    """The candidates that the allocation was made from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,3 +54,12 @@ TUNINGS: Mapping[str, Trained] = {
 DEFAULT = Recipe()
 CONTROL = Recipe(allocation="uniform", weighting="none", correction=0.0, polish_rounds=0, row_blocks=1)
 """The strong uniform GPTQ: sequential, static activation order, searched scales."""
+FAST = Recipe(
+    allocation="fast",
+    weighting="none",
+    rounding=Rounding.STITCHED,
+    correction=0.0,
+    polish_rounds=0,
+    row_blocks=1,
+)
+"""`lrpq compress --fast`."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrpq.compare.allocation import levels
 from lrpq.compare.memory import peak_memory
 from lrpq.compare.methods import Method
+from lrpq.compare.planned import COOPQ, SWAPS, level_pairs
 from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import Recipe
 from lrpq.compare.transforms import DEPENDS_ON_BITS, NONE, TRANSFORMS, TransformInputs
-from lrpq.compare.workbench import Workbench
-from lrpq.errors import LrpqError
+from lrpq.compare.workbench import Quantized, Workbench
+from lrpq.errors import CalibrationError, LrpqError
 from lrpq.evaluate.divergence import ORIGINAL, VARIANT, WindowScore
 from lrpq.importance.registry import MEASURES
 from lrpq.model.layers import Choice
@@ -42,12 +43,14 @@ class Row:
     """Of the plan under lrpq's costs."""
     scores: Sequence[WindowScore]
     seconds: float
-    """For its codes."""
+    """For its plan and its codes."""
     evidence_seconds: float
     """For its transform and for the evidence of all methods that share it."""
     peak_bytes: int
     checkpoint_bytes: int
     """Of the packed checkpoint, embeddings and head included: a rotated model's head is untied."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What its allocation has to say of itself."""
 
 
 class Comparison:
@@ -84,6 +87,10 @@ class Comparison:
                 measure = MEASURES.get(recipe.allocation)
                 if measure is not None and measure.score is not None:
                     levels(self.bench.terms.choices, budget_bits=budget)
+                if recipe.allocation == SWAPS and (self.bench.held_out is None or not len(self.bench.held_out)):
+                    raise CalibrationError("swaps are accepted on held-out windows, and there are none")
+                if recipe.allocation == COOPQ:
+                    level_pairs(self.bench.terms.bits)
             except LrpqError as error:
                 raise type(error)(f"method {name}: {error}") from error
 
@@ -119,10 +126,15 @@ class Comparison:
 
     def _row(self, prepared: Prepared, name: str, budget: float, evidence_seconds: float) -> Row:
         recipe = self.methods[name].recipe
-        plan = prepared.plan(recipe.allocation, budget)
         started = time.monotonic()
         with peak_memory(self.bench.terms.device) as peak:
-            quantized = prepared.bench.quantized(plan.choices, recipe, prepared.gathered)
+            planned = prepared.planned(recipe, budget)
+            plan, codes = planned.plan, planned.codes
+            quantized = (
+                prepared.bench.quantized(plan.choices, recipe, prepared.gathered)
+                if codes is None
+                else Quantized(codes=codes, vectors={})
+            )
         seconds = time.monotonic() - started
         scores = prepared.bench.scores(self.windows, quantized, original=self.bench)
         self.original = scores[ORIGINAL]
@@ -136,4 +148,5 @@ class Comparison:
             evidence_seconds=evidence_seconds,
             peak_bytes=peak.bytes,
             checkpoint_bytes=prepared.checkpoint_bytes(plan),
+            counts=planned.counts,
         )

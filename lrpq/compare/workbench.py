@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrpq.allocate.problem import CostRow
+from lrpq.compare.codes import Codes, DenseCodes, on_host
 from lrpq.compare.recipes import TUNINGS, Recipe, Rounding
 from lrpq.compare.terms import Terms
 from lrpq.errors import CalibrationError, QuantizationError
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 KEPT_BYTES = 8 << 30
 """Host memory for kept block inputs before they spill to disk."""
 ATTENTION = "attention"
-Codes = dict[str, QuantizedWeight]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +106,7 @@ class Workbench:
         candidates_by: str,
         keep_candidates: bool = False,
         with_outputs: bool = False,
+        at: Codes | None = None,
     ) -> Gathered:
         """Evaluate measures and token weights: one walk back through the model, and one more each for the text's own
         labels and for attention weights.
@@ -116,12 +117,13 @@ class Workbench:
             candidates_by: weighting whose Hessian the candidates are quantized by.
             keep_candidates: keep all candidates of all modules in host memory.
             with_outputs: also gather what rows of a layer need to make up for each other's errors.
+            at: take gradients and Hessians at the model with these codes; weights and candidates stay the original's.
         """
         hessians_by = {candidates_by, *(m.weighting for m in measures.values() if m.weighting is not None)}
         wanted = {*weightings, *hessians_by}
         text: dict[str, ModuleSums] = {}
         if any(measure.text_labels for measure in measures.values()):
-            for evidence in self.walk_back(weightings=(), text_labels=True):
+            for evidence in self.walk_back(weightings=(), text_labels=True, at=at):
                 text |= evidence.modules
         found = Gathered(token_weights={name: {} for name in wanted})
         passes = frozenset().union(*(measure.passes for measure in measures.values()))
@@ -129,7 +131,9 @@ class Workbench:
         blocks = range(stream.num_blocks - 1, -1, -1)
         # attention weights need another kernel, which must not move the rows of methods that do not ask for them
         plain = tuple(sorted(wanted - {ATTENTION}))
-        walk = self.walk_back(weightings=plain, hessians_by=hessians_by, extra_passes=passes, with_outputs=with_outputs)
+        walk = self.walk_back(
+            weightings=plain, hessians_by=hessians_by, extra_passes=passes, with_outputs=with_outputs, at=at
+        )
         for block, evidence in zip(blocks, walk, strict=True):
             for name in plain:
                 found.token_weights[name][block] = evidence.weights[name]
@@ -137,9 +141,9 @@ class Workbench:
             for module in self._modules(stream, block, evidence, text, measures, candidates_by):
                 _evaluate(found, module, measures)
                 if keep_candidates:
-                    found.candidates[module.spec.name] = [_on_host(q) for q in module.candidates]
+                    found.candidates[module.spec.name] = [on_host(q) for q in module.candidates]
         if ATTENTION in wanted:
-            for block, evidence in zip(blocks, self.walk_back(weightings=(ATTENTION,)), strict=True):
+            for block, evidence in zip(blocks, self.walk_back(weightings=(ATTENTION,), at=at), strict=True):
                 found.token_weights[ATTENTION][block] = evidence.weights[ATTENTION]
         return found
 
@@ -151,10 +155,12 @@ class Workbench:
         extra_passes: frozenset[Pass] = frozenset(),
         text_labels: bool = False,
         with_outputs: bool = False,
+        at: Codes | None = None,
     ) -> Iterator[BlockEvidence]:
-        """Evidence of the blocks, last block first."""
+        """Evidence of the blocks, last block first; with ``at``, of the model with these codes."""
         terms = self.terms
         stream = self.stream("eager" if ATTENTION in weightings else None)
+        changed = None if at is None else DenseCodes(stream, at)
         with KeptInputs(memory_bytes=KEPT_BYTES) as kept:
             sweep = GatherSweep(
                 stream,
@@ -173,16 +179,17 @@ class Workbench:
                 outputs_by=split(len(self.tokens), terms.shards) if with_outputs else (),
             )
             sweep.embed()
-            for block, module in stream.stream(range(stream.num_blocks)):
+            for block, module in stream.stream(range(stream.num_blocks), changed):
                 sweep.forward(block, module)
             sweep.seed_gradients()
-            for block, module in stream.stream(range(stream.num_blocks - 1, -1, -1)):
+            for block, module in stream.stream(range(stream.num_blocks - 1, -1, -1), changed):
                 yield sweep.gather(block, module, rounded=self._rounded if text_labels else None)
 
     def _rounded(self, spec: LinearSpec, W: Tensor) -> list[QuantizedWeight]:
-        return [round_to_nearest(W, choice, grid=self.terms.grid, name=spec.name) for choice in self._fitting(spec)]
+        return [round_to_nearest(W, choice, grid=self.terms.grid, name=spec.name) for choice in self.fitting(spec)]
 
-    def _fitting(self, spec: LinearSpec) -> list[Choice]:
+    def fitting(self, spec: LinearSpec) -> list[Choice]:
+        """Choices whose groups fill the layer's rows."""
         return [choice for choice in self.terms.choices if choice.fits(spec.d_in)]
 
     def _modules(
@@ -207,7 +214,7 @@ class Workbench:
                     ModuleEvidence(
                         spec=spec,
                         W=W,
-                        candidates=gptq(W, factor, self._fitting(spec), grid=self.terms.grid, name=spec.name),
+                        candidates=gptq(W, factor, self.fitting(spec), grid=self.terms.grid, name=spec.name),
                         rounded=self._rounded(spec, W) if with_rounded else (),
                         hessians=hessians,
                         curvature=curvature[spec.name],
@@ -273,7 +280,7 @@ class Workbench:
                         outputs = gathered.outputs[spec.name] if recipe.row_blocks > 1 else None
                         weight = self._quantize(stream.weight(spec), products, choice, recipe, spec.name, outputs)
                         before[spec.name] = weight.dequantize(stream.dtype)
-                        found[spec.name] = _on_host(weight)
+                        found[spec.name] = on_host(weight)
             sweep.advance(block, module, before)
         return found
 
@@ -345,7 +352,3 @@ def _by_shard(s: Tensor, shards: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Token weights of all windows, cut as the windows are."""
     sizes = [shards[index].numel() for index in sorted(shards)]
     return dict(zip(sorted(shards), torch.split(s, sizes), strict=True))
-
-
-def _on_host(q: QuantizedWeight) -> QuantizedWeight:
-    return QuantizedWeight(codes=q.codes.cpu(), scales=q.scales.cpu(), choice=q.choice)

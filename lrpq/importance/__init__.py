@@ -6,6 +6,8 @@ gradients.py   first-order and output-error costs: gradient x dW, grad^2 x dout^
 rankings.py    scores that rank: relevance magnitude, LIM, ZD
 equal_loss.py  BAQ's rule
 probe.py       measured KL divergence of single modules
+joint.py       measured KL divergence of whole plans
+shapley.py     what a block is worth among the others
 measured.py    costs from measurements: one module at a time, and factors fitted by noise
 registry.py    all of them under their standard names, with sources
 """

@@ -19,6 +19,8 @@ from lrpq.model.streaming import BlockStream
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+PROBE_WINDOWS = 4
+"""Calibration windows on which methods measure single modules, or blocks."""
 BlockVariants = Callable[[int], Mapping[str, Mapping[str, Tensor]]]
 """Block -> name of a variant -> module name -> dense weights that replace the original's."""
 

@@ -2,7 +2,8 @@
 
 Memory: one block's weights, one micro-batch's graph, one block's sums a level of the merge tree, and the kept inputs.
 Cost in forward passes F over the same tokens: forward F, recompute F, one backward pass to activations about F each:
-3 F for Fisher alone, 4 F with LRP, Hessians apart.
+3 F for Fisher alone, 4 F with LRP, Hessians apart. With gradients on every n-th window only, (1 + 2 / n) F for Fisher:
+Hessians are then summed on the way forward, and only those windows' inputs are kept (lrpq.relevance.partial).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,9 @@ class BlockSums:
     outputs: Mapping[str, Outputs]
     """Module name -> second moments of the true gradient at its outputs; not of experts, nor of the head."""
     num_tokens: int
+    """Calibration tokens of the shards."""
+    num_explained: int
+    """Those of them that have gradients."""
 
 
 def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
@@ -53,6 +57,7 @@ def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
         curvature={name: left.curvature[name] + right.curvature[name] for name in left.curvature},
         outputs={name: merge_outputs(left.outputs[name], right.outputs[name]) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
+        num_explained=left.num_explained + right.num_explained,
     )
 
 
@@ -95,6 +100,9 @@ class ProfileSweep:
         QuantizationError: the head is wanted, and its weight is the embedding's.
     """
 
+    weighs_tokens: ClassVar[bool] = True
+    """Whether Hessians are weighted by relevance, and summed on the way back, with the moments of outputs."""
+
     def __init__(
         self,
         stream: BlockStream,
@@ -136,20 +144,36 @@ class ProfileSweep:
         self.upstream: dict[tuple[int, int], Mapping[Pass, Tensor]] = {}
         """(shard, micro-batch) -> gradients at the output of the block that comes next in the backward sweep."""
 
+    def batches(self, shard: Shard) -> list[tuple[int, Int[Tensor, "n t"]]]:
+        """Micro-batches of a shard: index of the first window, and tokens."""
+        parts = shard.tokens.split(self.micro_batch)
+        return [(shard.first_window + i * self.micro_batch, tokens) for i, tokens in enumerate(parts)]
+
+    def explained(self, shard: Shard) -> list[tuple[int, Int[Tensor, "n t"]]]:
+        """The first micro-batches of a shard, of which gradients are taken: all."""
+        return self.batches(shard)
+
     def embed(self) -> None:
         """Compute the first block's inputs."""
         with self.stream.embedding():
             for shard in self.shards:
-                for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
+                for position, (_, tokens) in enumerate(self.batches(shard)):
                     self.hidden[shard.index, position] = self.stream.embed(tokens)
 
     @torch.no_grad()
     def forward(self, block: int, module: nn.Module) -> None:
         """Keep the inputs of one block and compute its outputs."""
-        for (shard, position), hidden in self.hidden.items():
-            if (block, shard, position) not in self.kept:
-                self.kept.put((block, shard, position), hidden)
-            self.hidden[shard, position] = self.stream.run(module, block, hidden)
+        for shard in self.shards:
+            self.forward_shard(block, module, shard)
+
+    def forward_shard(self, block: int, module: nn.Module, shard: Shard) -> None:
+        """The same for one shard; the caller has switched gradients off."""
+        num_explained = len(self.explained(shard))
+        for position in range(len(self.batches(shard))):
+            place = (shard.index, position)
+            if position < num_explained and (block, *place) not in self.kept:
+                self.kept.put((block, *place), self.hidden[place])
+            self.hidden[place] = self.stream.run(module, block, self.hidden[place])
             self.on_batch()
 
     def lacks_inputs(self, block: int) -> bool:
@@ -157,7 +181,7 @@ class ProfileSweep:
         return any(
             (block, shard.index, position) not in self.kept
             for shard in self.shards
-            for position in range(len(shard.tokens.split(self.micro_batch)))
+            for position in range(len(self.explained(shard)))
         )
 
     def seed_gradients(self) -> tuple[float, int]:
@@ -166,8 +190,7 @@ class ProfileSweep:
             for shard in self.shards:
                 shard_nats, num_tokens = 0.0, 0
                 with self._watched_head() as sums:
-                    for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
-                        first = shard.first_window + position * self.micro_batch
+                    for position, (first, tokens) in enumerate(self.explained(shard)):
                         gradients, nats = head_gradient(
                             norm,
                             head,
@@ -180,10 +203,14 @@ class ProfileSweep:
                         shard_nats += nats
                         num_tokens += tokens.numel()
                         self.on_batch()
+                    self.pass_over(shard, norm, sums)
                 self.losses[shard.index] = (shard_nats, num_tokens)
                 if sums is not None:
                     self._add_head(shard, sums)
         return sum(nats for nats, _ in self.losses.values()), sum(tokens for _, tokens in self.losses.values())
+
+    def pass_over(self, shard: Shard, norm: nn.Module, sums: HeadSums | None) -> None:
+        """What becomes of a shard's windows of which no gradients are taken: there are none."""
 
     def labels(self, first: int, tokens: Int[Tensor, "n t"]) -> dict[str, Any]:
         """What ``head_gradient`` explains: labels sampled from the model, by the number of the window."""
@@ -201,8 +228,13 @@ class ProfileSweep:
             curvature={self.head.name: sums.curvature.cpu()},
             outputs={},
             num_tokens=shard.tokens.numel(),
+            num_explained=self.num_explained(shard),
         )
         self.head_sums = fold({**self.head_sums, (0, shard.index): found}, self.num_shards, merge_block_sums)
+
+    def num_explained(self, shard: Shard) -> int:
+        """Tokens of a shard that have gradients."""
+        return sum(tokens.numel() for _, tokens in self.explained(shard))
 
     def backward(self, block: int, module: nn.Module) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
         """Backward through one block.
@@ -225,22 +257,23 @@ class ProfileSweep:
             site: [(spec.name, module.get_submodule(self.stream.local_name(spec))) for spec in members]
             for site, members in specs.items()
         }
-        hessians = {site: empty_hessian(members[0].d_in, self.stream.device) for site, members in specs.items()}
+        weighed = specs if self.weighs_tokens else {}
+        hessians = {site: empty_hessian(members[0].d_in, self.stream.device) for site, members in weighed.items()}
         curvature = {spec.name: torch.zeros(spec.d_out, dtype=torch.float64) for spec in self.stream.block_specs(block)}
         outputs = {
             spec.name: empty_outputs(spec.d_out, self.stream.device)
             for spec in self.stream.block_specs(block)
-            if not spec.routed
+            if self.weighs_tokens and not spec.routed
         }
 
         def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:
             if running is Pass.FISHER and name in outputs:
                 add_outputs(outputs[name], g)
 
-        weights: dict[str, list[Tensor]] = {site: [] for site in sites}
-        rows: dict[str, list[Tensor]] = {site: [] for site, members in specs.items() if members[0].routed}
+        weights: dict[str, list[Tensor]] = {site: [] for site in weighed}
+        rows: dict[str, list[Tensor]] = {site: [] for site, members in weighed.items() if members[0].routed}
         start = 0
-        for position in range(len(shard.tokens.split(self.micro_batch))):
+        for position in range(len(self.explained(shard))):
             hidden = self.kept.take((block, shard.index, position))
             result = block_backward(
                 module,
@@ -252,7 +285,7 @@ class ProfileSweep:
                 observer=observe,
             )
             self.upstream[shard.index, position] = result.gradients
-            for site, inputs in result.inputs.items():
+            for site, inputs in result.inputs.items() if self.weighs_tokens else ():
                 stats = [result.modules[name] for name, _ in sites[site]]
                 s = token_weights(stats, self.relevance, site=f"{block}.{site}", floor=self.floor, power=self.power)
                 hessians[site] = accumulate(hessians[site], inputs, s)
@@ -263,7 +296,13 @@ class ProfileSweep:
                 curvature[name] += stats_of.channel_sums.cpu()
             start += hidden.shape[0] * hidden.shape[1]
             self.on_batch()
-        sums = BlockSums(hessians=hessians, curvature=curvature, outputs=outputs, num_tokens=shard.tokens.numel())
+        sums = BlockSums(
+            hessians=hessians,
+            curvature=curvature,
+            outputs=outputs,
+            num_tokens=shard.tokens.numel(),
+            num_explained=self.num_explained(shard),
+        )
         return sums, SiteWeights(
             values={site: torch.cat([torch.empty(0), *parts]) for site, parts in weights.items()},
             rows={site: torch.cat([torch.empty(0, dtype=torch.long), *parts]) for site, parts in rows.items()},

@@ -37,6 +37,7 @@ class Asked:
     evaluated_length: int
     control: bool
     head_choice: Choice | None = None
+    gradients_every: int = 1
 
     @property
     def num_shards(self) -> int:
@@ -47,6 +48,16 @@ class Asked:
     def held_out_windows(self) -> int:
         """Windows that guard the result."""
         return default_held_out(self.num_windows) if self.held_out is None else self.held_out
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether gradients weigh tokens and say how outputs work together, or give the costs alone."""
+        return self.gradients_every == 1
+
+    @property
+    def explained_share(self) -> float:
+        """Share of the calibration windows of which gradients are taken."""
+        return -(-self.num_windows // self.gradients_every) / self.num_windows
 
     @property
     def tokens(self) -> int:

@@ -37,6 +37,8 @@ class BlockKind:
     """One evaluation window."""
     held_out: BlockTrace
     """One calibration window."""
+    weighs_tokens: bool
+    """Whether the profile finds token weights and how outputs work together."""
 
     @property
     def count(self) -> int:
@@ -58,6 +60,8 @@ class BlockKind:
     @property
     def chunks(self) -> list[int]:
         """Rows of all matrices of output gradients' second moments; experts have none."""
+        if not self.weighs_tokens:
+            return []
         return [rows for spec in self.specs if not spec.routed for rows in output_chunks(spec.d_out)]
 
     @property
@@ -158,6 +162,7 @@ def model_shape(source: ModelSource, asked: Asked) -> ModelShape:
                 calibration=traced(micro_batch, asked.length),
                 measured=traced(1, asked.evaluated_length if asked.evaluated_windows else asked.length),
                 held_out=traced(1, asked.length),
+                weighs_tokens=asked.weighs_tokens,
             )
         )
     head = stream.model.get_submodule(stream.family.head)

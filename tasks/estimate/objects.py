@@ -98,14 +98,15 @@ def _summed(parts: Iterable[Stored]) -> Stored:
 def _profile(kind: BlockKind, shape: ModelShape, asked: Asked) -> Stored:
     """Sums, curvature, token weights and scores of a block; tokens of an expert are stored with their indices."""
     sites = kind.sites()
-    tokens = sum((8 if members[0].routed else 4) * shape.share(members[0]) * asked.tokens for members in sites.values())
-    names = len(sites) + sum(members[0].routed for members in sites.values()) + len(kind.specs)
+    weighed = sites if asked.weighs_tokens else {}
+    tokens = sum((8 if m[0].routed else 4) * shape.share(m[0]) * asked.tokens for m in weighed.values())
+    names = len(weighed) + sum(members[0].routed for members in weighed.values()) + len(kind.specs)
     hessians = sum(hessian_bytes(members[0].d_in) for members in sites.values())
     hessians += sum(hessian_bytes(rows) for rows in kind.chunks)
     pooled = next((hessian_bytes(s.d_in) for s in kind.specs if s.routed), 0.0)  # over all experts
     curvature = sum(8 * spec.d_out for spec in kind.specs)
     num_bytes = hessians + pooled + curvature + tokens + names * HEADER_BYTES + 2 * TABLE_BYTES
-    return Stored(num_bytes=num_bytes, num_objects=5)
+    return Stored(num_bytes=num_bytes, num_objects=5 if asked.weighs_tokens else 3)
 
 
 def _candidates(kind: BlockKind, asked: Asked) -> Stored:

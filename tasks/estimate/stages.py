@@ -83,7 +83,9 @@ class Stages:
         asked = self.asked
         found = {"profile": self.profile(), "candidates": self.candidates()}
         if asked.sequential:
-            found["refine"] = self.refine(corrected=asked.corrected, polish_rounds=asked.polish_rounds, weighted=True)
+            found["refine"] = self.refine(
+                corrected=asked.corrected, polish_rounds=asked.polish_rounds, weighted=asked.weighs_tokens
+            )
         if asked.held_out_windows:
             found["guard"] = self.score(asked.held_out_windows, asked.length, variants=2, held_out=True)
         found["assemble"] = self.assemble()
@@ -97,11 +99,12 @@ class Stages:
     # --- profile -----------------------------------------------------------------------------------------------------
 
     def profile(self) -> Load:
-        """Forward sweep, labels, backward sweep with the sums of the Hessians."""
+        """Forward sweep, labels, backward sweep; the sums of the Hessians on the one way or the other."""
         shape, asked = self.shape, self.asked
+        explained = asked.explained_share
         passes = len(asked.relevance.passes)
         one = total(self._profile_block(kind) * kind.count for kind in shape.kinds)
-        labels = self._labels(self.windows * asked.length)
+        labels = self._labels(self.windows * asked.length * explained)
         merging = total(work(wide=3 * kind.sums_bytes * kind.count) for kind in shape.kinds)
         stored = sum(
             kind.count * sum(map(hessian_bytes, [*(m[0].d_in for m in kind.sites().values()), *kind.chunks]))
@@ -111,7 +114,7 @@ class Stages:
         reading = work(disk_read=2.0 * sum(kind.disk_bytes * kind.count for kind in shape.kinds))
         tokens = self.windows * asked.length
         state = tokens * shape.hidden * shape.itemsize
-        kept = state * shape.num_blocks
+        kept = state * shape.num_blocks * explained
         in_memory = min(kept, self.kept_bytes)
         widest = max(spec.d_in for spec in shape.specs)
         batch = self.micro_batch * asked.length
@@ -120,20 +123,20 @@ class Stages:
         sums = self.levels * self.set_bytes
         at_block = {
             "weights of two blocks": 2.0 * self.block_bytes,
-            "gradients between blocks": passes * state,
+            "gradients between blocks": passes * state * explained,
             "one micro-batch": backward + accumulating,
             "sums of Hessians": float(sums),
         }
         at_labels = {
             "head": float(shape.head_bytes),
             "logits": shape.labels.peak_bytes,
-            "hidden states": (1 + passes) * state,
+            "hidden states": (1 + passes * explained) * state,
         }
         embedding = {"embeddings": float(shape.embedding_bytes), "hidden states": 2 * state}
         worst = max((at_block, at_labels, embedding), key=lambda found: sum(found.values()))
         merged = {"sums on their way to the store": 2.0 * self.set_bytes + self._writing(shape)}
         return Load(
-            work=one * (asked.num_windows / self.windows) + self._labels(asked.tokens) + merging + storing,
+            work=one * (asked.num_windows / self.windows) + self._labels(asked.tokens * explained) + merging + storing,
             busiest=one + labels + merging * (1 / self.num_workers) + storing * (1 / self.num_workers) + reading,
             tensors=worst,
             host={"kept block inputs": in_memory, **merged},
@@ -152,14 +155,15 @@ class Stages:
         asked, shape = self.asked, self.shape
         batches = self.windows / self.micro_batch
         tokens = self.windows * asked.length
-        passes = len(asked.relevance.passes)
-        traced = self._traced(kind.calibration.forward) + self._traced(kind.calibration.backward)
+        passes, explained = len(asked.relevance.passes), asked.explained_share
+        traced = self._traced(kind.calibration.forward) + self._traced(kind.calibration.backward) * explained
         sums = []
         for members in kind.sites().values():
             seen = tokens * shape.share(members[0])
             sums.append(kernels.accumulate(members[0].d_in, seen))
-            sums += [kernels.add_outputs(spec.d_out, seen) for spec in members if not spec.routed]
-            sums.append(work(wide=8.0 * passes * seen * sum(spec.d_out for spec in members)))
+            if asked.weighs_tokens:
+                sums += [kernels.add_outputs(spec.d_out, seen) for spec in members if not spec.routed]
+            sums.append(work(wide=8.0 * passes * seen * explained * sum(spec.d_out for spec in members)))
         return traced * batches + total(sums)
 
     def _traced(self, traced: Traced) -> Work:

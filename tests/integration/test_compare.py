@@ -13,6 +13,7 @@ from tiny_models import write_tiny, write_tokenizer
 
 from flows.cli import run
 from flows.comparison import summary
+from flows.comparison_table import comparison_table
 from flows.pareto import is_on_front
 from lrpq.compare.methods import METHODS, Axis, methods_named
 from lrpq.compare.recipes import CONTROL, DEFAULT, TUNINGS
@@ -64,6 +65,9 @@ def test_every_method_has_a_row_within_its_budget(everything: Path) -> None:
             assert by_method[name]["kl_windows"] != by_method[known]["kl_windows"], name
     # four windows may not be enough for an epoch of tuning to be better than none; of all of them one is
     assert any(by_method[f"tuned:{name}"]["kl_windows"] != by_method["lrpq"]["kl_windows"] for name in TUNINGS)
+    assert by_method["lrpq+swaps"]["counts"]["swaps_tried"] > 0
+    assert by_method["allocation:coopq"]["counts"]["blocks_demoted"] == 1  # of two, at 2 and 4 bits
+    assert "modules_changed" in by_method["allocation:re-estimated"]["counts"]
     allocations = {tuple(r["kl_windows"]) for r in found["rows"] if METHODS[r["method"]].axis is Axis.ALLOCATION}
     assert len(allocations) >= 6
 
@@ -161,7 +165,9 @@ def test_bad_requests_are_one_line(
     ("more", "said"),
     [
         (["--methods", "tuned:scales", "--held-out-windows", "0"], "method tuned:scales: tuning is chosen on held-out"),
+        (["--methods", "lrpq+swaps", "--held-out-windows", "0"], "method lrpq+swaps: swaps are accepted on held-out"),
         (["--methods", "allocation:lim", "--budgets", "3.5", "--bits", "3,4"], "method allocation:lim: a ranking"),
+        (["--methods", "allocation:coopq", "--bits", "3,4"], "method allocation:coopq: blocks are demoted by two bits"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_work(
@@ -181,7 +187,8 @@ def test_an_output_that_is_a_file(model: Path, tmp_path: Path, capsys: pytest.Ca
 def test_damaged_rows_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command(model, tmp_path, "--methods", "control", "--budgets", "3.5")) == 0
     whole = document(tmp_path)
-    for damaged in ({"method": "control"}, {**whole["rows"][0], "kl_windows": 3}, 5):
+    row = whole["rows"][0]
+    for damaged in ({"method": "control"}, {**row, "kl_windows": 3}, {**row, "counts": {"swaps_tried": "3"}}, 5):
         (tmp_path / "compare.json").write_text(json.dumps({**whole, "rows": [damaged]}))
         assert run(command(model, tmp_path, "--methods", "control", "--budgets", "3.5")) == 2
         assert "rows are damaged" in capsys.readouterr().err
@@ -201,7 +208,7 @@ def test_names_and_wildcards() -> None:
 
 def test_summary_pairs_windows() -> None:
     common = {"seed": 0, "budget_bits": 3.0, "all_in_bits": 3.0, "perplexity": 9.0, "predicted_nats": 0.1}
-    common |= {"seconds": 1.0, "peak_bytes": 1, "checkpoint_bytes": 1}
+    common |= {"seconds": 1.0, "peak_bytes": 1, "checkpoint_bytes": 1, "counts": {"tried": 3, "accepted": 0}}
     rows = [
         {**common, "method": "lrpq", "kl_windows": [0.1, 0.3]},
         {**common, "method": "control", "kl_windows": [0.2, 0.4]},
@@ -213,5 +220,9 @@ def test_summary_pairs_windows() -> None:
     # seeds are scored on the same windows: their values are not independent
     again = [{**row, "seed": 1} for row in rows]
     assert summary(rows + again)[0]["kl_standard_error"] == pytest.approx(ours["kl_standard_error"])
+    assert summary(rows + again)[0]["counts"] == {"tried": 6, "accepted": 0}
+    assert comparison_table(summary(rows)).caption == (
+        "lrpq at 3: tried 3, accepted 0\ncontrol at 3: tried 3, accepted 0"
+    )
     assert is_on_front(ours, [ours, control])
     assert not is_on_front(control, [ours, control])

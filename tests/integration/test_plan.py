@@ -15,7 +15,8 @@ from pipeline_case import start_server, write_model
 from benchmarks.plan import InlinePool, Stages, counter
 from benchmarks.plan_table import CONFIGS, MODELS, planned, row
 from flows.cli import run
-from flows.config import CompressConfig
+from flows.commands.options import nested, presets
+from flows.config import FAST, CompressConfig
 from flows.estimating import asked_of
 from lrpq.errors import ConfigError, ModelError
 from lrpq.model.described import DescribedModel, resolve_description
@@ -56,7 +57,8 @@ def cluster(**changes: Any) -> Cluster:
     return Cluster(**{**found, **changes})
 
 
-def config_of(model: Path, folder: Path) -> CompressConfig:
+def config_of(model: Path, folder: Path, *, fast: bool = False) -> CompressConfig:
+    settings = nested(presets(dict.fromkeys(FAST), fast=fast))
     return CompressConfig.model_validate(
         {
             "run": {
@@ -65,8 +67,9 @@ def config_of(model: Path, folder: Path) -> CompressConfig:
                 "candidates": {"bits": [3, 4], "group_sizes": [32]},
                 "shards": 4,
                 "micro_batch": 2,
+                **settings.get("run", {}),
             },
-            "plan": {"budget_bits": 3.5},
+            "plan": {"budget_bits": 3.5, **settings.get("plan", {})},
             "evaluation": {"num_windows": 2, "length": 32},
             "cluster": {"workers": 1, "device": "cpu"},
             "output": folder / "output",
@@ -75,7 +78,8 @@ def config_of(model: Path, folder: Path) -> CompressConfig:
     )
 
 
-def test_what_is_planned_is_what_runs(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fast", [False, True], ids=["default", "fast"])
+def test_what_is_planned_is_what_runs(request: pytest.FixtureRequest, tmp_path: Path, fast: bool) -> None:
     """A whole compression in this process, every product counted."""
     from flows.compress import run_compress
 
@@ -84,7 +88,7 @@ def test_what_is_planned_is_what_runs(request: pytest.FixtureRequest, tmp_path: 
     described = tmp_path / "described"
     described.mkdir()
     shutil.copy(model / "config.json", described)
-    config = config_of(model, tmp_path)
+    config = config_of(model, tmp_path, fast=fast)
     source = DescribedModel(described)
     found = estimate(source, asked_of(config, source), cluster())
     counted: dict[str, int] = {}
@@ -101,7 +105,9 @@ def test_what_is_planned_is_what_runs(request: pytest.FixtureRequest, tmp_path: 
         finally:
             torch.set_num_threads(threads)
     stages = {stage.stage: stage for stage in found.stages}
-    for name in ("profile", "candidates", "refine", "guard", "control", "evaluate"):
+    assert ("refine" in stages) == ("refine" in counted) == (not fast)
+    assert manifest["configuration"]["run"]["gradients_every"] == (8 if fast else 1)
+    for name in stages.keys() & {"profile", "candidates", "refine", "guard", "control", "evaluate"}:
         # rows that stop moving drop out of the polish: the plan is an upper bound there
         assert counted[name] * 0.99 <= stages[name].flops <= counted[name] * 1.1, name
     files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
@@ -165,6 +171,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     document = json.loads(capsys.readouterr().out)
     assert document["fits"]
     assert {stage["stage"] for stage in document["stages"]} >= {"profile", "candidates", "refine", "assemble"}
+    assert run([*arguments, "--node-memory", "2TB", "--fast"]) == 0
+    fast = {stage["stage"]: stage["flops"] for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert "refine" not in fast
+    # of a forward, a recomputed one, two backward passes and the sums, the first stays, and an eighth of one backward
+    assert fast["profile"] < 0.6 * next(s["flops"] for s in document["stages"] if s["stage"] == "profile")
     assert run([*arguments, "--gpu-memory", "4GB"]) == 2
     assert not json.loads(capsys.readouterr().out)["fits"]
     assert run(["plan", str(config), "--gpus", "3", "--nodes", "2"]) == 2

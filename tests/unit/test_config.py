@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flows.config import (
+    FAST,
     CalibrationConfig,
     CandidateConfig,
     CompressConfig,
@@ -280,3 +281,29 @@ def test_sections_alone_are_checked_too() -> None:
 def test_configurations_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RunConfig(model="m").seed = 3  # type: ignore[misc]
+
+
+def test_fast_is_short_for_options_that_can_be_given() -> None:
+    from flows.commands.options import nested, presets
+
+    nothing: dict[str, Any] = {**dict.fromkeys(FAST), "run.seed": None}
+    assert presets(nothing, fast=False) == nothing
+    assert presets(nothing, fast=True) == {**FAST, "run.seed": None}
+    assert presets({**nothing, "plan.refine": "sequential"}, fast=True)["plan.refine"] == "sequential"
+    given = {"output": "o", "run.model": "m", "plan.budget_bits": 3.25}
+    config = load_config(None, nested({**given, **FAST}))
+    assert (config.run.relevance, config.run.gradients_every, config.plan.refine) == ("fisher", 8, "stitch")
+    assert default_run_id(config.run) != default_run_id(RunConfig(model="m", relevance="fisher"))
+
+
+@pytest.mark.parametrize("relevance", ["blend", "lrp", "cp-lrp"])
+def test_token_weights_need_gradients_of_all_windows(relevance: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--gradients-every 2 with --relevance {relevance}"):
+        load_config(
+            None,
+            {
+                "output": "o",
+                "run": {"model": "m", "gradients_every": 2, "relevance": relevance},
+                "plan": {"budget_bits": 3.0},
+            },
+        )

@@ -1,0 +1,32 @@
+"""The forward sweep of a profile whose gradients are taken on some of the windows: Hessians are summed and stored here.
+
+A block's sums go to the store as soon as every worker has run it, so that memory holds those of the blocks at hand. The
+caller waits for them before it asks for a block with a waypoint: what goes on from there finds the sums of all blocks
+before it.
+"""
+
+from __future__ import annotations
+
+from lrpq.relevance.partial import PartialSweep
+from lrpq.relevance.sweep import BlockSums, merge_block_sums
+from lrpq.shards import Node, root
+from tasks.profile import ProfileJob, enter_forward, write_hessians
+from tasks.store.opened import open_store
+from tasks.worker import WorkerState
+
+
+def forward(state: WorkerState, job: ProfileJob, block: int) -> dict[Node, BlockSums]:
+    """One block of the forward sweep; see PartialSweep.forward_summing."""
+    sweep, module = enter_forward(state, job, block)
+    if not isinstance(sweep, PartialSweep):
+        raise RuntimeError("the sweep takes gradients of all windows: its Hessians are summed on the way back")
+    return sweep.forward_summing(block, module)
+
+
+def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Node, BlockSums]) -> None:
+    """Merge the workers' sums of a block's inputs and store them."""
+    nodes: dict[Node, BlockSums] = {}
+    for sums in parts:
+        nodes |= sums
+    store = open_store(job.stream.store)
+    write_hessians(store, job, block, root(nodes, job.stream.num_shards, merge_block_sums))
