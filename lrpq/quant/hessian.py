@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.quant.grid import fetch
-from lrpq.quant.products import add_product, is_split
+from lrpq.quant.activation_sums import add_sum, is_split
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -65,7 +65,7 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
     """Add tokens X with weights s. Changes ``sums.xx`` in place and returns the sums that now hold it.
 
     X may be bfloat16 or half: it is widened first, so products and sums are fp32 (a bf16 matmul is 2.6 times
-    as fast on CPU but rounds its output to 8 bits); on a GPU bfloat16 is multiplied as it is (products.py). TF32 is
+    as fast on CPU but rounds its output to 8 bits); on a GPU bfloat16 is multiplied as it is (activation_sums.py). TF32 is
     used only if the caller turned it on. Only upper blocks are computed. The result depends on how tokens are cut into
     calls (fp32 addition): keep the cut fixed.
 
@@ -85,7 +85,7 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
         step = max(step, _GPU_BLOCK_ROWS)
         for start in range(0, d_in, step):
             rows = slice(start, start + step)
-            add_product(sums.xx[rows, start:], X[:, rows].float() * s.unsqueeze(1), X[:, start:])
+            add_sum(sums.xx[rows, start:], X[:, rows].float() * s.unsqueeze(1), X[:, start:])
     else:
         X = X.float()
         sX = X * s.unsqueeze(1)

@@ -33,7 +33,7 @@ from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
-from lrpq.quant.products import add_product
+from lrpq.quant.activation_sums import add_sum
 from lrpq.shards import Node, fold
 
 if TYPE_CHECKING:
@@ -148,10 +148,10 @@ class RefineSweep:
                         assert r is not None
                         assert rq is not None
                         assert W is not None
-                        lacking = add_product(r.float() - rq.float(), lacking.T, W.T)
+                        lacking = add_sum(r.float() - rq.float(), lacking.T, W.T)
                     total = sums.shift if sums.pull is None else sums.pull
                     assert total is not None
-                    add_product(total, lacking * s[:, None], xq)
+                    add_sum(total, lacking * s[:, None], xq)
                 self.on_batch()
             parts[0, shard] = sums
             parts = fold(parts, self.num_shards, merge_products)

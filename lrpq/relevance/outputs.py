@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lrpq.quant.products import add_product, is_split
+from lrpq.quant.activation_sums import add_sum, is_split
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -45,7 +45,7 @@ def add_outputs(total: Outputs, g: Float[Tensor, "tokens d_out"]) -> None:
         scaled = wide * torch.where(norm > 0, 1 / norm, 0.0)
         for G in total:
             rows = slice(start, start + len(G))
-            add_product(G, scaled[:, rows], g[:, rows])
+            add_sum(G, scaled[:, rows], g[:, rows])
             start += len(G)
         return
     scaled = wide * torch.where(norm > 0, norm.rsqrt(), 0.0)

@@ -7,7 +7,7 @@ import torch
 
 from lrpq.model.kept import KeptInputs
 from lrpq.quant.hessian import accumulate, empty_hessian, mirror
-from lrpq.quant.products import add_product, split
+from lrpq.quant.activation_sums import add_sum, split
 from lrpq.relevance.outputs import add_outputs, empty_outputs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -26,7 +26,7 @@ def test_a_product_is_added() -> None:
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(300, 7, generator=generator)
     exact = torch.randn(300, 5, generator=generator).bfloat16()
-    total = add_product(torch.ones(7, 5), wide, exact)
+    total = add_sum(torch.ones(7, 5), wide, exact)
     torch.testing.assert_close(total.double(), 1 + wide.double().T @ exact.double(), rtol=1e-5, atol=1e-4)
 
 

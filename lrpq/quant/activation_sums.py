@@ -22,7 +22,7 @@ def is_split(exact: Tensor) -> bool:
     return exact.is_cuda and exact.dtype is torch.bfloat16
 
 
-def add_product(
+def add_sum(
     total: Float[Tensor, "m n"], wide: Float[Tensor, "tokens m"], exact: Float[Tensor, "tokens n"]
 ) -> Float[Tensor, "m n"]:
     """``total += wide^T exact`` in place, fp32.
