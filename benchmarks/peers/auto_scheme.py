@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -28,25 +27,18 @@ def make(request: Request, tokens: Tensor) -> Made:
     os.environ[CACHE] = str(cache)  # before the package reads it
     datasets = with_datasets_types()
     from auto_round import AutoScheme, QuantizationScheme
-    from auto_round.auto_scheme import delta_loss
 
-    scored = tokens[: int(request.options.get("scheme_windows", len(tokens)))]
-
-    def windows(*_: Any, bs: int, **__: Any) -> list[dict[str, Tensor]]:
-        return [{"input_ids": part, "attention_mask": part * 0 + 1} for part in scored.split(bs)]
-
-    delta_loss.get_dataloader = windows  # it takes the name of a data set only
+    scored = min(len(tokens), int(request.options.get("scheme_windows", len(tokens))))
     scheme = AutoScheme(
         avg_bits=float(request.bits),
         options=[
             QuantizationScheme(bits=bits, group_size=request.group_size, sym=True, data_type="int") for bits in WIDTHS
         ],
         ignore_scale_zp_bits=True,
-        nsamples=len(scored),
+        nsamples=scored,
         seqlen=tokens.shape[1],
-        dataset="the windows of the comparison",
     )
-    return tuned(request, tokens, scheme, {"scored windows": str(len(scored)), "datasets": datasets})
+    return tuned(request, tokens, scheme, {"scored windows": str(scored), "datasets": datasets})
 
 
 if __name__ == "__main__":

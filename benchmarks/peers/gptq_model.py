@@ -5,17 +5,22 @@ That layout stores zero points of symmetric codes and the group of every column;
 
 from __future__ import annotations
 
+import os
+
 from torch import Tensor
 
 from benchmarks.peers.exchange import Made, Request, measured, serve
 
+WORKERS = "GPTQMODEL_CPU_WORKERS"
+
 
 def make(request: Request, tokens: Tensor) -> Made:
+    os.environ.setdefault(WORKERS, "4")  # its default on two cores is one, which waits for itself
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
     config = QuantizeConfig(bits=request.bits, group_size=request.group_size, device=request.device)
-    run = GPTQModel.load(request.model, config, dtype="bfloat16", device=request.device)
+    run = GPTQModel.load(request.model, config, dtype="bfloat16")
     windows = [{"input_ids": window.tolist(), "attention_mask": [1] * len(window)} for window in tokens]
     with measured(request.device) as spent:
         run.quantize(windows, batch_size=1)
