@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +24,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from benchmarks.peers.environments import Interpreter, environment, own_interpreter
+from benchmarks.peers.environments import EnvironmentNotMade, Interpreter, environment, own_interpreter
 from benchmarks.peers.exchange import Request, write_tokens
-from benchmarks.peers.rows import LOG, PeerError, Row, Ruler, last_line, measured_row, own_ruler, run_peer, target_bits
+from benchmarks.peers.rows import LOG, PeerError, Row, Ruler, measured_row, own_ruler, run_peer, target_bits
 from benchmarks.peers.table import line, table
 from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.load import load_windows
@@ -108,17 +107,10 @@ def write_calibration(arguments: argparse.Namespace, path: Path) -> None:
 
 
 def interpreter_of(peer: Peer, arguments: argparse.Namespace) -> Interpreter:
-    """The interpreter of a peer's environment.
-
-    Raises:
-        PeerError: it cannot be made.
-    """
+    """The interpreter of a peer's environment, made where it is not there yet."""
     if peer.environment is None:
         return own_interpreter()
-    try:
-        return environment(peer.environment, arguments.work / "environments", wheels=arguments.wheels)
-    except subprocess.CalledProcessError as error:
-        raise PeerError(f"environment: {last_line(error.stderr or '')}") from error
+    return environment(peer.environment, arguments.work / "environments", wheels=arguments.wheels)
 
 
 def row_of(request: Request, ruler: Ruler, arguments: argparse.Namespace) -> Row:
@@ -132,7 +124,7 @@ def row_of(request: Request, ruler: Ruler, arguments: argparse.Namespace) -> Row
             limit_seconds=arguments.limit,
         )
         return measured_row(request, result, ruler)
-    except (PeerError, ValueError, OSError) as error:
+    except (EnvironmentNotMade, PeerError, ValueError, OSError) as error:
         return Row(peer=request.peer, bits=request.bits, target_bits=target_bits(request), failed=str(error))
 
 

@@ -16,10 +16,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from benchmarks.peers.exchange import last_line
+
 REQUIREMENTS = Path(__file__).parent / "requirements"
 BESIDE_TORCH = ("triton", "pytorch-triton")
 BESIDE_TORCH_PREFIXES = ("nvidia-", "cuda-")
 STAMP = "made-for"
+
+
+class EnvironmentNotMade(Exception):
+    """Why a peer's environment could not be made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +39,20 @@ class Interpreter:
 
 def own_interpreter() -> Interpreter:
     """The one that runs the benchmark, with what it sees."""
-    return Interpreter(python=Path(sys.executable), path=tuple(os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+    path = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return Interpreter(python=Path(sys.executable), path=tuple(str(Path(part).absolute()) for part in path))
 
 
 def environment(name: str, root: Path, *, wheels: Path | None = None) -> Interpreter:
     """Make the environment ``name`` below ``root``, or take it if it was made for the same requirements.
 
     Raises:
-        CalledProcessError: venv or pip failed; its stderr is kept.
+        EnvironmentNotMade: venv or pip failed, or there are no wheels for it.
     """
     folder = root / name
     requirements = REQUIREMENTS / (f"{name}.txt" if wheels is None else f"{name}.wheels.txt")
+    if not requirements.exists():
+        raise EnvironmentNotMade(f"{name} needs packages that are published as source alone; not from wheels")
     stamp = _stamp(requirements, wheels)
     made = folder / STAMP
     fresh = not made.exists() or made.read_text(encoding="utf-8") != stamp
@@ -71,7 +80,8 @@ def environment(name: str, root: Path, *, wheels: Path | None = None) -> Interpr
 
 
 def _stamp(requirements: Path, wheels: Path | None) -> str:
-    parts = [requirements.read_text(encoding="utf-8"), sys.version, metadata.version("torch")]
+    lines = requirements.read_text(encoding="utf-8").splitlines(keepends=True)
+    parts = ["".join(line for line in lines if not line.startswith("#")), sys.version, metadata.version("torch")]
     if wheels is not None:
         parts += sorted(path.name for path in wheels.glob("*.whl"))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -81,7 +91,7 @@ def _link_torch(folder: Path) -> None:
     """Links to the top-level files and folders of torch and what only it brings."""
     folder.mkdir()
     for distribution in metadata.distributions():
-        name = distribution.metadata["Name"].lower().replace("_", "-")
+        name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
         if name == "torch" or name in BESIDE_TORCH or name.startswith(BESIDE_TORCH_PREFIXES):
             for top in sorted({file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}):
                 link = folder / top
@@ -90,9 +100,7 @@ def _link_torch(folder: Path) -> None:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=_plain())
-
-
-def _plain() -> dict[str, str]:
-    # pip must see the new environment alone
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # pip sees its own alone
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=variables)
+    if done.returncode:
+        raise EnvironmentNotMade(last_line(done.stderr))

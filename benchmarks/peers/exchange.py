@@ -132,6 +132,12 @@ def write_dense(model: Path, output: Path, weights: Mapping[str, Tensor]) -> Non
         raise ValueError(f"{next(iter(left))}: no such weight in {model}")
 
 
+def last_line(text: str) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
 @contextmanager
 def measured(device: str) -> Iterator[Spent]:
     """Time a part; the peak is that of the whole process so far (Linux), or of the GPU's allocations."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.peers.environments import Interpreter
-from benchmarks.peers.exchange import DENSE, PACKED, Request, Result, read_result, write_request
+from benchmarks.peers.exchange import DENSE, PACKED, Request, Result, last_line, read_result, write_request
 from benchmarks.peers.stored_bits import all_in_bits, weights_of
 
 ROOT = Path(__file__).parents[2]
@@ -77,12 +77,6 @@ class Row:
     """Why there are no figures."""
 
 
-def last_line(text: str) -> str:
-    """The last line that says something."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
-
-
 def run_peer(request: Request, module: str, interpreter: Interpreter, *, limit_seconds: float | None) -> Result:
     """Run a peer in a folder of its own; what it prints is kept there.
 
@@ -114,7 +108,7 @@ def run_peer(request: Request, module: str, interpreter: Interpreter, *, limit_s
 
 def _variables(request: Request, interpreter: Interpreter) -> dict[str, str]:
     variables = {**os.environ, **OFFLINE}
-    variables["PYTHONPATH"] = os.pathsep.join([*filter(None, interpreter.path), str(ROOT)])
+    variables["PYTHONPATH"] = os.pathsep.join([*interpreter.path, str(ROOT)])
     if not request.device.startswith("cuda"):
         variables["CUDA_VISIBLE_DEVICES"] = ""  # some peers take a GPU wherever they see one
     return variables

@@ -17,8 +17,16 @@ from transformers import AutoTokenizer
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers.datasets_types import NAMES, with_datasets_types
 from benchmarks.peers.environments import own_interpreter
-from benchmarks.peers.exchange import Request, read_request, read_tokens, write_dense, write_request, write_tokens
-from benchmarks.peers.rows import LOG, PeerError, Row, Ruler, last_line, run_peer
+from benchmarks.peers.exchange import (
+    Request,
+    last_line,
+    read_request,
+    read_tokens,
+    write_dense,
+    write_request,
+    write_tokens,
+)
+from benchmarks.peers.rows import LOG, PeerError, Row, Ruler, run_peer
 from benchmarks.peers.ruler import windows_of
 from benchmarks.peers.stored_bits import all_in_bits, weights_of
 from benchmarks.peers.table import line, table
