@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.peers.environments import EnvironmentNotMade, Interpreter, environment, own_interpreter
 from benchmarks.peers.exchange import Request, write_tokens
-from benchmarks.peers.rows import LOG, PeerError, Row, Ruler, measured_row, own_ruler, run_peer, target_bits
+from benchmarks.peers.rows import LOG, PeerError, Row, measured_row, run_peer, target_bits
+from benchmarks.peers.scoring import Ruler, RulerError, ruler_command
 from benchmarks.peers.table import line, table
 from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.load import load_windows
@@ -124,7 +124,7 @@ def row_of(request: Request, ruler: Ruler, arguments: argparse.Namespace) -> Row
             limit_seconds=arguments.limit,
         )
         return measured_row(request, result, ruler)
-    except (EnvironmentNotMade, PeerError, ValueError, OSError) as error:
+    except (EnvironmentNotMade, PeerError, RulerError, ValueError, OSError) as error:
         return Row(peer=request.peer, bits=request.bits, target_bits=target_bits(request), failed=str(error))
 
 
@@ -135,7 +135,7 @@ def main() -> None:
     tokens = work / "tokens.safetensors"
     write_calibration(arguments, tokens)
     ruler = Ruler(
-        command=own_ruler() if arguments.ruler is None else (sys.executable, str(arguments.ruler.absolute())),
+        command=ruler_command(arguments.ruler),
         text=arguments.text.absolute(),
         windows=arguments.ruler_windows,
         length=arguments.ruler_length,

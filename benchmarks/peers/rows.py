@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.peers.environments import Interpreter
 from benchmarks.peers.exchange import DENSE, PACKED, Request, Result, last_line, read_result, write_request
-from benchmarks.peers.stored_bits import all_in_bits, weights_of
+from benchmarks.peers.scoring import Ruler
+from benchmarks.peers.stored_bits import all_in_bits, check_levels, weights_of
 
 ROOT = Path(__file__).parents[2]
 LOG = "log.txt"
@@ -23,37 +22,6 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARAL
 
 class PeerError(Exception):
     """A row that could not be made; the text is the last line of what went wrong."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ruler:
-    """A script, or a module, that prints one JSON line for REFERENCE CHECKPOINT --text --windows --length --device."""
-
-    command: tuple[str, ...]
-    text: Path
-    windows: int
-    length: int
-    device: str
-
-    def score(self, model: Path, checkpoint: Path) -> dict[str, float]:
-        """What it prints.
-
-        Raises:
-            PeerError: it failed.
-        """
-        done = subprocess.run(
-            [
-                *(*self.command, str(model), str(checkpoint), "--text", str(self.text)),
-                *("--windows", str(self.windows), "--length", str(self.length), "--device", self.device),
-            ],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-        if done.returncode:
-            raise PeerError(f"ruler: {last_line(done.stderr)}")
-        found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +86,13 @@ def measured_row(request: Request, result: Result, ruler: Ruler) -> Row:
     """Count and score what a peer made, then let go of its files but the result and what it printed.
 
     Raises:
-        PeerError: the ruler failed.
-        ValueError: what was stored is not what was quantized.
+        RulerError: it failed.
+        ValueError: what was stored is not what was quantized, or not what is scored.
     """
     folder, model = Path(request.output), Path(request.model)
-    bits = all_in_bits(folder / PACKED, weights_of(model, result.modules))
+    weights = weights_of(model, result.modules)
+    bits = all_in_bits(folder / PACKED, weights)
+    check_levels(folder / PACKED, folder / DENSE, weights)
     found = ruler.score(model, folder / DENSE)
     for made in (PACKED, DENSE):
         shutil.rmtree(folder / made)
@@ -144,8 +114,3 @@ def measured_row(request: Request, result: Result, ruler: Ruler) -> Row:
 
 def target_bits(request: Request) -> float:
     return request.bits + 16 / request.group_size
-
-
-def own_ruler() -> tuple[str, ...]:
-    """The ruler of this package."""
-    return (sys.executable, "-m", "benchmarks.peers.ruler")

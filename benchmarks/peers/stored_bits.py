@@ -1,7 +1,8 @@
-"""All-in bits per quantized weight, counted in the files that a peer wrote."""
+"""All-in bits per quantized weight in the files that a peer wrote, and whether what is scored has so few levels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 
@@ -15,6 +16,10 @@ COUNTED = (
     *("qweight", "scales", "qzeros", "g_idx"),  # GPTQ's layout
 )
 """Codes, scales, zero points, the group of every column."""
+CODES, SCALES = ("weight_packed", "qweight"), ("weight_scale", "scales")
+WORD = 32
+"""Bits of one stored integer of codes."""
+ROWS_CHECKED = 16
 NOT_COUNTED = ("bias", "weight_shape")
 """Not quantized; two integers that the model's configuration implies."""
 
@@ -57,6 +62,37 @@ def all_in_bits(packed: Path, weights: dict[str, int]) -> float:
     if missing := [module for module, stored in bits.items() if not stored]:
         raise ValueError(f"{missing[0]}: no codes of it in {packed}")
     return sum(bits.values()) / sum(weights.values())
+
+
+def check_levels(packed: Path, dense: Path, weights: dict[str, int]) -> None:
+    """No row of a dense weight has more values than its stored codes and scales can make, in whatever order they lie.
+
+    Raises:
+        ValueError: one has: what is scored is not what was stored.
+    """
+    codes, scales = (_numels(packed, names) for names in (CODES, SCALES))
+    for path in sorted(dense.glob(WEIGHTS)):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                module, _, last = name.rpartition(".")
+                if last != "weight" or module not in weights:
+                    continue
+                weight = file.get_tensor(name)
+                levels = 2 ** (codes[module] * WORD // weights[module]) * (scales[module] // len(weight))
+                for row in weight[:: max(1, len(weight) // ROWS_CHECKED)]:
+                    if (found := len(row.unique())) > levels:
+                        raise ValueError(f"{name}: {found} values in a row, and {packed} has codes for {levels}")
+
+
+def _numels(folder: Path, names: Collection[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for path in sorted(folder.glob(WEIGHTS)):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                module, _, last = name.rpartition(".")
+                if last in names:
+                    found[module] = math.prod(file.get_slice(name).get_shape())
+    return found
 
 
 def _bits(tensor: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.peers import ours, ruler
 from benchmarks.peers.exchange import DENSE, PACKED, Request, read_result, serve, write_request, write_tokens
-from benchmarks.peers.stored_bits import all_in_bits, weights_of
+from benchmarks.peers.stored_bits import all_in_bits, check_levels, weights_of
 from lrpq.compare.methods import METHODS
 from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Gathered, Quantized, Workbench
@@ -53,7 +53,11 @@ def test_the_controls_row_is_what_compare_finds(
     monkeypatch.setattr(sys, "argv", ["ours", str(output / "request.json")])
     serve(ours.make)
     result = read_result(output)
-    assert all_in_bits(output / PACKED, weights_of(model, result.modules)) == 4 + 16 / 32
+    weights = weights_of(model, result.modules)
+    assert all_in_bits(output / PACKED, weights) == 4 + 16 / 32
+    check_levels(output / PACKED, output / DENSE, weights)
+    with pytest.raises(ValueError, match="values in a row"):
+        check_levels(output / PACKED, model, weights)
     assert result.peak_bytes > 50_000_000
     command = ["ruler", str(model), str(output / DENSE), "--text", str(text), "--windows", "4", "--length", "32"]
     monkeypatch.setattr(sys, "argv", command)

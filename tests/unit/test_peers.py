@@ -26,9 +26,10 @@ from benchmarks.peers.exchange import (
     write_request,
     write_tokens,
 )
-from benchmarks.peers.rows import LOG, PeerError, Row, Ruler, run_peer
+from benchmarks.peers.rows import LOG, PeerError, Row, run_peer
 from benchmarks.peers.ruler import windows_of
-from benchmarks.peers.stored_bits import all_in_bits, weights_of
+from benchmarks.peers.scoring import Ruler, RulerError
+from benchmarks.peers.stored_bits import all_in_bits, check_levels, weights_of
 from benchmarks.peers.table import line, table
 
 ROWS, COLUMNS, GROUP = 32, 128, 64
@@ -77,6 +78,21 @@ def test_what_is_stored_otherwise_is_no_zero(tmp_path: Path) -> None:
     packed = stored(tmp_path / "packed", codes)
     with pytest.raises(ValueError, match="down_proj: no codes"):
         all_in_bits(packed, {MODULE: ROWS * COLUMNS, "down_proj": 1})
+
+
+def test_what_is_scored_has_no_more_levels_than_are_stored(tmp_path: Path) -> None:
+    bits, groups = 2, COLUMNS // GROUP
+    tensors = {
+        "weight_packed": zeros(ROWS, COLUMNS * bits // 32),
+        "weight_scale": zeros(ROWS, groups, dtype=torch.bfloat16),
+    }
+    packed = stored(tmp_path / "packed", tensors)
+    levels = torch.arange(2**bits * groups).repeat(ROWS, COLUMNS)[:, :COLUMNS].bfloat16()
+    shuffled = levels[:, torch.randperm(COLUMNS)]
+    check_levels(packed, stored(tmp_path / "dense", {"weight": shuffled}), {MODULE: ROWS * COLUMNS})
+    shuffled[0, 0] = 99  # one value more than four codes in each of two groups
+    with pytest.raises(ValueError, match=r"9 values in a row, and .* codes for 8"):
+        check_levels(packed, stored(tmp_path / "other", {"weight": shuffled}), {MODULE: ROWS * COLUMNS})
 
 
 def test_weights_are_those_of_the_original(tmp_path: Path) -> None:
@@ -224,7 +240,7 @@ def test_a_peer_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
 def test_a_ruler_that_fails_says_why(tmp_path: Path) -> None:
     ruler = Ruler(command=(sys.executable, "-c", "raise SystemExit('too short')"), text=tmp_path, windows=1, length=1,
                   device="cpu")  # fmt: skip
-    with pytest.raises(PeerError, match="ruler: too short"):
+    with pytest.raises(RulerError, match="ruler: too short"):
         ruler.score(tmp_path, tmp_path)
     assert last_line("first\n\n last \n\n") == "last"
 
