@@ -105,7 +105,8 @@ def write_tokens(path: Path, tokens: Tensor) -> None:
 
 def read_tokens(path: Path) -> Tensor:
     """Windows of token ids as int64, [windows, length]."""
-    return load_file(path)[TOKENS]
+    tokens: Tensor = load_file(path)[TOKENS]
+    return tokens
 
 
 def write_dense(model: Path, output: Path, weights: Mapping[str, Tensor]) -> None:

@@ -50,7 +50,8 @@ def make(request: Request, tokens: Tensor) -> Made:
         ),
     )
     model = AutoModelForCausalLM.from_pretrained(request.model, dtype="bfloat16")
-    windows = DataLoader([{"input_ids": window, "attention_mask": window * 0 + 1} for window in tokens], batch_size=1)
+    rows: Any = [{"input_ids": window, "attention_mask": window * 0 + 1} for window in tokens]
+    windows: DataLoader[Any] = DataLoader(rows, batch_size=1)
     with measured(request.device) as spent:
         oneshot(
             model=model,
