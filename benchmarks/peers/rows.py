@@ -70,7 +70,8 @@ def run_peer(request: Request, module: str, interpreter: Interpreter, *, limit_s
     except subprocess.TimeoutExpired as error:
         raise PeerError(f"stopped after {limit_seconds:.0f} s") from error
     if done.returncode:
-        raise PeerError(last_line(log.read_text(encoding="utf-8", errors="replace")))
+        killed = f"ended by signal {-done.returncode} after: " if done.returncode < 0 else ""
+        raise PeerError(killed + last_line(log.read_text(encoding="utf-8", errors="replace")))
     return read_result(folder)
 
 

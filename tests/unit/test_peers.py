@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers.datasets_types import NAMES, with_datasets_types
-from benchmarks.peers.environments import own_interpreter
+from benchmarks.peers.environments import Interpreter
 from benchmarks.peers.exchange import (
     Request,
     last_line,
@@ -232,9 +232,17 @@ def test_a_peer_that_fails_is_a_row_and_the_others_go_on(
 
 def test_a_peer_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n", encoding="utf-8")
-    interpreter = own_interpreter().__class__(python=Path(sys.executable), path=(str(tmp_path),))
+    interpreter = Interpreter(python=Path(sys.executable), path=(str(tmp_path),))
     with pytest.raises(PeerError, match="stopped after 1 s"):
         run_peer(request_for(tmp_path), "sleeper", interpreter, limit_seconds=1)
+
+
+def test_a_peer_that_is_killed_says_by_what(tmp_path: Path) -> None:
+    text = "import os\nprint('layer 7', flush=True)\nos.kill(os.getpid(), 9)\n"
+    (tmp_path / "victim.py").write_text(text, encoding="utf-8")
+    interpreter = Interpreter(python=Path(sys.executable), path=(str(tmp_path),))
+    with pytest.raises(PeerError, match="signal 9 after: layer 7"):
+        run_peer(request_for(tmp_path), "victim", interpreter, limit_seconds=None)
 
 
 def test_a_ruler_that_fails_says_why(tmp_path: Path) -> None:
