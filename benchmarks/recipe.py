@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.peers.scoring import Ruler, ruler_command
 from lrpq.checkpoint.assemble import write_checkpoint
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
@@ -90,14 +91,6 @@ def lrpq_command(model: Path, arguments: argparse.Namespace, budget: float, outp
     ]
 
 
-def measure(model: Path, checkpoint: Path, arguments: argparse.Namespace) -> dict[str, object]:
-    command = [sys.executable, str(arguments.ruler), str(model), str(checkpoint), "--text", str(arguments.text)]
-    command += ["--windows", str(arguments.ruler_windows), "--length", str(arguments.ruler_length)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -126,10 +119,17 @@ def main() -> None:
         seed=arguments.seed,
     )
     tokens = split_held_out(drawn, num_windows=arguments.windows)[0].tokens  # the windows lrpq calibrates on
+    ruler = Ruler(
+        command=ruler_command(arguments.ruler),
+        text=arguments.text.absolute(),
+        windows=arguments.ruler_windows,
+        length=arguments.ruler_length,
+        device="cpu",
+    )
     rows: list[dict[str, object]] = []
 
     def report(method: str, budget: float, seconds: float, checkpoint: Path) -> None:
-        rows.append({"method": method, "budget": budget, "seconds": seconds, **measure(model, checkpoint, arguments)})
+        rows.append({"method": method, "budget": budget, "seconds": seconds, **ruler.score(model, checkpoint)})
         row = rows[-1]
         print(
             f"{method:34} {row['all_in_bits']!s:>8} bits  perplexity {row['perplexity']!s:>8}  "

@@ -1,0 +1,1 @@
+"""Other quantizers beside lrpq, each in its own environment, on one ruler."""
