@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
-from lrpq.quant.grid import fetch
 from lrpq.quant.activation_sums import add_sum, is_split
+from lrpq.quant.grid import fetch
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -65,9 +65,9 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
     """Add tokens X with weights s. Changes ``sums.xx`` in place and returns the sums that now hold it.
 
     X may be bfloat16 or half: it is widened first, so products and sums are fp32 (a bf16 matmul is 2.6 times
-    as fast on CPU but rounds its output to 8 bits); on a GPU bfloat16 is multiplied as it is (activation_sums.py). TF32 is
-    used only if the caller turned it on. Only upper blocks are computed. The result depends on how tokens are cut into
-    calls (fp32 addition): keep the cut fixed.
+    as fast on CPU but rounds its output to 8 bits); on a GPU bfloat16 is multiplied as it is (activation_sums.py).
+    TF32 is used only if the caller turned it on. Only upper blocks are computed. The result depends on how tokens are
+    cut into calls (fp32 addition): keep the cut fixed.
 
     Raises QuantizationError for a negative or non-finite weight.
     """

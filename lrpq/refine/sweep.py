@@ -32,8 +32,8 @@ from lrpq.model.families import Unit
 from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import LinearSpec
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
 from lrpq.quant.activation_sums import add_sum
+from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
 from lrpq.shards import Node, fold
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lrpq.model.kept import KeptInputs
-from lrpq.quant.hessian import accumulate, empty_hessian, mirror
 from lrpq.quant.activation_sums import add_sum, split
+from lrpq.quant.hessian import accumulate, empty_hessian, mirror
 from lrpq.relevance.outputs import add_outputs, empty_outputs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
