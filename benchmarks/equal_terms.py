@@ -31,6 +31,7 @@ from lrpq.model.source import open_source
 from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.load import load_windows
 from tasks.calibration.sources import parse_source
+from tasks.resources import windows_at_once
 
 
 def peak(device: str) -> str:
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument("--group-sizes", default="64,-1")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--micro-batch", type=int, help="windows at once; by default as `lrpq compress` chooses")
     parser.add_argument("--replace", default="")
     parser.add_argument("--peak", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -109,14 +111,21 @@ def main() -> None:
             seed=seed,
         )
         calibration, held_out = split_held_out(drawn, num_windows=arguments.windows)
+        source = open_source(arguments.model)
         terms = Terms(
             bits=tuple(numbers(arguments.bits)),
             group_sizes=tuple(numbers(arguments.group_sizes)),
             seed=seed,
             device=arguments.device,
             shards=min(8, len(calibration.tokens)),
+            micro_batch=windows_at_once(
+                arguments.micro_batch,
+                device=arguments.device,
+                length=arguments.length,
+                hidden=source.config.hidden_size,
+            ),
         )
-        bench = Workbench(open_source(arguments.model), calibration.tokens, terms, held_out=held_out)
+        bench = Workbench(source, calibration.tokens, terms, held_out=held_out)
         budgets = [float(part) for part in arguments.budgets.split(",")]
         wanted = [(name, budget) for budget in budgets for name in methods]
         comparison = Comparison(bench, methods, wanted, scored)

@@ -49,6 +49,7 @@ from lrpq.shards import root, split
 from tasks.calibration.stored import read_windows
 from tasks.opening import open_pool
 from tasks.refine import read_refined
+from tasks.resources import CPU_WINDOWS
 from tasks.store.objects import open_store
 from tasks.store.tensors import write_tensors
 from tasks.streams import DTYPES
@@ -99,7 +100,7 @@ class Plain:
             floor=run.relevance_floor,
             power=run.relevance_power,
             seed=run.seed,
-            micro_batch=run.micro_batch,
+            micro_batch=CPU_WINDOWS,
             kept=KeptInputs(memory_bytes=1 << 33),
         )
         sweep.embed()
@@ -138,7 +139,7 @@ class Plain:
             self.stream,
             {shard.index: shard.tokens for shard in self.shards},
             num_shards=self.num_shards,
-            micro_batch=run.micro_batch,
+            micro_batch=CPU_WINDOWS,
             with_shift=plan.correction > 0,
         )
         sweep.embed()

@@ -62,7 +62,7 @@ def planned(model: str, *, gpus: int = 8, node_memory: str = "2TB", budget: floa
         network_bytes_per_second=3e9,
         remote_store=True,
     )
-    return estimate(source, asked_of(config, source), cluster)
+    return estimate(source, asked_of(config, source, device="cuda"), cluster)
 
 
 def row(model: str, found: Estimate) -> list[str]:

@@ -46,6 +46,7 @@ from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.overlap import overlap_warning
 from tasks.model_identity import model_fingerprint
 from tasks.opening import resolve_device
+from tasks.resources import windows_at_once
 from tasks.store.documents import parse_object
 from tasks.store.keys import code_digest
 from tasks.streams import DTYPES
@@ -245,6 +246,12 @@ class ComparisonRun:
             dtype=DTYPES[self.dtype],
             device=self.device,
             shards=min(8, len(tokens)),
+            micro_batch=windows_at_once(
+                None,
+                device=self.device,
+                length=tokens.shape[1],
+                hidden=self.source.config.get_text_config().hidden_size,
+            ),
         )
         bench = Workbench(self.source, tokens, terms, held_out=rest)
         comparison = Comparison(bench, METHODS, missing, scored.tokens)

@@ -46,6 +46,7 @@ from tasks.model_identity import model_fingerprint
 from tasks.opening import open_pool, resolve_device
 from tasks.profile import ProfileJob
 from tasks.refine import RefineJob
+from tasks.resources import windows_at_once
 from tasks.store.garbage import mark_start
 from tasks.store.manifest import claim_run
 from tasks.store.opened import open_store
@@ -87,11 +88,12 @@ class Compression:
         store = open_store(config.store)
         claim_run(store, self.run_id, json.loads(config.run.model_dump_json()))
         mark_start(store, self.run_id)
+        device = resolve_device(config.cluster.device)
         self.run_state = Run(
             store=store,
             run_id=self.run_id,
             progress=progress,
-            device=resolve_device(config.cluster.device),
+            device=device,
             threads=config.run.threads,
         )
         self.searched: dict[str, Any] | None = None
@@ -102,6 +104,12 @@ class Compression:
             model=self.model,
             fingerprint=rotated_fingerprint(self.fingerprint, rotation_of(config.run)),
             dtype=self.dtype,
+            micro_batch=windows_at_once(
+                config.run.micro_batch,
+                device=device,
+                length=config.run.calibration.length,
+                hidden=self.source.config.get_text_config().hidden_size,
+            ),
         )
 
     def run(self, pool: Pool | None = None) -> dict[str, Any]:

@@ -166,8 +166,9 @@ class RunConfig(Section):
     weights without outliers; unties a tied head, whose bytes then count."""
     shards: Positive = 8
     """Parts that the calibration windows are cut into, whatever the number of workers."""
-    micro_batch: Positive = 4
-    """Windows computed at once (sequences)."""
+    micro_batch: Positive | None = None
+    """Windows computed at once (sequences). None: 4 on a CPU; on a GPU as many as make 16,384 tokens, fewer for wide
+    models."""
     threads: Annotated[Positive, Flag("--threads")] = 1
     """Threads of a worker (cores); part of a result's identity."""
 

@@ -25,13 +25,14 @@ from lrpq.quant.grid import Grid
 from lrpq.relevance.composite import Relevance
 from tasks.estimate.asked import Asked, Cluster
 from tasks.estimate.machines import calibrated, machine_file, read_machine, write_machine
+from tasks.resources import windows_at_once
 from tasks.streams import DTYPES
 
 SECONDS_AN_HOUR = 3600
 
 
-def asked_of(config: CompressConfig, source: ModelSource) -> Asked:
-    """What of a configuration decides its cost.
+def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu") -> Asked:
+    """What of a configuration decides its cost on a kind of device, "cpu" or "cuda".
 
     Raises:
         ConfigError: a head is to be quantized that is the embedding.
@@ -50,7 +51,12 @@ def asked_of(config: CompressConfig, source: ModelSource) -> Asked:
         length=run.calibration.length,
         held_out=run.calibration.held_out,
         shards=run.shards,
-        micro_batch=run.micro_batch,
+        micro_batch=windows_at_once(
+            run.micro_batch,
+            device=device,
+            length=run.calibration.length,
+            hidden=source.config.get_text_config().hidden_size,
+        ),
         threads=run.threads,
         relevance=Relevance(run.relevance),
         choices=tuple(Choice(bits=bits, group_size=size) for bits in run.candidates.bits for size in sizes),

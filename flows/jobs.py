@@ -33,6 +33,8 @@ class JobContext:
     """Of the model's files, and of its rotation."""
     dtype: str
     """Of weights and activations, resolved."""
+    micro_batch: int
+    """Windows computed at once, resolved."""
 
 
 def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
@@ -46,7 +48,7 @@ def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
         length=config.calibration.length,
         num_tokens=windows.num_windows * config.calibration.length,
         num_shards=min(config.shards, windows.num_windows),
-        micro_batch=config.micro_batch,
+        micro_batch=context.micro_batch,
         rotation=rotation_of(config),
     )
 

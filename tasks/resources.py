@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+CPU_WINDOWS = 4
+GPU_TOKENS = 1 << 14
+GPU_ELEMENTS = 1 << 26
+"""Of one micro-batch's hidden states, at most."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerShape:
@@ -44,6 +49,25 @@ def worker_shape(
     return WorkerShape(
         num_workers=workers, num_cpus=cpus, num_gpus=share, kept_bytes=max(free_bytes // 4 // workers, 1 << 28)
     )
+
+
+def windows_at_once(asked: int | None, *, device: str, length: int, hidden: int) -> int:
+    """Windows of a micro-batch: part of a result's identity, so it depends on the kind of device and on no sizes of it.
+
+    A GPU waits for launches where a block's operations are small; on a CPU four windows are fastest and take little
+    memory (docs/log.md).
+
+    Args:
+        asked: what the configuration says, if anything.
+        device: "cpu" or "cuda".
+        length: tokens of a window.
+        hidden: width of the hidden states.
+    """
+    if asked is not None:
+        return asked
+    if device != "cuda":
+        return CPU_WINDOWS
+    return max(1, min(GPU_TOKENS, GPU_ELEMENTS // hidden) // length)
 
 
 def workers_that_fit(shape: WorkerShape, *, cluster_cpus: float, cluster_gpus: float) -> int:

@@ -115,7 +115,7 @@ def plan(
         from tasks.estimate.report import estimate
 
         source = rotated(DescribedModel(resolve_description(asked.run.model)), asked.run)
-        wanted = asked_of(asked, source)
+        wanted = asked_of(asked, source, device="cuda" if gpus else "cpu")
 
         def say(text: str) -> None:
             typer.echo(f"measuring this machine: {text}", err=True)

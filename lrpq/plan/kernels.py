@@ -20,15 +20,21 @@ FP32 = "float32"
 F32_BYTES = 4
 
 
-def triangle_flops(d_in: int, tokens: float) -> float:
+def activation_sum(flops: float, *, width: int, split: bool) -> Work:
+    """``activation_sums.add_sum`` of as many FLOPs in fp32; ``split``: two products in bfloat16 take its place."""
+    return matmul(2 * flops, dtype="bfloat16", width=width) if split else matmul(flops, dtype=FP32, width=width)
+
+
+def triangle_flops(d_in: int, tokens: float, *, split: bool = False) -> float:
     """Products of ``hessian.accumulate``: row blocks from the diagonal to the right edge."""
-    step = max(1, -(-d_in // hessian._NUM_BLOCKS))
+    step = max(1, -(-d_in // hessian._NUM_BLOCKS), hessian._GPU_BLOCK_ROWS if split else 0)
     return sum(2.0 * tokens * min(step, d_in - start) * (d_in - start) for start in range(0, d_in, step))
 
 
-def accumulate(d_in: int, tokens: float) -> Work:
+def accumulate(d_in: int, tokens: float, *, split: bool = False) -> Work:
     """``hessian.accumulate``: widened inputs, weighted inputs, their product."""
-    return matmul(triangle_flops(d_in, tokens), dtype=FP32, width=d_in) + work(wide=2 * F32_BYTES * tokens * d_in)
+    products = activation_sum(triangle_flops(d_in, tokens, split=split), width=d_in, split=split)
+    return products + work(wide=2 * F32_BYTES * tokens * d_in)
 
 
 def output_chunks(d_out: int) -> list[int]:
@@ -36,11 +42,11 @@ def output_chunks(d_out: int) -> list[int]:
     return [min(CHUNK_ROWS, d_out - start) for start in range(0, d_out, CHUNK_ROWS)]
 
 
-def add_outputs(d_out: int, tokens: float) -> Work:
+def add_outputs(d_out: int, tokens: float, *, split: bool = False) -> Work:
     """``outputs.add_outputs``: widened and scaled gradients, their products."""
     chunks = output_chunks(d_out)
     flops = sum(2.0 * tokens * rows * rows for rows in chunks)
-    return matmul(flops, dtype=FP32, width=max(chunks)) + work(wide=3 * F32_BYTES * tokens * d_out)
+    return activation_sum(flops, width=max(chunks), split=split) + work(wide=3 * F32_BYTES * tokens * d_out)
 
 
 def normalized(d_in: int) -> Work:

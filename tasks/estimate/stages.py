@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
+import torch
+
 from lrpq.checkpoint.verify import PROBE_TOKENS
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.plan import kernels
@@ -160,11 +162,16 @@ class Stages:
         sums = []
         for members in kind.sites().values():
             seen = tokens * shape.share(members[0])
-            sums.append(kernels.accumulate(members[0].d_in, seen))
+            sums.append(kernels.accumulate(members[0].d_in, seen, split=self._split))
             if asked.weighs_tokens:
-                sums += [kernels.add_outputs(spec.d_out, seen) for spec in members if not spec.routed]
+                sums += [kernels.add_outputs(s.d_out, seen, split=self._split) for s in members if not s.routed]
             sums.append(work(wide=8.0 * passes * seen * explained * sum(spec.d_out for spec in members)))
         return traced * batches + total(sums)
+
+    @property
+    def _split(self) -> bool:
+        """Whether sums over activations are products in bfloat16."""
+        return not self.cpu and self.asked.dtype is torch.bfloat16
 
     def _traced(self, traced: Traced) -> Work:
         return matmul(traced.flops, dtype=self.dtype, width=self.shape.hidden) + work(vector=traced.vector_bytes)
@@ -321,14 +328,14 @@ class Stages:
             return found
         for members in _by_site(kind.steps[position]).values():
             d_in, seen = members[0].d_in, tokens * self.shape.share(members[0])
-            found += kernels.accumulate(d_in, seen)
+            found += kernels.accumulate(d_in, seen, split=self._split)
             if corrected and self._adds(members[0]):  # W (x - xq), P, and what earlier units of the block add
-                found += matmul(4.0 * seen * members[0].num_weights, dtype=kernels.FP32, width=d_in)
+                found += kernels.activation_sum(4.0 * seen * members[0].num_weights, width=d_in, split=self._split)
                 earlier = [s for s in order[: order.index(members[0])] if self._adds(s)]
                 found += matmul(streams * self._linear_flops(earlier, tokens), dtype=self.dtype, width=d_in)
                 found += work(wide=20.0 * seen * (d_in + members[0].d_out))
             elif corrected:
-                found += matmul(2.0 * seen * d_in * d_in, dtype=kernels.FP32, width=d_in)
+                found += kernels.activation_sum(2.0 * seen * d_in * d_in, width=d_in, split=self._split)
                 found += work(wide=20.0 * seen * d_in)
         return found
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.resources import WorkerShape, worker_shape, workers_that_fit
+from tasks.resources import WorkerShape, windows_at_once, worker_shape, workers_that_fit
 
 GIB = 1 << 30
 
@@ -83,3 +83,19 @@ def test_all_workers_fit_on_the_cluster(
 )
 def test_workers_that_fit_into_what_is_left(asked: dict[str, Any], cpus: float, gpus: float, fitting: int) -> None:
     assert workers_that_fit(shape(**asked), cluster_cpus=cpus, cluster_gpus=gpus) == fitting
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "length", "hidden", "windows"),
+    [
+        (None, "cpu", 2048, 8192, 4),
+        (None, "cuda", 1024, 576, 16),
+        (None, "cuda", 2048, 4096, 8),
+        (None, "cuda", 2048, 8192, 4),
+        (None, "cuda", 8192, 16384, 1),
+        (3, "cuda", 1024, 576, 3),
+        (3, "cpu", 1024, 576, 3),
+    ],
+)
+def test_windows_at_once(asked: int | None, device: str, length: int, hidden: int, windows: int) -> None:
+    assert windows_at_once(asked, device=device, length=length, hidden=hidden) == windows
