@@ -42,6 +42,7 @@ from lrpq.quant.grid import (
     zero_points,
 )
 from lrpq.quant.importance import search_importance
+from lrpq.quant.products import add_product, by_halves
 from lrpq.quant.residual import has_kernel, write_residual
 from lrpq.quant.scale_search import search_scales_transposed
 
@@ -194,8 +195,12 @@ def _sweep(
     for first, middle, last in _halvings(0, d_in, leaf):
         if middle == last:
             round_leaf(first, last)
+            continue
+        later, pull, errors = columns[middle:last], factor.R[first:middle, middle:last].T, columns[first:middle]
+        if by_halves(later, middle - first):
+            add_product(later, pull, errors)
         else:
-            columns[middle:last].addmm_(factor.R[first:middle, middle:last].T, columns[first:middle])
+            later.addmm_(pull, errors)
     return _Sweep(codes, T)
 
 

@@ -24,7 +24,8 @@ from lrpq.kernels.threads import usable
 from lrpq.model.layers import Choice
 from lrpq.quant import descent as descent_module
 from lrpq.quant import gptq as gptq_module
-from lrpq.quant import refit as refit_module
+from lrpq.quant import products
+from lrpq.quant import residual as residual_module
 from lrpq.quant import scale_search as search_module
 from lrpq.quant.descent import descend
 from lrpq.quant.factor import factorize
@@ -312,6 +313,34 @@ def layer(d_out: int, d_in: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     return numbers(d_out, d_in, seed=7).to(device), (X.T @ X / len(X)).to(device)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_product_by_halves_keeps_sixteen_digits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_COLUMNS", 48)  # a rest of four
+    A, B, C = numbers(70, 64, seed=1), numbers(64, 100, seed=2), numbers(70, 100, seed=3)
+    found = C.to(device, copy=True)
+    products.add_product(found, A.to(device), B.to(device))
+    exact = C.double() + A.double() @ B.double()
+    reach = A.double().abs() @ B.double().abs()
+    assert ((found.cpu() - exact).abs() <= 2.0**-16 * reach).all()
+    assert float(((A.bfloat16().double() @ B.bfloat16().double() + C - exact).abs() / reach).max()) > 2.0**-11
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_updates_by_halves_move_no_loss(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    W, H = layer(200, 192, device)
+    factor = factorize(H)
+    monkeypatch.setattr(gptq_module, "in_one_launch", lambda tensor, *, columns, rows: False)
+    plain = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
+    calls: list[int] = []
+    monkeypatch.setattr(gptq_module, "by_halves", lambda C, inner: calls.append(inner) is None)
+    found = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
+    assert len(calls) > 1
+    for a, b in zip(found, plain, strict=True):
+        assert (a.codes == b.codes).float().mean() > 0.995
+        losses = [float(loss(W, q.dequantize(), H).sum()) for q in (a, b)]
+        assert losses[0] == pytest.approx(losses[1], rel=5e-4)
+
+
 CHOICES = [Choice(bits=bits, group_size=size) for bits, size in ((2, 32), (3, -1), (4, 96), (8, 48))]
 
 
@@ -325,7 +354,7 @@ def test_a_layer_comes_out_as_by_vector_operations(leaves: bool, device: str, mo
         monkeypatch.setattr(module, "in_one_launch", lambda tensor, *, columns, rows: False)
     fast = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
     fast_after = [*(d.weight for d in descend(W, fast, H)), *(refit(W, q, H).weight for q in fast)]
-    for module in (gptq_module, descent_module, search_module, refit_module):
+    for module in (gptq_module, descent_module, search_module, residual_module):
         monkeypatch.setattr(module, "usable", lambda tensor: False)
     plain = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
     plain_after = [*(d.weight for d in descend(W, fast, H)), *(refit(W, q, H).weight for q in fast)]
