@@ -27,7 +27,8 @@ from flows.prefect_server import prefect_api, quiet_prefect
 from flows.progress import JsonlProgress
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
-from tasks.cluster import Pool, open_pool
+from tasks.cluster import Pool
+from tasks.opening import open_pool
 from tests.tiny_models import CASES, VOCABULARY, write_tiny, write_tokenizer
 
 LENGTH = 24

@@ -47,7 +47,7 @@ from lrpq.relevance.composite import Relevance
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, SiteWeights, merge_block_sums
 from lrpq.shards import root, split
 from tasks.calibration.stored import read_windows
-from tasks.cluster import open_pool
+from tasks.opening import open_pool
 from tasks.refine import read_refined
 from tasks.store.objects import open_store
 from tasks.store.tensors import write_tensors
@@ -73,7 +73,7 @@ class Plain:
         self.candidates(sums)
         self.seconds["candidates"] = time.perf_counter() - started
         started = time.perf_counter()
-        codes = self.refine(weights, choices)
+        codes = self.refine(sums, weights, choices)
         self.seconds["refine"] = time.perf_counter() - started
         return codes
 
@@ -128,7 +128,10 @@ class Plain:
                         pack(candidate)
 
     def refine(
-        self, weights: dict[int, dict[int, SiteWeights]], choices: dict[str, Choice | None]
+        self,
+        sums: dict[int, BlockSums],
+        weights: dict[int, dict[int, SiteWeights]],
+        choices: dict[str, Choice | None],
     ) -> dict[str, QuantizedWeight]:
         plan, run = self.config.plan, self.config.run
         sweep = RefineSweep(
@@ -157,6 +160,8 @@ class Plain:
                         damping=run.candidates.damping,
                         correction_damping=plan.correction_damping,
                         polish_rounds=plan.polish,
+                        outputs=sums[block].outputs[spec.name],
+                        row_blocks=plan.row_blocks,
                         grid=Grid(run.candidates.grid),
                         name=spec.name,
                     )

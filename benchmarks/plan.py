@@ -29,6 +29,8 @@ from typing import Any
 from flows.config import CompressConfig
 
 SAMPLE_SECONDS = 0.05
+WORKER = "ray::Worker"
+"""How the command line of a worker's process begins."""
 CALIBRATION, EVALUATION = "pydoc:calibrate", "pydoc:evaluate"
 
 
@@ -193,7 +195,7 @@ class Sampler(threading.Thread):
                 continue
             if worker is None:
                 below = psutil.Process().children(recursive=True)
-                worker = next((p for p in below if "_Worker" in " ".join(_command(p))), None)
+                worker = next((p for p in below if " ".join(_command(p)).startswith(WORKER)), None)
             if worker is not None:
                 own, shared = _memory(worker.pid)
                 self._count(stage, worker)
@@ -313,6 +315,8 @@ def show_measured(found: dict[str, Any]) -> None:
             f"{name:12} {stage['seconds']:10.1f} {wall:10.1f} {cpu:13.1f} {stage['seconds'] / wall:6.2f} "
             f"{stage['host_bytes'] / 1e6:8.0f} {peak / 1e6:8.0f} {stage['host_bytes'] / peak:6.2f}"
         )
+    if not found["peak_bytes"]:
+        raise SystemExit(f"no process {WORKER} was seen: memory was not measured")
     largest = max(found["peak_bytes"].values())
     host = found["planned"]["host_bytes"]
     print(
@@ -346,7 +350,7 @@ def child(kind: str, config: CompressConfig, target: Path) -> None:
 
 
 def run_child(kind: str, config: CompressConfig, folder: Path) -> dict[str, Any]:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # the calibration of a new machine measured its disk there
     (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
     target = folder / "found.json"
     command = [sys.executable, "-m", "benchmarks.plan", "--child", kind, str(folder / "config.json"), str(target)]

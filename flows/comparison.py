@@ -44,8 +44,8 @@ from lrpq.model.safetensors_source import resolve_model
 from lrpq.model.source import open_source
 from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.overlap import overlap_warning
-from tasks.cluster import resolve_device
 from tasks.model_identity import model_fingerprint
+from tasks.opening import resolve_device
 from tasks.store.documents import parse_object
 from tasks.store.keys import code_digest
 from tasks.streams import DTYPES

@@ -34,8 +34,9 @@ from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
 from lrpq.model.safetensors_source import resolve_model
 from lrpq.model.source import open_source
 from tasks import evaluate
-from tasks.cluster import Pool, open_pool
+from tasks.cluster import Pool
 from tasks.evaluate import CheckpointCodes, EvaluateJob
+from tasks.opening import open_pool
 from tasks.question_scores import QuestionsJob
 from tasks.store.manifest import read_run
 from tasks.store.opened import open_store

@@ -40,9 +40,10 @@ from tasks import allocate, assemble, evaluate
 from tasks.artifacts import StageFolder
 from tasks.assemble import AssembleJob
 from tasks.candidates import CandidatesJob
-from tasks.cluster import Pool, open_pool, resolve_device
+from tasks.cluster import Pool
 from tasks.evaluate import CheckpointCodes, EvaluateJob, StoredCodes, Variant
 from tasks.model_identity import model_fingerprint
+from tasks.opening import open_pool, resolve_device
 from tasks.profile import ProfileJob
 from tasks.refine import RefineJob
 from tasks.store.garbage import mark_start

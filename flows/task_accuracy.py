@@ -122,8 +122,8 @@ def harness_tasks(
     for name, task in tasks.items():
         if not isinstance(task, HarnessTask):
             continue
-        from tasks.cluster import resolve_device
         from tasks.harness import run_harness
+        from tasks.opening import resolve_device
 
         started = time.monotonic()
         progress.stage(name, 2, "model")

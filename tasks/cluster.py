@@ -11,33 +11,25 @@ what the store has. ``map``, whose items need nothing of each other, does both i
 
 from __future__ import annotations
 
-import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import ray
 
-from lrpq.errors import ClusterError, ConfigError, LrpqError, WorkerLost
+from lrpq.errors import ClusterError, WorkerLost
 from tasks.end_process import end_process
-from tasks.resources import WorkerShape, object_store_bytes, worker_shape, workers_that_fit
-from tasks.watch import START_SECONDS, Watch
+from tasks.resources import WorkerShape, workers_that_fit
+from tasks.results import Ref, value_of
+from tasks.roll_call import PATIENCE_SECONDS, POLL_SECONDS, RollCall
+from tasks.watch import START_SECONDS
 from tasks.worker import Place, Worker, WorkerState
 
-__all__ = ["Pool", "Ref", "WorkerState", "open_pool", "resolve_device"]
+__all__ = ["Pool", "Ref", "WorkerState"]
 
 T = TypeVar("T")
-Ref = Any
-"""A ray.ObjectRef."""
-
-POLL_SECONDS = 0.5
-"""How often workers are asked for a sign of life while somebody waits for them."""
-PATIENCE_SECONDS = 30.0
-"""Silence that is always allowed: a thread that answers may wait for Python's lock, or for a busy machine."""
 SOME_START_SECONDS = 60.0
 """How long a renewed pool waits for new workers where it has some."""
 MAX_DEATHS = 3
@@ -70,10 +62,7 @@ class Pool:
         """Why workers were given up, since the pool was made."""
         self.workers: list[Any] = []
         self._epoch = 0
-        self._watch = Watch(patience=patience)
-        self._asked: dict[Any, Ref] = {}
-        self._where: dict[Any, tuple[str, int]] = {}
-        self._looked = 0.0
+        self._roll = RollCall(self.workers, patience=patience)
         self._changed = False
         """Whether workers have come or gone since everyone was given a place."""
         environment = {**QUIET, **{k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}}
@@ -120,7 +109,7 @@ class Pool:
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
             for reference in ready:
-                found[reference] = _value(reference)
+                found[reference] = value_of(reference)
             if waiting:
                 self._give_up_overdue()
         return [found[reference] for reference in references]
@@ -139,7 +128,7 @@ class Pool:
         deaths = [0] * len(items)
 
         def fill() -> None:
-            ready = [worker for worker in self.workers if self._watch.has_started(worker)]  # others may never be
+            ready = [worker for worker in self.workers if self._roll.has_started(worker)]  # others may never be
             for _ in range(AT_ONCE):
                 for worker in ready:
                     if todo and sum(owner == worker for _, owner in running.values()) < AT_ONCE:
@@ -161,7 +150,7 @@ class Pool:
             self._replace(worker)
 
         while todo or running:
-            for worker, why in self._overdue().items():
+            for worker, why in self._roll.overdue().items():
                 self._drop(worker, why)
                 repeat(worker)
             fill()
@@ -172,7 +161,7 @@ class Pool:
             for reference in ready:
                 position, worker = running[reference]
                 try:
-                    value = _value(reference)
+                    value = value_of(reference)
                 except WorkerLost as loss:
                     self._drop(worker, str(loss))
                     repeat(worker)
@@ -197,7 +186,7 @@ class Pool:
                 continue
 
     def _renew(self) -> None:
-        for worker, why in self._dead().items():
+        for worker, why in self._roll.dead().items():
             self._drop(worker, why)
         for _ in range(self._room()):
             self._start(Place(index=0, num_workers=1, epoch=self._epoch))
@@ -216,7 +205,7 @@ class Pool:
     def _start(self, place: Place) -> Any:
         worker = self._actor.remote({**self._settings, "place": place})
         self.workers.append(worker)
-        self._watch.created(worker)
+        self._roll.created(worker)
         return worker
 
     def _replace(self, lost: Any) -> None:
@@ -243,8 +232,8 @@ class Pool:
         """
         started = time.monotonic()
         while True:
-            self._look()
-            missing = [worker for worker in self.workers if not self._watch.has_started(worker)]
+            self._roll.look()
+            missing = [worker for worker in self.workers if not self._roll.has_started(worker)]
             if not missing:
                 break
             some = len(missing) < len(self.workers)
@@ -261,53 +250,9 @@ class Pool:
 
     def _give_up_overdue(self) -> None:
         """Raise WorkerLost for the first worker that is overdue, after ending it."""
-        for worker, why in self._overdue().items():
+        for worker, why in self._roll.overdue().items():
             self._drop(worker, why)
             raise WorkerLost(why)
-
-    def _overdue(self) -> dict[Any, str]:
-        """Workers that are dead or to be given up, and why."""
-        dead = self._look()
-        why = {worker: self._watch.why_overdue(worker) for worker in self.workers if worker not in dead}
-        return {**dead, **{worker: reason for worker, reason in why.items() if reason is not None}}
-
-    def _dead(self) -> dict[Any, str]:
-        """Ask every worker that has started and wait for the answers; those that do not answer are taken for dead."""
-        dead: dict[Any, str] = {}
-        deadline = time.monotonic() + self._watch.patience
-        self._looked = -math.inf  # ask everyone now
-        while True:
-            dead |= self._look()
-            silent = [w for w in self._asked if w not in dead and self._watch.has_started(w)]
-            if not silent or time.monotonic() > deadline:
-                return {**dict.fromkeys(silent, "it does not answer"), **dead}
-            time.sleep(POLL_SECONDS / 10)
-
-    def _look(self) -> dict[Any, str]:
-        """Take the answers that came and ask again; returns the workers that are dead."""
-        dead: dict[Any, str] = {}
-        passed = time.monotonic() - self._looked
-        answers = {reference: worker for worker, reference in self._asked.items()}
-        ready = ray.wait(list(answers), num_returns=len(answers), timeout=0)[0] if answers else []
-        for reference in ready:
-            worker = answers[reference]
-            del self._asked[worker]
-            try:
-                pulse = _value(reference)
-            except WorkerLost as loss:
-                dead[worker] = str(loss)
-                continue
-            self._watch.heard(worker, pulse)
-            self._where[worker] = pulse.place
-        if passed < POLL_SECONDS / 2:
-            return dead
-        self._looked = time.monotonic()
-        for worker in self.workers:
-            if worker in self._asked:
-                self._watch.waited(worker, passed)
-            elif worker not in dead:
-                self._asked[worker] = worker.pulse.options(concurrency_group="pulse").remote()
-        return dead
 
     def _drop(self, worker: Any, why: str) -> None:
         """Give a worker up: nothing it still writes can be published over another's, but it may hold memory."""
@@ -316,137 +261,8 @@ class Pool:
         self.workers.remove(worker)
         self.losses.append(why)
         self._changed = True
-        self._watch.forget(worker)
-        self._asked.pop(worker, None)
-        where = self._where.pop(worker, None)
+        where = self._roll.forget(worker)
         with suppress(ray.exceptions.RayError):
             ray.kill(worker)
         if where is not None:
             end_process(*where)
-
-
-def _value(reference: Ref) -> Any:
-    """A result that is there.
-
-    Raises:
-        LrpqError: as raised on the worker.
-        WorkerLost: it died, or what it was given went down with another one.
-    """
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, LrpqError):
-            raise error.cause from None
-        if isinstance(error.cause, ray.exceptions.RayError):
-            raise WorkerLost(_reason(error.cause)) from error
-        raise
-    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
-        raise ClusterError(f"Ray has no room for results between workers: {_reason(error)}") from error
-    except ray.exceptions.RayError as error:
-        raise WorkerLost(_reason(error)) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of Ray's explanation, which goes on with causes and logs."""
-    kind = type(error).__name__
-    known = {
-        "OutOfMemoryError": "Ray ended it because its machine ran out of memory",
-        "ActorDiedError": "its process died",
-        "ActorUnavailableError": "it cannot be reached",
-        "NodeDiedError": "its machine is gone",
-    }
-    if kind in known:
-        return known[kind]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{kind}: {lines[0][:200]}" if lines else kind
-
-
-@contextmanager
-def open_pool(
-    *,
-    device: str,
-    workers: int | None,
-    threads: int,
-    address: str | None = None,
-    patience: float = PATIENCE_SECONDS,
-    kept_bytes: int | None = None,
-    spill_folder: str | None = None,
-) -> Iterator[Pool]:
-    """Connect to a Ray cluster, or start one on this machine for the length of the context.
-
-    Args:
-        device: "auto", "cpu" or "cuda".
-        workers: number of workers, None for one a GPU or core.
-        threads: intra-op threads of a worker: part of the result's identity.
-        address: address of a running cluster.
-        patience: seconds of silence after which a worker may be given up.
-        kept_bytes: memory for a worker's kept inputs, None for its share of a quarter of the free memory.
-        spill_folder: where the rest of them go, None for the system's temporary folder.
-    """
-    os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
-    _keep_stdout_clean()
-    resolved = resolve_device(device)
-    local_cpus = len(os.sched_getaffinity(0))
-    wanted_cpus = max(local_cpus, (workers or 1) * threads)
-    if address is None:
-        ray.init(
-            address="local",  # without it Ray joins a cluster that somebody else started on this machine
-            num_cpus=wanted_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=_object_store_bytes(),
-        )
-    else:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    try:
-        cluster = ray.cluster_resources()
-        shape = worker_shape(
-            device=resolved,
-            requested=workers,
-            threads=threads,
-            cluster_cpus=cluster.get("CPU", 1.0),
-            cluster_gpus=cluster.get("GPU", 0.0),
-            free_bytes=_free_bytes(),
-        )
-        if kept_bytes is not None:
-            shape = replace(shape, kept_bytes=kept_bytes)
-        yield Pool(shape, device=resolved, threads=threads, patience=patience, spill_folder=spill_folder)
-    finally:
-        ray.shutdown()
-
-
-def resolve_device(device: str) -> str:
-    """Turn "auto" into "cuda" where a GPU is, else "cpu".
-
-    Raises:
-        ConfigError: a GPU was asked for and none is there.
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: no GPU is visible here; use --device cpu or check the driver")
-    return device
-
-
-def _keep_stdout_clean() -> None:
-    """Keep Ray's paragraph about a worker that died off stdout, which may be a JSON document: we report it ourselves.
-
-    Ray 2.60 prints it whatever ``log_to_driver`` says, and has no setting for it.
-    """
-    from ray._private import worker
-
-    if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = lambda *_, **__: None
-
-
-def _free_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def _object_store_bytes() -> int:
-    return object_store_bytes(_free_bytes())

@@ -8,12 +8,15 @@ import os
 import shutil
 import tempfile
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from lrpq.model.host_copies import HostCopies
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +31,8 @@ _YOUNG_SECONDS = 60.0
 class KeptInputs:
     """Tensors by key, each taken once. Those beyond ``memory_bytes`` are spilled to a folder of its own.
 
-    Kept in host memory whatever device they come from, and given back on that device. What a killed process left on
+    Kept in host memory whatever device they come from, and given back on that device; a GPU goes on while they are
+    copied from it. What a killed process left on
     disk is removed by the next one that spills there.
 
     Args:
@@ -45,9 +49,16 @@ class KeptInputs:
         self.forgotten_bytes = 0
         self.may_forget = may_forget
         self._parent = folder
-        self._held: dict[Key, Tensor] = {}
+        self._held: dict[Key, Tensor | Future[Tensor]] = {}
         self._devices: dict[Key, torch.device] = {}
         self._spill: _SpillFolder | None = None
+        self._own_copies: HostCopies | None = None
+
+    @property
+    def _copies(self) -> HostCopies:
+        if self._own_copies is None:
+            self._own_copies = HostCopies()
+        return self._own_copies
 
     @property
     def folder(self) -> Path:
@@ -64,14 +75,13 @@ class KeptInputs:
             OSError: there is no room for it, and nothing may be forgotten.
         """
         device = tensor.device
-        tensor = tensor.cpu()
         size = tensor.numel() * tensor.element_size()
         if self.held_bytes + size <= self.memory_bytes:
-            self._held[key] = tensor
+            self._held[key] = self._copies.start(tensor) if tensor.is_cuda else tensor.cpu()
             self.held_bytes += size
         else:
             try:
-                self._write(key, tensor)
+                self._write(key, tensor.cpu())
             except OSError:
                 if not self.may_forget:
                     raise
@@ -84,7 +94,8 @@ class KeptInputs:
         """Return a tensor and forget it."""
         device = self._devices.pop(key)
         if key in self._held:
-            tensor = self._held.pop(key)
+            held = self._held.pop(key)
+            tensor = held.result() if isinstance(held, Future) else held
             self.held_bytes -= tensor.numel() * tensor.element_size()
             return tensor.to(device)
         path = self._path(key)
@@ -99,11 +110,15 @@ class KeptInputs:
             held = self._held.pop(key, None)
             if held is None:
                 self._path(key).unlink(missing_ok=True)
-            else:
-                self.held_bytes -= held.numel() * held.element_size()
+                continue
+            tensor = held.result() if isinstance(held, Future) else held
+            self.held_bytes -= tensor.numel() * tensor.element_size()
 
     def close(self) -> None:
         """Forget everything and remove the spill folder."""
+        if self._own_copies is not None:
+            self._own_copies.close()
+            self._own_copies = None
         self._held.clear()
         self._devices.clear()
         self.held_bytes = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrpq.kernels.columns import round_columns
 from lrpq.kernels.threads import in_one_launch, usable
 from lrpq.quant.factor import Factor
-from lrpq.quant.products import add_product, by_halves
+from lrpq.quant.halves import add_product, by_halves
 
 # Columns below which a sweep step uses vector operations instead of halving again: swept 3 .. 18 on 2 cores.
 LEAF_COLUMNS = 6

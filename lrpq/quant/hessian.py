@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.quant.grid import fetch
+from lrpq.quant.products import add_product, is_split
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # Row blocks of the symmetric product: b blocks compute (b + 1) / 2b of it, here 56%. More blocks save little
 # and make thin matmuls.
 _NUM_BLOCKS = 8
+_GPU_BLOCK_ROWS = 2048  # at least: thinner products leave most of a GPU idle
 _DAMPING_FACTOR = 10.0
 _MAX_DAMPING_STEPS = 5
 _FIRST_DAMPING = 1e-6  # where none was asked for and the matrix needs some: about fp32 rounding of its mean
@@ -63,14 +65,14 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
     """Add tokens X with weights s. Changes ``sums.xx`` in place and returns the sums that now hold it.
 
     X may be bfloat16 or half: it is widened first, so products and sums are fp32 (a bf16 matmul is 2.6 times
-    as fast on CPU but rounds its output to 8 bits). TF32 is used only if the caller turned it on. Only upper
-    blocks are computed. The result depends on how tokens are cut into calls (fp32 addition): keep the cut
-    fixed.
+    as fast on CPU but rounds its output to 8 bits); on a GPU bfloat16 is multiplied as it is (products.py). TF32 is
+    used only if the caller turned it on. Only upper blocks are computed. The result depends on how tokens are cut into
+    calls (fp32 addition): keep the cut fixed.
 
     Raises QuantizationError for a negative or non-finite weight.
     """
     d_in = sums.xx.shape[0]
-    X = X.reshape(-1, d_in).float()
+    X = X.reshape(-1, d_in)
     s = s.reshape(-1).float()  # before their sum is taken: a weight that fp32 rounds to zero must not count there
     if len(s) != len(X):
         raise QuantizationError(f"{len(s)} token weights for {len(X)} tokens of width {d_in}: give one a token")
@@ -78,10 +80,17 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
         raise QuantizationError(
             "token weights must be finite and not negative; take the relevance's magnitude or square"
         )
-    sX = X * s.unsqueeze(1)
     step = max(1, -(-d_in // _NUM_BLOCKS))
-    for start in range(0, d_in, step):
-        sums.xx[start : start + step, start:].addmm_(X[:, start : start + step].T, sX[:, start:])
+    if is_split(X):
+        step = max(step, _GPU_BLOCK_ROWS)
+        for start in range(0, d_in, step):
+            rows = slice(start, start + step)
+            add_product(sums.xx[rows, start:], X[:, rows].float() * s.unsqueeze(1), X[:, start:])
+    else:
+        X = X.float()
+        sX = X * s.unsqueeze(1)
+        for start in range(0, d_in, step):
+            sums.xx[start : start + step, start:].addmm_(X[:, start : start + step].T, sX[:, start:])
     return replace(
         sums,
         weight_sum=sums.weight_sum + float(s.sum(dtype=torch.float64)),

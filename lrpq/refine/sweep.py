@@ -33,6 +33,7 @@ from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
+from lrpq.quant.products import add_product
 from lrpq.shards import Node, fold
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class RefineSweep:
             quantized: module name -> weights of the sites before this one in the block.
         """
         reader = self.stream.local_name(site[0])
-        W = module.get_submodule(reader).weight.float() if self._adds(reader) and self.with_shift else None
+        W = module.get_submodule(reader).weight if self._adds(reader) and self.with_shift else None
         parts: dict[Node, SiteProducts] = {}
         for shard, batches in self.quantized.items():
             sums = self._empty(site[0], reader)
@@ -147,10 +148,10 @@ class RefineSweep:
                         assert r is not None
                         assert rq is not None
                         assert W is not None
-                        lacking = (r.float() - rq.float()).addmm_(lacking, W.T)
+                        lacking = add_product(r.float() - rq.float(), lacking.T, W.T)
                     total = sums.shift if sums.pull is None else sums.pull
                     assert total is not None
-                    total.addmm_((lacking * s[:, None]).T, xq.float())
+                    add_product(total, lacking * s[:, None], xq)
                 self.on_batch()
             parts[0, shard] = sums
             parts = fold(parts, self.num_shards, merge_products)

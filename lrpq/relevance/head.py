@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LABEL_RUN = 256  # labels in a run: about the square root of a vocabulary of 50,000 to 130,000
 IGNORED_LABEL = -100  # PyTorch's own marker
+CHUNK_TOKENS, GPU_CHUNK_TOKENS = 256, 1024
+"""Rows of logits at a time, some ten tensors of that size together: a GPU waits for launches with few of them."""
 
 SeedGradient = Callable[[Tensor, Tensor], Tensor]
 """From logits [k, v] (fp32 or wider) and labels [k], none negative, to the gradient [k, v] at the logits."""
@@ -91,7 +93,7 @@ def head_gradient(
     generators: Sequence[torch.Generator] | None = None,
     labels: Int[Tensor, "n t"] | None = None,
     seed: SeedGradient = nll_seed,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
 ) -> tuple[dict[Pass, Float[Tensor, "n t h"]], float]:
     """Gradients at the last block's output for every pass, and the labels' negative log-likelihood in nats.
 
@@ -107,7 +109,7 @@ def head_gradient(
         generators: one per sequence (`sequence_generator`): labels are sampled from the model's own softmax.
         labels: or given labels, `IGNORED_LABEL` for tokens without loss.
         seed: gradient at the logits.
-        chunk_tokens: bound on the rows of logits at a time.
+        chunk_tokens: bound on the rows of logits at a time; None for what suits the device.
 
     Raises:
         QuantizationError: labels and hidden states do not fit each other, or a gradient is not finite.
@@ -122,6 +124,8 @@ def head_gradient(
     with rules_for(norm, switch, passes), torch.enable_grad():
         leaf = hidden.detach().requires_grad_()
         normed = norm(leaf)
+    if chunk_tokens is None:
+        chunk_tokens = GPU_CHUNK_TOKENS if hidden.is_cuda else CHUNK_TOKENS
     upstream = torch.empty_like(normed)
     total_nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for i in range(n):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lrpq.quant.products import add_product, is_split
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -36,10 +38,17 @@ def num_chunks(d_out: int) -> int:
 
 def add_outputs(total: Outputs, g: Float[Tensor, "tokens d_out"]) -> None:
     """Add tokens' gradients in place. 2 tokens c d_out FLOPs for chunks of c rows."""
-    g = g.float()
-    norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
-    scaled = g * torch.where(norm > 0, norm.rsqrt(), 0.0)
+    wide = g.float()
+    norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
     start = 0
+    if is_split(g):
+        scaled = wide * torch.where(norm > 0, 1 / norm, 0.0)
+        for G in total:
+            rows = slice(start, start + len(G))
+            add_product(G, scaled[:, rows], g[:, rows])
+            start += len(G)
+        return
+    scaled = wide * torch.where(norm > 0, norm.rsqrt(), 0.0)
     for G in total:
         part = scaled[:, start : start + len(G)]
         G.addmm_(part.T, part)

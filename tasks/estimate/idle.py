@@ -14,9 +14,10 @@ import tasks.profile
 import tasks.refine  # noqa: F401 -- as a worker does
 from lrpq.model.host_memory import release_freed_memory
 from lrpq.plan.machine import exercise
-from tasks.cluster import WorkerState, open_pool
+from tasks.opening import open_pool
 from tasks.store.local import LocalStore
 from tasks.store.tensors import read_symmetric, read_tensors, write_symmetric, write_tensors
+from tasks.worker import WorkerState
 
 WIDTH = 2048
 

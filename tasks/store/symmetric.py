@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -32,11 +34,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TILE = 512
-TILES_PER_GROUP = 30
-"""Tiles of 2^20 bytes, so that a row group stays below 32 MB: readers and writers hold several copies of one."""
+TILES_PER_GROUP = 15
+"""Tiles of 2^20 bytes, so that a row group stays below 16 MB: readers and writers hold several copies of two."""
 KIND = "symmetric"
 _MATRICES = "lrpq.matrices"
-_MAX_GROUP_BYTES = 32_000_000
+_MAX_GROUP_BYTES = 16_000_000
 
 _SCHEMA = pa.schema(
     [
@@ -141,13 +143,28 @@ def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tenso
             if other == name:
                 break
             first += _num_groups(other_width)
-        matrix = torch.zeros(width, width)
-        for offset, group in enumerate(_groups(width)):
-            shape = parquet.metadata.row_group(first + offset)
+        groups = list(_groups(width))
+        for offset, group in enumerate(groups, first):
+            shape = parquet.metadata.row_group(offset)
             if shape.num_rows != len(group) or shape.total_byte_size > _MAX_GROUP_BYTES:
-                raise ValueError(f"row group {first + offset} does not fit matrix {name!r}")
-            _place_group(parquet.read_row_group(first + offset, use_threads=False), name, group, matrix.numpy())
+                raise ValueError(f"row group {offset} does not fit matrix {name!r}")
+        matrix = torch.zeros(width, width)
+        with closing(_read_ahead(parquet, range(first, first + len(groups)))) as tables:
+            for group, table in zip(groups, tables, strict=True):
+                _place_group(table, name, group, matrix.numpy())
         return matrix, dict(index.scalars[name])
+
+
+def _read_ahead(parquet: pq.ParquetFile, groups: range) -> Generator[pa.Table, None, None]:
+    """Row groups, each read and decoded while the one before it is verified and put in its place."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming: Future[pa.Table] | None = None
+        for group in groups:
+            table, coming = coming, reader.submit(parquet.read_row_group, group, use_threads=False)
+            if table is not None:
+                yield table.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def _width(key: str, name: str, matrix: Tensor) -> int:

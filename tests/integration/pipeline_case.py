@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, write_tokenizer
 
 from flows.config import CompressConfig
-from tasks.cluster import Pool, open_pool
+from tasks.cluster import Pool
+from tasks.opening import open_pool
 
 WORKERS = 2
 _POOL = pytest.StashKey[Pool]()

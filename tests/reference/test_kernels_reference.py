@@ -15,7 +15,7 @@ from lrpq.kernels.descent import descend_columns
 from lrpq.kernels.scale_errors import write_errors, write_fit
 from lrpq.kernels.threads import usable
 from lrpq.model.layers import Choice
-from lrpq.quant import column_loop, products
+from lrpq.quant import column_loop
 from lrpq.quant import descent as descent_module
 from lrpq.quant import gptq as gptq_module
 from lrpq.quant import residual as residual_module
@@ -113,10 +113,10 @@ def layer(d_out: int, d_in: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_product_by_halves_keeps_sixteen_digits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_COLUMNS", 48)  # a rest of four
+    monkeypatch.setattr(halves, "_COLUMNS", 48)  # a rest of four
     A, B, C = numbers(70, 64, seed=1), numbers(64, 100, seed=2), numbers(70, 100, seed=3)
     found = C.to(device, copy=True)
-    products.add_product(found, A.to(device), B.to(device))
+    halves.add_product(found, A.to(device), B.to(device))
     exact = C.double() + A.double() @ B.double()
     reach = A.double().abs() @ B.double().abs()
     assert ((found.cpu() - exact).abs() <= 2.0**-16 * reach).all()

@@ -1,0 +1,66 @@
+"""Sums that a GPU makes of bfloat16 activations, against float64; and the copies that it makes meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lrpq.model.kept import KeptInputs
+from lrpq.quant.hessian import accumulate, empty_hessian, mirror
+from lrpq.quant.products import add_product, split
+from lrpq.relevance.outputs import add_outputs, empty_outputs
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def test_two_parts_hold_seventeen_bits() -> None:
+    wide = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 10_000)
+    high, low = split(wide)
+    assert high.dtype == low.dtype == torch.bfloat16
+    error = (high.double() + low.double() - wide.double()).abs() / wide.double().abs()
+    assert error.max() <= 2.0**-17
+    assert ((high.double() - wide.double()).abs() / wide.double().abs()).max() > 2.0**-10  # one part would not do
+
+
+def test_a_product_is_added() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(300, 7, generator=generator)
+    exact = torch.randn(300, 5, generator=generator).bfloat16()
+    total = add_product(torch.ones(7, 5), wide, exact)
+    torch.testing.assert_close(total.double(), 1 + wide.double().T @ exact.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("d", [64, 576, 5000])
+def test_sums_of_bfloat16_are_as_good_as_fp32(d: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(d)
+    X = torch.randn(4096, d, device="cuda", generator=generator).bfloat16()
+    s = torch.rand(4096, device="cuda", generator=generator)
+    wanted = (X.double() * s.double()[:, None]).T @ X.double()
+    scale = wanted.diagonal().mean()
+    found = mirror(accumulate(empty_hessian(d, "cuda"), X, s)).xx
+    plain = torch.zeros(d, d, device="cuda").addmm_(X.float().T, X.float() * s[:, None])
+    error, of_fp32 = ((sums.double() - wanted).square().mean().sqrt() / scale for sums in (found, plain))
+    assert error < 1e-6
+    assert error < 4 * of_fp32
+    outputs = empty_outputs(d, "cuda")
+    add_outputs(outputs, X)
+    x = X.double()[:, : len(outputs[0])]
+    G = (x / X.double().norm(dim=1, keepdim=True)).T @ x
+    assert (outputs[0].double() - G).square().mean().sqrt() < 1e-6 * G.diagonal().mean()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_copies_hold_what_was_put() -> None:
+    with KeptInputs(memory_bytes=1 << 30) as kept:
+        for key in range(40):
+            x = torch.full((512, 512), float(key), device="cuda")
+            kept.put((key,), x * 2)
+            x.fill_(-1)
+        for key in reversed(range(40)):
+            taken = kept.take((key,))
+            assert taken.is_cuda
+            assert bool((taken == 2 * key).all())
+        assert kept.held_bytes == 0
