@@ -15,7 +15,7 @@ from lrpq.kernels.descent import descend_columns
 from lrpq.kernels.scale_errors import write_errors, write_fit
 from lrpq.kernels.threads import usable
 from lrpq.model.layers import Choice
-from lrpq.quant import column_loop
+from lrpq.quant import column_loop, halves
 from lrpq.quant import descent as descent_module
 from lrpq.quant import gptq as gptq_module
 from lrpq.quant import residual as residual_module
