@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from lrpq.model.layers import Choice
 from lrpq.plan.work import COUNTED, NOTHING, Work, matmul, total, work
-from lrpq.quant import descent, gptq, hessian, scale_search
+from lrpq.quant import column_loop, descent, gptq, hessian, scale_search
 from lrpq.quant import refit as refits
 from lrpq.quant.grid import Grid, group_width
 from lrpq.quant.row_feedback import blocks_of
@@ -72,7 +72,7 @@ def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cp
     stacked = d_out * len(choices)
     propagated = sum(
         2.0 * (last - middle) * (middle - first)
-        for first, middle, last in gptq._halvings(0, d_in, gptq.COMPILED_LEAF["cpu" if cpu else "cuda"])
+        for first, middle, last in column_loop.halvings(0, d_in, column_loop.COMPILED_LEAF["cpu" if cpu else "cuda"])
         if middle < last
     )
     chunks = -(-d_out // rows_at_once(d_in, len(choices), cpu=cpu))

@@ -195,7 +195,7 @@ def _descend(state: _State, H: Tensor, inverse: Tensor, run: int, *, sweeps: int
     if usable(H) and in_one_launch(H, columns=len(H), rows=state.D.shape[1]):
         from lrpq.kernels.descent_sweep_cuda import descend_sweeps
 
-        moved = torch.zeros(state.D.shape[1], dtype=torch.bool, device=H.device)
+        moved = torch.empty(state.D.shape[1], dtype=torch.bool, device=H.device)
         runs = torch.arange(len(H), device=H.device) // run
         descend_sweeps(state.D, state.codes, state.scales, state.ranges, H, inverse, runs, moved, sweeps=sweeps)
         return state.codes, moved

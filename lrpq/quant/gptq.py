@@ -18,16 +18,16 @@ implementation by explicit inverses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
-from lrpq.kernels.columns import round_columns
-from lrpq.kernels.threads import in_one_launch, usable
+from lrpq.kernels.threads import usable
 from lrpq.model.layers import Choice
+from lrpq.quant.column_loop import sweep
 from lrpq.quant.factor import Factor
 from lrpq.quant.grid import (
     Grid,
@@ -48,11 +48,6 @@ from lrpq.quant.scale_search import search_scales_transposed
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# Columns below which a sweep step uses vector operations instead of halving again: swept 3 .. 18 on 2 cores.
-LEAF_COLUMNS = 6
-# Of the compiled loops: on a CPU 16 .. 48 are within 10%; on an H200, where a launch costs as much as a leaf, 64 takes
-# half the time of 32.
-COMPILED_LEAF = {"cpu": 48, "cuda": 64}
 # Stacked rows of one sweep. On CPU they keep the inner levels of the recursion in cache (2,304 .. 18,432
 # swept: 4,608 and 9,216 are equal, 2,304 is dominated by dispatch); on GPU they only bound the memory.
 _CPU_ROWS = 4608
@@ -118,8 +113,8 @@ def gptq(
     for start in range(0, d_out, num_rows):
         rows = slice(start, start + num_rows)
         Z_rows = None if Z is None else Z[:, :, rows]
-        sweep = _sweep(Wt[:, rows], factor, S[:, :, rows], bounds, run, Z=Z_rows, memory=memory)
-        codes[:, :, rows] = sweep.codes
+        done = sweep(Wt[:, rows], factor, S[:, :, rows], bounds, run, Z=Z_rows, memory=memory)
+        codes[:, :, rows] = done.codes
     back = torch.argsort(factor.order)
     return [
         QuantizedWeight(codes=codes[:, i].index_select(0, back).T.contiguous(), scales=s, choice=choice, zero_points=z)
@@ -149,123 +144,6 @@ def _check(
         )
     if not all(scaled):
         raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
-
-
-class _Sweep(NamedTuple):
-    """Result of a sweep, columns in its order: all [d_in, choices, rows]."""
-
-    codes: Tensor  # int8
-    errors: Tensor  # D = W - Q
-
-
-def _sweep(
-    W: Tensor,
-    factor: Factor,
-    S: Tensor,
-    bounds: Tensor,
-    run: int,
-    *,
-    Z: Tensor | None,
-    memory: Tensor | None = None,
-) -> _Sweep:
-    """The column loop over W [d_in, rows] in sweep order, for all choices (scales S [runs, choices, rows]).
-
-    The matrix is kept transposed, so that a column of W is contiguous. Halving: round the left half,
-    propagate its errors to the right half in one matmul, round the right half. Every inner level is then a
-    matmul of growing size, and only the columns of a leaf go through a loop: a compiled one where there is one
-    (float32, no zero points), else vector operations. On a GPU all of a small layer is one launch.
-
-    ``memory``, if given, is where the errors go: fresh pages cost as much as a fifth of the sweep.
-    """
-    d_in, num_rows = W.shape
-    shape = (d_in, S.shape[1], num_rows)
-    flat = W.new_empty(math.prod(shape)) if memory is None else memory[: math.prod(shape)]
-    codes = torch.empty(shape, dtype=torch.int8, device=W.device)
-    if is_compiled(W, Z) and in_one_launch(W, columns=d_in, rows=shape[1] * num_rows):
-        from lrpq.kernels.column_sweep_cuda import sweep_columns
-
-        errors = flat.view(shape)
-        sweep_columns(errors, W.contiguous(), S.contiguous(), factor.R, bounds, factor.order // run, codes)
-        return _Sweep(codes, errors)
-    # the targets t_k, updated in place until column k is rounded, and from then on its errors D_k
-    T = flat.view(shape).copy_(W.unsqueeze(1))
-    round_leaf, leaf = (_compiled if is_compiled(W, Z) else _vectorized)(W, T, codes, factor, S, Z, bounds, run)
-    columns = T.view(d_in, -1)
-    for first, middle, last in _halvings(0, d_in, leaf):
-        if middle == last:
-            round_leaf(first, last)
-        else:
-            columns[middle:last].addmm_(factor.R[first:middle, middle:last].T, columns[first:middle])
-    return _Sweep(codes, T)
-
-
-def is_compiled(W: Tensor, Z: Tensor | None = None) -> bool:
-    """Whether a leaf goes through a compiled loop."""
-    return Z is None and usable(W)
-
-
-_RoundLeaf = Callable[[int, int], None]
-
-
-def _compiled(
-    W: Tensor, T: Tensor, codes: Tensor, factor: Factor, S: Tensor, Z: Tensor | None, bounds: Tensor, run: int
-) -> tuple[_RoundLeaf, int]:
-    """Rounds columns first .. last by `lrpq.kernels`; and how many at a time."""
-    assert Z is None
-    W, S, runs = W.contiguous(), S.contiguous(), factor.order // run
-
-    def round_leaf(first: int, last: int) -> None:
-        k = slice(first, last)
-        round_columns(T[k], W[k], S, factor.R[k, k], bounds, runs[k], codes[k])
-
-    return round_leaf, COMPILED_LEAF[W.device.type]
-
-
-def _vectorized(
-    W: Tensor, T: Tensor, codes: Tensor, factor: Factor, S: Tensor, Z: Tensor | None, bounds: Tensor, run: int
-) -> tuple[_RoundLeaf, int]:
-    """The same by vector operations."""
-    leaf = min(LEAF_COLUMNS, len(W))
-    shape = T.shape[1:]
-    leaf_codes = T.new_empty(leaf, *shape)
-    bottom, top = (b.unsqueeze(1).expand(shape).contiguous() for b in bounds.unbind(1))
-    # everything that the inner loop indexes, taken apart once: a tensor index costs as much as a vector
-    # operation
-    w, t, q, s = W.unbind(0), T.unbind(0), leaf_codes.unbind(0), S.contiguous().unbind(0)
-    z = None if Z is None else Z.contiguous().unbind(0)
-    group = (factor.order // run).tolist()
-    bands = [factor.R.diagonal(i).tolist() for i in range(1, leaf)]  # bands[i - 1][k] = R[k, k + i]
-
-    def round_leaf(first: int, last: int) -> None:
-        for k in range(first, last):
-            code, scale, d = q[k - first], s[group[k]], t[k]
-            torch.div(t[k], scale, out=code).round_()
-            if z is not None:
-                code.add_(z[group[k]])
-            torch.clamp(code, bottom, top, out=code)
-            torch.addcmul(w[k], code, scale, value=-1, out=d)
-            if z is not None:
-                d.addcmul_(z[group[k]], scale)
-            for later in range(k + 1, last):
-                t[later].add_(d, alpha=bands[later - k - 1][k])
-        codes[first:last] = leaf_codes[: last - first]
-
-    return round_leaf, leaf
-
-
-def _halvings(first: int, last: int, leaf: int) -> Iterator[tuple[int, int, int]]:
-    """Steps of the sweep, in order: (first, last, last) rounds columns, (first, middle, last) propagates to the right.
-
-    Not a function inside the sweep that calls itself: such a closure refers to itself and would keep the sweep's
-    matrices alive until the next garbage collection.
-    """
-    if last - first <= leaf:
-        yield first, last, last
-        return
-    middle = (first + last) // 2
-    yield from _halvings(first, middle, leaf)
-    yield first, middle, last
-    yield from _halvings(middle, last, leaf)
 
 
 def _stack(tensors: Sequence[Tensor], widths: Sequence[int], run: int) -> Tensor:

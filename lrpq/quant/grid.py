@@ -138,8 +138,11 @@ def check_finite(tensor: Tensor, what: str, *, name: str) -> None:
 
 def fetch(*numbers: Float[Tensor, ""]) -> list[float]:
     """Numbers of a device, exact, with one wait for it: each question of its own would leave a GPU without work."""
-    found: list[float] = torch.stack([number.double() for number in numbers]).tolist()
-    return found
+    kinds = list(dict.fromkeys(number.dtype for number in numbers))
+    stacked = [torch.stack([number for number in numbers if number.dtype == kind]).double() for kind in kinds]
+    found = iter(torch.cat(stacked).tolist())
+    by_kind = {kind: iter([next(found) for number in numbers if number.dtype == kind]) for kind in kinds}
+    return [next(by_kind[number.dtype]) for number in numbers]
 
 
 def ends(tensors: Sequence[Tensor]) -> Iterator[Tensor]:

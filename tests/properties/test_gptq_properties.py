@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
+from lrpq.quant import column_loop
 from lrpq.quant import gptq as gptq_module
 from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import gptq, loss, predicted_cost
@@ -40,13 +41,13 @@ def test_the_leaf_size_does_not_change_the_codes(d_out: int, d_in: int, seed: in
     factor = factorize(H)
     whole = gptq(W, factor, ALL_BITS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptq_module, "LEAF_COLUMNS", leaf)
+        patch.setattr(column_loop, "LEAF_COLUMNS", leaf)
         assert same(whole, gptq(W, factor, ALL_BITS))
     # compiled, in float32: scales are the same, codes but where a last digit decides
     W, factor = W.float(), factorize(H.float())
     whole = gptq(W, factor, ALL_BITS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gptq_module, "COMPILED_LEAF", {"cpu": leaf})
+        patch.setattr(column_loop, "COMPILED_LEAF", {"cpu": leaf})
         cut = gptq(W, factor, ALL_BITS)
     for a, b in zip(whole, cut, strict=True):
         assert torch.equal(a.scales, b.scales)
@@ -107,7 +108,7 @@ def test_internal_loss_is_the_damped_quadratic_form(d_out: int, d_in: int, seed:
     scales = torch.stack([q.scales.T for q in quantized], dim=1).double()
     bounds = torch.tensor([code_range(c.bits) for c in choices]).double()
     Wt = W.T[factor.order]
-    sweep = gptq_module._sweep(Wt, factor, scales, bounds, d_in, Z=None)
+    sweep = column_loop.sweep(Wt, factor, scales, bounds, d_in, Z=None)
     rounded = Wt.unsqueeze(1) - sweep.errors
     # t_k = w_k + sum_{j<k} D_j R_jk: what each column was rounded at, and to its nearest code
     targets = Wt.unsqueeze(1) + torch.einsum("jk,jcr->kcr", factor.R.triu(1), sweep.errors)

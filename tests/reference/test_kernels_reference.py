@@ -1,15 +1,8 @@
-"""The compiled loops against the same loops in float64, written plainly.
-
-Kernels that have no counterpart on CPUs run on a GPU, or where Triton is installed by its interpreter:
-
-    TRITON_INTERPRET=1 python -m pytest tests/reference/test_kernels_reference.py
-"""
+"""The compiled loops against the same loops in float64, written plainly."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -22,9 +15,10 @@ from lrpq.kernels.descent import descend_columns
 from lrpq.kernels.scale_errors import write_errors, write_fit
 from lrpq.kernels.threads import usable
 from lrpq.model.layers import Choice
+from lrpq.quant import column_loop, halves
 from lrpq.quant import descent as descent_module
 from lrpq.quant import gptq as gptq_module
-from lrpq.quant import refit as refit_module
+from lrpq.quant import residual as residual_module
 from lrpq.quant import scale_search as search_module
 from lrpq.quant.descent import descend
 from lrpq.quant.factor import factorize
@@ -38,8 +32,6 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
 ]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
-TRITON_DEVICES = [pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="no interpreter")), DEVICES[1]]
 BOUNDS = torch.tensor([[-4.0, 3.0], [-8.0, 7.0]])
 
 
@@ -114,202 +106,37 @@ def test_errors_and_fits_of_scales_are_the_weighted_sums(rows: int, width: int) 
     assert torch.allclose(squares.double(), (weights * q[0].square()).sum(1, keepdim=True), rtol=1e-5)
 
 
-# groups of one strip and of several, of columns that no block divides, and rows of many sizes
-SEARCHED = [(40, 128, 64, 1.0), (33, 96, 96, 1e-30), (5, 48, 8, 1e25)]
-
-
-@pytest.mark.parametrize("device", TRITON_DEVICES)
-@pytest.mark.parametrize("kind", [Grid.SIGNED, Grid.SYMMETRIC])
-@pytest.mark.parametrize(("rows", "columns", "width", "scale"), SEARCHED)
-def test_the_search_of_a_gpu_finds_what_that_of_a_cpu_finds(
-    rows: int, columns: int, width: int, scale: float, kind: Grid, device: str
-) -> None:
-    """Nearly every scale; and where a last digit decided otherwise, one as good in float64."""
-    from lrpq.kernels.scale_search_cuda import search_scales
-
-    bits = (2, 3, 4, 5, 6, 8)
-    W = numbers(columns, rows, seed=1) / numbers(4, columns, rows, seed=2).square().mean(0).sqrt() * scale
-    W[:width, 0] = 0.0
-    v = numbers(columns, seed=3).mul(1.5).exp()
-    expected = search_module._search_groups(W, v, width, bits, kind)
-    groups = W.view(-1, width, rows)
-    found = torch.empty(len(bits), rows, len(groups), dtype=torch.bfloat16, device=device).transpose(1, 2)
-    table = search_module._table(bits, width, kind, torch.device(device))
-    search_scales(groups.to(device), v.view(-1, width).to(device), table, found)
-    found = found.cpu()
-    assert (found == expected).double().mean() > 0.98
-    assert (found[:, 0, 0] == 1).all()
-    for b, a, e in zip(bits, found.double(), expected.double(), strict=True):
-        errors = []
-        for s in (a.unsqueeze(1), e.unsqueeze(1)):
-            q = (groups.double() / s).round().clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1)
-            errors.append((v.double().view(-1, width, 1) * (groups.double() - q * s).square()).sum(1))
-        assert torch.allclose(errors[0], errors[1], rtol=1e-4, atol=0.0)
-        assert (s.abs() > 0).all()
-
-
-@pytest.mark.parametrize("device", TRITON_DEVICES)
-def test_weights_that_are_read_across_and_half_precise_are_searched_alike(device: str) -> None:
-    from lrpq.kernels.scale_search_cuda import search_scales
-
-    W, v = numbers(37, 64, seed=1).bfloat16(), numbers(64, seed=2).abs()
-    table = search_module._table((3,), 32, Grid.SIGNED, torch.device(device))
-    results = []
-    for groups in (W.T.view(2, 32, 37), W.T.float().contiguous().view(2, 32, 37)):
-        found = torch.empty(1, 2, 37, dtype=torch.bfloat16, device=device)
-        search_scales(groups.to(device), v.view(2, 32).to(device), table, found)
-        results.append(found.cpu())
-    assert torch.equal(*results)
-    assert torch.equal(results[0], search_module._search_groups(W.T, v, 32, [3], Grid.SIGNED))
-
-
-# rows and columns: one, fewer than a block, a block and more; groups that no block divides
-PAIRS = [(1, 8, 2), (70, 96, 6), (3, 24, 3), (5, 200, 2), (65, 192, 3)]
-
-
-@pytest.mark.parametrize("device", TRITON_DEVICES)
-@pytest.mark.parametrize(("rows", "columns", "groups"), PAIRS)
-def test_products_of_groups_are_those_of_the_formula(rows: int, columns: int, groups: int, device: str) -> None:
-    from lrpq.kernels.group_products_cuda import group_products
-
-    codes = torch.randint(-128, 128, (rows, columns), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
-    X = numbers(50, columns, seed=2)
-    H = X.T @ X
-    A = torch.full((rows, groups, groups), torch.nan, dtype=torch.float64, device=device)
-    group_products(codes.to(device), H.to(device), A)
-    Z, blocks = codes.double().view(rows, groups, -1), H.double().view(groups, columns // groups, groups, -1)
-    expected = torch.einsum("rgi,gihj,rhj->rgh", Z, blocks, Z)
-    assert torch.allclose(A.cpu(), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
-    assert torch.equal(A, A.transpose(1, 2))
-
-
-# rows and columns: less than a program and a leaf, just these, more with rests
-WHOLE = [(1, 1), (7, 5), (8, 32), (11, 96), (20, 75)]
-
-
-@pytest.mark.parametrize("device", TRITON_DEVICES)
-@pytest.mark.parametrize(("rows", "columns"), WHOLE)
-def test_a_sweep_in_one_launch_rounds_as_the_formula_says(rows: int, columns: int, device: str) -> None:
-    from lrpq.kernels.column_sweep_cuda import sweep_columns
-
-    W = numbers(columns, rows, seed=2) * 3
-    S = numbers(3, 2, rows, seed=3).sign() * (0.2 + numbers(3, 2, rows, seed=4).abs())
-    R = numbers(columns, columns, seed=5).triu(1) * 0.2 + torch.eye(columns)
-    runs = torch.arange(columns) % 3
-    found = torch.full((columns, 2, rows), torch.nan, device=device)
-    codes = torch.empty(found.shape, dtype=torch.int8, device=device)
-    sweep_columns(found, *(x.to(device) for x in (W, S, R.T.contiguous().T, BOUNDS, runs)), codes)
-    errors, codes = found.cpu().double(), codes.cpu()
-    targets = W.double().unsqueeze(1) + torch.einsum("jk,jcr->kcr", R.double().triu(1), errors)
-    s = S.double()[runs]
-    ideal = (targets / s).clamp(BOUNDS[:, 0].view(1, 2, 1), BOUNDS[:, 1].view(1, 2, 1))
-    assert ((ideal - codes).abs() < 0.5 + 1e-4).all()
-    assert torch.allclose(errors, W.double().unsqueeze(1) - codes * s, atol=1e-5)
-    assert codes.unique().numel() > 1 or rows * columns == 1
-
-
-@pytest.mark.parametrize("device", TRITON_DEVICES)
-@pytest.mark.parametrize("sweeps", [1, 3])
-@pytest.mark.parametrize(("rows", "columns"), WHOLE)
-def test_sweeps_in_one_launch_descend_as_single_columns_do(rows: int, columns: int, sweeps: int, device: str) -> None:
-    from lrpq.kernels.descent_sweep_cuda import descend_sweeps
-
-    D, codes = numbers(columns, rows, seed=1), torch.randint(-4, 4, (columns, rows), dtype=torch.int8)
-    S = numbers(2, rows, seed=3).sign() * (0.2 + numbers(2, rows, seed=4).abs())
-    A = numbers(columns, 2 * columns, seed=5)
-    H = A @ A.T / (2 * columns)
-    inverse = 1 / H.diagonal()
-    if columns > 2:
-        inverse[2] = 0.0  # a dead input
-    runs = torch.arange(columns) % 2
-    bounds = torch.tensor([-4.0, 3.0]).unsqueeze(1).expand(2, rows).contiguous()
-    changed = [x.to(device, copy=True) for x in (D, codes, torch.ones(rows, dtype=torch.bool))]
-    fixed = [x.to(device) for x in (S, bounds, H, inverse, runs)]
-    descend_sweeps(changed[0], changed[1], *fixed, changed[2], sweeps=sweeps)
-    steps, errors, s = codes.double(), D.double(), S.double()[runs]
-    for _ in range(sweeps):
-        moved = torch.zeros(rows, dtype=torch.bool)
-        for k in range(columns):
-            pull = H.double()[k] @ errors * inverse.double()[k] / s[k]
-            n = torch.minimum(torch.maximum(pull, -4 - steps[k]), 3 - steps[k]).round()
-            steps[k] += n
-            errors[k] -= n * s[k]
-            moved |= n != 0
-    assert torch.equal(changed[1].cpu().double(), steps)
-    assert torch.allclose(changed[0].cpu().double(), errors, atol=1e-5)
-    assert torch.equal(changed[2].cpu(), moved)
-
-
-@pytest.mark.parametrize("device", TRITON_DEVICES)
-@pytest.mark.parametrize(("rows", "columns", "groups"), PAIRS)
-def test_errors_and_their_quadratic_forms_are_those_of_the_formula(
-    rows: int, columns: int, groups: int, device: str
-) -> None:
-    from lrpq.kernels.row_errors_cuda import quadratic_forms, write_errors
-
-    T, codes = numbers(rows, columns, seed=1), torch.randint(-8, 8, (rows, columns), dtype=torch.int8)
-    scales = (0.05 + numbers(rows, groups, seed=2).abs()).bfloat16()
-    expected = T - (codes.view(rows, groups, -1) * scales.float().unsqueeze(2)).view(rows, columns)
-    found = torch.full((columns, rows), torch.nan, device=device).T
-    write_errors(T.to(device), codes.T.contiguous().to(device).T, scales.to(device), found)
-    assert torch.equal(found.cpu(), expected)
-    X = numbers(3 * columns, columns, seed=3)
-    H = X.T @ X
-    for unit in (1.0, 2.0**-80, 2.0**60):
-        forms = quadratic_forms((expected * unit).to(device), H.to(device)).cpu()
-        exact = torch.einsum("rj,jk,rk->r", expected.double(), H.double(), expected.double()) * unit**2
-        assert torch.allclose(forms, exact, rtol=1e-5, atol=0.0)
-    assert (quadratic_forms(torch.zeros(2, columns, device=device), H.to(device)) == 0).all()
-
-
-@pytest.mark.parametrize("device", TRITON_DEVICES)
-@pytest.mark.parametrize(("rows", "columns", "groups"), PAIRS)
-def test_rows_of_a_refit_are_summed_and_judged(rows: int, columns: int, groups: int, device: str) -> None:
-    from lrpq.kernels.refit_cuda import group_sums, judge, part_empty
-
-    codes, X = torch.randint(-8, 8, (rows, columns), dtype=torch.int8), numbers(rows, columns, seed=1)
-    sums = torch.empty(groups, rows, dtype=torch.float64, device=device).T
-    group_sums(codes.to(device), X.to(device), sums)
-    assert torch.allclose(sums.cpu(), (codes * X.double()).view(rows, groups, -1).sum(2), rtol=1e-12, atol=1e-12)
-
-    root = numbers(rows, groups, groups, seed=2).double()
-    A = root @ root.transpose(1, 2) + torch.eye(groups).double()
-    A[0, 1], A[0, :, 1] = 0.0, 0.0  # a group without codes
-    old = (0.2 + numbers(rows, groups, seed=3).abs()).bfloat16()
-    ds = numbers(rows, groups, seed=4).double() * 0.1
-    b = torch.einsum("rgh,rh->rg", A, ds)  # then ds is the best step
-    parted = [x.to(device, copy=True) for x in (A, b + 1.0)]
-    part_empty(*parted)
-    expected = A.clone()
-    expected[0, 1, 1] = 1.0
-    assert torch.equal(parted[0].cpu(), expected)
-    assert float(parted[1][0, 1]) == 0.0
-    assert (parted[1].cpu() == b + 1.0).sum() == b.numel() - 1
-
-    info = torch.zeros(rows, dtype=torch.int32)
-    ds[0, 1] = 0.0
-    if rows > 4:
-        info[1] = 3  # not solved
-        ds[2, 0] = torch.nan
-        ds[3, 0] = -2 * old[3, 0].double()  # would change its sign
-        b[4] = -b[4]  # the wrong way: the error grows
-    new, rejected = torch.empty_like(old, device=device), torch.empty(rows, dtype=torch.bool, device=device)
-    judge(*(x.to(device) for x in (A, b, ds, info, old)), new, rejected)
-    steps = torch.where((info == 0).unsqueeze(1) & torch.isfinite(ds), ds, 0.0)
-    after = (old.double() + steps).bfloat16()
-    step = after.double() - old.double()
-    growth = torch.einsum("rg,rgh,rh->r", step, A, step) - 2 * (step * b).sum(1)
-    better = (growth < 0) & (after.double() * old.double() > 0).all(1)
-    assert torch.equal(rejected.cpu(), ~better)
-    assert torch.equal(new.cpu(), torch.where(better.unsqueeze(1), after, old))
-    if rows > 4:
-        assert not better[[1, 3, 4]].any()
-        assert better.any()
-
-
 def layer(d_out: int, d_in: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     X = numbers(4 * d_in, d_in, seed=6) * torch.logspace(0, 1, d_in)
     return numbers(d_out, d_in, seed=7).to(device), (X.T @ X / len(X)).to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_product_by_halves_keeps_sixteen_digits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "_COLUMNS", 48)  # a rest of four
+    A, B, C = numbers(70, 64, seed=1), numbers(64, 100, seed=2), numbers(70, 100, seed=3)
+    found = C.to(device, copy=True)
+    halves.add_product(found, A.to(device), B.to(device))
+    exact = C.double() + A.double() @ B.double()
+    reach = A.double().abs() @ B.double().abs()
+    assert ((found.cpu() - exact).abs() <= 2.0**-16 * reach).all()
+    assert float(((A.bfloat16().double() @ B.bfloat16().double() + C - exact).abs() / reach).max()) > 2.0**-11
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_updates_by_halves_move_no_loss(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    W, H = layer(200, 192, device)
+    factor = factorize(H)
+    monkeypatch.setattr(column_loop, "in_one_launch", lambda tensor, *, columns, rows: False)
+    plain = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
+    calls: list[int] = []
+    monkeypatch.setattr(column_loop, "by_halves", lambda C, inner: calls.append(inner) is None)
+    found = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
+    assert len(calls) > 1
+    for a, b in zip(found, plain, strict=True):
+        assert (a.codes == b.codes).float().mean() > 0.995
+        losses = [float(loss(W, q.dequantize(), H).sum()) for q in (a, b)]
+        assert losses[0] == pytest.approx(losses[1], rel=5e-4)
 
 
 CHOICES = [Choice(bits=bits, group_size=size) for bits, size in ((2, 32), (3, -1), (4, 96), (8, 48))]
@@ -321,11 +148,11 @@ def test_a_layer_comes_out_as_by_vector_operations(leaves: bool, device: str, mo
     """Same scales and codes but for fp32's last digit, which moves a few of ten thousand; the same loss."""
     W, H = layer(200, 192, device)
     factor = factorize(H)
-    for module in (gptq_module, descent_module) if leaves else ():  # as large layers are done on a GPU
+    for module in (column_loop, descent_module) if leaves else ():  # as large layers are done on a GPU
         monkeypatch.setattr(module, "in_one_launch", lambda tensor, *, columns, rows: False)
     fast = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
     fast_after = [*(d.weight for d in descend(W, fast, H)), *(refit(W, q, H).weight for q in fast)]
-    for module in (gptq_module, descent_module, search_module, refit_module):
+    for module in (column_loop, gptq_module, descent_module, search_module, residual_module):
         monkeypatch.setattr(module, "usable", lambda tensor: False)
     plain = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
     plain_after = [*(d.weight for d in descend(W, fast, H)), *(refit(W, q, H).weight for q in fast)]

@@ -1,5 +1,7 @@
 """Grids: what a quantized weight means, and that the scale search finds what it should."""
 
+import math
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -8,7 +10,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize as libr
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant import scale_search as search_module
-from lrpq.quant.grid import Grid, QuantizedWeight, absmax_scales, code_range, zero_points
+from lrpq.quant.grid import Grid, QuantizedWeight, absmax_scales, code_range, ends, fetch, largest, zero_points
 from lrpq.quant.rtn import round_to_nearest
 from lrpq.quant.scale_search import search_scales
 
@@ -195,3 +197,15 @@ def test_split_takes_stacked_layers_apart() -> None:
     assert torch.equal(torch.cat([p.dequantize() for p in parts]), round_to_nearest(W, choice).dequantize())
     alone: QuantizedWeight = round_to_nearest(W[8:11], choice)
     assert torch.equal(parts[1].codes, alone.codes)
+
+
+def test_numbers_of_several_kinds_are_fetched_exactly_and_in_order() -> None:
+    third = torch.tensor(1 / 3, dtype=torch.float64)
+    single, half = torch.tensor(0.1), torch.tensor(-3.0).bfloat16()
+    assert fetch(single, torch.tensor(True), third, half, torch.tensor(2**40)) == [
+        float(single), 1.0, 1 / 3, -3.0, 2.0**40,
+    ]  # fmt: skip
+    tensors = [torch.tensor([-2.0, 1.0]), torch.tensor([3.0]).bfloat16(), torch.tensor([1.0, torch.nan]).double()]
+    low, high, unknown = largest(fetch(*ends(tensors)))
+    assert (low, high) == (2.0, 3.0)
+    assert math.isnan(unknown)
