@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from pipeline_case import write_model
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks.peers import ours, ruler
-from benchmarks.peers.exchange import DENSE, PACKED, Request, read_result, serve, write_request, write_tokens
+from benchmarks.peers.exchange import DENSE, PACKED, Request, Result, read_result, serve, write_request, write_tokens
 from benchmarks.peers.stored_bits import all_in_bits, check_levels, weights_of
 from lrpq.compare.methods import METHODS
 from lrpq.compare.terms import Terms
@@ -23,11 +24,9 @@ from tasks.calibration.load import load_windows
 from tasks.calibration.sources import parse_source
 
 
-def test_the_controls_row_is_what_compare_finds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Bits from the stored bytes and scores of plain transformers, against the core's own sums."""
-    model, text, output = write_model(tmp_path / "llama", hidden=64, ffn=128), tmp_path / "text.txt", tmp_path / "row"
+def written(folder: Path) -> tuple[Path, Path, Tensor]:
+    """A model, a text, and windows of it."""
+    model, text = write_model(folder / "llama", hidden=64, ffn=128), folder / "text.txt"
     text.write_text(" ".join(f"The {n} houses stand on hill {n * n} ." for n in range(900)), encoding="utf-8")
     windows = load_windows(
         parse_source(f"text:{text}"),
@@ -37,12 +36,18 @@ def test_the_controls_row_is_what_compare_finds(
         seed=0,
         placement="spread",
     ).tokens
-    write_tokens(tmp_path / "tokens", windows)
+    return model, text, windows
+
+
+def made(peer: str, folder: Path, model: Path, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Result]:
+    """The folder of a row at 4 bits and groups of 32, and its result."""
+    output = folder / peer
     output.mkdir()
+    write_tokens(folder / "tokens", windows)
     request = Request(
-        peer="control",
+        peer=peer,
         model=str(model),
-        tokens=str(tmp_path / "tokens"),
+        tokens=str(folder / "tokens"),
         output=str(output),
         bits=4,
         group_size=32,
@@ -52,7 +57,15 @@ def test_the_controls_row_is_what_compare_finds(
     write_request(request, output / "request.json")
     monkeypatch.setattr(sys, "argv", ["ours", str(output / "request.json")])
     serve(ours.make)
-    result = read_result(output)
+    return output, read_result(output)
+
+
+def test_the_controls_row_is_what_compare_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bits from the stored bytes and scores of plain transformers, against the core's own sums."""
+    model, text, windows = written(tmp_path)
+    output, result = made("control", tmp_path, model, windows, monkeypatch)
     weights = weights_of(model, result.modules)
     assert all_in_bits(output / PACKED, weights) == 4 + 16 / 32
     check_levels(output / PACKED, output / DENSE, weights)
@@ -72,3 +85,13 @@ def test_the_controls_row_is_what_compare_finds(
     found = summarize(bench.scores(windows, Quantized(codes=codes, vectors={}), original=bench)[VARIANT])
     assert scored["kl_nats_per_token"] == pytest.approx(found.kl_nats, rel=0.05)  # bfloat16 by other kernels
     assert scored["perplexity"] == pytest.approx(found.perplexity, rel=0.02)
+
+
+def test_lrpqs_row_mixes_widths_within_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, windows = written(tmp_path)
+    output, result = made("lrpq", tmp_path, model, windows, monkeypatch)
+    weights = weights_of(model, result.modules)
+    assert 4 < all_in_bits(output / PACKED, weights) <= 4 + 16 / 32
+    check_levels(output / PACKED, output / DENSE, weights)
+    each = {round(all_in_bits(output / PACKED, {name: weights[name]}), 3) for name in result.modules}
+    assert len(each) > 1
