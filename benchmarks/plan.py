@@ -93,6 +93,8 @@ class InlinePool:
     def submit(self, worker: int, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self.state, *arguments)
 
+    submit_beside = submit
+
     def each(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         return [function(self.state, *arguments)]
 

@@ -85,7 +85,7 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
                 done = pool.each_refs(profile.pass_backward, job, block)
             else:
                 parts = pool.each_refs(profile.backward, job, block)
-                done = [pool.submit(block % len(pool), profile.store_block, job, block, *parts)]
+                done = [pool.submit_beside(block % len(pool), profile.store_block, job, block, *parts)]
             if is_waypoint(block, num_blocks):
                 done += pool.each_refs(profile.keep_gradients, job, block)
             storing.append((block, done))
@@ -113,7 +113,7 @@ def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_b
             while waiting and is_waypoint(block, num_blocks):  # behind a waypoint, sums of earlier blocks are stored
                 wait(*waiting.pop(0))
             parts = pool.each_refs(profile_inputs.forward, job, block)
-            stored = pool.submit(block % len(pool), profile_inputs.store_inputs, job, block, *parts)
+            stored = pool.submit_beside(block % len(pool), profile_inputs.store_inputs, job, block, *parts)
             waiting.append((block, [stored]))
         if len(waiting) > in_flight:
             wait(*waiting.pop(0))

@@ -68,7 +68,7 @@ class Pool:
         environment = {**QUIET, **{k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}}
         if device == "cuda":
             environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matrix products
-        self._actor = ray.remote(concurrency_groups={"pulse": 1})(Worker).options(
+        self._actor = ray.remote(concurrency_groups={"pulse": 1, "beside": 1})(Worker).options(
             num_cpus=shape.num_cpus, num_gpus=shape.num_gpus, runtime_env={"env_vars": environment}
         )
         self._settings = {
@@ -86,6 +86,11 @@ class Pool:
     def submit(self, worker: int, function: Callable[..., Any], *arguments: Any) -> Ref:
         """Run a function on one worker; arguments that are references are resolved there."""
         return self.workers[worker].call.remote(self._epoch, function, *arguments)
+
+    def submit_beside(self, worker: int, function: Callable[..., Any], *arguments: Any) -> Ref:
+        """As ``submit``, beside what the worker computes: for functions that store what they are given."""
+        method = self.workers[worker].beside.options(concurrency_group="beside")
+        return method.remote(self._epoch, function, *arguments)
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run a function with the same arguments on every worker and wait for the results."""

@@ -86,7 +86,10 @@ class WorkerState:
 
 
 class Worker:
-    """Body of the actor. ``call`` and ``clear`` run one at a time; ``pulse`` and ``move`` in a thread beside them."""
+    """Body of the actor.
+
+    ``call`` and ``clear`` run one at a time; ``beside`` in a second thread, ``pulse`` and ``move`` in a third.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
@@ -105,6 +108,16 @@ class Worker:
         if torch.get_num_threads() != self._threads:  # a setting of the thread, which is not that of __init__
             torch.set_num_threads(self._threads)
         return self.state.run(function, *arguments)
+
+    def beside(self, epoch: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """As ``call``, in a thread beside it: for functions that store what they are given and touch nothing held."""
+        import torch
+
+        if epoch != self.state.place.epoch:
+            raise StaleCall
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        return function(self.state, *arguments)
 
     def clear(self) -> None:
         """Forget what stages hold."""

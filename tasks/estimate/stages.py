@@ -18,12 +18,13 @@ from lrpq.shards import assign
 from tasks.estimate.asked import Asked
 from tasks.estimate.model import LABEL_TOKENS, BlockKind, ModelShape
 from tasks.estimate.objects import codes_bytes, hessian_bytes
+from tasks.store.symmetric import TILE, TILES_PER_GROUP
 
 POLISH_SWEEPS = 2
 """Default of ``polish``."""
-ROW_GROUPS_BYTES = 5 * 60 * 2**20
+TILE_BYTES = 4 * TILE * TILE
+ROW_GROUPS_BYTES = 5 * TILES_PER_GROUP * TILE_BYTES
 """Most that writing a matrix to the store holds beside it: five row groups (tasks/store/symmetric.py)."""
-TILE_BYTES = 2**20
 MAPPED = "its files, mapped"
 """Resident, and given back by the system where others need the memory."""
 LOAD_SECONDS = 1.5
@@ -150,7 +151,8 @@ class Stages:
     def _writing(self, shape: ModelShape) -> float:
         """Row groups while the widest matrix is written."""
         widest = max(spec.d_in for spec in shape.specs)
-        tiles = ceil(widest / 512) * (ceil(widest / 512) + 1) // 2
+        across = ceil(widest / TILE)
+        tiles = across * (across + 1) // 2
         return float(min(ROW_GROUPS_BYTES, 5 * tiles * TILE_BYTES))
 
     def _profile_block(self, kind: BlockKind) -> Work:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 from lrpq.errors import ConfigError, StoreError
@@ -146,20 +145,6 @@ def is_key(key: str) -> bool:
     return True
 
 
-def publish_recorded(store: ObjectStore, key: str, write: Callable[[BinaryIO], None]) -> ObjectRecord:
-    """Publish and describe the object that is there now: ours, or the one that was first."""
-    hashing: HashingWriter | None = None
-
-    def write_hashed(file: BinaryIO) -> None:
-        nonlocal hashing
-        hashing = HashingWriter(file)
-        write(cast(BinaryIO, hashing))
-
-    if store.publish(key, write_hashed) and hashing is not None:
-        return hashing.record()
-    return record_of(store, key)
-
-
 def record_of(store: ObjectStore, key: str) -> ObjectRecord:
     """Length and checksum of a stored object; reads all of it."""
     digest, num_bytes = hashlib.sha256(), 0
@@ -171,35 +156,6 @@ def record_of(store: ObjectStore, key: str) -> ObjectRecord:
     except OSError as error:
         raise StoreError(f"cannot read {key} in {store.url}: {one_line(error)}") from error
     return ObjectRecord(num_bytes=num_bytes, sha256=digest.hexdigest())
-
-
-class HashingWriter(io.RawIOBase):
-    """A write-only file that counts and hashes what passes through; closing it leaves the target open."""
-
-    def __init__(self, target: BinaryIO) -> None:
-        self._target = target
-        self._digest = hashlib.sha256()
-        self._num_bytes = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
-        """Write all of ``data``."""
-        view = memoryview(data).cast("B")
-        self._target.write(view)
-        self._digest.update(view)
-        self._num_bytes += len(view)
-        return len(view)
-
-    def writable(self) -> bool:
-        """True."""
-        return True
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self._num_bytes
-
-    def record(self) -> ObjectRecord:
-        """Length and checksum of what was written so far."""
-        return ObjectRecord(num_bytes=self._num_bytes, sha256=self._digest.hexdigest())
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """Symmetric float32 matrices (Hessians) as Parquet: tiles of the upper triangle, streamed.
 
-One row a tile of 512 x 512, in the order (0,0), (0,1), ..., (1,1), ...; edge tiles and the lower half of the
+One row a tile of 256 x 256, in the order (0,0), (0,1), ..., (1,1), ...; edge tiles and the lower half of the
 tiles on the diagonal are zeros. A row group holds tiles of one matrix only, so a reader of one matrix reads
 nothing else. Every tile has its own checksum; the names, widths and scalars of all matrices are in the
 metadata, under the checksum of schema.py. Memory beyond the matrix itself: some row groups (docs/log.md),
@@ -26,16 +26,18 @@ from torch import Tensor
 
 from lrpq.errors import StoreError
 from tasks.store.documents import canonical_text, plain_json
-from tasks.store.objects import ObjectRecord, ObjectStore, publish_recorded
+from tasks.store.objects import ObjectStore
 from tasks.store.schema import described, metadata_of, opened, parquet_file, sealed, verify
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from numpy.typing import NDArray
 
-TILE = 512
-TILES_PER_GROUP = 15
-"""Tiles of 2^20 bytes, so that a row group stays below 16 MB: readers and writers hold several copies of two."""
+TILE = 256
+TILES_PER_GROUP = 60
+"""Tiles of 2^18 bytes, so that a row group stays below 16 MB: readers and writers hold several copies of two.
+
+Smaller tiles hold less padding (a matrix of 576 a third less than in tiles of 512), larger ones are fewer."""
 KIND = "symmetric"
 _MATRICES = "lrpq.matrices"
 _MAX_GROUP_BYTES = 16_000_000
@@ -77,13 +79,11 @@ def write_symmetric(
     scalars: Mapping[str, Mapping[str, float]] | None = None,
     *,
     unit: str = "1",
-) -> ObjectRecord:
+) -> None:
     """Publish symmetric float32 matrices of any device; only their upper triangles are looked at.
 
     ``unit`` is that of the values. The mapping is asked for one matrix at a time, twice (width, values), so
     it may load them lazily. The same content gives the same bytes.
-
-    Returns length and checksum of the object that is stored now, for the manifest.
 
     Raises:
         StoreError: not a square float32 matrix, scalars of no matrix or not finite, a failed write.
@@ -111,7 +111,7 @@ def write_symmetric(
                 for group in _groups(width):
                     writer.write_table(_group_table(schema, name, matrix, group), row_group_size=len(group))
 
-    return publish_recorded(store, key, write)
+    store.publish(key, write)
 
 
 def symmetric_index(store: ObjectStore, key: str) -> SymmetricIndex:

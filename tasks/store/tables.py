@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrpq.errors import StoreError
-from tasks.store.objects import ObjectRecord, ObjectStore, one_line, publish_recorded
+from tasks.store.objects import ObjectStore, one_line
 from tasks.store.schema import (
     described,
     metadata_of,
@@ -33,14 +33,12 @@ def write_table(
     *,
     units: Mapping[str, str],
     kind: str,
-) -> ObjectRecord:
+) -> None:
     """Publish a table, or leave the one that is there; the same content always gives the same bytes.
 
     ``columns`` is a table or maps names to sequences, NumPy or Arrow arrays. ``units`` names the unit of
     every column of floating-point numbers (``nats``, ``bit``, ``s``; ``1`` for a pure number) and of any
     other that has one.
-
-    Returns length and checksum of the object that is stored now, for the manifest.
 
     Raises:
         StoreError: columns of different lengths or of a type the store does not hold, a missing unit, a
@@ -67,7 +65,7 @@ def write_table(
             write_page_checksum=True,
         )
 
-    return publish_recorded(store, key, write)
+    store.publish(key, write)
 
 
 def read_table(store: ObjectStore, key: str, kind: str) -> pa.Table:

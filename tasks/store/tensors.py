@@ -23,7 +23,7 @@ from torch import Tensor
 import lrpq
 from lrpq.errors import StoreError
 from tasks.store.documents import JSON, SCHEMA_VERSION, canonical_text, check_written_as, parse_object, sha256_text
-from tasks.store.objects import ObjectRecord, ObjectStore, publish_recorded
+from tasks.store.objects import ObjectStore
 from tasks.store.schema import opened
 from tasks.store.symmetric import SymmetricIndex, read_symmetric, symmetric_index, write_symmetric
 
@@ -66,10 +66,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 def write_tensors(
     store: ObjectStore, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> ObjectRecord:
+) -> None:
     """Publish tensors of any device, or leave the object that is there; same content, same bytes.
-
-    Returns length and checksum of the object that is stored now, for the manifest.
 
     Raises:
         StoreError: a dtype or name that safetensors cannot hold, metadata that is not text, a failed write.
@@ -84,7 +82,7 @@ def write_tensors(
         for name in _order(tensors):
             file.write(_raw(tensors[name]))
 
-    return publish_recorded(store, key, write)
+    store.publish(key, write)
 
 
 def read_tensors(store: ObjectStore, key: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:

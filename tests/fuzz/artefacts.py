@@ -22,6 +22,7 @@ from lrpq.model.safetensors_source import ModelSource
 from lrpq.quant.rtn import round_to_nearest
 from tasks.store.local import LocalStore
 from tasks.store.manifest import StageManifest, claim_run, write_manifest
+from tasks.store.objects import record_of
 from tasks.store.tables import write_table
 from tasks.store.tensors import write_symmetric, write_tensors
 
@@ -178,7 +179,7 @@ def write_codes(folder: Path) -> None:
 
 def write_stage(folder: Path) -> None:
     store = _writable(folder)
-    written = write_tensors(store, "r/o", {})
+    write_tensors(store, "r/o", {})
     manifest = StageManifest(
         stage="profile",
         key="k" * 64,
@@ -186,7 +187,7 @@ def write_stage(folder: Path) -> None:
         parameters={"bits": [2, 3], "damping": 0.01, "nested": {"x": None, "y": True}},
         environment={"torch": "2"},
         code="c" * 64,
-        objects={"r/o": written},
+        objects={"r/o": record_of(store, "r/o")},
         seconds=1.5,
         created="2026-11-22T06:30:00+00:00",
     )

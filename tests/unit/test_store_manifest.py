@@ -27,7 +27,7 @@ from tasks.store.manifest import (
     utc_now,
     write_manifest,
 )
-from tasks.store.objects import ObjectRecord, ObjectStore, open_store, publish_recorded
+from tasks.store.objects import ObjectRecord, ObjectStore, open_store, record_of
 
 Values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -65,8 +65,8 @@ def manifest(objects: dict[str, ObjectRecord], **changes: object) -> StageManife
 
 
 def test_a_manifest_comes_back(store: ObjectStore) -> None:
-    record = publish_recorded(store, "r/h/a.bin", writing(b"abc"))
-    written = manifest({"r/h/a.bin": record})
+    assert store.publish("r/h/a.bin", writing(b"abc"))
+    written = manifest({"r/h/a.bin": record_of(store, "r/h/a.bin")})
     assert write_manifest(store, "r/h/manifest.json", written)
     assert read_manifest(store, "r/h/manifest.json") == written
 
@@ -79,7 +79,7 @@ def test_the_first_manifest_stays(store: ObjectStore) -> None:
 
 @pytest.mark.parametrize("name", ["gone.bin", "short.bin"])
 def test_a_manifest_cannot_name_what_is_not_there(store: ObjectStore, name: str) -> None:
-    publish_recorded(store, "short.bin", writing(b"ab"))
+    assert store.publish("short.bin", writing(b"ab"))
     with pytest.raises(StoreError, match=name.replace(".", r"\.")):
         write_manifest(store, "m.json", manifest({name: ObjectRecord(num_bytes=3, sha256="0" * 64)}))
     assert not store.exists("m.json")
