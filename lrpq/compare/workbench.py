@@ -343,7 +343,8 @@ def _evaluate(found: Gathered, module: ModuleEvidence, measures: Mapping[str, Me
 
 def _by_shard(s: Tensor, shards: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Token weights of all windows, cut as the windows are."""
-    sizes = [shards[index].numel() for index in sorted(shards)]
+    windows = sum(len(shard) for shard in shards.values())
+    sizes = [len(shards[index]) * (len(s) // windows) for index in sorted(shards)]
     return dict(zip(sorted(shards), torch.split(s, sizes), strict=True))
 
 

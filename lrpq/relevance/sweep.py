@@ -74,6 +74,7 @@ class Shard:
     first_window: int
     """Index of its first window in the whole calibration set: labels are drawn by window, not by worker."""
     tokens: Int[Tensor, "windows length"]
+    """Of an image classifier, images [windows, channels, height, width]: a window is what the model reads at once."""
 
 
 class ProfileSweep:
@@ -164,7 +165,7 @@ class ProfileSweep:
         """Gradients at the last block's output; returns the sampled labels' summed loss (nats) and their number."""
         with self.stream.head() as (norm, head):
             for shard in self.shards:
-                shard_nats, num_tokens = 0.0, 0
+                shard_nats, num_labels = 0.0, 0
                 with self._watched_head() as sums:
                     for position, tokens in enumerate(shard.tokens.split(self.micro_batch)):
                         first = shard.first_window + position * self.micro_batch
@@ -178,12 +179,12 @@ class ProfileSweep:
                         )
                         self.upstream[shard.index, position] = gradients
                         shard_nats += nats
-                        num_tokens += tokens.numel()
+                        num_labels += self.stream.num_labels(tokens)
                         self.on_batch()
-                self.losses[shard.index] = (shard_nats, num_tokens)
+                self.losses[shard.index] = (shard_nats, num_labels)
                 if sums is not None:
                     self._add_head(shard, sums)
-        return sum(nats for nats, _ in self.losses.values()), sum(tokens for _, tokens in self.losses.values())
+        return sum(nats for nats, _ in self.losses.values()), sum(labels for _, labels in self.losses.values())
 
     def labels(self, first: int, tokens: Int[Tensor, "n t"]) -> dict[str, Any]:
         """What ``head_gradient`` explains: labels sampled from the model, by the number of the window."""
@@ -200,7 +201,7 @@ class ProfileSweep:
             hessians={self.head.input_site: sums.hessian},
             curvature={self.head.name: sums.curvature.cpu()},
             outputs={},
-            num_tokens=shard.tokens.numel(),
+            num_tokens=self.stream.num_labels(shard.tokens),
         )
         self.head_sums = fold({**self.head_sums, (0, shard.index): found}, self.num_shards, merge_block_sums)
 
@@ -263,7 +264,7 @@ class ProfileSweep:
                 curvature[name] += stats_of.channel_sums.cpu()
             start += hidden.shape[0] * hidden.shape[1]
             self.on_batch()
-        sums = BlockSums(hessians=hessians, curvature=curvature, outputs=outputs, num_tokens=shard.tokens.numel())
+        sums = BlockSums(hessians=hessians, curvature=curvature, outputs=outputs, num_tokens=start)
         return sums, SiteWeights(
             values={site: torch.cat([torch.empty(0), *parts]) for site, parts in weights.items()},
             rows={site: torch.cat([torch.empty(0, dtype=torch.long), *parts]) for site, parts in rows.items()},
