@@ -1,0 +1,111 @@
+"""An image classifier with quantized weights and activations, made by the same evidence, allocation and rounding.
+
+    calibrate activation grids -> fold those of LayerNorm's channels into the model -> costs, plan and codes of the
+    folded model's weights (compare/workbench.py) -> a variant that computes on grids and codes
+
+Weights have one scale a row, so that linear layers run in integer arithmetic. Patch embedding, position embeddings,
+norms and the classifier stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lrpq.activations.apply import quantized_block
+from lrpq.activations.calibrate import BlockGrids, Means, calibrate
+from lrpq.activations.folding import fold_plan
+from lrpq.allocate.plan import Plan
+from lrpq.compare.prepared import Prepared
+from lrpq.compare.recipes import Recipe
+from lrpq.compare.terms import Terms
+from lrpq.compare.workbench import Workbench
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.source import open_source
+from lrpq.model.streaming import BlockStream
+from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.packing import storage_bits
+from lrpq.transform.writing import write_folded
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+PER_ROW = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedClassifier:
+    """What evaluation needs."""
+
+    stream: BlockStream
+    """The model, folded."""
+    grids: Sequence[BlockGrids]
+    """By block."""
+    codes: Mapping[str, QuantizedWeight]
+    plan: Plan
+
+    def variant(self, index: int, block: nn.Module) -> AbstractContextManager[None]:
+        """Scope in which a block of ``stream`` computes as quantized (lrpq.evaluate.classification.Variant)."""
+        return quantized_block(self.stream, index, block, self.grids[index], self.codes)
+
+
+def quantize_classifier(
+    source: ModelSource,
+    images: Float[Tensor, "n channels height width"],
+    *,
+    weight_bits: Sequence[int],
+    average_bits: int,
+    activation_bits: int | None,
+    recipe: Recipe,
+    folded: Path,
+    means: Means = Means.ALL,
+    terms: Terms | None = None,
+) -> QuantizedClassifier:
+    """Quantize a classifier.
+
+    Args:
+        source: the model.
+        images: to calibrate on, preprocessed.
+        weight_bits: widths that a layer may have.
+        average_bits: the weights take no more than with this width everywhere.
+        activation_bits: of all activations; None leaves them as they are.
+        recipe: how weights are allocated and rounded.
+        folded: new folder for the folded model; not written where nothing is folded.
+        means: of the activation grids.
+        terms: seed, damping, shards and device; widths and group sizes are set here. Float32 by default.
+
+    Raises:
+        LrpqError: see `calibrate`, `fold_plan` and `Prepared`.
+    """
+
+    shared = terms or Terms(dtype=torch.float32, micro_batch=32)
+    shared = replace(shared, bits=tuple(weight_bits), group_sizes=(PER_ROW,))
+    stream = BlockStream(source, dtype=shared.dtype, device=shared.device)
+    grids: Sequence[BlockGrids] = ({},) * stream.num_blocks
+    if activation_bits is not None:
+        width = activation_bits
+        found = calibrate(stream, images, bits=lambda block, place: width, means=means, micro_batch=shared.micro_batch)
+        grids = found.grids
+        if found.foldings:
+            write_folded(source, folded, fold_plan(stream, found.foldings), dtype=torch.float32)
+            source = open_source(folded)
+            stream = BlockStream(source, dtype=shared.dtype, device=shared.device)
+    budget = uniform_bits(stream.specs, average_bits)
+    prepared = Prepared(Workbench(source, images, shared), [recipe], [budget])
+    plan = prepared.plan(recipe.allocation, budget)
+    codes = prepared.bench.codes(plan.choices, recipe, prepared.gathered)
+    return QuantizedClassifier(stream=stream, grids=grids, codes=codes, plan=plan)
+
+
+def uniform_bits(specs: Sequence[LinearSpec], bits: int) -> float:
+    """All-in bits a weight with one width everywhere and a scale a row."""
+    choice = Choice(bits=bits, group_size=PER_ROW)
+    total = sum(storage_bits(spec.d_out, spec.d_in, choice) for spec in specs)
+    return total / sum(spec.num_weights for spec in specs)
