@@ -8,11 +8,13 @@ activations of a bits; MPa chooses weights of a - 1, a or a + 1 bits a layer, no
 a bits. Patch embedding and classifier are not quantized. Rows differ in one thing from the one above them:
 
     plain       one uniform grid a tensor over the whole range; weights rounded to nearest, searched scales
-    clipped     ranges by error search
     channels    and a grid a channel behind LayerNorm, folded (RepQ-ViT, LRP-QViT)
+    clipped     and ranges by the squared error of the activation (as the papers have it, tighter ranges too)
+    judged      instead by the error of the next product, tokens weighted by relevance
     nearest     and shifted and logarithmic grids: all of ours, weights still rounded to nearest
     gptq        weights by uniform GPTQ, sequential, activation order: the control
-    lrpq        weights by lrpq's whole recipe; MP by its curvature costs
+    weights     weights by lrpq's whole recipe; MP by its curvature costs
+    lrpq        and rounded behind quantized activations, whose errors the correction makes up for
     score       lrpq, but MP by a ranking of relevance (LRP-QViT's contribution score) on two widths
 """
 
@@ -34,21 +36,23 @@ from benchmarks.vision_images import Images, load_images, normalize
 from lrpq.activations.calibrate import Means
 from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
 from lrpq.compare.terms import Terms
-from lrpq.compare.vision import quantize_classifier
+from lrpq.compare.vision import Behind, quantize_classifier
 from lrpq.evaluate.classification import score_images
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 
 NEAREST = replace(CONTROL, rounding=Rounding.NEAREST)
-ROWS: Mapping[str, tuple[Means, Recipe]] = {
-    "plain": (Means.NONE, NEAREST),
-    "clipped": (Means.CLIPPED, NEAREST),
-    "channels": (Means.CLIPPED | Means.CHANNELS, NEAREST),
-    "nearest": (Means.ALL, NEAREST),
-    "gptq": (Means.ALL, CONTROL),
-    "lrpq": (Means.ALL, DEFAULT),
-    "score": (Means.ALL, replace(DEFAULT, allocation="relevance-magnitude")),
+ROWS: Mapping[str, tuple[Means, Recipe, Behind]] = {
+    "plain": (Means.NONE, NEAREST, Behind.WEIGHTS),
+    "channels": (Means.CHANNELS, NEAREST, Behind.WEIGHTS),
+    "clipped": (Means.CLIPPED | Means.CHANNELS, NEAREST, Behind.WEIGHTS),
+    "judged": (Means.CLIPPED | Means.CHANNELS | Means.JUDGED_BY_OUTPUT, NEAREST, Behind.WEIGHTS),
+    "nearest": (Means.ALL, NEAREST, Behind.WEIGHTS),
+    "gptq": (Means.ALL, CONTROL, Behind.WEIGHTS),
+    "weights": (Means.ALL, DEFAULT, Behind.WEIGHTS),
+    "lrpq": (Means.ALL, DEFAULT, Behind.ACTIVATIONS),
+    "score": (Means.ALL, replace(DEFAULT, allocation="relevance-magnitude"), Behind.ACTIVATIONS),
 }
 
 
@@ -84,7 +88,7 @@ def draw(images: Images, count: int, seed: int) -> torch.Tensor:
 def measure(
     source: ModelSource, row: str, widths: Column, calibration: torch.Tensor, test: Images, seed: int
 ) -> dict[str, float]:
-    means, recipe = ROWS[row]
+    means, recipe, behind = ROWS[row]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lrpq-folded-") as scratch:
         found = quantize_classifier(
@@ -96,6 +100,7 @@ def measure(
             recipe=recipe,
             folded=Path(scratch) / "model",
             means=means,
+            behind=behind,
             terms=Terms(dtype=torch.float32, micro_batch=32, seed=seed),
         )
         seconds = time.monotonic() - started
@@ -117,7 +122,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["plain", "nearest", "gptq", "lrpq"])
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=["plain", "nearest", "gptq", "weights", "lrpq"]
+    )
     parser.add_argument("--columns", nargs="+", default=["W8A8", "W6A6", "W4A4"])
     parser.add_argument("--images", type=int, default=128, help="to calibrate on")
     parser.add_argument("--test-images", type=int, help="of the test set at most")

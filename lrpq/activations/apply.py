@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -48,6 +49,22 @@ def quantized_block(
     finally:
         for layer in replaced:
             del layer.forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridActivations:
+    """Quantized activations for the refinement's quantized stream (lrpq.refine.sweep.QuantizedActivations)."""
+
+    stream: BlockStream
+    grids: Sequence[BlockGrids]
+
+    def scope(self, block: int, module: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the block computes on its grids; weights are whatever it has."""
+        return quantized_block(self.stream, block, module, self.grids[block], {})
+
+    def inputs(self, block: int, site: str, x: Tensor) -> Tensor:
+        """On the site's grid."""
+        return quantized(x, self.grids[block][site]) if site in self.grids[block] else x
 
 
 def _on(grid: ActivationGrid) -> Callable[[Tensor], Tensor]:

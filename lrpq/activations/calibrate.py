@@ -1,12 +1,13 @@
 """Grids of all activations of a classifier, from one forward walk over calibration images.
 
     site or point                   full recipe
-    qkv, up: LayerNorm's outputs    uniform a channel, clipped; folded into one for the tensor (folding)
-    o: attention's output           uniform, clipped
-    down: the activation's output   uniform, shifted where that is better, clipped
-    query, key, value               uniform, clipped
+    qkv, up: LayerNorm's outputs    uniform a channel, folded into one for the tensor (folding)
+    o: attention's output           uniform
+    down: the activation's output   uniform, shifted where that is better
+    query, key, value               uniform
     pattern: softmax's output       logarithmic, or uniform where that is better
 
+Ranges are clipped as far as the error of the next product asks for (clipping, judging).
 What the head and the patch embedding read stays as it is.
 """
 
@@ -21,17 +22,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lrpq.activations.attention import PATTERN, POINTS, with_points
-from lrpq.activations.clipping import SHARES, UNCLIPPED, search_channels, search_pattern, search_tensor
+from lrpq.activations.attention import KEY, PATTERN, POINTS, QUERY, VALUE, with_points
+from lrpq.activations.clipping import (
+    SHARES,
+    UNCLIPPED,
+    Error,
+    best,
+    channel_candidates,
+    pattern_candidates,
+    squared_error,
+    tensor_candidates,
+)
 from lrpq.activations.folding import NORMS, Folding, folding_of
 from lrpq.activations.grids import ActivationGrid
+from lrpq.activations.judging import AttentionError, site_error
 from lrpq.errors import ModelError
 from lrpq.model.streaming import BlockStream
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-AFTER_ACTIVATION = "down"
+AFTER_ATTENTION, AFTER_ACTIVATION = "o", "down"
 BlockGrids = Mapping[str, ActivationGrid]
 """Input site, or point of attention -> its grid."""
 
@@ -44,11 +55,13 @@ class Means(Flag):
     """A grid a channel behind LayerNorm."""
     CLIPPED = auto()
     """Ranges by error search."""
+    JUDGED_BY_OUTPUT = auto()
+    """Grids are chosen by the error of the next product instead of the activation's own."""
     LOGARITHMIC = auto()
     """Candidates for softmax's outputs."""
     SHIFTED = auto()
     """Candidates for the activation function's outputs."""
-    ALL = CHANNELS | CLIPPED | LOGARITHMIC | SHIFTED
+    ALL = CHANNELS | CLIPPED | JUDGED_BY_OUTPUT | LOGARITHMIC | SHIFTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +80,7 @@ def calibrate(
     *,
     bits: Callable[[int, str], int],
     means: Means = Means.ALL,
+    token_weights: Mapping[int, Mapping[str, Tensor]] | None = None,
     micro_batch: int = 32,
 ) -> Calibration:
     """Walk the blocks once; activations are those of the model in full precision.
@@ -78,6 +92,7 @@ def calibrate(
         images: to calibrate on, preprocessed.
         bits: (block, site or point) -> width of its codes.
         means: which grids.
+        token_weights: block -> site -> what each token counts when grids are judged by output; ones by default.
         micro_batch: images computed at once.
 
     Raises:
@@ -96,18 +111,46 @@ def calibrate(
         with torch.no_grad(), recorded(stream, index, block) as seen:
             hidden = [stream.run(block, index, batch) for batch in hidden]
         grids: dict[str, ActivationGrid] = {}
-        for place, parts in seen.items():
-            x, width = torch.cat(parts).float(), bits(index, place)
+        activations = {place: torch.cat(parts).float() for place, parts in seen.items()}
+        errors = _errors(stream, index, block, activations, means, (token_weights or {}).get(index, {}))
+        for place, x in activations.items():
+            width, error = bits(index, place), errors[place]
             if place in norms:
-                foldings[index, place] = folding_of(search_channels(x, width, shares=shares))
+                channels = best(channel_candidates(x, width, shares=shares), error)
+                foldings[index, place] = folding_of(channels)
                 grids[place] = foldings[index, place].grid
             elif place == PATTERN and Means.LOGARITHMIC in means:
-                grids[place] = search_pattern(x, width, shares=shares)
+                grids[place] = best(pattern_candidates(x, width, shares=shares), error)
             else:
                 shifted = place == AFTER_ACTIVATION and Means.SHIFTED in means
-                grids[place] = search_tensor(x, width, shares=shares, low=float(x.amin()) if shifted else None)
+                low = float(x.amin()) if shifted else None
+                grids[place] = best(tensor_candidates(x, width, shares=shares, low=low), error)
         found.append(grids)
     return Calibration(grids=tuple(found), foldings=foldings)
+
+
+def _errors(
+    stream: BlockStream,
+    index: int,
+    block: nn.Module,
+    activations: Mapping[str, Tensor],
+    means: Means,
+    weights: Mapping[str, Tensor],
+) -> dict[str, Error]:
+    """What the grids of every site and point are judged by."""
+    if Means.JUDGED_BY_OUTPUT not in means:
+        return {place: squared_error(x) for place, x in activations.items()}
+    found: dict[str, Error] = {}
+    rows: dict[str, Tensor] = {}
+    for site, members in stream.sites(index).items():
+        layers = [block.get_submodule(stream.local_name(spec)) for spec in members]
+        rows[site] = torch.cat([layer.get_parameter("weight").float() for layer in layers])
+        found[site] = site_error(activations[site], rows[site], weights.get(site))
+    scaling = getattr(attention_of(stream, block), "scaling", activations[QUERY].shape[-1] ** -0.5)
+    query, key, value, pattern = (activations[point] for point in (QUERY, KEY, VALUE, PATTERN))
+    W, s = rows[AFTER_ATTENTION], weights.get(AFTER_ATTENTION)
+    attention = AttentionError(query, key, value, pattern, scaling=float(scaling), W=W, s=s)
+    return found | {point: attention.of(point) for point in POINTS}
 
 
 @contextmanager

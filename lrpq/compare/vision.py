@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lrpq.activations.apply import quantized_block
+from lrpq.activations.apply import GridActivations, quantized_block
 from lrpq.activations.calibrate import BlockGrids, Means, calibrate
 from lrpq.activations.folding import fold_plan
 from lrpq.allocate.plan import Plan
@@ -38,6 +39,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 PER_ROW = -1
+
+
+class Behind(Enum):
+    """What the inputs of a layer are when its weights are rounded; its prefix has quantized weights in any case."""
+
+    WEIGHTS = "weights"
+    """Activations in full precision."""
+    ACTIVATIONS = "activations"
+    """Quantized activations, the layer's own inputs among them: the correction makes up for their errors too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +76,7 @@ def quantize_classifier(
     recipe: Recipe,
     folded: Path,
     means: Means = Means.ALL,
+    behind: Behind = Behind.ACTIVATIONS,
     terms: Terms | None = None,
 ) -> QuantizedClassifier:
     """Quantize a classifier.
@@ -79,6 +90,7 @@ def quantize_classifier(
         recipe: how weights are allocated and rounded.
         folded: new folder for the folded model; not written where nothing is folded.
         means: of the activation grids.
+        behind: what weights are rounded behind.
         terms: seed, damping, shards and device; widths and group sizes are set here. Float32 by default.
 
     Raises:
@@ -91,7 +103,14 @@ def quantize_classifier(
     grids: Sequence[BlockGrids] = ({},) * stream.num_blocks
     if activation_bits is not None:
         width = activation_bits
-        found = calibrate(stream, images, bits=lambda block, place: width, means=means, micro_batch=shared.micro_batch)
+        found = calibrate(
+            stream,
+            images,
+            bits=lambda block, place: width,
+            means=means,
+            token_weights=_token_weights(source, images, shared) if Means.JUDGED_BY_OUTPUT in means else None,
+            micro_batch=shared.micro_batch,
+        )
         grids = found.grids
         if found.foldings:
             write_folded(source, folded, fold_plan(stream, found.foldings), dtype=torch.float32)
@@ -100,8 +119,16 @@ def quantize_classifier(
     budget = uniform_bits(stream.specs, average_bits)
     prepared = Prepared(Workbench(source, images, shared), [recipe], [budget])
     plan = prepared.plan(recipe.allocation, budget)
-    codes = prepared.bench.codes(plan.choices, recipe, prepared.gathered)
+    activations = GridActivations(stream=stream, grids=grids) if behind is Behind.ACTIVATIONS else None
+    codes = prepared.bench.codes(plan.choices, recipe, prepared.gathered, activations)
     return QuantizedClassifier(stream=stream, grids=grids, codes=codes, plan=plan)
+
+
+def _token_weights(source: ModelSource, images: Tensor, terms: Terms) -> dict[int, Mapping[str, Tensor]]:
+    """Block -> site -> squared gradients at the outputs of its layers: the weight of a squared output error in nats."""
+    walk = Workbench(source, images, replace(terms, power=1.0, floor=0.0)).walk_back(weightings=("fisher",))
+    found = [evidence.weights["fisher"] for evidence in walk]
+    return dict(zip(range(len(found) - 1, -1, -1), found, strict=True))
 
 
 def uniform_bits(specs: Sequence[LinearSpec], bits: int) -> float:

@@ -14,11 +14,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from lrpq.activations.apply import quantized_block
+from lrpq.activations.attention import KEY, PATTERN, POINTS, QUERY, VALUE
 from lrpq.activations.calibrate import Means, calibrate
-from lrpq.activations.clipping import SHARES, search_channels, search_pattern, search_tensor, squared_error
+from lrpq.activations.clipping import (
+    SHARES,
+    best,
+    channel_candidates,
+    pattern_candidates,
+    squared_error,
+    tensor_candidates,
+)
 from lrpq.activations.folding import fold_plan, folding_of
 from lrpq.activations.grids import LogarithmicGrid, UniformGrid, between, quantized
 from lrpq.activations.integer import integer_linear
+from lrpq.activations.judging import AttentionError, site_error
 from lrpq.errors import ModelError, QuantizationError
 from lrpq.evaluate.classification import class_logits, score_images
 from lrpq.model.layers import Choice
@@ -34,6 +43,22 @@ widths = st.integers(2, 8)
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def error_of(x: Tensor, grid: Any) -> float:
+    return squared_error(x)(grid)
+
+
+def search_tensor(x: Tensor, bits: int, **options: Any) -> UniformGrid:
+    return best(tensor_candidates(x, bits, **options), squared_error(x))
+
+
+def search_channels(x: Tensor, bits: int, **options: Any) -> UniformGrid:
+    return best(channel_candidates(x, bits, **options), squared_error(x))
+
+
+def search_pattern(p: Tensor, bits: int) -> Any:
+    return best(pattern_candidates(p, bits), squared_error(p))
 
 
 def outliers(tokens: int, channels: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,9 +110,9 @@ def test_the_pattern_is_logarithmic_where_codes_are_few() -> None:
     assert isinstance(search_pattern(p, 4), LogarithmicGrid)
     assert isinstance(search_pattern(p, 8), UniformGrid)
     for bits in (2, 3, 4, 8):
-        found = float(squared_error(p, search_pattern(p, bits)))
+        found = error_of(p, search_pattern(p, bits))
         others = [LogarithmicGrid(bits=bits, scale=float(p.amax()), steps_per_octave=m) for m in (1, 2)]
-        assert found <= min(float(squared_error(p, grid)) for grid in (*others, search_tensor(p, bits)))
+        assert found <= min(error_of(p, grid) for grid in (*others, search_tensor(p, bits)))
 
 
 @given(seed=seeds, bits=widths)
@@ -98,10 +123,10 @@ def test_searched_ranges_are_the_best_of_all_candidates(seed: int, bits: int) ->
     best = search_channels(x, bits)
     errors = (quantized(x, best) - x).double().square().mean(0)
     for c in range(x.shape[1]):
-        alone = [float(squared_error(x[:, c], _between_quantiles(x[:, c], share, bits))) for share in SHARES]
+        alone = [error_of(x[:, c], _between_quantiles(x[:, c], share, bits)) for share in SHARES]
         assert float(errors[c]) == pytest.approx(min(alone), rel=1e-6)
-    whole = min(float(squared_error(x, _between_quantiles(x.flatten(), share, bits))) for share in SHARES)
-    assert float(squared_error(x, search_tensor(x, bits))) == pytest.approx(whole, rel=1e-6)
+    whole = min(error_of(x, _between_quantiles(x.flatten(), share, bits)) for share in SHARES)
+    assert error_of(x, search_tensor(x, bits)) == pytest.approx(whole, rel=1e-6)
 
 
 def _between_quantiles(x: Tensor, share: float, bits: int) -> UniformGrid:
@@ -114,10 +139,43 @@ def test_clipping_and_channels_lower_the_error_behind_a_layer_norm() -> None:
     x = outliers(1000, 32, 3)
     whole, clipped = search_tensor(x, 4, shares=(1.0,)), search_tensor(x, 4)
     channels, both = search_channels(x, 4, shares=(1.0,)), search_channels(x, 4)
-    errors = [float(squared_error(x, grid)) for grid in (whole, clipped, channels, both)]
+    errors = [error_of(x, grid) for grid in (whole, clipped, channels, both)]
     assert errors[0] > errors[1]
     assert errors[2] > errors[3]
     assert errors[1] > 2 * errors[3]
+
+
+def test_output_error_is_that_of_the_next_layers() -> None:
+    """Brute force over all candidates. Where one token alone is far out and alone matters, nothing is clipped."""
+    x, W = noise(500, 16), noise(5, 16, seed=1)
+    x[7] *= 10
+    s = torch.zeros(500).index_fill_(0, torch.tensor([7]), 1.0)
+    for weights in (None, s):
+        error, t = site_error(x, W, weights), torch.ones(500) if weights is None else weights
+        grids = list(channel_candidates(x, 3))
+        by_hand = [((quantized(x, g) @ W.T - x @ W.T).square().mean(1) * t).sum() / t.sum() for g in grids]
+        chosen = best(channel_candidates(x, 3), error)
+        assert error(chosen) == pytest.approx(float(min(by_hand)), rel=1e-4)
+        assert torch.equal(chosen.scale, grids[0].scale) == (weights is not None)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_attention_error_is_that_of_what_reads_its_output(point: str) -> None:
+    W, s = noise(5, 8, seed=9), torch.rand(3 * 9, generator=torch.Generator().manual_seed(8))
+    tensors = {name: 2 * noise(3, 2, 9, 4, seed=seed) for seed, name in enumerate((QUERY, KEY, VALUE))}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, p: Any = None) -> tuple[Tensor, Tensor]:
+        pattern = torch.softmax(q @ k.transpose(-1, -2) * 0.3, -1) if p is None else p
+        return pattern @ v, pattern
+
+    output, pattern = run(*tensors.values())
+    error = AttentionError(*tensors.values(), pattern, scaling=0.3, W=W, s=s).of(point)
+    x = {**tensors, PATTERN: pattern}[point]
+    grid = search_tensor(x, 3)
+    changed = {**tensors, **({} if point == PATTERN else {point: quantized(x, grid)})}
+    found, _ = run(*changed.values(), quantized(x, grid) if point == PATTERN else None)
+    dy = torch.einsum("nhtd,ohd->nto", found - output, W.view(5, 2, 4)).flatten(0, 1)
+    assert error(grid) == pytest.approx(float((s[:, None] * dy.square()).sum() / s.sum() / 5), rel=1e-4)
 
 
 def test_shifted_grid_begins_at_the_bound_of_gelu() -> None:
@@ -125,7 +183,7 @@ def test_shifted_grid_begins_at_the_bound_of_gelu() -> None:
     low = float(x.amin())
     shifted, plain = search_tensor(x, 4, low=low), search_tensor(x, 4)
     assert float(shifted.offset) == pytest.approx(low)
-    assert float(squared_error(x, shifted)) < 0.95 * float(squared_error(x, plain))
+    assert error_of(x, shifted) < 0.95 * error_of(x, plain)
     wide = nn.functional.gelu(8 * noise(4000))  # a step is wider than all that is negative: zero is worth more
     assert float(search_tensor(wide, 4, low=low).offset) == 0.0
 
@@ -168,7 +226,7 @@ def test_integer_linear_is_that_of_whole_numbers_bit_for_bit(seed: int, weight_b
     reference = q @ weight.codes.to(torch.int64).T
     assert torch.equal(layer.accumulated(grid.codes(x)).to(torch.int64), reference)
     assert torch.equal(layer(x), layer.rescaled(reference))
-    simulated = quantized(x.double(), grid) @ weight.dequantize(torch.float32).double().T + bias.double()
+    simulated = grid.values(grid.codes(x).double()) @ weight.dequantize(torch.float32).double().T + bias.double()
     torch.testing.assert_close(layer(x).double(), simulated, rtol=1e-4, atol=1e-4)
 
 
