@@ -4,8 +4,9 @@
 
 ``MODEL`` is what benchmarks/vision_train.py saved, ``FOLDER`` holds its train.npz and test.npz. Calibrated on images
 drawn from the training set, another draw for every seed; scored on the test images. A column WbAa has weights of b and
-activations of a bits; MPa chooses weights of a - 1, a or a + 1 bits a layer, no larger together than Wa, activations of
-a bits. Patch embedding and classifier are not quantized. Rows differ in one thing from the one above them:
+activations of a bits, Wb weights alone. MPa chooses a - 1, a or a + 1 bits for the weights of each layer and for the
+activations of each place, both no larger on average than a; WPa does so for weights alone, its activations have a bits.
+Patch embedding and classifier are not quantized. Rows differ in one thing from the one above them:
 
     plain       one uniform grid a tensor over the whole range; weights rounded to nearest, searched scales
     channels    and a grid a channel behind LayerNorm, folded (RepQ-ViT, LRP-QViT)
@@ -62,22 +63,19 @@ class Column:
 
     weight_bits: tuple[int, ...]
     average_bits: int
-    activation_bits: int | None
-
-    @property
-    def mixed(self) -> bool:
-        return len(self.weight_bits) > 1
+    activation_bits: tuple[int, ...]
 
 
 def column(text: str) -> Column:
-    fixed, mixed = re.fullmatch(r"W(\d)(?:A(\d))?", text), re.fullmatch(r"MP(\d)", text)
+    fixed, mixed = re.fullmatch(r"W(\d)(?:A(\d))?", text), re.fullmatch(r"(MP|WP)(\d)", text)
     if fixed:
-        bits, activations = int(fixed[1]), int(fixed[2]) if fixed[2] else None
+        bits, activations = int(fixed[1]), (int(fixed[2]),) if fixed[2] else ()
         return Column(weight_bits=(bits,), average_bits=bits, activation_bits=activations)
     if mixed:
-        bits = int(mixed[1])
-        return Column(weight_bits=(bits - 1, bits, bits + 1), average_bits=bits, activation_bits=bits)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected W4A4, W4 or MP4, for example")
+        bits = int(mixed[2])
+        three = (bits - 1, bits, bits + 1)
+        return Column(weight_bits=three, average_bits=bits, activation_bits=three if mixed[1] == "MP" else (bits,))
+    raise argparse.ArgumentTypeError(f"{text!r}: expected W4A4, W4, WP4 or MP4, for example")
 
 
 def draw(images: Images, count: int, seed: int) -> torch.Tensor:
@@ -113,7 +111,7 @@ def measure(
         "original_top1": reference.top1,
         "agreement": float(ours.agrees.double().mean()),
         "kl_nats": float(ours.kl_nats.mean()),
-        "all_in_bits": found.plan.average_bits,
+        "all_in_bits": found.plan.average_bits if found.plan is not None else 32.0,
         "seconds": seconds,
     }
 

@@ -13,7 +13,7 @@ What the head and the patch embedding read stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Flag, auto
@@ -65,20 +65,55 @@ class Means(Flag):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """What a walk gives."""
+class Candidate:
+    """The best grid of one width at one place."""
 
-    grids: tuple[BlockGrids, ...]
-    """By block, for the folded model: all of them one a tensor."""
-    foldings: Mapping[tuple[int, str], Folding]
-    """(block, site) -> what has to be folded first; empty without `Means.CHANNELS`."""
+    grid: ActivationGrid
+    """One for the tensor, of the folded model."""
+    folding: Folding | None
+    """What has to be folded first."""
+    cost: float
+    """Nats a token, where grids are judged by output with token weights; otherwise the error it was chosen by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A site or point of a block."""
+
+    num_values: int
+    """Activations an image."""
+    candidates: Mapping[int, Candidate]
+    """By width."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What a walk gives: places by block and name."""
+
+    places: Mapping[tuple[int, str], Place]
+
+    def grids(self, widths: Mapping[tuple[int, str], int]) -> tuple[BlockGrids, ...]:
+        """Grids by block, for the folded model."""
+        found: list[dict[str, ActivationGrid]] = [{} for _ in range(1 + max(block for block, _ in self.places))]
+        for (block, name), place in self.places.items():
+            found[block][name] = place.candidates[widths[block, name]].grid
+        return tuple(found)
+
+    def foldings(self, widths: Mapping[tuple[int, str], int]) -> dict[tuple[int, str], Folding]:
+        """(block, site) -> what has to be folded first; empty without `Means.CHANNELS`."""
+        found = {key: place.candidates[widths[key]].folding for key, place in self.places.items()}
+        return {key: folding for key, folding in found.items() if folding is not None}
+
+    def uniform(self, bits: int) -> dict[tuple[int, str], int]:
+        """The same width everywhere."""
+        return dict.fromkeys(self.places, bits)
 
 
 def calibrate(
     stream: BlockStream,
     images: Float[Tensor, "n channels height width"],
     *,
-    bits: Callable[[int, str], int],
+    widths: Sequence[int],
     means: Means = Means.ALL,
     token_weights: Mapping[int, Mapping[str, Tensor]] | None = None,
     micro_batch: int = 32,
@@ -90,7 +125,7 @@ def calibrate(
     Args:
         stream: the model.
         images: to calibrate on, preprocessed.
-        bits: (block, site or point) -> width of its codes.
+        widths: of the codes to choose from.
         means: which grids.
         token_weights: block -> site -> what each token counts when grids are judged by output; ones by default.
         micro_batch: images computed at once.
@@ -102,31 +137,35 @@ def calibrate(
     if stream.architecture not in NORMS:
         raise ModelError(f"{stream.architecture}: its activations cannot be quantized; supported: {list(NORMS)}")
     norms = NORMS[stream.architecture] if Means.CHANNELS in means else {}
-    shares = SHARES if Means.CLIPPED in means else UNCLIPPED
     with stream.embedding():
         hidden = [stream.embed(batch) for batch in images.split(micro_batch)]
-    found: list[BlockGrids] = []
-    foldings: dict[tuple[int, str], Folding] = {}
+    found: dict[tuple[int, str], Place] = {}
     for index, block in stream.stream(range(stream.num_blocks)):
         with torch.no_grad(), recorded(stream, index, block) as seen:
             hidden = [stream.run(block, index, batch) for batch in hidden]
-        grids: dict[str, ActivationGrid] = {}
         activations = {place: torch.cat(parts).float() for place, parts in seen.items()}
         errors = _errors(stream, index, block, activations, means, (token_weights or {}).get(index, {}))
-        for place, x in activations.items():
-            width, error = bits(index, place), errors[place]
-            if place in norms:
-                channels = best(channel_candidates(x, width, shares=shares), error)
-                foldings[index, place] = folding_of(channels)
-                grids[place] = foldings[index, place].grid
-            elif place == PATTERN and Means.LOGARITHMIC in means:
-                grids[place] = best(pattern_candidates(x, width, shares=shares), error)
-            else:
-                shifted = place == AFTER_ACTIVATION and Means.SHIFTED in means
-                low = float(x.amin()) if shifted else None
-                grids[place] = best(tensor_candidates(x, width, shares=shares, low=low), error)
-        found.append(grids)
-    return Calibration(grids=tuple(found), foldings=foldings)
+        for name, x in activations.items():
+            candidates = {
+                width: _candidate(x, name, width, errors[name], means, channels=name in norms) for width in widths
+            }
+            found[index, name] = Place(num_values=x.numel() // len(images), candidates=candidates)
+    return Calibration(places=found)
+
+
+def _candidate(x: Tensor, name: str, width: int, error: Error, means: Means, *, channels: bool) -> Candidate:
+    shares = SHARES if Means.CLIPPED in means else UNCLIPPED
+    if channels:
+        by_channel = best(channel_candidates(x, width, shares=shares), error)
+        folding = folding_of(by_channel)
+        return Candidate(grid=folding.grid, folding=folding, cost=error(by_channel))
+    grid: ActivationGrid
+    if name == PATTERN and Means.LOGARITHMIC in means:
+        grid = best(pattern_candidates(x, width, shares=shares), error)
+    else:
+        shifted = name == AFTER_ACTIVATION and Means.SHIFTED in means
+        grid = best(tensor_candidates(x, width, shares=shares, low=float(x.amin()) if shifted else None), error)
+    return Candidate(grid=grid, folding=None, cost=error(grid))
 
 
 def _errors(

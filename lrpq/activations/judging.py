@@ -1,10 +1,12 @@
 """The error of the product that follows an activation: what a clipped range is judged by.
 
-    a site's layers:        mean s_t |W (x^_t - x_t)|^2 over tokens, W the rows of all its layers
+    a site's layers:        1/2 mean_t s_t |W (x^_t - x_t)|^2, W the rows of all its layers
     a point of attention:   the same of the output projection, the other three points exact
 
-s are token weights such as those of the Hessians (relevance/weights.py), or ones. An image's tokens differ widely in
-what they matter: of the last block only the class token is read.
+With s_t the mean squared gradient at the outputs (token weights ``fisher``, power 1, no floor) this is nats per token:
+the second-order Fisher cost of docs/methods.md, section 1, the outputs of a token sharing its mean. An image's tokens
+differ widely in what they matter: of the last block only the class token is read. Without s all count alike, and the
+unit is that of the outputs.
 """
 
 from __future__ import annotations
@@ -22,23 +24,38 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 MAX_TOKENS = 2048
-"""Evenly strided, that a site's grids are judged on."""
+"""The heaviest, that a site's grids are judged on."""
 MAX_IMAGES = 16
-"""Evenly strided, for the points of attention."""
+"""The heaviest, for the points of attention."""
 
 
 def site_error(
     x: Float[Tensor, "tokens d_in"], W: Float[Tensor, "d_out d_in"], s: Float[Tensor, "weights=tokens"] | None = None
 ) -> Error:
     """Of the outputs of a site's layers, stacked."""
-    stride = -(-len(x) // MAX_TOKENS)
-    sample = x[::stride]
     weights = torch.ones(len(x), device=x.device) if s is None else s.to(x.device)
-    return lambda grid: _weighted((quantized(sample, grid) - sample) @ W.T, weights[::stride])
+    chosen = _heaviest(weights, MAX_TOKENS)
+    sample, scaled = x[chosen], _in_place_of_all(weights, weights[chosen])
+    return lambda grid: _weighted((quantized(sample, grid) - sample) @ W.T, scaled)
+
+
+def _heaviest(s: Float[Tensor, "weights=n"], count: int) -> Tensor:
+    """Indices of the largest weights; of equal ones, evenly strided. Of a model that is sure of most images, a few of
+    them hold nearly all of the squared gradient, and an even draw misses them."""
+    if bool((s == s[0]).all()):
+        return torch.arange(0, len(s), -(-len(s) // count), device=s.device)
+    found: Tensor = s.topk(min(count, len(s))).indices.sort().values
+    return found
+
+
+def _in_place_of_all(s: Tensor, chosen: Tensor) -> Float[Tensor, "weights=n"]:
+    """Weights of the chosen that sum to the mean of all."""
+    scaled: Tensor = chosen.double() * (s.double().mean() / chosen.double().sum())
+    return scaled
 
 
 def _weighted(dy: Float[Tensor, "tokens d_out"], s: Float[Tensor, "weights=tokens"]) -> float:
-    return float((s.double() * dy.double().square().mean(1)).sum() / s.double().sum())
+    return 0.5 * float((s * dy.double().square().sum(1)).sum())
 
 
 class AttentionError:
@@ -61,13 +78,14 @@ class AttentionError:
         W: Tensor,
         s: Tensor | None = None,
     ) -> None:
-        stride = -(-len(query) // MAX_IMAGES)
-        self.query, self.key, self.value = query[::stride], key[::stride], value[::stride]
-        self.pattern, self.scaling = pattern[::stride], scaling
+        ones = torch.ones(len(query), query.shape[2], device=query.device)
+        weights = ones if s is None else s.view(len(query), -1).to(query.device)
+        chosen = _heaviest(weights.sum(1), MAX_IMAGES)
+        self.weights = _in_place_of_all(weights, weights[chosen]).flatten()
+        self.query, self.key, self.value = query[chosen], key[chosen], value[chosen]
+        self.pattern, self.scaling = pattern[chosen], scaling
         self.output = self.pattern @ self.value
         self.W = W
-        weights = torch.ones(len(query), query.shape[2]) if s is None else s.view(len(query), -1)
-        self.weights = weights[::stride].flatten().to(query.device)
 
     def of(self, point: str) -> Error:
         """Error of a grid at one of the four points."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.apply import GridActivations, quantized_block
 from lrpq.activations.calibrate import BlockGrids, Means, calibrate
 from lrpq.activations.folding import fold_plan
@@ -59,7 +60,10 @@ class QuantizedClassifier:
     grids: Sequence[BlockGrids]
     """By block."""
     codes: Mapping[str, QuantizedWeight]
-    plan: Plan
+    plan: Plan | None
+    """Of the weights; None where they are not quantized."""
+    widths: Mapping[tuple[int, str], int]
+    """(block, site or point) -> width of its activations."""
 
     def variant(self, index: int, block: nn.Module) -> AbstractContextManager[None]:
         """Scope in which a block of ``stream`` computes as quantized (lrpq.evaluate.classification.Variant)."""
@@ -72,7 +76,7 @@ def quantize_classifier(
     *,
     weight_bits: Sequence[int],
     average_bits: int,
-    activation_bits: int | None,
+    activation_bits: Sequence[int],
     recipe: Recipe,
     folded: Path,
     means: Means = Means.ALL,
@@ -86,7 +90,8 @@ def quantize_classifier(
         images: to calibrate on, preprocessed.
         weight_bits: widths that a layer may have.
         average_bits: the weights take no more than with this width everywhere.
-        activation_bits: of all activations; None leaves them as they are.
+        activation_bits: widths that activations may have, of which the middle one is their average; with none they
+            stay as they are.
         recipe: how weights are allocated and rounded.
         folded: new folder for the folded model; not written where nothing is folded.
         means: of the activation grids.
@@ -101,19 +106,22 @@ def quantize_classifier(
     shared = replace(shared, bits=tuple(weight_bits), group_sizes=(PER_ROW,))
     stream = BlockStream(source, dtype=shared.dtype, device=shared.device)
     grids: Sequence[BlockGrids] = ({},) * stream.num_blocks
-    if activation_bits is not None:
-        width = activation_bits
+    widths: dict[tuple[int, str], int] = {}
+    if activation_bits:
         found = calibrate(
             stream,
             images,
-            bits=lambda block, place: width,
+            widths=activation_bits,
             means=means,
-            token_weights=_token_weights(source, images, shared) if Means.JUDGED_BY_OUTPUT in means else None,
+            token_weights=token_weights(source, images, shared) if Means.JUDGED_BY_OUTPUT in means else None,
             micro_batch=shared.micro_batch,
         )
-        grids = found.grids
-        if found.foldings:
-            write_folded(source, folded, fold_plan(stream, found.foldings), dtype=torch.float32)
+        average = sorted(activation_bits)[len(activation_bits) // 2]
+        mixed = len(activation_bits) > 1
+        widths = allocate_widths(found, average_bits=average) if mixed else found.uniform(average)
+        grids, foldings = found.grids(widths), found.foldings(widths)
+        if foldings:
+            write_folded(source, folded, fold_plan(stream, foldings), dtype=torch.float32)
             source = open_source(folded)
             stream = BlockStream(source, dtype=shared.dtype, device=shared.device)
     budget = uniform_bits(stream.specs, average_bits)
@@ -121,10 +129,10 @@ def quantize_classifier(
     plan = prepared.plan(recipe.allocation, budget)
     activations = GridActivations(stream=stream, grids=grids) if behind is Behind.ACTIVATIONS else None
     codes = prepared.bench.codes(plan.choices, recipe, prepared.gathered, activations)
-    return QuantizedClassifier(stream=stream, grids=grids, codes=codes, plan=plan)
+    return QuantizedClassifier(stream=stream, grids=grids, codes=codes, plan=plan, widths=widths)
 
 
-def _token_weights(source: ModelSource, images: Tensor, terms: Terms) -> dict[int, Mapping[str, Tensor]]:
+def token_weights(source: ModelSource, images: Tensor, terms: Terms) -> dict[int, Mapping[str, Tensor]]:
     """Block -> site -> squared gradients at the outputs of its layers: the weight of a squared output error in nats."""
     walk = Workbench(source, images, replace(terms, power=1.0, floor=0.0)).walk_back(weightings=("fisher",))
     found = [evidence.weights["fisher"] for evidence in walk]

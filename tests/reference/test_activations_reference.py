@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from tiny_images import images, write_classifier
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
+from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.apply import quantized_block
 from lrpq.activations.attention import KEY, PATTERN, POINTS, QUERY, VALUE
-from lrpq.activations.calibrate import Means, calibrate
+from lrpq.activations.calibrate import Calibration, Candidate, Means, Place, calibrate
 from lrpq.activations.clipping import (
     SHARES,
     best,
@@ -153,7 +155,7 @@ def test_output_error_is_that_of_the_next_layers() -> None:
     for weights in (None, s):
         error, t = site_error(x, W, weights), torch.ones(500) if weights is None else weights
         grids = list(channel_candidates(x, 3))
-        by_hand = [((quantized(x, g) @ W.T - x @ W.T).square().mean(1) * t).sum() / t.sum() for g in grids]
+        by_hand = [((quantized(x, g) @ W.T - x @ W.T).square().sum(1) * t).mean() / 2 for g in grids]
         chosen = best(channel_candidates(x, 3), error)
         assert error(chosen) == pytest.approx(float(min(by_hand)), rel=1e-4)
         assert torch.equal(chosen.scale, grids[0].scale) == (weights is not None)
@@ -175,7 +177,7 @@ def test_attention_error_is_that_of_what_reads_its_output(point: str) -> None:
     changed = {**tensors, **({} if point == PATTERN else {point: quantized(x, grid)})}
     found, _ = run(*changed.values(), quantized(x, grid) if point == PATTERN else None)
     dy = torch.einsum("nhtd,ohd->nto", found - output, W.view(5, 2, 4)).flatten(0, 1)
-    assert error(grid) == pytest.approx(float((s[:, None] * dy.square()).sum() / s.sum() / 5), rel=1e-4)
+    assert error(grid) == pytest.approx(float((s[:, None] * dy.square()).sum() / 2 / len(s)), rel=1e-4)
 
 
 def test_shifted_grid_begins_at_the_bound_of_gelu() -> None:
@@ -253,10 +255,11 @@ def test_integer_arithmetic_refuses_what_it_cannot_multiply() -> None:
 def test_folded_model_is_the_same_function(name: str, tmp_path: Path) -> None:
     stream = BlockStream(open_source(write_classifier(tmp_path / "model", name)), dtype=torch.float32)
     x = images(6, name)
-    found = calibrate(stream, x, bits=lambda block, place: 8)
-    assert set(found.foldings) == {(block, site) for block in range(2) for site in ("qkv", "up")}
-    assert all(not g.per_channel for grids in found.grids for g in grids.values() if isinstance(g, UniformGrid))
-    write_folded(stream.source, tmp_path / "folded", fold_plan(stream, found.foldings), dtype=torch.float32)
+    found = calibrate(stream, x, widths=[8])
+    eight = found.uniform(8)
+    assert set(found.foldings(eight)) == {(block, site) for block in range(2) for site in ("qkv", "up")}
+    assert all(not g.per_channel for grids in found.grids(eight) for g in grids.values() if isinstance(g, UniformGrid))
+    write_folded(stream.source, tmp_path / "folded", fold_plan(stream, found.foldings(eight)), dtype=torch.float32)
     models = [AutoModelForImageClassification.from_pretrained(tmp_path / f) for f in ("model", "folded")]
     with torch.no_grad():
         before, after = (model.double()(pixel_values=x.double()).logits for model in models)
@@ -264,18 +267,46 @@ def test_folded_model_is_the_same_function(name: str, tmp_path: Path) -> None:
     assert not torch.equal(after, before)
 
 
+def test_widths_are_the_best_within_the_average() -> None:
+    """Brute force over all plans of a few places."""
+    generator = torch.Generator().manual_seed(4)
+    places = {}
+    for i in range(5):
+        sizes, costs = torch.randint(1, 40, (1,), generator=generator), torch.rand(1, generator=generator)
+        found = {b: Candidate(grid=_GRID, folding=None, cost=float(costs) * 4.0**-b) for b in (3, 4, 5)}
+        places[i, "o"] = Place(num_values=int(sizes), candidates=found)
+    widths = allocate_widths(Calibration(places=places), average_bits=4)
+
+    def cost(plan: tuple[int, ...]) -> float:
+        return sum(place.candidates[b].cost for place, b in zip(places.values(), plan, strict=True))
+
+    total = sum(place.num_values for place in places.values())
+    plans = [
+        plan
+        for plan in itertools.product((3, 4, 5), repeat=5)
+        if sum(b * place.num_values for place, b in zip(places.values(), plan, strict=True)) <= 4 * total
+    ]
+    chosen = tuple(widths[key] for key in places)
+    assert chosen in plans
+    assert cost(chosen) == pytest.approx(min(map(cost, plans)), rel=1e-5)
+
+
+_GRID = UniformGrid(bits=4, scale=torch.tensor(1.0), offset=torch.tensor(0.0))
+
+
 def test_without_bias_nothing_takes_the_shift(tmp_path: Path) -> None:
     stream = BlockStream(open_source(write_classifier(tmp_path / "model", "vit-wide-patches")), dtype=torch.float32)
-    found = calibrate(stream, images(4, "vit-wide-patches"), bits=lambda block, place: 8)
+    found = calibrate(stream, images(4, "vit-wide-patches"), widths=[8])
     with pytest.raises(ModelError, match=r"q_proj: has no bias"):
-        fold_plan(stream, found.foldings)
+        fold_plan(stream, found.foldings(found.uniform(8)))
 
 
 def test_a_block_computes_what_its_grids_say(tmp_path: Path) -> None:
     """Against the block's formula written out: LayerNorm, attention, GELU, every product of quantized factors."""
     stream = BlockStream(open_source(write_classifier(tmp_path / "model", "vit")), dtype=torch.float32)
     x = images(4)
-    grids = calibrate(stream, x, bits=lambda block, place: 5, means=Means.ALL & ~Means.CHANNELS).grids[0]
+    calibration = calibrate(stream, x, widths=[5], means=Means.ALL & ~Means.CHANNELS)
+    grids = calibration.grids(calibration.uniform(5))[0]
     hidden = stream.embed(x)
     with stream.block(0) as block, torch.no_grad():
         codes = {
@@ -311,9 +342,10 @@ def test_more_bits_are_nearer_to_the_original(tmp_path: Path) -> None:
     x, labels = images(16), torch.arange(16) % 10
 
     def kl(bits: int, means: Means = Means.ALL & ~Means.CHANNELS) -> float:
-        found = calibrate(stream, x, bits=lambda block, place: bits, means=means)
+        found = calibrate(stream, x, widths=[bits], means=means)
+        grids = found.grids(found.uniform(bits))
         scores = score_images(
-            stream, x, labels, {"a": (stream, lambda i, block: quantized_block(stream, i, block, found.grids[i], {}))}
+            stream, x, labels, {"a": (stream, lambda i, block: quantized_block(stream, i, block, grids[i], {}))}
         )
         assert float(scores["reference"].kl_nats.abs().max()) == 0.0
         return float(scores["a"].kl_nats.mean())
