@@ -202,7 +202,10 @@ def recorded(stream: BlockStream, index: int, block: nn.Module) -> Iterator[dict
         return x
 
     def site_hook(site: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, arguments: (note(site, arguments[0].flatten(0, -2)), None)[1]
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            note(site, arguments[0].flatten(0, -2))
+
+        return hook
 
     handles = [
         block.get_submodule(stream.local_name(members[0])).register_forward_pre_hook(site_hook(site))

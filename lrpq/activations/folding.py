@@ -61,8 +61,8 @@ class Folding:
 
 
 def folding_of(channels: UniformGrid) -> Folding:
-    """From a grid a channel."""
-    s_c, o_c = channels.scale.double(), channels.offset.double()
+    """From a grid a channel; on the host, where models are written (a scalar serves tensors of any device)."""
+    s_c, o_c = channels.scale.cpu().double(), channels.offset.cpu().double()
     s = s_c.mean().float()
     o = (o_c.mean() / s.double()).round().float() * s
     grid = UniformGrid(bits=channels.bits, scale=s, offset=o)

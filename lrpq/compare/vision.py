@@ -101,7 +101,6 @@ def quantize_classifier(
     Raises:
         LrpqError: see `calibrate`, `fold_plan` and `Prepared`.
     """
-
     shared = terms or Terms(dtype=torch.float32, micro_batch=32)
     shared = replace(shared, bits=tuple(weight_bits), group_sizes=(PER_ROW,))
     stream = BlockStream(source, dtype=shared.dtype, device=shared.device)
