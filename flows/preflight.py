@@ -148,7 +148,9 @@ def _check_model(config: CompressConfig) -> None:
     from lrpq.model.source import open_source
 
     source = rotated(open_source(resolve_model(config.run.model)), config.run)
-    family_of(source.config)
+    architecture, family = family_of(source.config)
+    if family.pooling is not None:
+        raise ConfigError(f"{architecture} classifies images: `lrpq compress` takes language models")
     config.check_parts(tied=bool(source.config.tie_word_embeddings))
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     lengths = {"--length": config.run.calibration.length}

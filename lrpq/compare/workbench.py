@@ -33,7 +33,7 @@ from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import storage_bits
 from lrpq.quant.rtn import round_to_nearest
 from lrpq.refine.quantize import quantize_refined
-from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
+from lrpq.refine.sweep import QuantizedActivations, RefineSweep, SiteProducts, merge_products
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.outputs import Outputs
 from lrpq.relevance.rules import Pass
@@ -259,12 +259,24 @@ class Workbench:
         return Quantized(codes=dict(tuned.weights), vectors=dict(tuned.vectors))
 
     @torch.no_grad()
-    def codes(self, choices: Mapping[str, Choice | None], recipe: Recipe, gathered: Gathered) -> Codes:
-        """Codes of every module by the recipe, sequentially: each site behind the quantized sites before it."""
+    def codes(
+        self,
+        choices: Mapping[str, Choice | None],
+        recipe: Recipe,
+        gathered: Gathered,
+        activations: QuantizedActivations | None = None,
+    ) -> Codes:
+        """Codes of every module by the recipe, sequentially: each site behind the quantized sites before it, and behind
+        quantized activations where there are any."""
         terms, stream = self.terms, self.stream()
         shards = {i: self.tokens[r.start : r.stop] for i, r in enumerate(split(len(self.tokens), terms.shards))}
         sweep = RefineSweep(
-            stream, shards, num_shards=terms.shards, micro_batch=terms.micro_batch, with_shift=recipe.correction > 0
+            stream,
+            shards,
+            num_shards=terms.shards,
+            micro_batch=terms.micro_batch,
+            with_shift=recipe.correction > 0,
+            activations=activations,
         )
         sweep.embed()
         weights = None if recipe.weighting == "none" else gathered.token_weights[recipe.weighting]
@@ -350,5 +362,6 @@ def _evaluate(found: Gathered, module: ModuleEvidence, measures: Mapping[str, Me
 
 def _by_shard(s: Tensor, shards: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Token weights of all windows, cut as the windows are."""
-    sizes = [shards[index].numel() for index in sorted(shards)]
+    windows = sum(len(shard) for shard in shards.values())
+    sizes = [len(shards[index]) * (len(s) // windows) for index in sorted(shards)]
     return dict(zip(sorted(shards), torch.split(s, sizes), strict=True))

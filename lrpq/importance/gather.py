@@ -100,6 +100,8 @@ class GatherSweep(ProfileSweep):
         super().__init__(*arguments, **profile)
         if any(spec.routed for spec in self.stream.specs):
             raise ModelError("measures of importance are gathered for dense models only; this one has experts")
+        if text_labels and self.stream.family.pooling is not None:
+            raise ModelError("a measure that explains the text's own tokens has nothing to explain in images")
         self.weightings = tuple(weightings)
         self.hessians_by = frozenset(hessians_by)
         self.text_labels = text_labels
@@ -139,7 +141,7 @@ class GatherSweep(ProfileSweep):
             },
             weights={name: {} for name in self.weightings},
             outputs={},
-            num_tokens=shard.tokens.numel(),
+            num_tokens=0,
             cosine=0.0,
         )
         changes: dict[str, Tensor] = {}
@@ -152,16 +154,18 @@ class GatherSweep(ProfileSweep):
             spec.name: {(0, i): empty_outputs(spec.d_out, stream.device) for i in range(len(self.outputs_by))}
             for spec in specs
         }
-        first = 0
+        first, windows = 0, 0
 
         def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:
             _add(found.modules[name], running, x, y, widen(g), changes.get(name))
             if running is Pass.FISHER:
-                self._add_outputs(outputs[name], first, g)
+                self._add_outputs(outputs[name], first, windows, g)
 
         pieces: dict[tuple[str, str], list[Tensor]] = {}
         for position in range(len(shard.tokens.split(self.micro_batch))):
             hidden = self.kept.take((block, shard.index, position))
+            windows = len(hidden)
+            found.num_tokens += hidden.shape[0] * hidden.shape[1]
             arguments = stream.call_arguments(block, (hidden.shape[0], hidden.shape[1]))
             with _recorded(module, self.stream.family.units, "attention" in self.weightings) as seen:
                 upstream = self.upstream[shard.index, position]
@@ -169,7 +173,7 @@ class GatherSweep(ProfileSweep):
                     module, arguments, hidden, upstream, sites, switch=self.switch, observer=observe
                 )
             self.upstream[shard.index, position] = result.gradients
-            first += len(hidden)
+            first += windows
             found.cosine += float(torch.cosine_similarity(hidden.float(), seen.output.float(), dim=-1).double().sum())
             for site, x in result.inputs.items():
                 tokens = SiteTokens(
@@ -198,12 +202,13 @@ class GatherSweep(ProfileSweep):
         release_freed_memory()
         return found
 
-    def _add_outputs(self, parts: dict[Node, Outputs], first: int, g: Float[Tensor, "tokens d_out"]) -> None:
-        """Add gradients of consecutive windows, the first of which is given, to the shards they belong to."""
-        length = self.shards[0].tokens.shape[1]
-        last = first + len(g) // length
-        for index, windows in enumerate(self.outputs_by):
-            start, stop = max(first, windows.start), min(last, windows.stop)
+    def _add_outputs(
+        self, parts: dict[Node, Outputs], first: int, windows: int, g: Float[Tensor, "tokens d_out"]
+    ) -> None:
+        """Add gradients of consecutive windows, ``windows`` of them from ``first``, to the shards they belong to."""
+        length, last = len(g) // windows, first + windows
+        for index, members in enumerate(self.outputs_by):
+            start, stop = max(first, members.start), min(last, members.stop)
             if start < stop:
                 add_outputs(parts[0, index], g[(start - first) * length : (stop - first) * length])
 

@@ -91,7 +91,9 @@ def _dtype_of(config: Any) -> torch.dtype:
 
 def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor on disk; experts as their families store them."""
-    _, family = family_of(config)
+    architecture, family = family_of(config)
+    if family.pooling is not None:
+        raise ModelError(f"config.json: {architecture} classifies images; only language models are planned for")
     model = build_skeleton(config, dtype=torch.bfloat16, device=torch.device("cpu"))
     shapes: dict[str, tuple[int, ...]] = {}
     if family.experts is not None:

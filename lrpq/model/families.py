@@ -1,13 +1,18 @@
-"""Where blocks, embeddings, norms, head and linear layers are, per architecture: a table, not branches."""
+"""Where blocks, embeddings, norms, head and linear layers are, per architecture: a table, not branches.
+
+Language models and image classifiers: what is a token here is a patch there (docs/adr/0019).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from lrpq.errors import ModelError
+from lrpq.model.pooling import FirstToken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +46,13 @@ class Family:
     """Module paths of one architecture."""
 
     blocks: str
-    """The list of decoder blocks."""
+    """The list of blocks."""
     outside: tuple[str, ...]
-    """Modules with weights that are used before the first block, the token embedding first."""
+    """Modules with weights that are used before the first block, the embedding first."""
     tail: tuple[str, ...]
     """Modules between the last block and the head, in order."""
     head: str
-    """Language-model head."""
+    """Language-model head, or the classifier."""
     logit_cap: str | None = None
     """Field of the text configuration with the cap c of the logits, c tanh(z / c); null there is no cap."""
     sites: Mapping[str, tuple[str, ...]]
@@ -60,6 +65,9 @@ class Family:
     """What need not be run again once the input of its last layer is known."""
     optional: frozenset[str] = frozenset()
     """Of ``outside`` and ``tail``: modules that some configurations do not have."""
+    pooling: type[nn.Module] | None = None
+    """Of an image classifier: what its head reads of the tail's output, [n, t, h] -> [n, 1, h]. None: a language model,
+    whose head reads every token."""
 
 
 _ATTENTION = Unit(path="self_attn", last="self_attn.o_proj", returns_tuple=True, added=True)
@@ -151,6 +159,33 @@ FAMILIES: Mapping[str, Family] = {
     "MixtralForCausalLM": MIXTRAL,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
 }
+
+
+def _image_transformer(base: str) -> Family:
+    return Family(
+        blocks=f"{base}.layers",
+        outside=(f"{base}.embeddings",),
+        tail=(f"{base}.layernorm",),
+        head="classifier",
+        sites={
+            "qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+            "o": ("attention.o_proj",),
+            "up": ("mlp.fc1",),
+            "down": ("mlp.fc2",),
+        },
+        units=(
+            Unit(path="attention", last="attention.o_proj", returns_tuple=True, added=True),
+            Unit(path="mlp", last="mlp.fc2", returns_tuple=False, added=True),
+        ),
+        pooling=FirstToken,
+    )
+
+
+CLASSIFIERS: Mapping[str, Family] = {
+    "ViTForImageClassification": _image_transformer("vit"),
+    "DeiTForImageClassification": _image_transformer("deit"),
+}
+"""Architectures that classify images."""
 CONVERTED = frozenset({"GPT2LMHeadModel"})
 """Architectures that are read as another: lrpq.model.source."""
 
@@ -163,8 +198,14 @@ def family_of(config: PreTrainedConfig) -> tuple[str, Family]:
     """
     architectures = list(getattr(config, "architectures", None) or [])
     for name in architectures:
-        if name in FAMILIES:
-            return name, FAMILIES[name]
+        family = FAMILIES.get(name) or CLASSIFIERS.get(name)
+        if family is not None:
+            return name, family
     found = ", ".join(architectures) or f"model_type {config.model_type!r} without architectures"
     known = ", ".join(sorted([*FAMILIES, *CONVERTED]))
     raise ModelError(f"unsupported architecture: {found}; supported: {known}")
+
+
+def classifies_images(config: PreTrainedConfig) -> bool:
+    """Whether the configuration is one of an image classifier, by its architectures."""
+    return any(name in CLASSIFIERS for name in getattr(config, "architectures", None) or [])

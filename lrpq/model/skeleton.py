@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from lrpq.errors import ModelError
+from lrpq.model.families import classifies_images
 
 
 def build_skeleton(
@@ -26,16 +27,19 @@ def build_skeleton(
             attention scores are capped has no fused kernel, for instance).
 
     Raises:
-        ModelError: transformers cannot build a causal language model from the configuration.
+        ModelError: transformers cannot build the model from the configuration.
     """
+    images = classifies_images(config)
+    auto = AutoModelForImageClassification if images else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto.from_config(
                 deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
     except Exception as error:  # whatever a model's constructor raises is a bad configuration
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"config.json: transformers builds no causal language model from it ({reason})") from error
+        wanted = "image classifier" if images else "causal language model"
+        raise ModelError(f"config.json: transformers builds no {wanted} from it ({reason})") from error
     model.eval().requires_grad_(False)
     _compute_buffers(model, device)
     return model

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lrpq.errors import ModelError
 from lrpq.model.experts import expert_tensors, replace_experts
 from lrpq.model.families import family_of
+from lrpq.model.inputs import image_arguments, text_arguments
 from lrpq.model.layers import LinearSpec
 from lrpq.model.linears import find_head, find_linears
 from lrpq.model.names import check_shapes, stored_names, tie
@@ -36,7 +37,7 @@ Overrides = Mapping[str, Tensor]
 
 
 class BlockStream:
-    """A causal language model of which at most one decoder block has its weights in memory.
+    """A causal language model or an image classifier of which at most one block has its weights in memory.
 
     Args:
         source: where the weights are.
@@ -62,7 +63,7 @@ class BlockStream:
         self.prefetch = prefetch
         self.architecture, self.family = family_of(source.config)
         self.model: Any = build_skeleton(source.config, dtype=dtype, device=self.device, attention=attention)
-        self.tied_head = bool(source.config.tie_word_embeddings)
+        self.tied_head = self.family.pooling is None and bool(source.config.tie_word_embeddings)
         self._stored: dict[str, tuple[str, ...]] = {
             name: (stored,) for name, stored in stored_names(self.model, source).items()
         }
@@ -156,18 +157,33 @@ class BlockStream:
             finally:
                 self._embedding_held = False
 
+    def num_labels(self, inputs: Tensor) -> int:
+        """What the head decides for a batch: one label a token, or one an image."""
+        return inputs.numel() if self.family.pooling is None else len(inputs)
+
     @torch.no_grad()
-    def embed(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t hidden"]:
-        """Input of the first block. Also records what each block is called with for this shape of batch."""
+    def embed(
+        self, inputs: Int[Tensor, "n t"] | Float[Tensor, "n channels height width"]
+    ) -> Float[Tensor, "n t hidden"]:
+        """Input of the first block. Also records what each block is called with for this shape of batch.
+
+        Args:
+            inputs: token ids; of an image classifier, preprocessed images.
+
+        Raises:
+            CalibrationError: the images do not have the size that the model reads.
+        """
+        inputs, text = inputs.to(self.device), self.family.pooling is None
+        arguments = text_arguments(inputs) if text else image_arguments(inputs, self.source.config)
         with nullcontext() if self._embedding_held else self._materialised(self._outside):
             recorded: list[dict[str, Any]] = []
             with recording(self.blocks, recorded):
                 try:
-                    self.model(input_ids=tokens.to(self.device), use_cache=False, logits_to_keep=1)
+                    self.model(**arguments)
                 except Recorded as stop:
                     stop.__traceback__ = None  # its frames hold the embedding, in a cycle until the next collection
                     hidden = stop.hidden
-            self._calls[tokens.shape[0], tokens.shape[1]] = recorded
+            self._calls[hidden.shape[0], hidden.shape[1]] = recorded
         return hidden
 
     def call_arguments(self, block: int, shape: tuple[int, int]) -> dict[str, Any]:
@@ -222,11 +238,13 @@ class BlockStream:
         """What follows the last block, with weights in memory for the length of the context.
 
         Yields:
-            The final norm (with what else lies between the last block and the head), and the function from its output
-            [..., h] to logits [..., vocabulary].
+            The final norm (with what else lies between the last block and the head, such as pooling), and the function
+            from its output [..., h] to logits [..., vocabulary or classes].
         """
         with self._materialised((*self._tail, self.family.head)):
             tail = [self.model.get_submodule(path) for path in self._tail]
+            if self.family.pooling is not None:
+                tail.append(self.family.pooling())
             head = self.model.get_submodule(self.family.head)
             yield tail[0] if len(tail) == 1 else nn.Sequential(*tail), self._capped(head)
 

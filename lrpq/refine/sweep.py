@@ -21,9 +21,9 @@ the original stream is not needed. Memory besides the streams: those inputs, d_i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,18 @@ def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return None if left is None or right is None else left + right
 
 
+class QuantizedActivations(Protocol):
+    """What the quantized stream's activations are rounded to, where they are quantized too (lrpq.activations)."""
+
+    def scope(self, block: int, module: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the block computes with quantized activations."""
+        ...
+
+    def inputs(self, block: int, site: str, x: Tensor) -> Tensor:
+        """Inputs of a site as its layers multiply them."""
+        ...
+
+
 class RefineSweep:
     """Streams of some shards.
 
@@ -74,6 +86,8 @@ class RefineSweep:
         num_shards: shards of the whole run (the shape of the merge tree).
         micro_batch: windows computed at once; part of the result's identity.
         with_shift: also carry the original stream and add up D or P.
+        activations: of the quantized stream: x~ are then what the layers multiply, and D or P also holds the errors of
+            rounding them, this site's among them.
     """
 
     def __init__(
@@ -84,8 +98,10 @@ class RefineSweep:
         num_shards: int,
         micro_batch: int,
         with_shift: bool,
+        activations: QuantizedActivations | None = None,
     ) -> None:
         self.stream = stream
+        self.activations = activations
         self.shards = shards
         self.num_shards = num_shards
         self.micro_batch = micro_batch
@@ -133,8 +149,10 @@ class RefineSweep:
             sums = self._empty(site[0], reader)
             offset = 0
             for position, hidden in enumerate(batches):
-                with self.stream.swapped(module, quantized):
+                with self._quantized(block, module, quantized):
                     xq, rq = self._at(reader, block, module, hidden, ("quantized", shard, position))
+                if self.activations is not None:
+                    xq = self.activations.inputs(block, site[0].input_site, xq)
                 s = torch.ones(len(xq), device=xq.device)
                 if token_weights is not None:
                     s = token_weights[shard][offset : offset + len(xq)].to(xq.device, torch.float32)
@@ -171,7 +189,7 @@ class RefineSweep:
     def advance(self, block: int, module: nn.Module, quantized: Mapping[str, Tensor]) -> None:
         """Move both streams behind the block."""
         self._advance(block, module, "original", self.original)
-        with self.stream.swapped(module, quantized):
+        with self._quantized(block, module, quantized):
             self._advance(block, module, "quantized", self.quantized)
         self._known.clear()
         release_freed_memory()
@@ -195,6 +213,14 @@ class RefineSweep:
             for position, hidden in enumerate(batches):
                 batches[position] = self.run_continued(block, module, hidden, (which, shard, position))
                 self.on_batch()
+
+    @contextmanager
+    def _quantized(self, block: int, module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self.stream.swapped(module, weights))
+            if self.activations is not None:
+                stack.enter_context(self.activations.scope(block, module))
+            yield
 
     def _adds(self, reader: str) -> bool:
         return any(unit.added and unit.last == reader for unit in self.stream.family.units)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import activations
+from transformers.models.deit import modeling_deit as deit
 from transformers.models.gemma import modeling_gemma as gemma
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
@@ -28,10 +29,12 @@ from transformers.models.phi3 import modeling_phi3 as phi3
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
+from transformers.models.vit import modeling_vit as vit
 from transformers.pytorch_utils import Conv1D
 
 from lrpq.errors import ModelError
 from lrpq.model.experts import Expert, LinearExperts, RoutedLinear
+from lrpq.model.pooling import FirstToken
 from lrpq.relevance import rules
 from lrpq.relevance.attention import attention_patch
 from lrpq.relevance.rules import Pass as Pass
@@ -225,6 +228,13 @@ COMPOSITE: Mapping[type[nn.Module], Rule] = {
     qwen3_moe.Qwen3MoeDecoderLayer: linear,
     qwen3_moe.Qwen3MoeSparseMoeBlock: linear,
     qwen3_moe.Qwen3MoeTopKRouter: router,
+    vit.ViTMLP: linear,
+    vit.ViTAttention: attention_patch,
+    vit.ViTLayer: linear,
+    deit.DeiTMLP: linear,
+    deit.DeiTAttention: attention_patch,
+    deit.DeiTLayer: linear,
+    FirstToken: linear,
     LinearExperts: routed_experts,
     Expert: linear,
     RoutedLinear: linear,

@@ -86,7 +86,7 @@ def logit_seed(logits: Float[Tensor, "k v"], labels: Tensor) -> Float[Tensor, "k
 def head_gradient(
     norm: nn.Module,
     head: Callable[[Tensor], Tensor],
-    hidden: Float[Tensor, "n t h"],
+    hidden: Float[Tensor, "n tokens h"],
     *,
     switch: PassSwitch,
     passes: Collection[Pass],
@@ -94,7 +94,7 @@ def head_gradient(
     labels: Int[Tensor, "n t"] | None = None,
     seed: SeedGradient = nll_seed,
     chunk_tokens: int | None = None,
-) -> tuple[dict[Pass, Float[Tensor, "n t h"]], float]:
+) -> tuple[dict[Pass, Float[Tensor, "n tokens h"]], float]:
     """Gradients at the last block's output for every pass, and the labels' negative log-likelihood in nats.
 
     The loss is a sum over tokens, so that gradients do not depend on the size of the micro-batch. At most
@@ -103,7 +103,7 @@ def head_gradient(
     Args:
         norm: final norm.
         head: normalised hidden states [k, h] -> logits [k, v], differentiated as it is.
-        hidden: output of the last block.
+        hidden: output of the last block, its tokens are t but where ``norm`` pools them (image classifiers: t is 1).
         switch: switch of the sweep.
         passes: passes to run.
         generators: one per sequence (`sequence_generator`): labels are sampled from the model's own softmax.
@@ -114,16 +114,16 @@ def head_gradient(
     Raises:
         QuantizationError: labels and hidden states do not fit each other, or a gradient is not finite.
     """
-    n, t, _ = hidden.shape
     if (labels is None) == (generators is None):
         raise QuantizationError("head: expected either labels or generators to sample them; give exactly one")
+    with rules_for(norm, switch, passes), torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        normed = norm(leaf)
+    n, t, _ = normed.shape
     if (labels is not None and labels.shape != (n, t)) or (generators is not None and len(generators) != n):
         raise QuantizationError(
             f"head: hidden states have {n} x {t} tokens; expected labels of that shape or {n} generators"
         )
-    with rules_for(norm, switch, passes), torch.enable_grad():
-        leaf = hidden.detach().requires_grad_()
-        normed = norm(leaf)
     if chunk_tokens is None:
         chunk_tokens = GPU_CHUNK_TOKENS if hidden.is_cuda else CHUNK_TOKENS
     upstream = torch.empty_like(normed)

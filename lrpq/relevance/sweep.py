@@ -79,6 +79,7 @@ class Shard:
     first_window: int
     """Index of its first window in the whole calibration set: labels are drawn by window, not by worker."""
     tokens: Int[Tensor, "windows length"]
+    """Of an image classifier, images [windows, channels, height, width]: a window is what the model reads at once."""
 
 
 class ProfileSweep:
@@ -188,7 +189,7 @@ class ProfileSweep:
         """Gradients at the last block's output; returns the sampled labels' summed loss (nats) and their number."""
         with self.stream.head() as (norm, head):
             for shard in self.shards:
-                shard_nats, num_tokens = 0.0, 0
+                shard_nats, num_labels = 0.0, 0
                 with self._watched_head() as sums:
                     for position, (first, tokens) in enumerate(self.explained(shard)):
                         gradients, nats = head_gradient(
@@ -201,13 +202,13 @@ class ProfileSweep:
                         )
                         self.upstream[shard.index, position] = gradients
                         shard_nats += nats
-                        num_tokens += tokens.numel()
+                        num_labels += self.stream.num_labels(tokens)
                         self.on_batch()
                     self.pass_over(shard, norm, sums)
-                self.losses[shard.index] = (shard_nats, num_tokens)
+                self.losses[shard.index] = (shard_nats, num_labels)
                 if sums is not None:
                     self._add_head(shard, sums)
-        return sum(nats for nats, _ in self.losses.values()), sum(tokens for _, tokens in self.losses.values())
+        return sum(nats for nats, _ in self.losses.values()), sum(labels for _, labels in self.losses.values())
 
     def pass_over(self, shard: Shard, norm: nn.Module, sums: HeadSums | None) -> None:
         """What becomes of a shard's windows of which no gradients are taken: there are none."""
@@ -227,14 +228,14 @@ class ProfileSweep:
             hessians={self.head.input_site: sums.hessian},
             curvature={self.head.name: sums.curvature.cpu()},
             outputs={},
-            num_tokens=shard.tokens.numel(),
+            num_tokens=self.stream.num_labels(shard.tokens),
             num_explained=self.num_explained(shard),
         )
         self.head_sums = fold({**self.head_sums, (0, shard.index): found}, self.num_shards, merge_block_sums)
 
     def num_explained(self, shard: Shard) -> int:
-        """Tokens of a shard that have gradients."""
-        return sum(tokens.numel() for _, tokens in self.explained(shard))
+        """Labels of a shard that have gradients."""
+        return sum(self.stream.num_labels(tokens) for _, tokens in self.explained(shard))
 
     def backward(self, block: int, module: nn.Module) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
         """Backward through one block.
@@ -300,8 +301,8 @@ class ProfileSweep:
             hessians=hessians,
             curvature=curvature,
             outputs=outputs,
-            num_tokens=shard.tokens.numel(),
-            num_explained=self.num_explained(shard),
+            num_tokens=start if self.weighs_tokens else shard.tokens.numel(),
+            num_explained=start,
         )
         return sums, SiteWeights(
             values={site: torch.cat([torch.empty(0), *parts]) for site, parts in weights.items()},

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import write_llama
+from tiny_images import write_classifier
 
 from flows import cli
 from flows.config import PlanConfig
@@ -153,6 +154,13 @@ def test_unsupported_family_is_named(
     (folder / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
     (folder / "config.json").write_text(json.dumps({"model_type": "bloom", "architectures": ["BloomForCausalLM"]}))
     assert "BloomForCausalLM" in fails(capfd, [valid[0], str(folder), *valid[2:]])
+
+
+def test_image_classifiers_are_refused(valid: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = write_classifier(tmp_path / "vit", "vit")
+    capfd.readouterr()  # transformers' bars
+    message = fails(capfd, [valid[0], str(folder), *valid[2:]])
+    assert "ViTForImageClassification classifies images: `lrpq compress` takes language models" in message
 
 
 def test_unknown_hub_model(

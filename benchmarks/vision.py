@@ -1,0 +1,162 @@
+"""Top-1 of an image classifier with quantized weights and activations, beside the original's.
+
+    python -m benchmarks.vision MODEL --data FOLDER [--columns W8A8 W6A6 W4A4] [--rows lrpq ..] [--seeds 0 1 2 3 4]
+
+``MODEL`` is what benchmarks/vision_train.py saved, ``FOLDER`` holds its train.npz and test.npz. Calibrated on images
+drawn from the training set, another draw for every seed; scored on the test images. A column WbAa has weights of b and
+activations of a bits, Wb weights alone. MPa chooses a - 1, a or a + 1 bits for the weights of each layer and for the
+activations of each place, both no larger on average than a; WPa does so for weights alone, its activations have a bits.
+Patch embedding and classifier are not quantized. Rows differ in one thing from the one above them:
+
+    plain       one uniform grid a tensor over the whole range; weights rounded to nearest, searched scales
+    channels    and a grid a channel behind LayerNorm, folded (RepQ-ViT, LRP-QViT)
+    clipped     and ranges by the squared error of the activation (as the papers have it, tighter ranges too)
+    judged      instead by the error of the next product, tokens weighted by relevance
+    nearest     and shifted and logarithmic grids: all of ours, weights still rounded to nearest
+    gptq        weights by uniform GPTQ, sequential, activation order: the control
+    weights     weights by lrpq's whole recipe; MP by its curvature costs
+    lrpq        and rounded behind quantized activations, whose errors the correction makes up for
+    score       lrpq, but MP by a ranking of relevance (LRP-QViT's contribution score) on two widths
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.vision_images import Images, load_images, normalize
+from lrpq.activations.calibrate import Means
+from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
+from lrpq.compare.terms import Terms
+from lrpq.compare.vision import Behind, quantize_classifier
+from lrpq.evaluate.classification import score_images
+from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.source import open_source
+from lrpq.model.streaming import BlockStream
+
+NEAREST = replace(CONTROL, rounding=Rounding.NEAREST)
+ROWS: Mapping[str, tuple[Means, Recipe, Behind]] = {
+    "plain": (Means.NONE, NEAREST, Behind.WEIGHTS),
+    "channels": (Means.CHANNELS, NEAREST, Behind.WEIGHTS),
+    "clipped": (Means.CLIPPED | Means.CHANNELS, NEAREST, Behind.WEIGHTS),
+    "judged": (Means.CLIPPED | Means.CHANNELS | Means.JUDGED_BY_OUTPUT, NEAREST, Behind.WEIGHTS),
+    "nearest": (Means.ALL, NEAREST, Behind.WEIGHTS),
+    "gptq": (Means.ALL, CONTROL, Behind.WEIGHTS),
+    "weights": (Means.ALL, DEFAULT, Behind.WEIGHTS),
+    "lrpq": (Means.ALL, DEFAULT, Behind.ACTIVATIONS),
+    "score": (Means.ALL, replace(DEFAULT, allocation="relevance-magnitude"), Behind.ACTIVATIONS),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """Widths."""
+
+    weight_bits: tuple[int, ...]
+    average_bits: int
+    activation_bits: tuple[int, ...]
+
+
+def column(text: str) -> Column:
+    fixed, mixed = re.fullmatch(r"W(\d)(?:A(\d))?", text), re.fullmatch(r"(MP|WP)(\d)", text)
+    if fixed:
+        bits, activations = int(fixed[1]), (int(fixed[2]),) if fixed[2] else ()
+        return Column(weight_bits=(bits,), average_bits=bits, activation_bits=activations)
+    if mixed:
+        bits = int(mixed[2])
+        three = (bits - 1, bits, bits + 1)
+        return Column(weight_bits=three, average_bits=bits, activation_bits=three if mixed[1] == "MP" else (bits,))
+    raise argparse.ArgumentTypeError(f"{text!r}: expected W4A4, W4, WP4 or MP4, for example")
+
+
+def draw(images: Images, count: int, seed: int) -> torch.Tensor:
+    chosen = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed))[:count]
+    return normalize(images.pixels[chosen])
+
+
+def measure(
+    source: ModelSource, row: str, widths: Column, calibration: torch.Tensor, test: Images, seed: int
+) -> dict[str, float]:
+    means, recipe, behind = ROWS[row]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="lrpq-folded-") as scratch:
+        found = quantize_classifier(
+            source,
+            calibration,
+            weight_bits=widths.weight_bits,
+            average_bits=widths.average_bits,
+            activation_bits=widths.activation_bits,
+            recipe=recipe,
+            folded=Path(scratch) / "model",
+            means=means,
+            behind=behind,
+            terms=Terms(dtype=torch.float32, micro_batch=32, seed=seed),
+        )
+        seconds = time.monotonic() - started
+        original = BlockStream(source, dtype=torch.float32)
+        x = normalize(test.pixels)
+        scores = score_images(original, x, test.labels, {row: (found.stream, found.variant)})
+    ours, reference = scores[row], scores["reference"]
+    return {
+        "top1": ours.top1,
+        "original_top1": reference.top1,
+        "agreement": float(ours.agrees.double().mean()),
+        "kl_nats": float(ours.kl_nats.mean()),
+        "all_in_bits": found.plan.average_bits if found.plan is not None else 32.0,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=["plain", "nearest", "gptq", "weights", "lrpq"]
+    )
+    parser.add_argument("--columns", nargs="+", default=["W8A8", "W6A6", "W4A4"])
+    parser.add_argument("--images", type=int, default=128, help="to calibrate on")
+    parser.add_argument("--test-images", type=int, help="of the test set at most")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    columns = {text: column(text) for text in arguments.columns}
+    source = open_source(arguments.model)
+    images = load_images(arguments.data / "train.npz")
+    test = load_images(arguments.data / "test.npz", first=arguments.test_images)
+    results: list[dict[str, object]] = []
+    cells: dict[tuple[str, str], list[float]] = {}
+    for text, widths in columns.items():
+        for row in arguments.rows:
+            for seed in arguments.seeds:
+                found = measure(source, row, widths, draw(images, arguments.images, seed), test, seed)
+                drop = 100 * (found["original_top1"] - found["top1"])
+                cells.setdefault((row, text), []).append(drop)
+                results.append({"row": row, "column": text, "seed": seed, **found})
+                print(json.dumps(results[-1]), flush=True)
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    original = 100 * float(str(results[0]["original_top1"]))
+    print(f"\ntop-1 drop in points from {original:.2f}% on {len(test.labels):,} images; ", end="")
+    print(f"{arguments.images} images to calibrate on; mean and spread of {len(arguments.seeds)} seeds")
+    print(f"| row | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for row in arguments.rows:
+        shown = [
+            f"{statistics.fmean(cells[row, text]):.2f}"
+            + (f" ± {statistics.stdev(cells[row, text]):.2f}" if len(arguments.seeds) > 1 else "")
+            for text in columns
+        ]
+        print(f"| {row} | {' | '.join(shown)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Grids of all activations of a classifier, from one forward walk over calibration images.
+
+    site or point                   full recipe
+    qkv, up: LayerNorm's outputs    uniform a channel, folded into one for the tensor (folding)
+    o: attention's output           uniform
+    down: the activation's output   uniform, shifted where that is better
+    query, key, value               uniform
+    pattern: softmax's output       logarithmic, or uniform where that is better
+
+Ranges are clipped as far as the error of the next product asks for (clipping, judging).
+What the head and the patch embedding read stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lrpq.activations.attention import KEY, PATTERN, POINTS, QUERY, VALUE, with_points
+from lrpq.activations.clipping import (
+    SHARES,
+    UNCLIPPED,
+    Error,
+    best,
+    channel_candidates,
+    pattern_candidates,
+    squared_error,
+    tensor_candidates,
+)
+from lrpq.activations.folding import NORMS, Folding, folding_of
+from lrpq.activations.grids import ActivationGrid
+from lrpq.activations.judging import AttentionError, site_error
+from lrpq.errors import ModelError
+from lrpq.model.streaming import BlockStream
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+AFTER_ATTENTION, AFTER_ACTIVATION = "o", "down"
+BlockGrids = Mapping[str, ActivationGrid]
+"""Input site, or point of attention -> its grid."""
+
+
+class Means(Flag):
+    """Ways to spend few codes well; without any, all grids are uniform, a tensor each, over the whole range."""
+
+    NONE = 0
+    CHANNELS = auto()
+    """A grid a channel behind LayerNorm."""
+    CLIPPED = auto()
+    """Ranges by error search."""
+    JUDGED_BY_OUTPUT = auto()
+    """Grids are chosen by the error of the next product instead of the activation's own."""
+    LOGARITHMIC = auto()
+    """Candidates for softmax's outputs."""
+    SHIFTED = auto()
+    """Candidates for the activation function's outputs."""
+    ALL = CHANNELS | CLIPPED | JUDGED_BY_OUTPUT | LOGARITHMIC | SHIFTED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """The best grid of one width at one place."""
+
+    grid: ActivationGrid
+    """One for the tensor, of the folded model."""
+    folding: Folding | None
+    """What has to be folded first."""
+    cost: float
+    """Nats a token, where grids are judged by output with token weights; otherwise the error it was chosen by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A site or point of a block."""
+
+    num_values: int
+    """Activations an image."""
+    candidates: Mapping[int, Candidate]
+    """By width."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What a walk gives: places by block and name."""
+
+    places: Mapping[tuple[int, str], Place]
+
+    def grids(self, widths: Mapping[tuple[int, str], int]) -> tuple[BlockGrids, ...]:
+        """Grids by block, for the folded model."""
+        found: list[dict[str, ActivationGrid]] = [{} for _ in range(1 + max(block for block, _ in self.places))]
+        for (block, name), place in self.places.items():
+            found[block][name] = place.candidates[widths[block, name]].grid
+        return tuple(found)
+
+    def foldings(self, widths: Mapping[tuple[int, str], int]) -> dict[tuple[int, str], Folding]:
+        """(block, site) -> what has to be folded first; empty without `Means.CHANNELS`."""
+        found = {key: place.candidates[widths[key]].folding for key, place in self.places.items()}
+        return {key: folding for key, folding in found.items() if folding is not None}
+
+    def uniform(self, bits: int) -> dict[tuple[int, str], int]:
+        """The same width everywhere."""
+        return dict.fromkeys(self.places, bits)
+
+
+def calibrate(
+    stream: BlockStream,
+    images: Float[Tensor, "n channels height width"],
+    *,
+    widths: Sequence[int],
+    means: Means = Means.ALL,
+    token_weights: Mapping[int, Mapping[str, Tensor]] | None = None,
+    micro_batch: int = 32,
+) -> Calibration:
+    """Walk the blocks once; activations are those of the model in full precision.
+
+    Memory: one block's activations for all images, float32; the pattern has heads x t^2 values an image.
+
+    Args:
+        stream: the model.
+        images: to calibrate on, preprocessed.
+        widths: of the codes to choose from.
+        means: which grids.
+        token_weights: block -> site -> what each token counts when grids are judged by output; ones by default.
+        micro_batch: images computed at once.
+
+    Raises:
+        ModelError: no table says which norms make the sites.
+        QuantizationError: a width that no grid has, or activations that are not finite.
+    """
+    if stream.architecture not in NORMS:
+        raise ModelError(f"{stream.architecture}: its activations cannot be quantized; supported: {list(NORMS)}")
+    norms = NORMS[stream.architecture] if Means.CHANNELS in means else {}
+    with stream.embedding():
+        hidden = [stream.embed(batch) for batch in images.split(micro_batch)]
+    found: dict[tuple[int, str], Place] = {}
+    for index, block in stream.stream(range(stream.num_blocks)):
+        with torch.no_grad(), recorded(stream, index, block) as seen:
+            hidden = [stream.run(block, index, batch) for batch in hidden]
+        activations = {place: torch.cat(parts).float() for place, parts in seen.items()}
+        errors = _errors(stream, index, block, activations, means, (token_weights or {}).get(index, {}))
+        for name, x in activations.items():
+            candidates = {
+                width: _candidate(x, name, width, errors[name], means, channels=name in norms) for width in widths
+            }
+            found[index, name] = Place(num_values=x.numel() // len(images), candidates=candidates)
+    return Calibration(places=found)
+
+
+def _candidate(x: Tensor, name: str, width: int, error: Error, means: Means, *, channels: bool) -> Candidate:
+    shares = SHARES if Means.CLIPPED in means else UNCLIPPED
+    if channels:
+        by_channel = best(channel_candidates(x, width, shares=shares), error)
+        folding = folding_of(by_channel)
+        return Candidate(grid=folding.grid, folding=folding, cost=error(by_channel))
+    grid: ActivationGrid
+    if name == PATTERN and Means.LOGARITHMIC in means:
+        grid = best(pattern_candidates(x, width, shares=shares), error)
+    else:
+        shifted = name == AFTER_ACTIVATION and Means.SHIFTED in means
+        grid = best(tensor_candidates(x, width, shares=shares, low=float(x.amin()) if shifted else None), error)
+    return Candidate(grid=grid, folding=None, cost=error(grid))
+
+
+def _errors(
+    stream: BlockStream,
+    index: int,
+    block: nn.Module,
+    activations: Mapping[str, Tensor],
+    means: Means,
+    weights: Mapping[str, Tensor],
+) -> dict[str, Error]:
+    """What the grids of every site and point are judged by."""
+    if Means.JUDGED_BY_OUTPUT not in means:
+        return {place: squared_error(x) for place, x in activations.items()}
+    found: dict[str, Error] = {}
+    rows: dict[str, Tensor] = {}
+    for site, members in stream.sites(index).items():
+        layers = [block.get_submodule(stream.local_name(spec)) for spec in members]
+        rows[site] = torch.cat([layer.get_parameter("weight").float() for layer in layers])
+        found[site] = site_error(activations[site], rows[site], weights.get(site))
+    scaling = getattr(attention_of(stream, block), "scaling", activations[QUERY].shape[-1] ** -0.5)
+    query, key, value, pattern = (activations[point] for point in (QUERY, KEY, VALUE, PATTERN))
+    W, s = rows[AFTER_ATTENTION], weights.get(AFTER_ATTENTION)
+    attention = AttentionError(query, key, value, pattern, scaling=float(scaling), W=W, s=s)
+    return found | {point: attention.of(point) for point in POINTS}
+
+
+@contextmanager
+def recorded(stream: BlockStream, index: int, block: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Inside, every forward of a block adds what its sites [tokens, d_in] and points of attention [n, ..] hold."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(place: str, x: Tensor) -> Tensor:
+        seen.setdefault(place, []).append(x.detach())
+        return x
+
+    def site_hook(site: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            note(site, arguments[0].flatten(0, -2))
+
+        return hook
+
+    handles = [
+        block.get_submodule(stream.local_name(members[0])).register_forward_pre_hook(site_hook(site))
+        for site, members in stream.sites(index).items()
+    ]
+    points = {point: (lambda x, point=point: note(point, x)) for point in POINTS}
+    try:
+        with with_points(attention_of(stream, block), points):
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_of(stream: BlockStream, block: nn.Module) -> nn.Module:
+    """The attention module of a block."""
+    (unit,) = [unit for unit in stream.family.units if unit.returns_tuple]
+    return block.get_submodule(unit.path)

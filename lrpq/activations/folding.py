@@ -1,0 +1,112 @@
+"""A step a channel becomes one step for the tensor, exactly: what differs moves into the LayerNorm and the next layers.
+
+LayerNorm's outputs x = gain n + beta have channels of very different ranges. With a grid a channel, x^_c = s_c q + o_c,
+and a grid for the tensor, s q + o, let r = s_c / s. The LayerNorm with
+
+    gain' = gain / r        beta' = (beta - o_c) / r + o
+
+gives x' = (x - o_c) / r + o, whose codes on the tensor's grid are those of x on the channels', and layers with
+
+    W' = W diag(r)          b' = b + W (o_c - o r)
+
+give W' x' + b' = W x + b. This is RepQ-ViT's scale reparameterisation (Li et al. 2023), which LRP-QViT takes over, with
+real offsets instead of zero points: s is the mean of s_c, and o that of o_c, rounded to whole steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lrpq.activations.grids import UniformGrid
+from lrpq.errors import ModelError
+from lrpq.model.streaming import BlockStream
+from lrpq.transform.folds import FoldList, FoldPlan, ScaleColumns
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+NORMS: Mapping[str, Mapping[str, str]] = {
+    "ViTForImageClassification": {"qkv": "layernorm_before", "up": "layernorm_after"},
+    "DeiTForImageClassification": {"qkv": "layernorm_before", "up": "layernorm_after"},
+}
+"""Architecture -> input site -> the LayerNorm of the block that makes it, and that nothing else reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folding:
+    """Of one site."""
+
+    ratio: Float[Tensor, "channels=h"]
+    """r, float64."""
+    before: Float[Tensor, "channels=h"]
+    """o_c, float64."""
+    grid: UniformGrid
+    """The tensor's grid, float32: that of the folded model."""
+
+    def of_norm(self, gain: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """gain', beta' in float64."""
+        return gain.double() / self.ratio, (beta.double() - self.before) / self.ratio + self.grid.offset.double()
+
+    def of_layer(self, W: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """W', b' in float64."""
+        return W.double() * self.ratio, bias.double() + self.of_bias(W)
+
+    def of_bias(self, W: Float[Tensor, "d_out channels=h"]) -> Float[Tensor, "rows=d_out"]:
+        """b' - b."""
+        return W.double() @ (self.before - self.grid.offset.double() * self.ratio)
+
+
+def folding_of(channels: UniformGrid) -> Folding:
+    """From a grid a channel; on the host, where models are written (a scalar serves tensors of any device)."""
+    s_c, o_c = channels.scale.cpu().double(), channels.offset.cpu().double()
+    s = s_c.mean().float()
+    o = (o_c.mean() / s.double()).round().float() * s
+    grid = UniformGrid(bits=channels.bits, scale=s, offset=o)
+    return Folding(ratio=s_c / s.double(), before=o_c, grid=grid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleAndAdd:
+    """factor * v + term of a vector, entry by entry; a fold as those of lrpq.transform.folds."""
+
+    factor: Float[Tensor, " n"]
+    term: Float[Tensor, " n"]
+    rowwise: bool = field(default=False, init=False)
+    column_unit: int | None = field(default=None, init=False)
+
+    def __call__(self, W: Float[Tensor, "entries=n"]) -> Float[Tensor, "entries=n"]:
+        """The changed vector."""
+        return W * self.factor + self.term
+
+
+def fold_plan(stream: BlockStream, foldings: Mapping[tuple[int, str], Folding]) -> FoldPlan:
+    """What the foldings of some sites, by block and site, make of the model's tensors.
+
+    Write it in float32 (lrpq.transform.writing.write_folded): in bfloat16 the folded values are rounded again.
+
+    Raises:
+        ModelError: no table says which norm makes the site, or one of its layers has no bias to take the shift.
+    """
+    norms = NORMS.get(stream.architecture)
+    if norms is None:
+        raise ModelError(f"{stream.architecture}: no table says which norms make its sites; supported: {list(NORMS)}")
+    folds = FoldList()
+    for (block, site), folding in foldings.items():
+        prefix = f"{stream.family.blocks}.{block}."
+        norm = prefix + norms[site]
+        r, o = folding.ratio, folding.grid.offset.double()
+        folds.add(stream.stored(f"{norm}.weight"), ScaleAndAdd(factor=1 / r, term=0 * r))
+        folds.add(stream.stored(f"{norm}.bias"), ScaleAndAdd(factor=1 / r, term=o - folding.before / r))
+        for spec in stream.sites(block)[site]:
+            if stream.model.get_submodule(spec.name).bias is None:
+                raise ModelError(
+                    f"{spec.name}: has no bias to take what folding shifts its inputs by; calibrate its site per tensor"
+                )
+            shift = folding.of_bias(stream.weight(spec).cpu())
+            folds.add(spec.stored, ScaleColumns(factor=r))
+            folds.add(stream.stored(f"{spec.name}.bias"), ScaleAndAdd(factor=shift * 0 + 1, term=shift))
+    return FoldPlan(tensors=folds.tensors())
