@@ -41,7 +41,7 @@ Weighting = Callable[[SiteTokens], Tensor]
 
 def none(tokens: SiteTokens) -> Tensor:
     """All alike: plain GPTQ."""
-    return torch.ones(len(tokens.x), device=tokens.x.device)
+    return torch.ones(len(tokens.x), dtype=torch.float32, device=tokens.x.device)
 
 
 def inverse_norm(tokens: SiteTokens) -> Tensor:

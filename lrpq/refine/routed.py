@@ -98,7 +98,7 @@ def routed_products(
                 s = _weights(token_weights, site, shard, here, found.rows)
                 sums[site] = _added(sums[site], found, original.get(site), s, num_tokens)
             if pooled:
-                s = torch.zeros(num_tokens, device=hidden.device)
+                s = torch.zeros(num_tokens, dtype=torch.float32, device=hidden.device)
                 for site, rows in everything.routed.items():
                     s[rows] += _weights(token_weights, site, shard, here, rows)
                 hessian = accumulate(sums[POOLED].hessian, everything.x, s)
@@ -116,7 +116,7 @@ def _empty(sweep: RefineSweep, spec: LinearSpec) -> SiteProducts:
 
 def _weights(weights: SiteTokenWeights | None, site: str, shard: int, here: slice, rows: Tensor) -> Tensor:
     if weights is None:
-        return torch.ones(len(rows), device=rows.device)
+        return torch.ones(len(rows), dtype=torch.float32, device=rows.device)
     return weights[site][shard][here].to(rows.device, torch.float32)[rows]
 
 

@@ -153,7 +153,7 @@ class RefineSweep:
                     xq, rq = self._at(reader, block, module, hidden, ("quantized", shard, position))
                 if self.activations is not None:
                     xq = self.activations.inputs(block, site[0].input_site, xq)
-                s = torch.ones(len(xq), device=xq.device)
+                s = torch.ones(len(xq), dtype=torch.float32, device=xq.device)
                 if token_weights is not None:
                     s = token_weights[shard][offset : offset + len(xq)].to(xq.device, torch.float32)
                 offset += len(xq)
@@ -181,7 +181,7 @@ class RefineSweep:
         if not self.with_shift:
             return SiteProducts(hessian=hessian, shift=None)
         if self._adds(reader):
-            pull = torch.zeros(spec.d_out, spec.d_in, device=self.stream.device)
+            pull = torch.zeros(spec.d_out, spec.d_in, dtype=torch.float32, device=self.stream.device)
             return SiteProducts(hessian=hessian, shift=None, pull=pull)
         return SiteProducts(hessian=hessian, shift=torch.zeros_like(hessian.xx))
 

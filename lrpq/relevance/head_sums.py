@@ -43,7 +43,7 @@ def watched_head(head: nn.Module, spec: LinearSpec, device: torch.device) -> Ite
 
     def add_input(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         x = arguments[0].detach()
-        sums.hessian = accumulate(sums.hessian, x, torch.ones(x.shape[:-1], device=device))
+        sums.hessian = accumulate(sums.hessian, x, torch.ones(x.shape[:-1], dtype=torch.float32, device=device))
         output.register_hook(add_gradient)  # type: ignore[no-untyped-call]
 
     handle = head.register_forward_hook(add_input)

@@ -39,6 +39,6 @@ def watched_inputs(
 def _adds(sums: dict[str, HessianSum], site: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def hook(_: nn.Module, arguments: tuple[Any, ...], __: Any) -> None:
         x = arguments[0].detach()
-        sums[site] = accumulate(sums[site], x, torch.ones(x.shape[:-1], device=x.device))
+        sums[site] = accumulate(sums[site], x, torch.ones(x.shape[:-1], dtype=torch.float32, device=x.device))
 
     return hook

@@ -28,7 +28,7 @@ Outputs = list["Tensor"]
 def empty_outputs(d_out: int, device: torch.device | str) -> Outputs:
     """Zeros for a layer."""
     sizes = [min(CHUNK_ROWS, d_out - start) for start in range(0, d_out, CHUNK_ROWS)]
-    return [torch.zeros(size, size, device=device) for size in sizes]
+    return [torch.zeros(size, size, dtype=torch.float32, device=device) for size in sizes]
 
 
 def num_chunks(d_out: int) -> int:

@@ -83,7 +83,8 @@ class PartialSweep(ProfileSweep):
             if sums is not None:
                 with torch.no_grad():
                     x = norm(hidden)
-                sums.hessian = accumulate(sums.hessian, x, torch.ones(x.shape[:-1], device=x.device))
+                ones = torch.ones(x.shape[:-1], dtype=torch.float32, device=x.device)
+                sums.hessian = accumulate(sums.hessian, x, ones)
 
     def _windows_explained(self, shard: Shard) -> int:
         """Multiples of ``gradients_every`` among the indices of the shard's windows."""

@@ -178,7 +178,7 @@ def _empty(device: torch.device, d_in: int) -> InputSum:
 def _add(sums: InputSum, X: Float[Tensor, "tokens d_in"]) -> InputSum:
     return InputSum(
         absolute=sums.absolute + X.abs().sum(0, dtype=torch.float64).cpu(),
-        squares=accumulate(sums.squares, X, torch.ones(len(X), device=X.device)),
+        squares=accumulate(sums.squares, X, torch.ones(len(X), dtype=torch.float32, device=X.device)),
     )
 
 

@@ -148,7 +148,7 @@ def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tenso
             shape = parquet.metadata.row_group(offset)
             if shape.num_rows != len(group) or shape.total_byte_size > _MAX_GROUP_BYTES:
                 raise ValueError(f"row group {offset} does not fit matrix {name!r}")
-        matrix = torch.zeros(width, width)
+        matrix = torch.zeros(width, width, dtype=torch.float32)
         with closing(_read_ahead(parquet, range(first, first + len(groups)))) as tables:
             for group, table in zip(groups, tables, strict=True):
                 _place_group(table, name, group, matrix.numpy())

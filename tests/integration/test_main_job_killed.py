@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from pipeline_case import Job, Silent, contents, snapshot, start_pool, start_server, write_model
 
 from flows.compress import run_compress
@@ -238,6 +239,7 @@ def test_two_drivers_of_one_run_make_one_result(
         driver.start()
     for driver in drivers:
         driver.join()
+    torch.set_default_dtype(torch.float32)  # transformers changes it while it loads: two threads restore each other's
     ended.set()
     watcher.join()
     for result in results:
