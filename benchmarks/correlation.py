@@ -33,6 +33,7 @@ from lrpq.model.layers import Choice
 from lrpq.model.source import open_source
 from tasks.calibration.load import load_windows
 from tasks.calibration.sources import parse_source
+from tasks.resources import windows_at_once
 
 GROUP_SIZE = 64
 BITS = (2, 3)
@@ -84,6 +85,7 @@ def main() -> None:
     if len(drawn) < arguments.windows + 2 * arguments.probe:
         raise SystemExit(f"{arguments.calibration}: {len(drawn)} windows; give a longer text, or fewer windows")
     tokens, probes = drawn[: arguments.windows], drawn[arguments.windows :].split(arguments.probe)
+    source = open_source(arguments.model)
     terms = Terms(
         bits=BITS,
         group_sizes=(GROUP_SIZE,),
@@ -91,8 +93,14 @@ def main() -> None:
         dtype=getattr(torch, arguments.dtype),
         device=arguments.device,
         shards=min(8, len(tokens)),
+        micro_batch=windows_at_once(
+            None,
+            device=arguments.device,
+            length=arguments.length,
+            hidden=source.config.get_text_config().hidden_size,
+        ),
     )
-    bench = Workbench(open_source(arguments.model), tokens, terms)
+    bench = Workbench(source, tokens, terms)
     gathered = bench.gather(PREDICTIONS, weightings=(), candidates_by="blend", keep_candidates=True)
     print(f"{time.monotonic() - started:.0f} s: evidence gathered", flush=True)
     with_noise(bench, gathered)

@@ -23,6 +23,7 @@ from lrpq.model.streaming import BlockStream
 from lrpq.plan.machine import Machine
 from lrpq.quant.grid import Grid
 from lrpq.relevance.composite import Relevance
+from lrpq.relevance.head import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 from tasks.estimate.asked import Asked, Cluster
 from tasks.estimate.machines import calibrated, machine_file, read_machine, write_machine
 from tasks.resources import windows_at_once
@@ -71,6 +72,7 @@ def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu"
         control=measured.control,
         head_choice=head,
         gradients_every=run.gradients_every,
+        label_tokens=GPU_CHUNK_TOKENS if device == "cuda" else CHUNK_TOKENS,
     )
 
 

@@ -100,7 +100,7 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
 def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_blocks: int) -> None:
     """The forward sweep and the labels."""
     waiting: list[tuple[int, list[Any]]] = []
-    in_flight = len(blocks) if job.weighs_tokens else BLOCKS_IN_FLIGHT
+    in_flight = len(blocks) + 1 if job.weighs_tokens else BLOCKS_IN_FLIGHT
 
     def wait(block: int, references: list[Any]) -> None:
         step(f"profile · forward · block {block}", lambda: pool.get(references))
@@ -115,7 +115,7 @@ def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_b
             parts = pool.each_refs(profile_inputs.forward, job, block)
             stored = pool.submit_beside(block % len(pool), profile_inputs.store_inputs, job, block, *parts)
             waiting.append((block, [stored]))
-        if len(waiting) > in_flight:
+        if len(waiting) >= in_flight:
             wait(*waiting.pop(0))
     for item in waiting:
         wait(*item)

@@ -1,4 +1,4 @@
-"""Profile: relevance of every token and output, and the relevance-weighted Hessian of every input site.
+"""Profile: relevance of every token and output, and the Hessian of every input site, weighted by relevance or plain.
 
 Workers stream all blocks forward and backward for their shards. A block's sums are merged in the fixed tree and stored
 as soon as every worker has gone through it, so memory holds the sums of the block at hand only.
@@ -25,7 +25,7 @@ from lrpq.relevance.composite import Relevance
 from lrpq.relevance.outputs import Outputs, num_chunks
 from lrpq.relevance.partial import PartialSweep
 from lrpq.relevance.rules import Pass
-from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_block_sums
+from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_block_sums, on_host
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.store.objects import ObjectStore
@@ -53,7 +53,7 @@ BLOCK_OBJECTS = (
     ("outputs", "parquet"),
     ("token-weights", "safetensors"),
 )
-"""Kind and ending of what is stored of a block, in the order of writing."""
+"""Kind and ending of what is stored of a block."""
 PLAIN_OBJECTS = BLOCK_OBJECTS[:3]
 """Of these what there is where tokens are not weighed."""
 HEAD_OBJECTS = BLOCK_OBJECTS[:2]
@@ -184,7 +184,7 @@ def take_head(state: WorkerState) -> dict[Node, BlockSums]:
     """Sums of the head for this worker's shards, and forget them."""
     sweep: ProfileSweep = state.held[STAGE]
     found, sweep.head_sums = sweep.head_sums, {}
-    return found
+    return {node: on_host(sums) for node, sums in found.items()}
 
 
 def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
@@ -208,14 +208,15 @@ def losses(job: ProfileJob, *, num_blocks: int) -> tuple[float, int]:
 
 
 def backward(state: WorkerState, job: ProfileJob, block: int) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
-    """One block of the backward sweep; see ProfileSweep.backward."""
+    """One block of the backward sweep; see ProfileSweep.backward. Sums are in host memory: others' are merged there."""
     sweep: ProfileSweep = state.held[STAGE]
     if sweep.lacks_inputs(block):
         _repeat_forward(job, sweep, block)
     index, module = next(state.held["blocks"])
     if index != block:
         raise RuntimeError(f"backward sweep is at block {index}, asked for {block}")
-    return sweep.backward(block, module)
+    sums, weights = sweep.backward(block, module)
+    return {node: on_host(found) for node, found in sums.items()}, weights
 
 
 def pass_backward(state: WorkerState, job: ProfileJob, block: int) -> None:
@@ -282,7 +283,8 @@ def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
 
 
 def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) -> dict[str, float]:
-    """Merge the workers' sums of a block and store them: Hessians, curvature, outputs, token weights, scores.
+    """Merge the workers' sums of a block and store them: curvature and scores, and where tokens are weighed Hessians,
+    token weights and outputs (profile_inputs.py stores plain Hessians).
 
     Returns:
         Module name -> output curvature summed over its outputs, nats per unit of output squared.

@@ -8,7 +8,7 @@ before it.
 from __future__ import annotations
 
 from lrpq.relevance.partial import PartialSweep
-from lrpq.relevance.sweep import BlockSums, merge_block_sums
+from lrpq.relevance.sweep import BlockSums, merge_block_sums, on_host
 from lrpq.shards import Node, root
 from tasks.profile import ProfileJob, enter_forward, write_hessians
 from tasks.store.opened import open_store
@@ -20,7 +20,7 @@ def forward(state: WorkerState, job: ProfileJob, block: int) -> dict[Node, Block
     sweep, module = enter_forward(state, job, block)
     if not isinstance(sweep, PartialSweep):
         raise RuntimeError("the sweep takes gradients of all windows: its Hessians are summed on the way back")
-    return sweep.forward_summing(block, module)
+    return {node: on_host(sums) for node, sums in sweep.forward_summing(block, module).items()}
 
 
 def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Node, BlockSums]) -> None:

@@ -42,6 +42,8 @@ class WorkerState:
         self._step = ""
         self._since = time.monotonic()
         self._steps: list[tuple[str, float]] = []
+        self._beside: tuple[str, float] | None = None
+        """Function that runs beside, and since when."""
 
     @property
     def index(self) -> int:
@@ -68,10 +70,26 @@ class WorkerState:
             self.beat()
             self._step = ""
 
+    def run_beside(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in a thread beside ``run``; its end is a sign of life of its own."""
+        started = time.monotonic()
+        self._beside = function.__qualname__, started
+        try:
+            return function(self, *arguments)
+        finally:
+            self._steps.append((function.__qualname__, time.monotonic() - started))
+            self._beside = None
+
     def pulse(self) -> Pulse:
-        """What was finished since the last time; asked from another thread."""
+        """What was finished since the last time; asked from another thread.
+
+        Of a worker that runs nothing itself, what runs beside is its step.
+        """
         steps, self._steps = self._steps, []
-        return Pulse(step=self._step, seconds=time.monotonic() - self._since, steps=tuple(steps))
+        step, since, beside = self._step, self._since, self._beside
+        if not step and beside is not None:
+            step, since = beside
+        return Pulse(step=step, seconds=time.monotonic() - since, steps=tuple(steps))
 
     def clear(self) -> None:
         """Forget what stages hold; what is on disk goes with it."""
@@ -117,7 +135,7 @@ class Worker:
             raise StaleCall
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        return function(self.state, *arguments)
+        return self.state.run_beside(function, *arguments)
 
     def clear(self) -> None:
         """Forget what stages hold."""

@@ -20,6 +20,7 @@ from lrpq.compare.recipes import DEFAULT
 from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Workbench
 from lrpq.model.source import open_source
+from tasks.resources import windows_at_once
 
 PART = "end-to-end"
 STAGES = ("evidence", "plan", "codes")
@@ -43,7 +44,16 @@ def measure_pipeline(
     report: Report, device: torch.device, model: Path, tokens: Tensor, *, budget_bits: float, with_breakdown: bool
 ) -> None:
     """Evidence, plan and codes as a user's first run finds them, kernels still to be compiled; again with timers."""
-    terms = Terms(device=str(device), shards=min(Terms().shards, len(tokens)))
+    terms = Terms(
+        device=str(device),
+        shards=min(Terms().shards, len(tokens)),
+        micro_batch=windows_at_once(
+            None,
+            device=device.type,
+            length=tokens.shape[1],
+            hidden=open_source(model).config.get_text_config().hidden_size,
+        ),
+    )
     seconds: dict[str, Figure] = {}
     with peak_memory(str(device)) as peak:
         started = now(device)

@@ -15,6 +15,7 @@ from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Codes, Gathered, Workbench
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
+from tasks.resources import windows_at_once
 
 SCALE_BITS = 16
 
@@ -37,6 +38,12 @@ def make(request: Request, tokens: Tensor) -> Made:
         seed=request.seed,
         device=request.device,
         shards=min(8, len(tokens)),
+        micro_batch=windows_at_once(
+            None,
+            device=request.device,
+            length=tokens.shape[1],
+            hidden=source.config.get_text_config().hidden_size,
+        ),
     )
     with measured(request.device) as spent:
         codes = codes_of(request, Workbench(source, tokens, terms))

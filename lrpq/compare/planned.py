@@ -76,14 +76,17 @@ def level_pairs(available: Collection[int]) -> list[Levels]:
 
 
 def demotion_levels(rows: Sequence[CostRow], budget: float) -> Levels:
-    """Two widths, two bits apart, around the budget: the first pair of which the wider one takes it up, or the last."""
+    """Two widths, two bits apart, around the budget: the first pair whose wider one takes more, or the last.
+
+    One that takes just as much would leave nothing to decide: every block keeps it.
+    """
     pairs = level_pairs({row.choice.bits for row in rows if row.choice is not None})
     num_weights = sum(spec.num_weights for spec in {row.module for row in rows})
 
     def all_wide(pair: Levels) -> float:
         return sum(row.storage_bits for row in _at_width(rows, pair[1]).values()) / num_weights
 
-    return next((pair for pair in pairs if all_wide(pair) >= budget), pairs[-1])
+    return next((pair for pair in pairs if all_wide(pair) > budget), pairs[-1])
 
 
 def demotion_game(bench: Workbench, gathered: Gathered, levels: Levels) -> Game:

@@ -28,6 +28,7 @@ from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import Recipe
 from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Workbench
+from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.source import open_source
@@ -90,8 +91,8 @@ def quantize_classifier(
         images: to calibrate on, preprocessed.
         weight_bits: widths that a layer may have.
         average_bits: the weights take no more than with this width everywhere.
-        activation_bits: widths that activations may have, of which the middle one is their average; with none they
-            stay as they are.
+        activation_bits: widths that activations may have; with none they stay as they are. Of several, the middle one
+            is their average.
         recipe: how weights are allocated and rounded.
         folded: new folder for the folded model; not written where nothing is folded.
         means: of the activation grids.
@@ -99,8 +100,15 @@ def quantize_classifier(
         terms: seed, damping, shards and device; widths and group sizes are set here. Float32 by default.
 
     Raises:
+        ConfigError: an even number of widths for activations, which has no middle, or several whose errors are not
+            judged by outputs: those of different places have different units.
         LrpqError: see `calibrate`, `fold_plan` and `Prepared`.
     """
+    if activation_bits and len(activation_bits) % 2 == 0:
+        shown = ", ".join(map(str, sorted(activation_bits)))
+        raise ConfigError(f"activations of {shown} bits have no middle width to average to: give an odd number")
+    if len(activation_bits) > 1 and Means.JUDGED_BY_OUTPUT not in means:
+        raise ConfigError("widths of activations are mixed by the errors of outputs; give one width, or judge by them")
     shared = terms or Terms(dtype=torch.float32, micro_batch=32)
     shared = replace(shared, bits=tuple(weight_bits), group_sizes=(PER_ROW,))
     stream = BlockStream(source, dtype=shared.dtype, device=shared.device)

@@ -69,6 +69,8 @@ def joint_kl(
         for position, batch in enumerate(batches):
             for row in range(len(batch)):
                 p = log_probabilities(hidden[(None,) * stream.num_blocks][position][row])
+                if not bool(torch.isfinite(p).all()):
+                    raise QuantizationError("the original's logits are not finite; check the source model")
                 for keys in whole:
                     q = log_probabilities(hidden[keys][position][row])
                     if not bool(torch.isfinite(q).all()):

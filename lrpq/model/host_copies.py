@@ -5,8 +5,8 @@ Most of such a copy is the first touch of the memory that it goes to, which seve
 
 from __future__ import annotations
 
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import BoundedSemaphore
 
 import torch
 from torch import Tensor
@@ -21,16 +21,15 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="lrpq-host-copies")
-        self._under_way: deque[Future[Tensor]] = deque()
+        self._room = BoundedSemaphore(_UNDER_WAY)
 
     def start(self, tensor: Tensor) -> Future[Tensor]:
         """A tensor of a GPU, which must not be changed any more; waits where many copies are under way."""
-        while len(self._under_way) >= _UNDER_WAY:
-            self._under_way.popleft().exception()  # raised where the copy is asked for
+        self._room.acquire()
         computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         computed.record(torch.cuda.current_stream(tensor.device))
         copy = self._threads.submit(_copied, tensor, computed)
-        self._under_way.append(copy)
+        copy.add_done_callback(lambda _: self._room.release())
         return copy
 
     def close(self) -> None:

@@ -164,6 +164,8 @@ def _check(T: Tensor, quantized: Sequence[QuantizedWeight], H: Tensor, *, name: 
     refuse_unless_finite(hessian, "Hessian", name=name)
     if not all(scaled):
         raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
+    for step in steps:
+        refuse_unless_finite(step, "scales", name=name)
     error = target + max(2**q.choice.bits * step for q, step in zip(quantized, steps, strict=True))
     if not error * len(H) * hessian < torch.finfo(H.dtype).max:
         raise QuantizationError(

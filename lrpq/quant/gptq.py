@@ -135,6 +135,8 @@ def _check(
     scaled, (weight, weighed, pull, *steps) = found[: len(scales)], largest(found[len(scales) :])
     refuse_unless_finite(weight, "weight", name=name)
     refuse_unless_finite(weighed, "Hessian", name=name)
+    for step in steps:
+        refuse_unless_finite(step, "scales", name=name)
     grid_end = max(2**choice.bits * step for step, choice in zip(steps, choices, strict=True))
     reach = weight + (weight + grid_end) * len(factor.R) * pull
     if not reach < torch.finfo(dtype).max:
@@ -198,7 +200,7 @@ def _forms(dW: Tensor, H: Tensor) -> Tensor:
     if H.is_cuda and usable(H) and d_in <= _GPU_LOSS_WIDTH:
         from lrpq.kernels.row_errors_cuda import quadratic_forms
 
-        return quadratic_forms(dW, H)
+        return quadratic_forms(dW.contiguous(), H)  # a transposed weight leaves its strides to its errors
     step = max(1, -(-d_in // _LOSS_BLOCKS))
     unit = power_of_two(torch.maximum(dW.amax(1), -dW.amin(1)))
     dW.div_(unit.unsqueeze(1))

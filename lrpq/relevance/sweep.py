@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -48,6 +48,15 @@ class BlockSums:
     """Calibration tokens of the shards."""
     num_explained: int
     """Those of them that have gradients."""
+
+
+def on_host(sums: BlockSums) -> BlockSums:
+    """The same in host memory."""
+    return replace(
+        sums,
+        hessians={site: replace(H, xx=H.xx.cpu()) for site, H in sums.hessians.items()},
+        outputs={name: [G.cpu() for G in chunks] for name, chunks in sums.outputs.items()},
+    )
 
 
 def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:

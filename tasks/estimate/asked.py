@@ -10,6 +10,7 @@ from lrpq.model.layers import Choice
 from lrpq.plan.machine import Machine
 from lrpq.quant.grid import Grid
 from lrpq.relevance.composite import Relevance
+from lrpq.relevance.head import CHUNK_TOKENS
 from tasks.calibration.held_out import default_held_out
 
 
@@ -38,6 +39,8 @@ class Asked:
     control: bool
     head_choice: Choice | None = None
     gradients_every: int = 1
+    label_tokens: int = CHUNK_TOKENS
+    """Rows of logits at a time."""
 
     @property
     def num_shards(self) -> int:

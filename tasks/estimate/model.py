@@ -15,9 +15,6 @@ from lrpq.plan.kernels import output_chunks
 from lrpq.plan.trace import BlockTrace, Traced, recorded_arguments, trace_block, trace_labels
 from tasks.estimate.asked import Asked
 
-LABEL_TOKENS = 256
-"""Rows of logits at a time: the default of ``head_gradient``."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockKind:
@@ -85,7 +82,7 @@ class ModelShape:
     head_bytes: int
     embedding_bytes: int
     labels: Traced
-    """``LABEL_TOKENS`` tokens through the head, labels and gradient."""
+    """``asked.label_tokens`` tokens through the head, labels and gradient."""
     routed_share: float
     """Share of the tokens that an expert sees, if they are spread evenly; 1 without experts."""
 
@@ -178,7 +175,7 @@ def model_shape(source: ModelSource, asked: Asked) -> ModelShape:
         itemsize=asked.dtype.itemsize,
         head_bytes=vocabulary * hidden * asked.dtype.itemsize,
         embedding_bytes=embedding.numel() * asked.dtype.itemsize,
-        labels=trace_labels(hidden, vocabulary, dtype=asked.dtype, tokens=min(LABEL_TOKENS, asked.length)),
+        labels=trace_labels(hidden, vocabulary, dtype=asked.dtype, tokens=min(asked.label_tokens, asked.length)),
         routed_share=_routed_share(config, stream.specs),
     )
 

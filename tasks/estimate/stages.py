@@ -16,7 +16,7 @@ from lrpq.plan.work import NOTHING, Work, matmul, total, work
 from lrpq.relevance.head import LABEL_RUN
 from lrpq.shards import assign
 from tasks.estimate.asked import Asked
-from tasks.estimate.model import LABEL_TOKENS, BlockKind, ModelShape
+from tasks.estimate.model import BlockKind, ModelShape
 from tasks.estimate.objects import codes_bytes, hessian_bytes
 from tasks.store.symmetric import TILE, TILES_PER_GROUP
 
@@ -180,7 +180,7 @@ class Stages:
 
     def _labels(self, tokens: float) -> Work:
         shape = self.shape
-        times = tokens / min(LABEL_TOKENS, self.asked.length)
+        times = tokens / min(self.asked.label_tokens, self.asked.length)
         products = matmul(4.0 * tokens * shape.hidden * shape.vocabulary, dtype=self.dtype, width=shape.hidden)
         bytes_written = work(vector=shape.labels.vector_bytes * times)
         return products + bytes_written + kernels.sample_labels(tokens, shape.vocabulary, run=LABEL_RUN)

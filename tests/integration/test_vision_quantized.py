@@ -17,6 +17,7 @@ from lrpq.activations.grids import quantized
 from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
 from lrpq.compare.terms import Terms
 from lrpq.compare.vision import Behind, QuantizedClassifier, quantize_classifier, token_weights, uniform_bits
+from lrpq.errors import ConfigError
 from lrpq.evaluate.classification import ImageScores, score_images
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
@@ -136,6 +137,11 @@ def test_mixed_activations_average_to_the_width(folder: Path, stream: BlockStrea
     } == mixed.widths
     original, ours = scored(stream, mixed)
     assert original.top1 - ours.top1 < 0.02
+    places = calibrate(stream, CALIBRATION, widths=[4]).places
+    total = sum(place.num_values for place in places.values())
+    assert sum(bits * places[key].num_values for key, bits in mixed.widths.items()) <= 4 * total
+    with pytest.raises(ConfigError, match=r"4, 8 bits have no middle"):
+        quantize(folder, tmp_path / "even", (8,), (4, 8))
 
 
 @torch.no_grad()

@@ -233,11 +233,14 @@ def test_integer_linear_is_that_of_whole_numbers_bit_for_bit(seed: int, weight_b
 
 
 def test_extreme_codes_stay_exact() -> None:
-    codes = torch.full((1, 768), -128, dtype=torch.int8)
+    """An odd sum above 2^24, which float32 does not hold."""
+    codes = torch.full((1, 769), -127, dtype=torch.int8)
     weight = QuantizedWeight(codes=codes, scales=torch.ones(1, 1).bfloat16(), choice=Choice(bits=8, group_size=-1))
     grid = UniformGrid(bits=8, scale=torch.tensor(1.0), offset=torch.tensor(0.0))
-    found = integer_linear(weight, None, grid, name="layer")(torch.full((1, 768), 255.0))
-    assert float(found) == -128 * 255 * 768  # above 2^24
+    layer = integer_linear(weight, None, grid, name="layer")
+    found = layer.accumulated(grid.codes(torch.full((1, 769), 255.0)))
+    assert int(found) == -127 * 255 * 769
+    assert int(found.float()) != -127 * 255 * 769
 
 
 def test_integer_arithmetic_refuses_what_it_cannot_multiply() -> None:

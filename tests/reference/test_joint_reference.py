@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,16 @@ def test_the_block_that_matters_stays_wide(gathered: Gathered) -> None:
         plan = cooperative(rows, game, (2, 4), BUDGET).plan
         wide = {name.split(".")[2] for name, choice in plan.choices.items() if choice and choice.bits == 4}
         assert wide == {str(important)}
+
+
+def test_levels_leave_something_to_decide(gathered: Gathered) -> None:
+    """Four bits in groups of 32 are 4.5: a budget that they use up is for the next two widths."""
+    rows = list(gathered.costs[DEFAULT.allocation])
+    fours = [row for row in rows if row.choice is not None and row.choice.bits == 4]
+    rows += [
+        replace(row, choice=Choice(bits=6, group_size=32), storage_bits=row.storage_bits * 13 // 9) for row in fours
+    ]
+    assert [demotion_levels(rows, budget) for budget in (3.0, 4.49, 4.5, 5.0, 9.0)] == [(2, 4), (2, 4), *[(4, 6)] * 3]
 
 
 def test_levels_around_a_budget() -> None:
