@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lrpq.errors import StoreError
+from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import LinearSpec
 from lrpq.model.linears import EXPERTS
@@ -313,6 +314,8 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
         units=SCORE_UNITS,
         kind="scores",
     )
+    del parts, nodes, merged
+    release_freed_memory()  # of this thread too, which the allocator keeps apart
     return {name: float(c.sum()) for name, c in curvature.items()}
 
 
