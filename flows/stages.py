@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from flows.run import Run, step
-from lrpq.errors import QuantizationError
+from lrpq.errors import QuantizationError, WaypointGone
 from lrpq.evaluate.divergence import WindowScore
 from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import HEAD, LinearSpec
@@ -60,7 +60,13 @@ def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Ma
             f"profile: no room for {kept['forgotten_bytes']:,} bytes of block inputs, in memory or on disk; they were "
             "computed twice"
         )
-    nats, tokens = profile.losses(job, num_blocks=num_blocks)
+    try:
+        nats, tokens = profile.losses(job, num_blocks=num_blocks)
+    except WaypointGone:  # another driver has completed the stage
+        done = run.stored(job.folder, label)
+        if done is None:
+            raise
+        return done
     extra = {"sampled_nll_nats": nats / tokens, "num_tokens": tokens, "curvature": curvature, **kept}
     return run.finish(job.folder, label, extra)
 

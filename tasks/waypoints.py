@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -51,8 +51,9 @@ def read_waypoint(
     Raises:
         WaypointGone: it was removed since ``blocks_with_waypoint`` saw it.
     """
-    with _there(store, folder):
-        return {shard: read_tensors(store, _key(folder, kind, block, shard)) for shard in shards}
+    keys = {shard: _key(folder, kind, block, shard) for shard in shards}
+    with _there(store, folder, keys.values()):
+        return {shard: read_tensors(store, key) for shard, key in keys.items()}
 
 
 def read_waypoint_metadata(
@@ -63,18 +64,18 @@ def read_waypoint_metadata(
     Raises:
         WaypointGone: as for ``read_waypoint``.
     """
-    with _there(store, folder):
-        return {shard: read_metadata(store, _key(folder, kind, block, shard)) for shard in shards}
+    keys = {shard: _key(folder, kind, block, shard) for shard in shards}
+    with _there(store, folder, keys.values()):
+        return {shard: read_metadata(store, key) for shard, key in keys.items()}
 
 
 @contextmanager
-def _there(store: ObjectStore, folder: StageFolder) -> Iterator[None]:
+def _there(store: ObjectStore, folder: StageFolder, keys: Collection[str]) -> Iterator[None]:
     """What cannot be read although it is there is another error."""
-    before = set(store.list(folder.object(FOLDER)))
     try:
         yield
     except StoreError as error:
-        if before - set(store.list(folder.object(FOLDER))) or not before:
+        if not all(store.exists(key) for key in keys):
             raise WaypointGone(
                 f"{folder.prefix}: its waypoints were removed while they were read; if no other driver is at this run, "
                 "the same command goes on"

@@ -25,6 +25,10 @@ def test_a_removed_waypoint_is_gone_and_a_damaged_one_is_an_error(tmp_path: Path
     with pytest.raises(StoreError) as caught:
         read_waypoint(store, FOLDER_OF_STAGE, "refine", 3, [1])
     assert not isinstance(caught.value, WaypointGone)
+    (first,) = [p for p in (tmp_path / "store").rglob("refine-003-0000.safetensors") if FOLDER in p.parts]
+    first.unlink()  # the other driver is in the middle of it
+    with pytest.raises(WaypointGone):
+        read_waypoint(store, FOLDER_OF_STAGE, "refine", 3, [0])
     remove_waypoints(store, FOLDER_OF_STAGE)
     with pytest.raises(WaypointGone):
         read_waypoint(store, FOLDER_OF_STAGE, "refine", 3, [0])
