@@ -165,7 +165,7 @@ def _check(T: Tensor, quantized: Sequence[QuantizedWeight], H: Tensor, *, name: 
     if not all(scaled):
         raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
     for step in steps:
-        refuse_unless_finite(step, "scales", name=name)
+        refuse_unless_finite(step, "grid of scales", name=name)
     error = target + max(2**q.choice.bits * step for q, step in zip(quantized, steps, strict=True))
     if not error * len(H) * hessian < torch.finfo(H.dtype).max:
         raise QuantizationError(

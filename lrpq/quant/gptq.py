@@ -136,7 +136,7 @@ def _check(
     refuse_unless_finite(weight, "weight", name=name)
     refuse_unless_finite(weighed, "Hessian", name=name)
     for step in steps:
-        refuse_unless_finite(step, "scales", name=name)
+        refuse_unless_finite(step, "grid of scales", name=name)
     grid_end = max(2**choice.bits * step for step, choice in zip(steps, choices, strict=True))
     reach = weight + (weight + grid_end) * len(factor.R) * pull
     if not reach < torch.finfo(dtype).max:
