@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 ORIGINAL = "reference"
 VARIANT = "variant"
-RUN_ELEMENTS = 1 << 23
-"""Logits compared at once: their log-probabilities and what is made of them take five times 32 MB."""
+RUN_ELEMENTS = 1 << 21
+"""Logits compared at once: their log-probabilities and what is made of them take five times 8 MB."""
 BlockWeights = Callable[[int], Mapping[str, Tensor]]
 """Block index -> the variant's dense weights by module name; modules that are not named keep the original's.
 
