@@ -91,6 +91,7 @@ def score_windows(
                 for name in hidden:
                     quantized = original if name == ORIGINAL else logits(name)
                     scores[name].append(_window_score(name, original, quantized, tokens[1:]))
+                    release_freed_memory()
     return scores
 
 
