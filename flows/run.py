@@ -178,9 +178,9 @@ def step(name: str, action: Callable[[], Any]) -> Any:
 
     No retries and no result caching here: Ray retries what computes, and the store knows what is done.
 
-    It does not carry the flow run's tags. Before a task run with tags Prefect asks its server for limits of them, unless
-    it did so in the last five seconds; the server, which is writing the events of that very task run into SQLite,
-    answers 503, and the client waits two seconds before it asks again: so long every task run would wait.
+    It does not carry the flow run's tags. Before a task run with tags Prefect asks its server for limits of them,
+    unless it did so in the last five seconds; the server, which is writing the events of that very task run, mostly
+    answers 503 (SQLite's "database is locked"), and the client waits two seconds before it asks again.
     """
     ctrl_c.raise_if_asked()
     stage = name.split(" · ", 1)[0]
