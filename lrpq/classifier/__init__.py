@@ -2,11 +2,12 @@
 
     write_classifier    folded model, codes and activation grids -> a folder
     load_classifier     the folder -> transformers' own model, its blocks computing on grids and codes
-    verify_classifier   proof that the folder is what was meant
+    read_classifier     the folder -> codes and grids, for evaluation block by block
 
 What is stored where is in lrpq.checkpoint.activations.
 """
 
+from lrpq.classifier.loading import StoredClassifier, load_classifier, read_classifier
 from lrpq.classifier.writing import write_classifier
 
-__all__ = ["write_classifier"]
+__all__ = ["StoredClassifier", "load_classifier", "read_classifier", "write_classifier"]
