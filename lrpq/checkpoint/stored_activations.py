@@ -83,7 +83,7 @@ def input_grid(stored: StoredCheckpoint, module: str) -> UniformGrid | None:
         raise CheckpointError(f"{where}: input_activations are not described ({one_line(error)})") from error
     if kind != ("int", "tensor", False) or type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
         raise CheckpointError(
-            f"{where}: inputs of {bits!r} bits, {kind!r}; expected {MIN_BITS} to {MAX_BITS} bits of static integers with "
+            f"{where}: inputs of {bits!r} bits, {kind!r}; expected static integers of {MIN_BITS} to {MAX_BITS} bits, "
             "one scale a tensor"
         )
     scale = stored.part(module, INPUT_SCALE)

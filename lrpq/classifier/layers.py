@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class GridLinear(nn.Linear):
     def __init__(self, layer: nn.Linear, grid: ActivationGrid) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, cast("nn.Parameter", layer.bias)
+        self.weight, self.bias = layer.weight, layer.bias
         self.grid = grid
 
     def forward(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:

@@ -76,4 +76,5 @@ class PackedSource(ModelSource):
             return super().read(name)
         codes = self.checkpoint.codes(module)
         assert codes is not None  # a module of `modules` has some
-        return codes.dequantize(torch.float32, name=name)
+        values: Tensor = codes.dequantize(torch.float32, name=name)
+        return values
