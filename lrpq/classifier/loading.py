@@ -3,7 +3,7 @@
     model = load_classifier(folder)
     logits = model(pixel_values=images).logits
 
-A layer with codes whose inputs have a uniform grid is a `QuantizedLinear`: integer arithmetic, exact, on any device.
+A layer with codes whose inputs have a uniform grid is a `QuantizedLinear`: exact integer arithmetic.
 What enters the products inside attention is rounded to grids, and these products are floating-point ones. Norms,
 softmax, the activation function, patch embedding and classifier are transformers' own. Logits are those that
 `lrpq.evaluate.classification` finds for the same codes and grids, bit for bit in the same batches on the same device.

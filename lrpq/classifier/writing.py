@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lrpq.activations.grids import UniformGrid
 from lrpq.checkpoint.activations import BlockGrids, stored_activations
 from lrpq.checkpoint.assemble import CodeLoader, write_checkpoint
 from lrpq.checkpoint.plan import MAX_SHARD_BYTES, CheckpointSize
+from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
+
+PER_ROW = -1
 
 
 def write_classifier(
@@ -44,8 +48,16 @@ def write_classifier(
             ``output`` untouched.
 
     Raises:
+        QuantizationError: a layer has more than one scale a row and inputs on a uniform grid: no integer arithmetic.
         LrpqError: see `lrpq.checkpoint.assemble.write_checkpoint` and `stored_activations`.
     """
+    for spec in specs:
+        on_grid = spec.block < len(grids) and isinstance(grids[spec.block].get(spec.input_site), UniformGrid)
+        if on_grid and spec.name in choices and choices[spec.name].group_size != PER_ROW:
+            raise QuantizationError(
+                f"{spec.name}: {choices[spec.name]} with quantized inputs; integer arithmetic needs one scale a row, "
+                f"group size {PER_ROW}"
+            )
     return write_checkpoint(
         source,
         output,
