@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def quantized_block(
             if forward is not None:
                 layer.forward = forward
                 replaced.append(layer)
-        with with_points(attention_of(stream, block), points):
+        with with_points(attention_of(stream, block), points) if points else nullcontext():
             yield
     finally:
         for layer in replaced:

@@ -58,6 +58,21 @@ def with_points(attention: Any, points: Points) -> Iterator[None]:
     """Inside, an attention module of transformers computes with these points.
 
     Raises:
+        ModelError: see `keep_points`.
+    """
+    config = attention.__dict__.get("config")
+    keep_points(attention, points)
+    try:
+        yield
+    finally:
+        attention.config = config
+        del attention.__dict__[_POINTS]
+
+
+def keep_points(attention: Any, points: Points) -> None:
+    """Have an attention module of transformers compute with these points from now on.
+
+    Raises:
         ModelError: the module does not choose its attention function by a configuration, or has key-value groups.
     """
     config = attention.__dict__.get("config")
@@ -73,8 +88,3 @@ def with_points(attention: Any, points: Points) -> Iterator[None]:
     patched._attn_implementation = NAME
     attention.config = patched
     attention.__dict__[_POINTS] = points
-    try:
-        yield
-    finally:
-        attention.config = config
-        del attention.__dict__[_POINTS]

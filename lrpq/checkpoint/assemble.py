@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from lrpq.allocate.targets import Target
+from lrpq.checkpoint.activations import TABLE, StoredActivations, input_values
 from lrpq.checkpoint.describe import config_text
 from lrpq.checkpoint.formats import FORMATS, CheckpointFormat
 from lrpq.checkpoint.layout import INDEX_FILE, index_text, open_shard
-from lrpq.checkpoint.modules import ExpertScope, check_experts
+from lrpq.checkpoint.modules import WEIGHT, ExpertScope, check_experts
 from lrpq.checkpoint.plan import MAX_SHARD_BYTES, CheckpointSize, plan_checkpoint, planned_size
 from lrpq.checkpoint.publish import MANIFEST, check_output, published_folder
 from lrpq.errors import CheckpointError, ConfigError
@@ -74,6 +75,7 @@ def write_checkpoint(
     manifest: Mapping[str, Any],
     format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,
     target: Target = Target.TRANSFORMERS,
+    activations: StoredActivations | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     prove: Callable[[Path], object] | None = None,
@@ -93,6 +95,7 @@ def write_checkpoint(
         manifest: contents of ``lrpq.json``.
         format: what quantized modules are stored as.
         target: what will load the checkpoint; it limits the choices of experts (`modules.ExpertScope`).
+        activations: grids to store beside the weights, of a classifier.
         max_shard_bytes: bytes of tensors in a file; a larger module has a file of its own.
         overwrite: replace a checkpoint that lies at ``output`` once the new one is complete.
         prove: called with the complete folder before it is published; what it raises leaves ``output`` untouched.
@@ -106,8 +109,12 @@ def write_checkpoint(
     output = check_destination(source, output, overwrite=overwrite)
     loader = "GPTQ" if format is CheckpointFormat.GPTQ else target.value
     check_experts(choices, specs, scope=expert_scope(format, target), loader=loader)
-    plan = plan_checkpoint(source, choices, specs=specs, format=format, max_shard_bytes=max_shard_bytes)
-    texts = {"config.json": config_text(source, choices, specs, format), MANIFEST: manifest_text(manifest)}
+    plan = plan_checkpoint(
+        source, choices, specs=specs, format=format, activations=activations, max_shard_bytes=max_shard_bytes
+    )
+    texts = {"config.json": config_text(source, choices, specs, format, activations), MANIFEST: manifest_text(manifest)}
+    if activations is not None:
+        texts[TABLE] = activations.text
     if len(plan.shards) > 1:
         num_parameters = sum(math.prod(source.shape(name)) for name in source.names())
         texts[INDEX_FILE] = index_text(plan.shards, num_parameters=num_parameters)
@@ -122,7 +129,11 @@ def write_checkpoint(
                         continue
                     weight = codes_of(module.name, quantized, choice=module.choice, shape=module.shape)
                     for part, replaced in module.split(weight):
-                        for name, values in FORMATS[format].pack(part, replaced).items():
+                        tensors = FORMATS[format].pack(part, replaced)
+                        if activations is not None and module.name in activations.inputs:
+                            stem = replaced.name.removesuffix(WEIGHT)
+                            tensors |= input_values(stem, activations.inputs[module.name])
+                        for name, values in tensors.items():
                             writer.write(name, values)
         write_beside_weights(source, folder, texts, output=output)
         if prove is not None:

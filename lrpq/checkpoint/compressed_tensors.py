@@ -8,7 +8,7 @@ Format ``pack-quantized``, symmetric: a quantized module ``m`` has, instead of `
 
 Every module is named by an anchored pattern: a catch-all such as ``Linear`` would let the first group of the
 configuration win for all. Linear layers that are listed nowhere are an error in vLLM, so what stays dense is
-listed too.
+listed too. Of layers with quantized inputs, the group has the width of these too (`lrpq.checkpoint.activations`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrpq.checkpoint.activations import input_arguments
 from lrpq.checkpoint.layout import StoredTensor
 from lrpq.checkpoint.modules import WEIGHT
 from lrpq.checkpoint.patterns import anchored_patterns, natural_key, patterns
@@ -90,7 +91,11 @@ def loaded(weight: QuantizedWeight, original: StoredTensor, dtype: torch.dtype) 
 
 
 def quantization_config(
-    choices: Mapping[str, Choice], *, specs: Sequence[LinearSpec] = (), ignore: Iterable[str] = ()
+    choices: Mapping[str, Choice],
+    *,
+    specs: Sequence[LinearSpec] = (),
+    ignore: Iterable[str] = (),
+    input_bits: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Describe the quantized modules for ``config.json``; the same choices give the same text in any order.
 
@@ -98,6 +103,7 @@ def quantization_config(
         choices: module name -> bits and group size, without the modules that stay dense.
         specs: linear layers; those of other names on disk are described by both names, experts by their block's.
         ignore: names of the linear modules that stay dense, the head among them.
+        input_bits: module name -> width of its inputs, where the checkpoint has their grid in this format's form.
 
     Raises:
         ConfigError: no module is quantized, one is both quantized and ignored, or its bits cannot be packed.
@@ -109,10 +115,11 @@ def quantization_config(
     if not choices:
         raise ConfigError("no module is quantized: the checkpoint would equal the original; give at least one choice")
     by_name = {spec.name: spec for spec in specs}
-    members: dict[Choice, list[tuple[str, ...]]] = {}
+    members: dict[tuple[Choice, int], list[tuple[str, ...]]] = {}
     for name in sorted(choices, key=natural_key):
         check_choice(name, choices[name], d_in=max(choices[name].group_size, 1))  # widths are checked with the shapes
-        members.setdefault(choices[name], []).append(patterns(name, by_name.get(name)))
+        group = choices[name], (input_bits or {}).get(name, 0)
+        members.setdefault(group, []).append(patterns(name, by_name.get(name)))
     return {
         "quant_method": METHOD,
         "format": FORMAT,
@@ -121,10 +128,11 @@ def quantization_config(
         "config_groups": {
             f"group_{i}": {
                 "format": FORMAT,
-                "targets": [f"re:{pattern}" for pattern in anchored_patterns(members[choice])],
+                "targets": [f"re:{pattern}" for pattern in anchored_patterns(members[choice, bits])],
                 "weights": _weights(choice),
+                **({"input_activations": input_arguments(bits)} if bits else {}),
             }
-            for i, choice in enumerate(sorted(members))
+            for i, (choice, bits) in enumerate(sorted(members))
         },
     }
 

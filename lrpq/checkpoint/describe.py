@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrpq.checkpoint.activations import SECTION, StoredActivations
 from lrpq.checkpoint.formats import FORMATS, CheckpointFormat
 from lrpq.checkpoint.modules import WEIGHT
 from lrpq.checkpoint.patterns import expert_patterns, natural_key
-from lrpq.errors import ModelError
+from lrpq.errors import ConfigError, ModelError
 from lrpq.model.experts import loaded_weight
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.names import stored_names
@@ -25,10 +26,12 @@ def config_text(
     choices: Mapping[str, Choice],
     specs: Sequence[LinearSpec] = (),
     format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,
+    activations: StoredActivations | None = None,
 ) -> str:
     """Contents of ``config.json``.
 
     Raises:
+        ConfigError: grids of activations for a format that has no place for them.
         ModelError: a module to quantize is no linear layer of the model, or transformers cannot build the model.
     """
     model = _empty_model(source)
@@ -43,7 +46,14 @@ def config_text(
         # transformers would then take the type of the first tensor in the file, which may now be a bf16 scale
         document["dtype"] = str(source.main_dtype()).removeprefix("torch.")
     ignore = _dense_names(model, source, choices, specs)
-    description = FORMATS[format].describe(choices, specs=specs, ignore=ignore)
+    options: dict[str, Any] = {}
+    if activations is not None:
+        if format is not CheckpointFormat.COMPRESSED_TENSORS:
+            wanted = CheckpointFormat.COMPRESSED_TENSORS.value
+            raise ConfigError(f"format {format.value}: stores no quantized activations; use {wanted}")
+        options["input_bits"] = {module: grid.bits for module, grid in activations.inputs.items()}
+        document[SECTION] = activations.section
+    description = FORMATS[format].describe(choices, specs=specs, ignore=ignore, **options)
     if description is not None:
         document["quantization_config"] = description
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lrpq.checkpoint.activations import INPUT_SCALE, ZERO_POINT, StoredActivations, input_tensors
 from lrpq.checkpoint.formats import FORMATS, NOT_COUNTED, CheckpointFormat
 from lrpq.checkpoint.layout import Shard, StoredTensor, plan_shards
-from lrpq.checkpoint.modules import QuantizedModule, quantized_modules
+from lrpq.checkpoint.modules import WEIGHT, QuantizedModule, quantized_modules
 from lrpq.checkpoint.patterns import natural_key
 from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice, LinearSpec
@@ -20,7 +21,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSize:
-    """Size of a checkpoint's weight files (``*.safetensors``), headers included."""
+    """Size of a checkpoint's weight files (``*.safetensors``), headers included, and of its table of activations."""
 
     total_bytes: int
     quantized_bits: int
@@ -29,20 +30,22 @@ class CheckpointSize:
     num_quantized_weights: int
     metadata_bits: int
     """Stored shapes of the quantized modules, 128 bits each: in the file, not in the budget per weight."""
+    activation_bits: int = 0
+    """Grids of activations: their tensors and their table."""
 
     @property
     def fixed_bytes(self) -> int:
-        """Everything but the codes and scales of the quantized modules.
+        """Everything but the codes and scales of the quantized modules and the grids of activations.
 
         Headers hold offsets in decimal digits, so another choice of bits for the same modules moves this by a
         few bytes a tensor: plan the final choices again before comparing them with a limit in bytes.
         """
-        return self.total_bytes - self.quantized_bits // BITS_PER_BYTE
+        return self.total_bytes - (self.quantized_bits + self.activation_bits) // BITS_PER_BYTE
 
     @property
     def average_bits(self) -> float:
-        """Bits per quantized weight, all in: codes and scales."""
-        return self.quantized_bits / self.num_quantized_weights
+        """Bits per quantized weight, all in: codes and scales, and the grids of activations."""
+        return (self.quantized_bits + self.activation_bits) / self.num_quantized_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,7 @@ def planned_size(
     *,
     specs: Sequence[LinearSpec] = (),
     format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,
+    activations: StoredActivations | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CheckpointSize:
     """Size that ``write_checkpoint`` will reach for these choices, to the byte; reads no weights.
@@ -71,7 +75,9 @@ def planned_size(
         ConfigError: nothing is quantized, or a choice does not fit its module.
         ModelError: a module to quantize is not a matrix of the source.
     """
-    return plan_checkpoint(source, choices, specs=specs, format=format, max_shard_bytes=max_shard_bytes).size
+    return plan_checkpoint(
+        source, choices, specs=specs, format=format, activations=activations, max_shard_bytes=max_shard_bytes
+    ).size
 
 
 def plan_checkpoint(
@@ -80,6 +86,7 @@ def plan_checkpoint(
     *,
     specs: Sequence[LinearSpec] = (),
     format: CheckpointFormat = CheckpointFormat.COMPRESSED_TENSORS,
+    activations: StoredActivations | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CheckpointPlan:
     """Lay out all files, tensors in the natural order of their names whatever the source's order or sharding.
@@ -90,6 +97,7 @@ def plan_checkpoint(
         specs: the model's linear layers, which say how a module lies on disk; one that has none is
             ``name + '.weight'`` there.
         format: what quantized modules are stored as.
+        activations: grids to store beside the weights.
         max_shard_bytes: bytes of tensors in a file; a larger module has a file of its own.
 
     Raises:
@@ -99,6 +107,8 @@ def plan_checkpoint(
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
     quantized = quantized_modules(source, choices, specs)
+    inputs = activations.inputs if activations is not None else {}
+    table = activations.text if activations is not None else ""
     owner = {original.name: module for module in quantized.values() for original in module.originals}
     units: list[tuple[StoredTensor, ...]] = []
     copied: list[str] = []
@@ -113,14 +123,20 @@ def plan_checkpoint(
             planned.add(module.name)
             store = FORMATS[format].stored
             units.append(tuple(t for original in module.originals for t in store(original, module.choice)))
+            if module.name in inputs:
+                stems = [original.name.removesuffix(WEIGHT) for original in module.originals]
+                units[-1] += tuple(t for stem in stems for t in input_tensors(stem))
             modules[units[-1][0].name] = module
     shards = plan_shards(units, max_shard_bytes=max_shard_bytes)
     made = [tensor for unit in units if unit[0].name in modules for tensor in unit]
     uncounted = sum(tensor.nbytes for tensor in made if tensor.name.endswith(NOT_COUNTED))
+    of_inputs = sum(tensor.nbytes for tensor in made if tensor.name.endswith((f".{INPUT_SCALE}", f".{ZERO_POINT}")))
+    table_bytes = len(table.encode())
     size = CheckpointSize(
-        total_bytes=sum(shard.nbytes for shard in shards),
-        quantized_bits=BITS_PER_BYTE * (sum(tensor.nbytes for tensor in made) - uncounted),
+        total_bytes=sum(shard.nbytes for shard in shards) + table_bytes,
+        quantized_bits=BITS_PER_BYTE * (sum(tensor.nbytes for tensor in made) - uncounted - of_inputs),
         num_quantized_weights=sum(math.prod(module.shape) for module in quantized.values()),
         metadata_bits=BITS_PER_BYTE * uncounted,
+        activation_bits=BITS_PER_BYTE * (of_inputs + table_bytes),
     )
     return CheckpointPlan(shards=shards, copied=tuple(copied), modules=modules, size=size)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lrpq.checkpoint import gptq
+from lrpq.checkpoint.activations import INPUT_SCALE, ZERO_POINT
 from lrpq.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE, SUPPORTED_BITS
 from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.layout import INDEX_FILE
@@ -31,6 +32,8 @@ STORED_AS |= {gptq.QWEIGHT: ("I32",), gptq.QZEROS: ("I32",), gptq.SCALES: ("F16"
 DIMENSIONS |= {gptq.QWEIGHT: 2, gptq.QZEROS: 2, gptq.SCALES: 2, gptq.ORDER: 1}
 DENSE = WEIGHT.removeprefix(".")
 STORED_AS[DENSE], DIMENSIONS[DENSE] = ("BF16", "F16", "F32", "F64"), 2
+STORED_AS |= {INPUT_SCALE: ("BF16", "F16", "F32"), ZERO_POINT: ("I8",)}
+DIMENSIONS |= {INPUT_SCALE: 1, ZERO_POINT: 1}
 CODES = {CheckpointFormat.COMPRESSED_TENSORS: PACKED, CheckpointFormat.GPTQ: gptq.QWEIGHT}
 """The part that says that a module is quantized; a dense checkpoint has none."""
 MAX_QUANTIFIERS = 3
@@ -74,10 +77,15 @@ class StoredCheckpoint:
                     "or of another model"
                 )
             return None
-        for pattern, choice in self._groups:
-            if pattern.fullmatch(module):
-                return choice
+        group = self._group(module)
+        if group is not None:
+            return group[0]
         raise CheckpointError(f"module {module} in {self.folder}: has packed codes but no group in config.json")
+
+    def inputs(self, module: str) -> Any:
+        """``input_activations`` of a quantized module's group, as config.json has it; None where it has none."""
+        group = self._group(module)
+        return None if group is None else group[1]
 
     def modules(self) -> list[str]:
         """Names of all modules with codes, sorted."""
@@ -96,18 +104,13 @@ class StoredCheckpoint:
         if choice is None:
             return None
         if self.format is CheckpointFormat.GPTQ:
-            parts = {part: self._part(module, part) for part in gptq.PARTS}
+            parts = {part: self.part(module, part) for part in gptq.PARTS}
             try:
                 return gptq.unpacked(module, parts, choice)
             except CheckpointError as error:
                 raise CheckpointError(f"{self.folder}: {error}") from error
-        parts = {part: self._part(module, part) for part in (PACKED, SCALE, SHAPE)}
-        shape = [int(size) for size in parts[SHAPE]]
-        if len(shape) != 2 or min(shape) < 1 or not choice.fits(shape[1]):
-            raise CheckpointError(
-                f"module {module} in {self.folder}: has the shape {shape}, expected two sizes that {choice} fits; "
-                "fetch the checkpoint again"
-            )
+        parts = {part: self.part(module, part) for part in (PACKED, SCALE, SHAPE)}
+        self._fitting(module, parts[SHAPE], choice)
         if not bool(torch.isfinite(parts[SCALE].float() * 2 ** (choice.bits - 1)).all()):
             raise CheckpointError(
                 f"module {module} in {self.folder}: a scale is not finite, or its weights are not; fetch it again"
@@ -126,7 +129,7 @@ class StoredCheckpoint:
         modules = [stored.removesuffix(WEIGHT) for stored in spec.stored]
         parts: list[Tensor]
         if self.format is CheckpointFormat.DENSE:
-            parts = [self._part(module, DENSE).to(dtype) for module in modules]
+            parts = [self.part(module, DENSE).to(dtype) for module in modules]
             if not all(bool(torch.isfinite(part).all()) for part in parts):
                 raise CheckpointError(f"module {spec.name} in {self.folder}: a weight is not finite; fetch it again")
         else:
@@ -148,9 +151,40 @@ class StoredCheckpoint:
         Raises:
             CheckpointError: it is in no file, or is no matrix.
         """
-        return self._part(module, DENSE)
+        return self.part(module, DENSE)
 
-    def _part(self, module: str, part: str) -> Tensor:
+    def packed_shape(self, module: str) -> tuple[int, int]:
+        """d_out, d_in of a module with packed codes, which are not read.
+
+        Raises:
+            CheckpointError: see ``codes``.
+        """
+        choice = self.choice(module)
+        if choice is None:
+            raise CheckpointError(f"module {module} in {self.folder}: is not quantized")
+        return self._fitting(module, self.part(module, SHAPE), choice)
+
+    def _fitting(self, module: str, stored: Tensor, choice: Choice) -> tuple[int, int]:
+        shape = [int(size) for size in stored]
+        if len(shape) != 2 or min(shape) < 1 or not choice.fits(shape[1]):
+            raise CheckpointError(
+                f"module {module} in {self.folder}: has the shape {shape}, expected two sizes that {choice} fits; "
+                "fetch the checkpoint again"
+            )
+        return shape[0], shape[1]
+
+    def _group(self, module: str) -> tuple[Choice, Any] | None:
+        for pattern, choice, inputs in self._groups:
+            if pattern.fullmatch(module):
+                return choice, inputs
+        return None
+
+    def part(self, module: str, part: str) -> Tensor:
+        """One of a module's tensors, as it is stored.
+
+        Raises:
+            CheckpointError: it is in no file, or of another type or number of dimensions than such a part has.
+        """
         name = f"{module}.{part}"
         if name not in self._file_of:
             raise CheckpointError(f"tensor {name}: is in no file of {self.folder}; the checkpoint is incomplete")
@@ -188,7 +222,7 @@ class StoredCheckpoint:
             raise CheckpointError(f"{path}: missing, truncated or damaged ({one_line(error)})") from error
 
 
-def _description(folder: Path) -> tuple[CheckpointFormat, list[tuple[re.Pattern[str], Choice]]]:
+def _description(folder: Path) -> tuple[CheckpointFormat, list[tuple[re.Pattern[str], Choice, Any]]]:
     path = folder / "config.json"
     try:
         if path.exists() and not path.is_file():
@@ -199,13 +233,13 @@ def _description(folder: Path) -> tuple[CheckpointFormat, list[tuple[re.Pattern[
         config = document["quantization_config"]
         if config.get("quant_method") == gptq.METHOD:
             rules = gptq.stored_choices(config)
-            return CheckpointFormat.GPTQ, [(_pattern(pattern), choice) for pattern, choice in rules]
+            return CheckpointFormat.GPTQ, [(_pattern(pattern), choice, None) for pattern, choice in rules]
         if config["format"] != "pack-quantized":
             raise CheckpointError(f"{path}: format {config['format']!r}; expected pack-quantized")
         groups = []
         for group in config["config_groups"].values():
             choice = _choice(group["weights"])
-            groups += [(_pattern(target), choice) for target in group["targets"]]
+            groups += [(_pattern(target), choice, group.get("input_activations")) for target in group["targets"]]
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no config.json; expected a folder written by lrpq compress") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lrpq.checkpoint.assemble import CodeLoader, codes_of
-from lrpq.checkpoint.compressed_tensors import SHAPE
-from lrpq.checkpoint.formats import FORMATS, CheckpointFormat, WeightFormat
-from lrpq.checkpoint.layout import StoredTensor
-from lrpq.checkpoint.modules import WEIGHT, ExpertScope, QuantizedModule, check_experts
-from lrpq.checkpoint.plan import CheckpointPlan, plan_checkpoint
-from lrpq.errors import CheckpointError, ConfigError
+from lrpq.checkpoint.assemble import CodeLoader
+from lrpq.checkpoint.compared import Expected, compare_files, compare_logits, reloaded_logits
+from lrpq.checkpoint.formats import FORMATS, CheckpointFormat
+from lrpq.checkpoint.modules import ExpertScope, check_experts
+from lrpq.checkpoint.plan import plan_checkpoint
+from lrpq.errors import ConfigError
 from lrpq.model.experts import loaded_weight
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.names import stored_names
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.skeleton import build_skeleton
-from lrpq.quant.grid import QuantizedWeight
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
 TRANSFORMERS = "transformers"
 PROBE_TOKENS = 32
 PROBE_STRIDE = 7919  # a prime, so that the probe walks through any vocabulary instead of its first tokens
-LOADING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +86,10 @@ def verify_checkpoint(
     """
     plan = plan_checkpoint(source, choices, specs=specs, format=format)
     modules = list(plan.modules.values())
-    expected = _Expected(quantized, modules, FORMATS[format])
+    expected = Expected(quantized, modules, FORMATS[format])
     loader = _loader(choices, specs, format)
     if loader is None:
-        num_copied = _compare_files(output, source, plan, codes=expected)
+        num_copied = compare_files(output, source, plan, codes=expected)
         return Verification(
             num_copied=num_copied,
             num_modules=len(modules),
@@ -102,9 +98,10 @@ def verify_checkpoint(
             max_abs_difference=None,
             tolerance=tolerance,
         )
-    num_copied = _compare_files(output, source, plan, codes=None)
+    num_copied = compare_files(output, source, plan, codes=None)
     ids = probe_ids(source.config.get_text_config().vocab_size) if input_ids is None else input_ids
-    reloaded, dtype = _reloaded_logits(output, source, plan, expected, input_ids=ids)
+    arguments = {"input_ids": ids}
+    reloaded, dtype = reloaded_logits(AutoModelForCausalLM, output, source, plan, expected, arguments=arguments)
     if dense_logits is None:
         dense = _dense_logits(source, expected, specs, input_ids=ids, dtype=dtype)
     else:
@@ -114,7 +111,7 @@ def verify_checkpoint(
         num_modules=len(modules),
         loader=loader,
         num_tokens=ids.shape[1],
-        max_abs_difference=_compare_logits(output, reloaded, dense, tolerance=tolerance),
+        max_abs_difference=compare_logits(output, reloaded, dense, tolerance=tolerance),
         tolerance=tolerance,
     )
 
@@ -122,27 +119,6 @@ def verify_checkpoint(
 def probe_ids(vocab_size: int, *, num_tokens: int = PROBE_TOKENS) -> Int64[Tensor, "1 T"]:
     """Token ids that are always the same and spread over the vocabulary."""
     return (torch.arange(1, num_tokens + 1) * PROBE_STRIDE % vocab_size)[None]
-
-
-class _Expected:
-    """What the loaded model must hold."""
-
-    def __init__(self, quantized: CodeLoader, modules: Sequence[QuantizedModule], format: WeightFormat) -> None:
-        self.modules = modules
-        self._quantized = quantized
-        self._format = format
-
-    def weight(self, module: QuantizedModule, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
-        """The module's dequantized weight as the loader computes it."""
-        return torch.cat([self._format.dequantize(part, original, dtype) for part, original in self._parts(module)])
-
-    def stored(self, module: QuantizedModule) -> dict[str, Tensor]:
-        """The module's tensors in the files, by name."""
-        packed = [self._format.pack(part, original) for part, original in self._parts(module)]
-        return {name: values for tensors in packed for name, values in tensors.items()}
-
-    def _parts(self, module: QuantizedModule) -> Iterator[tuple[QuantizedWeight, StoredTensor]]:
-        return module.split(codes_of(module.name, self._quantized, choice=module.choice, shape=module.shape))
 
 
 def _loader(choices: Mapping[str, Choice], specs: Sequence[LinearSpec], format: CheckpointFormat) -> str | None:
@@ -161,7 +137,7 @@ def _loader(choices: Mapping[str, Choice], specs: Sequence[LinearSpec], format: 
 @torch.no_grad()
 def _dense_logits(
     source: ModelSource,
-    expected: _Expected,
+    expected: Expected,
     specs: Sequence[LinearSpec],
     *,
     input_ids: Int64[Tensor, "1 T"],
@@ -204,122 +180,3 @@ def _empty_like(parameter: nn.Parameter) -> nn.Parameter:
     """The same on the host, full of NaN until it is written."""
     values = torch.full(parameter.shape, float("nan"), dtype=parameter.dtype, device="cpu")
     return nn.Parameter(values, requires_grad=False)
-
-
-def _compare_files(output: Path, source: ModelSource, plan: CheckpointPlan, *, codes: _Expected | None) -> int:
-    """Check names, dtypes and shapes of all tensors, and the values of those that were copied.
-
-    With ``codes``, also the values of all others.
-    """
-    planned = {t.name: t for shard in plan.shards for unit in shard.units for t in unit}
-    shapes = {
-        f"{original.name.removesuffix(WEIGHT)}.{SHAPE}": original.shape
-        for module in plan.modules.values()
-        for original in module.originals
-    }
-    found: dict[str, Path] = {}
-    copied = set(plan.copied)
-    for path in sorted(output.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a mapping
-                    if name in found:
-                        raise CheckpointError(f"tensor {name}: is in {found[name].name} and in {path.name}")
-                    found[name] = path
-                    if name not in planned:
-                        raise CheckpointError(f"tensor {name} in {path}: was not meant to be written")
-                    tensor = handle.get_tensor(name)
-                    if tensor.dtype != planned[name].dtype or tuple(tensor.shape) != planned[name].shape:
-                        raise CheckpointError(
-                            f"tensor {name} in {path}: is {tensor.dtype} {list(tensor.shape)}; "
-                            f"expected {planned[name].dtype} {list(planned[name].shape)}"
-                        )
-                    if name in copied:
-                        _compare(f"tensor {name} in {path}", tensor, source.read(name))
-                    elif name in shapes:
-                        # transformers does not read the number of rows, other loaders do
-                        _compare(f"tensor {name} in {path}", tensor, torch.tensor(shapes[name]))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: truncated or damaged ({error}); write the checkpoint again") from error
-    missing = sorted(set(planned) - set(found))
-    if missing:
-        raise CheckpointError(f"{output}: tensor {missing[0]} is in none of its files")
-    if codes is not None:
-        for module in codes.modules:
-            for name, values in codes.stored(module).items():
-                with safe_open(found[name], framework="pt", device="cpu") as handle:
-                    _compare(f"tensor {name} in {found[name]}", handle.get_tensor(name), values)
-    return len(copied)
-
-
-@torch.no_grad()
-def _reloaded_logits(
-    output: Path,
-    source: ModelSource,
-    plan: CheckpointPlan,
-    expected: _Expected,
-    *,
-    input_ids: Int64[Tensor, "1 T"],
-) -> tuple[Float[Tensor, "1 T vocab"], torch.dtype]:
-    """Load the checkpoint, run it (the first forward decompresses) and check the quantized weights."""
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(output, local_files_only=True, output_loading_info=True)
-        _check_report(output, model, source, plan, report)
-        logits: Tensor = model.eval()(input_ids).logits
-    except LOADING_ERRORS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{output}: does not load and run with transformers ({reason})") from error
-    dtype: torch.dtype = model.dtype
-    for module in expected.modules:
-        try:
-            weight = loaded_weight(model, module.name)
-        except AttributeError as error:
-            raise CheckpointError(f"module {module.name}: has no weight in the loaded model ({error})") from error
-        _compare(f"module {module.name}", weight, expected.weight(module, dtype))
-    return logits, dtype
-
-
-def _check_report(
-    output: Path, model: nn.Module, source: ModelSource, plan: CheckpointPlan, report: Mapping[str, Any]
-) -> None:
-    """Refuse a load that left something out, but for what the original stores and no loader reads."""
-    copied = set(plan.copied)
-    unread = {name for name, stored in stored_names(model, source).items() if stored in copied}
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = set(report.get(kind) or ()) - (unread if kind == "unexpected_keys" else set())
-        if names:
-            raise CheckpointError(f"{output}: loading reports {kind.replace('_', ' ')}: {min(names)}")
-
-
-def _compare(what: str, found: Tensor, expected: Tensor) -> None:
-    """Raise unless two tensors have the same bits."""
-    if found.dtype != expected.dtype or found.shape != expected.shape:
-        raise CheckpointError(
-            f"{what}: is {found.dtype} {list(found.shape)}; expected {expected.dtype} {list(expected.shape)}"
-        )
-    # comparing bytes, not numbers: -0.0 is not 0.0 here and NaN equals itself
-    pair = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (found, expected)]
-    if not torch.equal(*pair):
-        difference = (found.double() - expected.double()).abs()
-        raise CheckpointError(
-            f"{what}: {int((difference != 0).sum())} of {found.numel()} values differ, "
-            f"by up to {difference.max().item():.3g}; the checkpoint is damaged, write it again"
-        )
-
-
-def _compare_logits(output: Path, found: Tensor, expected: Tensor, *, tolerance: float) -> float:
-    if found.dtype != expected.dtype or found.shape != expected.shape:
-        raise CheckpointError(
-            f"{output}: logits are {found.dtype} {list(found.shape)}; "
-            f"expected {expected.dtype} {list(expected.shape)} from the dense model"
-        )
-    if not bool(torch.isfinite(found).all()):
-        raise CheckpointError(f"{output}: logits are not finite")
-    difference = (found.double() - expected.double()).abs().amax(-1)[0]
-    largest = difference.max().item()
-    if not largest <= tolerance:  # also when the dense logits hold NaN
-        raise CheckpointError(
-            f"{output}: logits differ from the dense dequantized model's by {largest:.3g} "
-            f"at token {int(difference.argmax())}; at most {tolerance:g} is allowed"
-        )
-    return largest

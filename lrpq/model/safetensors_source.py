@@ -103,7 +103,7 @@ class ModelSource:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ModelError(f"model {str(folder)!r}: no such folder")
-        self.config: PreTrainedConfig = _read_config(self.folder)
+        self.config: PreTrainedConfig = self._read_config()
         located = _locate_tensors(self.folder)
         self._entries: dict[str, _Entry] = {}
         self._checked: set[str] = set()
@@ -113,6 +113,9 @@ class ModelSource:
                 if name not in entries:
                     raise ModelError(f"shard {self.folder / shard}: tensor {name} is in the index but not in the file")
                 self._entries[name] = entries[name]
+
+    def _read_config(self) -> PreTrainedConfig:
+        return _read_config(self.folder)
 
     def config_document(self) -> dict[str, Any]:
         """The configuration as JSON, from which a checkpoint of this model is described."""
@@ -245,7 +248,8 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def _read_config(folder: Path, *, quantized: bool = False) -> PreTrainedConfig:
+    """Configuration of a model; with ``quantized``, also of one that is."""
     path = folder / "config.json"
     if not os.path.isfile(path):
         raise ModelError(f"model {folder}: no config.json; expected a Hugging Face model folder")
@@ -259,7 +263,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
             raise ValueError("architectures is no list of names")
     except Exception as error:  # whatever the configuration's own parser raises is a bad configuration
         raise ModelError(f"{path}: not a configuration transformers can read ({one_line(error)})") from error
-    if getattr(config, "quantization_config", None):
+    if not quantized and getattr(config, "quantization_config", None):
         raise ModelError(f"model {folder}: already quantized; give the original model")
     return config
 
