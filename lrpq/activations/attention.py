@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 QUERY, KEY, VALUE, PATTERN = "query", "key", "value", "pattern"
 POINTS = (QUERY, KEY, VALUE, PATTERN)
 MASK = "mask"
-"""What is added to the scores [n, heads, t, t], where there is any: seen by a function of this name, never quantized."""
+"""What is added to the scores [n, heads, t, t], where there is any: a function may look at it; it is not quantized."""
 NAME = "lrpq_points"
 _POINTS = "_lrpq_points"
 Points = Mapping[str, Callable[[Tensor], Tensor]]
