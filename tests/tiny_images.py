@@ -44,7 +44,7 @@ IMAGE_CASES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "swin-padded": (  # 10 x 9 patches in windows of 4, merged to 5 x 5
         "SwinForImageClassification",
         "SwinConfig",
-        {**_SWIN, "image_size": [20, 18], "qkv_bias": False, "use_absolute_embeddings": True},
+        {**_SWIN, "image_size": [20, 18], "use_absolute_embeddings": True},
     ),
     "dinov2": (
         "Dinov2ForImageClassification",

@@ -199,7 +199,7 @@ class BlockStream:
 
         Costs are means over them whatever the block: where patches are merged, a later token stands for several.
         """
-        return hidden.shape[0] * self._lengths[block, hidden.shape[1]]
+        return len(hidden) * self._lengths[block, hidden.shape[1]]
 
     def call_arguments(self, block: int, shape: tuple[int, int]) -> dict[str, Any]:
         """Keyword arguments of one block's forward for a batch of ``shape`` (sequences, tokens at this block).

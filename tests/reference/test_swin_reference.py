@@ -8,22 +8,25 @@ from typing import Any
 import dense_swin
 import pytest
 import torch
-from tiny_images import CLASSES, build_classifier, images, write_classifier
-from torch import Tensor
+from tiny_images import CLASSES, images, write_classifier
+from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from lrpq.errors import ModelError, QuantizationError
-from lrpq.importance.rankings import layer_input_modification
+from lrpq.importance.gather import GatherSweep, means
+from lrpq.model.kept import KeptInputs
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import normalized
 from lrpq.refine.sweep import RefineSweep, merge_products
+from lrpq.relevance.composite import Relevance
+from lrpq.relevance.head import sample_labels, sequence_generator
 from lrpq.relevance.patches import patch_relevance
 from lrpq.relevance.rules import Pass
+from lrpq.relevance.sweep import Shard
 from lrpq.shards import root
 
 PLANES = {"swin": (8, 8), "swin-padded": (10, 9)}
-SHIFTED = 1
+SEED, SHIFTED = 5, 1
 """The block whose windows are shifted."""
 
 
@@ -122,3 +125,50 @@ def test_refinement_makes_good_the_hidden_states_in_the_order_of_windows(name: s
             stream.run(block, merging, outputs[which])
     x_t, xq = inputs
     torch.testing.assert_close(total.shift, (x_t - xq).T @ xq, rtol=2e-4, atol=2e-3)
+
+
+def test_evidence_of_all_stages_is_a_mean_over_the_first_blocks_tokens(tmp_path: Path) -> None:
+    """Curvature of every layer against one plain backward pass; and no cosine where tokens are merged."""
+    stream, x = stream_of(write_classifier(tmp_path / "model", "swin")), images(3, "swin")
+    with KeptInputs(memory_bytes=1 << 30) as kept:
+        sweep = GatherSweep(
+            stream,
+            [Shard(index=0, first_window=0, tokens=x)],
+            num_shards=1,
+            relevance=Relevance.NONE,
+            floor=0.0,
+            power=1.0,
+            seed=SEED,
+            micro_batch=2,
+            kept=kept,
+            weightings=("fisher",),
+        )
+        sweep.embed()
+        for index, block in stream.stream(range(stream.num_blocks)):
+            sweep.forward(index, block)
+        sweep.seed_gradients()
+        found = {}
+        for index, block in stream.stream(range(stream.num_blocks - 1, -1, -1)):
+            found[index] = sweep.gather(index, block)
+    own: Any = AutoModelForImageClassification.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    squares: dict[str, Tensor] = {}
+
+    def watch(name: str) -> None:
+        def keep(g: Tensor) -> None:
+            squares[name] = g.flatten(0, -2).square().sum(0)
+
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            output.register_hook(keep)
+
+        own.get_submodule(name).register_forward_hook(hook)
+
+    for spec in stream.specs:
+        watch(spec.name)
+    logits = own(pixel_values=x.double()).logits
+    labels = torch.cat([sample_labels(logits[i : i + 1].detach(), sequence_generator(SEED, i)) for i in range(3)])
+    nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    for spec in stream.specs:
+        c = means(found[spec.block])[spec.name][Pass.FISHER]
+        torch.testing.assert_close(c, squares[spec.name] / (3 * 64))
+    assert [found[index].cosine is None for index in range(5)] == [False, False, True, False, False]
+    assert all(-1 <= evidence.cosine <= 1 for evidence in found.values() if evidence.cosine is not None)
