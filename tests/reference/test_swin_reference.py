@@ -12,8 +12,12 @@ from tiny_images import CLASSES, images, write_classifier
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
+from lrpq.errors import ModelError, QuantizationError
+from lrpq.importance.evidence import ModuleEvidence
 from lrpq.importance.gather import GatherSweep, means
+from lrpq.importance.rankings import layer_input_modification
 from lrpq.model.kept import KeptInputs
+from lrpq.model.layers import LinearSpec
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import normalized
@@ -54,6 +58,12 @@ def test_relevance_is_that_of_dense_attention(name: str, running: Pass, attentio
     expected = (hidden * gradient).sum(-1).detach()
     torch.testing.assert_close(found.patches.flatten(1), expected, **tolerance)
     assert found.special.shape == (2, 0)
+
+
+def test_images_that_are_padded_to_patches_have_no_map(tmp_path: Path) -> None:
+    stream = stream_of(write_classifier(tmp_path / "model", "swin", image_size=[15, 16]))
+    with pytest.raises(ModelError, match="64 tokens are not 7 x 8 patches"):
+        patch_relevance(stream, torch.zeros(1, 3, 15, 16))
 
 
 def rearranged(x: Tensor, name: str, block: int) -> Tensor:
@@ -127,6 +137,21 @@ def test_refinement_makes_good_the_hidden_states_in_the_order_of_windows(name: s
     torch.testing.assert_close(total.shift, (x_t - xq).T @ xq, rtol=2e-4, atol=2e-3)
 
 
+def evidence_of(spec: LinearSpec) -> ModuleEvidence:
+    """Of a layer in a block without a cosine; the rest is not read."""
+    return ModuleEvidence(
+        spec=spec,
+        W=torch.ones(1, 1),
+        candidates=(),
+        rounded=(),
+        hessians={},
+        curvature={},
+        trace=0.0,
+        relevance=0.0,
+        block_cosine=None,
+    )
+
+
 def test_evidence_of_all_stages_is_a_mean_over_the_first_blocks_tokens(tmp_path: Path) -> None:
     """Curvature of every layer against one plain backward pass; and no cosine where tokens are merged."""
     stream, x = stream_of(write_classifier(tmp_path / "model", "swin")), images(3, "swin")
@@ -170,5 +195,8 @@ def test_evidence_of_all_stages_is_a_mean_over_the_first_blocks_tokens(tmp_path:
     for spec in stream.specs:
         c = means(found[spec.block])[spec.name][Pass.FISHER]
         torch.testing.assert_close(c, squares[spec.name] / (3 * 64))
+    merging = stream.block_specs(2)[0]
+    with pytest.raises(QuantizationError, match=r"downsample\.reduction: the measure lim .*merges tokens"):
+        layer_input_modification(evidence_of(merging))
     assert [found[index].cosine is None for index in range(5)] == [False, False, True, False, False]
     assert all(-1 <= evidence.cosine <= 1 for evidence in found.values() if evidence.cosine is not None)
