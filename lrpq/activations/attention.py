@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 QUERY, KEY, VALUE, PATTERN = "query", "key", "value", "pattern"
 POINTS = (QUERY, KEY, VALUE, PATTERN)
+MASK = "mask"
+"""What is added to the scores [n, heads, t, t], where there is any: a function may look at it; it is not quantized."""
 NAME = "lrpq_points"
 _POINTS = "_lrpq_points"
 Points = Mapping[str, Callable[[Tensor], Tensor]]
@@ -48,6 +50,7 @@ def attention_with_points(
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores + attention_mask
+        at(MASK, attention_mask.expand_as(scores))
     wide = torch.promote_types(scores.dtype, torch.float32)
     pattern = at(PATTERN, torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype))
     return (pattern @ value).transpose(1, 2).contiguous(), pattern
@@ -55,7 +58,7 @@ def attention_with_points(
 
 @contextmanager
 def with_points(attention: Any, points: Points) -> Iterator[None]:
-    """Inside, an attention module of transformers computes with these points.
+    """Inside, an attention module of transformers computes with these points; without one nothing changes.
 
     Raises:
         ModelError: see `keep_points`.
@@ -75,6 +78,9 @@ def keep_points(attention: Any, points: Points) -> None:
     Raises:
         ModelError: the module does not choose its attention function by a configuration, or has key-value groups.
     """
+    if attention is None:
+        yield
+        return
     config = attention.__dict__.get("config")
     if config is None or getattr(config, "_attn_implementation", None) is None:
         raise ModelError(f"{type(attention).__name__} does not choose its attention function by a configuration")
