@@ -310,7 +310,9 @@ def predicted(described: Path, config: CompressConfig) -> dict[str, Any]:
 
 def show_measured(found: dict[str, Any]) -> None:
     planned = {stage["stage"]: stage for stage in found["planned"]["stages"]}
-    print(f"{'stage':12} {'seconds':>21} {'of processor':>13} {'ratio':>6} {'peak MB':>17} {'ratio':>6} {'MB before':>10}")
+    print(
+        f"{'stage':12} {'seconds':>21} {'of processor':>13} {'ratio':>6} {'peak MB':>17} {'ratio':>6} {'MB before':>10}"
+    )
     totals = [0.0, 0.0, 0.0]
     for name, stage in planned.items():
         if name not in found["peak_bytes"] or not stage["seconds"]:

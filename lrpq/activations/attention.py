@@ -63,6 +63,9 @@ def with_points(attention: Any, points: Points) -> Iterator[None]:
     Raises:
         ModelError: see `keep_points`.
     """
+    if attention is None:
+        yield
+        return
     config = attention.__dict__.get("config")
     keep_points(attention, points)
     try:
@@ -78,9 +81,6 @@ def keep_points(attention: Any, points: Points) -> None:
     Raises:
         ModelError: the module does not choose its attention function by a configuration, or has key-value groups.
     """
-    if attention is None:
-        yield
-        return
     config = attention.__dict__.get("config")
     if config is None or getattr(config, "_attn_implementation", None) is None:
         raise ModelError(f"{type(attention).__name__} does not choose its attention function by a configuration")
