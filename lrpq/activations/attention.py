@@ -30,6 +30,27 @@ Points = Mapping[str, Callable[[Tensor], Tensor]]
 """Point -> function of the tensor there; points that are not named are left alone."""
 
 
+def keep_points(attention: Any, points: Points) -> None:
+    """Have an attention module of transformers compute with these points from now on.
+
+    Raises:
+        ModelError: the module does not choose its attention function by a configuration, or has key-value groups.
+    """
+    config = attention.__dict__.get("config")
+    if config is None or getattr(config, "_attn_implementation", None) is None:
+        raise ModelError(f"{type(attention).__name__} does not choose its attention function by a configuration")
+    if getattr(attention, "num_key_value_groups", 1) != 1:
+        raise ModelError(
+            f"{type(attention).__name__}: key-value heads that serve several query heads are not quantized"
+        )
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(NAME, attention_with_points)
+    patched = copy.deepcopy(config)
+    patched._attn_implementation = NAME
+    attention.config = patched
+    attention.__dict__[_POINTS] = points
+
+
 def attention_with_points(
     module: nn.Module,
     query: Float[Tensor, "n heads t d_head"],
@@ -61,7 +82,7 @@ def with_points(attention: Any, points: Points) -> Iterator[None]:
     """Inside, an attention module of transformers computes with these points; without one nothing changes.
 
     Raises:
-        ModelError: see `keep_points`.
+        ModelError: the module does not choose its attention function by a configuration, or has key-value groups.
     """
     if attention is None:
         yield
@@ -73,24 +94,3 @@ def with_points(attention: Any, points: Points) -> Iterator[None]:
     finally:
         attention.config = config
         del attention.__dict__[_POINTS]
-
-
-def keep_points(attention: Any, points: Points) -> None:
-    """Have an attention module of transformers compute with these points from now on.
-
-    Raises:
-        ModelError: the module does not choose its attention function by a configuration, or has key-value groups.
-    """
-    config = attention.__dict__.get("config")
-    if config is None or getattr(config, "_attn_implementation", None) is None:
-        raise ModelError(f"{type(attention).__name__} does not choose its attention function by a configuration")
-    if getattr(attention, "num_key_value_groups", 1) != 1:
-        raise ModelError(
-            f"{type(attention).__name__}: key-value heads that serve several query heads are not quantized"
-        )
-    if NAME not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(NAME, attention_with_points)
-    patched = copy.deepcopy(config)
-    patched._attn_implementation = NAME
-    attention.config = patched
-    attention.__dict__[_POINTS] = points
