@@ -82,7 +82,7 @@ def with_points(attention: Any, points: Points) -> Iterator[None]:
     """Inside, an attention module of transformers computes with these points; without one nothing changes.
 
     Raises:
-        ModelError: the module does not choose its attention function by a configuration, or has key-value groups.
+        ModelError: see `keep_points`.
     """
     if attention is None:
         yield
