@@ -243,9 +243,7 @@ class BlockStream:
     @contextmanager
     def swapped(self, module: nn.Module, weights: Overrides) -> Iterator[None]:
         """Replace some layers' weights of a materialised block for the length of the context."""
-        (name_of_block,) = (n for n, block in zip(self.block_names, self.blocks, strict=True) if block is module)
-        local = {name: name.removeprefix(f"{name_of_block}.") for name in weights}
-        with _replaced((module.get_submodule(local[name]), weight) for name, weight in weights.items()):
+        with _replaced((module.get_submodule(self._in_block(name)), weight) for name, weight in weights.items()):
             yield
 
     @contextmanager
@@ -268,6 +266,10 @@ class BlockStream:
         """Replace the head's weight, if it is among ``weights``, inside ``head()``."""
         with _replaced((self.model.get_submodule(name), weight) for name, weight in weights.items()):
             yield
+
+    def _in_block(self, name: str) -> str:
+        (path,) = (path for path in self.block_names if name.startswith(f"{path}."))
+        return name.removeprefix(f"{path}.")
 
     def _capped(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         field = self.family.logit_cap
