@@ -68,10 +68,10 @@ class BlockStream:
         self._stored: dict[str, tuple[str, ...]] = {
             name: (stored,) for name, stored in stored_names(self.model, source).items()
         }
+        places = find_blocks(self.model, self.family)
         own_modules(self.model, (self.family.head,))
         self._outside = own_modules(self.model, self.family.outside, self.family.optional)
         self._tail = own_modules(self.model, self.family.tail, self.family.optional)
-        places = find_blocks(self.model, self.family)
         if not places:
             raise ModelError(f"model {source.folder}: config.json describes a model without decoder blocks")
         self.block_names: tuple[str, ...] = tuple(place.path for place in places)
