@@ -68,10 +68,10 @@ class BlockStream:
         self._stored: dict[str, tuple[str, ...]] = {
             name: (stored,) for name, stored in stored_names(self.model, source).items()
         }
+        places = find_blocks(self.model, self.family)
         own_modules(self.model, (self.family.head,))
         self._outside = own_modules(self.model, self.family.outside, self.family.optional)
         self._tail = own_modules(self.model, self.family.tail, self.family.optional)
-        places = find_blocks(self.model, self.family)
         if not places:
             raise ModelError(f"model {source.folder}: config.json describes a model without decoder blocks")
         self.block_names: tuple[str, ...] = tuple(place.path for place in places)
@@ -243,9 +243,7 @@ class BlockStream:
     @contextmanager
     def swapped(self, module: nn.Module, weights: Overrides) -> Iterator[None]:
         """Replace some layers' weights of a materialised block for the length of the context."""
-        (name_of_block,) = (n for n, block in zip(self.block_names, self.blocks, strict=True) if block is module)
-        local = {name: name.removeprefix(f"{name_of_block}.") for name in weights}
-        with _replaced((module.get_submodule(local[name]), weight) for name, weight in weights.items()):
+        with _replaced((module.get_submodule(self._in_block(name)), weight) for name, weight in weights.items()):
             yield
 
     @contextmanager
@@ -268,6 +266,10 @@ class BlockStream:
         """Replace the head's weight, if it is among ``weights``, inside ``head()``."""
         with _replaced((self.model.get_submodule(name), weight) for name, weight in weights.items()):
             yield
+
+    def _in_block(self, name: str) -> str:
+        (path,) = (path for path in self.block_names if name.startswith(f"{path}."))
+        return name.removeprefix(f"{path}.")
 
     def _capped(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         field = self.family.logit_cap

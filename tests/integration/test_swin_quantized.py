@@ -25,7 +25,7 @@ TEST = gratings(300, seed=2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_classifier(tmp_path_factory.mktemp("trained") / "swin", "swin", steps=70)
+    return train_classifier(tmp_path_factory.mktemp("trained") / "swin", "swin", steps=60)
 
 
 def scored(
@@ -63,13 +63,10 @@ def test_eight_bits_lose_nothing_and_four_beat_plain_rounding(folder: Path, tmp_
     assert [set(grids) for grids in found.grids] == [layer, layer, {"merge"}, layer, layer]
     assert set(found.codes) == {spec.name for spec in found.stream.specs}
     _, _, plain = scored(folder, tmp_path / "a", (4,), (4,), NEAREST, Means.NONE)
-    _, _, clipped = scored(folder, tmp_path / "b", (4,), (4,), NEAREST, Means.CHANNELS | Means.CLIPPED)
     _, _, ours = scored(folder, tmp_path / "c", (4,), (4,))
-    kl = [float(scores.kl_nats.mean()) for scores in (plain, clipped, ours, eight)]
-    print(kl, original.top1, ours.top1)
-    assert kl[1] < 0.1 * kl[0]
-    assert kl[2] < 0.8 * kl[1]
-    assert kl[3] < 0.1 * kl[2]
+    kl = [float(scores.kl_nats.mean()) for scores in (plain, ours, eight)]
+    assert kl[1] < 0.01 * kl[0]
+    assert kl[2] < 0.1 * kl[1]
     assert original.top1 - ours.top1 < 0.05
 
 
@@ -80,7 +77,6 @@ def test_gptq_beats_rounding_and_mixed_widths_beat_one(folder: Path, tmp_path: P
         for bits, recipe in (((3,), NEAREST), ((3,), DEFAULT), ((2, 3, 4), DEFAULT))
     )
     kl = [float(scores.kl_nats.mean()) for _, _, scores in (nearest, ours, mixed)]
-    print(kl)
     assert kl[1] < 0.3 * kl[0]
     assert kl[2] < 0.8 * kl[1]
     plan = mixed[0].plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,26 @@ def test_points_alone_change_nothing(name: str, tmp_path: Path) -> None:
         assert torch.equal(stream.run(block, index, hidden), plain)
         assert (attention_of(stream, block) is None) == (index == 2)
         hidden = plain
+
+
+@torch.no_grad()
+def test_points_are_judged_with_the_bias_and_mask_of_their_scores(tmp_path: Path) -> None:
+    """The cost of a shifted block's queries and keys is what the output projection shows when they are rounded."""
+    stream, x = (
+        BlockStream(open_source(write_classifier(tmp_path / "m", "swin")), dtype=torch.float32),
+        images(5, "swin"),
+    )
+    found = calibrate(stream, x, widths=[3], means=Means.ALL & ~Means.CHANNELS)
+    hidden = stream.embed(x)
+    with stream.block(0) as block:
+        hidden = stream.run(block, 0, hidden)
+    with stream.block(1) as block:
+        outputs: list[Tensor] = []
+        block.get_submodule("attention.o_proj").register_forward_hook(lambda _, __, y: outputs.append(y.double()))
+        stream.run(block, 1, hidden)
+        for point in ("query", "key"):
+            candidate = found.places[1, point].candidates[3]
+            with with_points(attention_of(stream, block), {point: partial(quantized, grid=candidate.grid)}):
+                stream.run(block, 1, hidden)
+            error = float((outputs[-1] - outputs[0]).square().sum()) / 2 / (5 * 64)
+            assert candidate.cost == pytest.approx(error, rel=1e-3)
