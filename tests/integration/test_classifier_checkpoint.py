@@ -110,7 +110,7 @@ def quantize(folder: Path, name: str) -> Quantized:
     return Quantized(stream, tuple(grids), codes)
 
 
-@pytest.fixture(scope="module", params=["vit", "deit"])
+@pytest.fixture(scope="module", params=["vit", "deit", "swin"])
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Quantized, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     found = quantize(folder, request.param)
