@@ -53,11 +53,29 @@ class _Combination(Option):
     modules: tuple[tuple[str, Choice], ...] = field(default=())
 
 
-def operations(calibration: Calibration, specs: Sequence[LinearSpec], *, weight_bits: int, activation_bits: int) -> int:
-    """Bit operations an image with the same widths everywhere."""
-    linear = sum(_linear_macs(calibration, spec) for spec in specs)
-    inside = sum(_product_macs(calibration, block, pair) for block, pair in _products(calibration))
-    return linear * weight_bits * activation_bits + inside * activation_bits**2
+def operations(
+    calibration: Calibration,
+    specs: Sequence[LinearSpec],
+    places: Mapping[tuple[int, str], int],
+    modules: Mapping[str, int],
+) -> int:
+    """Bit operations an image of widths by place and by module."""
+    linear = sum(
+        _linear_macs(calibration, spec) * modules[spec.name] * places[spec.block, spec.input_site] for spec in specs
+    )
+    inside = sum(
+        _product_macs(calibration, block, pair) * places[block, pair[0]] * places[block, pair[1]]
+        for block, pair in _products(calibration)
+    )
+    return linear + inside
+
+
+def uniform_operations(
+    calibration: Calibration, specs: Sequence[LinearSpec], *, weight_bits: int, activation_bits: int
+) -> int:
+    """The same with one width for all weights and one for all activations."""
+    modules = {spec.name: weight_bits for spec in specs}
+    return operations(calibration, specs, calibration.uniform(activation_bits), modules)
 
 
 def allocate_operations(

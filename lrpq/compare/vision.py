@@ -29,8 +29,9 @@ from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import Recipe
 from lrpq.compare.terms import Terms
 from lrpq.compare.vision_widths import WidthBudget, allocate_together, middle_width
-from lrpq.compare.workbench import Workbench
+from lrpq.compare.workbench import KEPT_BYTES, Workbench
 from lrpq.errors import ConfigError
+from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.source import open_source
@@ -38,6 +39,8 @@ from lrpq.model.streaming import BlockStream
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.packing import storage_bits
 from lrpq.transform.writing import write_folded
+from lrpq.tune.options import Reconstruction
+from lrpq.tune.reconstruct import BlockOutcome, Rebuilder
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -67,6 +70,8 @@ class QuantizedClassifier:
     """Of the weights; None where they are not quantized."""
     widths: Mapping[tuple[int, str], int]
     """(block, site or point) -> width of its activations."""
+    rebuilt: Sequence[BlockOutcome] = ()
+    """What reconstruction did, by block; empty where none was asked for."""
 
     def variant(self, index: int, block: nn.Module) -> AbstractContextManager[None]:
         """Scope in which a block of ``stream`` computes as quantized (lrpq.evaluate.classification.Variant)."""
@@ -85,6 +90,7 @@ def quantize_classifier(
     means: Means = Means.ALL,
     behind: Behind = Behind.ACTIVATIONS,
     budget: WidthBudget = WidthBudget.APART,
+    reconstruct: Reconstruction | None = None,
     terms: Terms | None = None,
 ) -> QuantizedClassifier:
     """Quantize a classifier.
@@ -101,6 +107,7 @@ def quantize_classifier(
         means: of the activation grids.
         behind: what weights are rounded behind.
         budget: what mixed widths may take.
+        reconstruct: how each block is rebuilt when its codes are found; by default it is not.
         terms: seed, damping, shards and device; widths and group sizes are set here. Float32 by default.
 
     Raises:
@@ -148,9 +155,23 @@ def quantize_classifier(
         bench = Workbench(_folded(stream, found, widths, folded), images, shared)
     grids: Sequence[BlockGrids] = ({},) * stream.num_blocks if found is None else found.grids(widths)
     stream = bench.stream()
-    activations = GridActivations(stream=stream, grids=grids) if behind is Behind.ACTIVATIONS else None
-    codes = bench.codes(plan.choices, recipe, gathered, activations)
-    return QuantizedClassifier(stream=stream, grids=grids, codes=codes, plan=plan, widths=widths)
+    rebuilder = None
+    with KeptInputs(memory_bytes=KEPT_BYTES) as kept:
+        if reconstruct is not None:
+            rebuilder = Rebuilder(
+                stream, images, grids, reconstruct, seed=shared.seed, micro_batch=shared.micro_batch, kept=kept
+            )
+            grids = rebuilder.grids  # those of a block change when it is rebuilt
+        activations = GridActivations(stream=stream, grids=grids) if behind is Behind.ACTIVATIONS else None
+        codes = bench.codes(plan.choices, recipe, gathered, activations, rebuilder)
+    return QuantizedClassifier(
+        stream=stream,
+        grids=tuple(grids),
+        codes=codes,
+        plan=plan,
+        widths=widths,
+        rebuilt=() if rebuilder is None else tuple(rebuilder.outcomes),
+    )
 
 
 def _folded(

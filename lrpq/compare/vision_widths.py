@@ -14,7 +14,7 @@ from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.calibrate import Calibration
 from lrpq.activations.directional import responses
 from lrpq.activations.grids import ActivationGrid, UniformGrid
-from lrpq.activations.operations import allocate_operations, operations
+from lrpq.activations.operations import allocate_operations, uniform_operations
 from lrpq.allocate.plan import Plan
 from lrpq.compare import allocation
 from lrpq.compare.recipes import DEFAULT, Recipe
@@ -101,7 +101,7 @@ def allocate_together(
     if budget is WidthBudget.OPERATIONS:
         if calibration is None:
             raise ConfigError("bit operations are those of integer products; give widths for the activations too")
-        limit = operations(calibration, stream.specs, weight_bits=average_bits, activation_bits=middle)
+        limit = uniform_operations(calibration, stream.specs, weight_bits=average_bits, activation_bits=middle)
         chosen = allocate_operations(calibration, stream.specs, places, modules, budget=limit)
         plan = allocation.chosen(rows, chosen.modules, budget_bits=UNLIMITED_BITS)
         return Allocated(widths=chosen.places, plan=plan, gathered=gathered)

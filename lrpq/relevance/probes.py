@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrpq.errors import ModelError
 from lrpq.model.kept import KeptInputs
@@ -52,6 +52,22 @@ class ProbeSweep(ProfileSweep):
                 (gradient,) = torch.autograd.grad(logits, leaf, drawn.to(logits))
                 self.upstream[shard.index, position] = {Pass.FISHER: gradient}
         return 0.0, len(shard.tokens)
+
+    def output_gradients(self) -> Float[Tensor, "n t h"]:
+        """g of all images at the output of the block that comes next."""
+        (shard,) = self.shards
+        return torch.cat([self.upstream[shard.index, i][Pass.FISHER] for i in range(len(self.batches(shard)))])
+
+    def pass_through(self, block: int, module: nn.Module) -> None:
+        """Walk one block back, looking at nothing."""
+        (shard,) = self.shards
+        for position in range(len(self.batches(shard))):
+            upstream = self.upstream[shard.index, position][Pass.FISHER]
+            with torch.enable_grad():
+                leaf = self.kept.take((block, shard.index, position)).detach().requires_grad_()
+                output = self.stream.run(module, block, leaf)
+            (gradient,) = torch.autograd.grad(output, leaf, upstream)
+            self.upstream[shard.index, position] = {Pass.FISHER: gradient}
 
 
 @contextmanager

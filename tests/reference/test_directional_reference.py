@@ -20,7 +20,7 @@ from lrpq.activations.clipping import best, channel_candidates, squared_error
 from lrpq.activations.directional import responses
 from lrpq.activations.folding import folding_of
 from lrpq.activations.grids import UniformGrid, quantized
-from lrpq.activations.operations import allocate_operations, operations
+from lrpq.activations.operations import allocate_operations, uniform_operations
 from lrpq.errors import BudgetError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.source import open_source
@@ -163,7 +163,7 @@ def small_case(seed: int) -> tuple[Calibration, list[LinearSpec], dict[Any, floa
 def test_bit_operations_are_spent_best(seed: int) -> None:
     """Brute force over all widths of all places and layers."""
     calibration, specs, place_costs, module_costs = small_case(seed)
-    budget = operations(calibration, specs, weight_bits=3, activation_bits=4)
+    budget = uniform_operations(calibration, specs, weight_bits=3, activation_bits=4)
     keys = list(calibration.places)
     macs = {"q": 40 * 8, "k": 40 * 6, "fc2": 80 * 8}
     lowest = math.inf
@@ -182,7 +182,7 @@ def test_bit_operations_are_spent_best(seed: int) -> None:
     assert found.bound_nats <= found.cost_nats * (1 + 1e-9)
     assert set(found.places) == set(keys)
     assert set(found.modules) == {"q", "k", "fc2"}
-    least = operations(calibration, specs, weight_bits=2, activation_bits=3)
+    least = uniform_operations(calibration, specs, weight_bits=2, activation_bits=3)
     assert allocate_operations(calibration, specs, place_costs, module_costs, budget=least).operations == least
     with pytest.raises(BudgetError, match=f"too few for these widths; the least is {least}"):
         allocate_operations(calibration, specs, place_costs, module_costs, budget=least - 1)
@@ -196,4 +196,4 @@ def test_multiplications_are_those_that_torch_counts(stream: BlockStream) -> Non
         with FlopCounterMode(display=False) as counter, with_points(attention_of(stream, block), {}), torch.no_grad():
             hidden = stream.run(block, index, hidden)
         counted += counter.get_total_flops()
-    assert 3 * operations(found, stream.specs, weight_bits=1, activation_bits=1) == counted / 2
+    assert 3 * uniform_operations(found, stream.specs, weight_bits=1, activation_bits=1) == counted / 2
