@@ -17,6 +17,11 @@ Patch embedding and classifier are not quantized. Rows differ in one thing from 
     weights     weights by lrpq's whole recipe; MP by its curvature costs
     lrpq        and rounded behind quantized activations, whose errors the correction makes up for
     score       lrpq, but MP by a ranking of relevance (LRP-QViT's contribution score) on two widths
+    averages    lrpq, but MP by directional costs
+    operations  lrpq, but MP by directional costs and with bit operations as the budget, all widths in one program
+    rebuilt     lrpq, and each block's codes, scales and activation steps learnt on the error of its outputs
+
+The last table has the seconds that quantizing takes, of a row's first seed; scoring is not in them.
 """
 
 from __future__ import annotations
@@ -38,22 +43,44 @@ from lrpq.activations.calibrate import Means
 from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
 from lrpq.compare.terms import Terms
 from lrpq.compare.vision import Behind, quantize_classifier
+from lrpq.compare.vision_widths import WidthBudget
 from lrpq.evaluate.classification import score_images
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
+from lrpq.tune.options import Reconstruction
 
 NEAREST = replace(CONTROL, rounding=Rounding.NEAREST)
-ROWS: Mapping[str, tuple[Means, Recipe, Behind]] = {
-    "plain": (Means.NONE, NEAREST, Behind.WEIGHTS),
-    "channels": (Means.CHANNELS, NEAREST, Behind.WEIGHTS),
-    "clipped": (Means.CLIPPED | Means.CHANNELS, NEAREST, Behind.WEIGHTS),
-    "judged": (Means.CLIPPED | Means.CHANNELS | Means.JUDGED_BY_OUTPUT, NEAREST, Behind.WEIGHTS),
-    "nearest": (Means.ALL, NEAREST, Behind.WEIGHTS),
-    "gptq": (Means.ALL, CONTROL, Behind.WEIGHTS),
-    "weights": (Means.ALL, DEFAULT, Behind.WEIGHTS),
-    "lrpq": (Means.ALL, DEFAULT, Behind.ACTIVATIONS),
-    "score": (Means.ALL, replace(DEFAULT, allocation="relevance-magnitude"), Behind.ACTIVATIONS),
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """How a classifier is quantized."""
+
+    means: Means = Means.ALL
+    recipe: Recipe = DEFAULT
+    behind: Behind = Behind.ACTIVATIONS
+    budget: WidthBudget = WidthBudget.APART
+    reconstruct: Reconstruction | None = None
+
+
+def rounded_to_nearest(means: Means) -> Row:
+    return Row(means=means, recipe=NEAREST, behind=Behind.WEIGHTS)
+
+
+ROWS: Mapping[str, Row] = {
+    "plain": rounded_to_nearest(Means.NONE),
+    "channels": rounded_to_nearest(Means.CHANNELS),
+    "clipped": rounded_to_nearest(Means.CLIPPED | Means.CHANNELS),
+    "judged": rounded_to_nearest(Means.CLIPPED | Means.CHANNELS | Means.JUDGED_BY_OUTPUT),
+    "nearest": rounded_to_nearest(Means.ALL),
+    "gptq": Row(recipe=CONTROL, behind=Behind.WEIGHTS),
+    "weights": Row(behind=Behind.WEIGHTS),
+    "lrpq": Row(),
+    "score": Row(recipe=replace(DEFAULT, allocation="relevance-magnitude")),
+    "averages": Row(budget=WidthBudget.AVERAGES),
+    "operations": Row(budget=WidthBudget.OPERATIONS),
+    "rebuilt": Row(reconstruct=Reconstruction()),
 }
 
 
@@ -86,7 +113,7 @@ def draw(images: Images, count: int, seed: int) -> torch.Tensor:
 def measure(
     source: ModelSource, row: str, widths: Column, calibration: torch.Tensor, test: Images, seed: int
 ) -> dict[str, float]:
-    means, recipe, behind = ROWS[row]
+    how = ROWS[row]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lrpq-folded-") as scratch:
         found = quantize_classifier(
@@ -95,10 +122,12 @@ def measure(
             weight_bits=widths.weight_bits,
             average_bits=widths.average_bits,
             activation_bits=widths.activation_bits,
-            recipe=recipe,
+            recipe=how.recipe,
             folded=Path(scratch) / "model",
-            means=means,
-            behind=behind,
+            means=how.means,
+            behind=how.behind,
+            budget=how.budget,
+            reconstruct=how.reconstruct,
             terms=Terms(dtype=torch.float32, micro_batch=32, seed=seed),
         )
         seconds = time.monotonic() - started
@@ -113,6 +142,7 @@ def measure(
         "kl_nats": float(ours.kl_nats.mean()),
         "all_in_bits": found.plan.average_bits if found.plan is not None else 32.0,
         "seconds": seconds,
+        "rebuilt_blocks": sum(outcome.accepted for outcome in found.rebuilt),
     }
 
 
@@ -135,12 +165,14 @@ def main() -> None:
     test = load_images(arguments.data / "test.npz", first=arguments.test_images)
     results: list[dict[str, object]] = []
     cells: dict[tuple[str, str], list[float]] = {}
+    seconds: dict[tuple[str, str], float] = {}
     for text, widths in columns.items():
         for row in arguments.rows:
             for seed in arguments.seeds:
                 found = measure(source, row, widths, draw(images, arguments.images, seed), test, seed)
                 drop = 100 * (found["original_top1"] - found["top1"])
                 cells.setdefault((row, text), []).append(drop)
+                seconds.setdefault((row, text), found["seconds"])
                 results.append({"row": row, "column": text, "seed": seed, **found})
                 print(json.dumps(results[-1]), flush=True)
                 if arguments.json:
@@ -156,6 +188,9 @@ def main() -> None:
             for text in columns
         ]
         print(f"| {row} | {' | '.join(shown)} |")
+    print(f"\nseconds\n| row | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for row in arguments.rows:
+        print(f"| {row} | {' | '.join(f'{seconds[row, text]:.1f}' for text in columns)} |")
 
 
 if __name__ == "__main__":

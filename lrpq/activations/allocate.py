@@ -1,10 +1,12 @@
 """Mixed widths of activations: the exact allocation of the weights, over places instead of layers.
 
-A place's size is its activations an image, its cost what its best grid of a width is judged to cost, in nats a token.
-Widths average to the budget over all activations of an image.
+A place's size is its activations an image. Its cost is what its best grid of a width is judged to cost, in nats a
+token, or its directional cost (directional). Widths average to the budget over all activations of an image.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from lrpq.activations.calibrate import Calibration
 from lrpq.allocate.budget import BudgetBits
@@ -13,8 +15,15 @@ from lrpq.allocate.problem import CostRow, build_problem
 from lrpq.model.layers import Choice, LinearSpec
 
 
-def allocate_widths(calibration: Calibration, *, average_bits: float) -> dict[tuple[int, str], int]:
+def allocate_widths(
+    calibration: Calibration, *, average_bits: float, costs: Mapping[tuple[int, str, int], float] | None = None
+) -> dict[tuple[int, str], int]:
     """Width of every place, of least cost.
+
+    Args:
+        calibration: places and their candidates.
+        average_bits: budget.
+        costs: (block, place, width) -> cost; by default the candidates'.
 
     Raises:
         BudgetError: the budget is below the narrowest widths.
@@ -32,7 +41,8 @@ def allocate_widths(calibration: Calibration, *, average_bits: float) -> dict[tu
         for width, candidate in place.candidates.items():
             choice = Choice(bits=width, group_size=-1)
             bits = width * place.num_values
-            rows.append(CostRow(module=spec, choice=choice, storage_bits=bits, cost_nats=candidate.cost))
+            cost = candidate.cost if costs is None else costs[block, name, width]
+            rows.append(CostRow(module=spec, choice=choice, storage_bits=bits, cost_nats=cost))
     plan = solve_exact(build_problem(rows, budget=BudgetBits(bits=average_bits), fused=False))
     found: dict[tuple[int, str], int] = {}
     for block, name in calibration.places:

@@ -75,6 +75,11 @@ class Candidate:
     cost: float
     """Nats a token, where grids are judged by output with token weights; otherwise the error it was chosen by."""
 
+    @property
+    def original_grid(self) -> ActivationGrid:
+        """The grid for the model before anything is folded: one a channel where something is."""
+        return self.grid if self.folding is None else self.folding.channels
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -82,6 +87,8 @@ class Place:
 
     num_values: int
     """Activations an image."""
+    row: int
+    """Those of a row: inputs of a layer, entries of a head's vector, or tokens that a row of the pattern has."""
     candidates: Mapping[int, Candidate]
     """By width."""
 
@@ -155,7 +162,7 @@ def calibrate(
         for name, x in activations.items():
             shared_zero = folded[name] if name in norms else None
             candidates = {width: _candidate(x, name, width, errors[name], means, shared_zero) for width in widths}
-            found[index, name] = Place(num_values=x.numel() // len(images), candidates=candidates)
+            found[index, name] = Place(num_values=x.numel() // len(images), row=x.shape[-1], candidates=candidates)
     return Calibration(places=found)
 
 
@@ -244,24 +251,39 @@ def recorded(stream: BlockStream, index: int, block: nn.Module) -> Iterator[dict
     """Inside, every forward of a block adds what its sites [tokens, d_in] and points of attention [n, ..] hold."""
     seen: dict[str, list[Tensor]] = {}
 
-    def note(place: str, x: Tensor) -> Tensor:
-        seen.setdefault(place, []).append(x.detach())
-        return x
+    def note(place: str, x: Tensor) -> None:
+        seen.setdefault(place, []).append((x if place in (*POINTS, MASK) else x.flatten(0, -2)).detach())
+
+    with watched(stream, index, block, note, points=(*POINTS, MASK)):
+        yield seen
+
+
+@contextmanager
+def watched(
+    stream: BlockStream,
+    index: int,
+    block: nn.Module,
+    note: Callable[[str, Tensor], None],
+    *,
+    points: Sequence[str] = POINTS,
+) -> Iterator[None]:
+    """Inside, every forward of a block shows its sites [n, t, d_in] and points of attention [n, ..] by name."""
 
     def site_hook(site: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            note(site, arguments[0].flatten(0, -2))
+        return lambda _, arguments: note(site, arguments[0])
 
-        return hook
+    def shown(point: str, x: Tensor) -> Tensor:
+        note(point, x)
+        return x
 
     handles = [
         block.get_submodule(stream.local_name(members[0])).register_forward_pre_hook(site_hook(site))
         for site, members in stream.sites(index).items()
     ]
-    points = {point: (lambda x, point=point: note(point, x)) for point in POINTS}
+    shown_at = {point: (lambda x, point=point: shown(point, x)) for point in points}
     try:
-        with with_points(attention_of(stream, block), points | {MASK: lambda x: note(MASK, x)}):
-            yield seen
+        with with_points(attention_of(stream, block), shown_at):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -61,6 +61,19 @@ class Folding:
         """W', b' in float64."""
         return W.double() * self.ratio, bias.double() + self.of_bias(W)
 
+    @property
+    def channels(self) -> UniformGrid:
+        """The grid a channel that it was made from, float32."""
+        return UniformGrid(
+            bits=self.grid.bits, scale=(self.ratio * self.grid.scale.double()).float(), offset=self.before.float()
+        )
+
+    def of_grid(self, channels: UniformGrid) -> UniformGrid:
+        """Another grid of the site's channels, as the folded model sees them: the codes stay what they are."""
+        offset = (channels.offset.double() - self.before) / self.ratio + self.grid.offset.double()
+        scale = channels.scale.double() / self.ratio
+        return UniformGrid(bits=channels.bits, scale=scale.float(), offset=offset.float())
+
     def of_bias(self, W: Float[Tensor, "d_out channels=h"]) -> Float[Tensor, "rows=d_out"]:
         """b' - b."""
         return W.double() @ (self.before - self.grid.offset.double() * self.ratio)

@@ -76,7 +76,30 @@ def frontier(problem: Problem) -> list[tuple[int, float]]:
 
 
 def solve_exact(problem: Problem, *, time_limit_s: float = 60.0, relative_gap: float = 1e-6) -> Plan:
-    """Solve the integer program with HiGHS to within ``relative_gap``; bound and gap are in the plan.
+    """The plan of ``exact_picks``; bound and gap are in it."""
+    found = exact_picks(problem, time_limit_s=time_limit_s, relative_gap=relative_gap)
+    return plan_of(
+        problem,
+        found.options,
+        method=Method.EXACT,
+        bound_nats=found.bound_nats,
+        stopped_early=found.stopped_early,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picks:
+    """A solution: one option a group, in the order of the problem's groups."""
+
+    options: list[Option]
+    bound_nats: float
+    """No solution costs less."""
+    stopped_early: bool = False
+    """The time limit ended the search."""
+
+
+def exact_picks(problem: Problem, *, time_limit_s: float = 60.0, relative_gap: float = 1e-6) -> Picks:
+    """Solve the integer program with HiGHS to within ``relative_gap``.
 
     The Lagrangian plan is the start and its multiplier removes options first: one whose reduced cost alone
     lifts the dual bound above the start's cost is in no better plan. Solutions are checked and totalled in
@@ -89,7 +112,7 @@ def solve_exact(problem: Problem, *, time_limit_s: float = 60.0, relative_gap: f
     start = _relax(problem, problem.capacity_bits)
     _, start_cost = _totals(start.picks)
     if start_cost - start.bound_nats <= relative_gap * start.bound_nats:
-        return plan_of(problem, start.picks, method=Method.EXACT, bound_nats=start.bound_nats)
+        return Picks(options=start.picks, bound_nats=start.bound_nats)
     core = _core(problem, start)
     picks, bound, timed_out = _search(
         core, start, problem.capacity_bits, time_limit_s=time_limit_s, relative_gap=relative_gap
@@ -97,14 +120,9 @@ def solve_exact(problem: Problem, *, time_limit_s: float = 60.0, relative_gap: f
     _fill(picks, [group.useful_options() for group in problem.groups], problem.capacity_bits)
     if _totals(picks)[1] >= start_cost:
         picks = start.picks
-    return plan_of(
-        problem,
-        picks,
-        method=Method.EXACT,
-        # plans outside the core cost more than the start: the core's bound or the start's cost bounds all
-        bound_nats=max(start.bound_nats, min(bound, start_cost)),
-        stopped_early=timed_out,
-    )
+    # plans outside the core cost more than the start: the core's bound or the start's cost bounds all
+    lowest = max(start.bound_nats, min(bound, start_cost))
+    return Picks(options=picks, bound_nats=lowest, stopped_early=timed_out)
 
 
 def _totals(picks: Sequence[Option]) -> tuple[int, float]:

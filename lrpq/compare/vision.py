@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,14 +24,16 @@ from torch import Tensor, nn
 
 from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.apply import GridActivations, quantized_block
-from lrpq.activations.calibrate import BlockGrids, Means, calibrate
+from lrpq.activations.calibrate import BlockGrids, Calibration, Means, calibrate
 from lrpq.activations.folding import fold_plan
 from lrpq.allocate.plan import Plan
 from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import Recipe
 from lrpq.compare.terms import Terms
-from lrpq.compare.workbench import Workbench
+from lrpq.compare.vision_widths import WidthBudget, allocate_together, middle_width
+from lrpq.compare.workbench import KEPT_BYTES, Workbench
 from lrpq.errors import ConfigError
+from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.source import open_source
@@ -38,6 +41,8 @@ from lrpq.model.streaming import BlockStream
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.packing import storage_bits
 from lrpq.transform.writing import write_folded
+from lrpq.tune.options import Reconstruction
+from lrpq.tune.reconstruct import BlockOutcome, Rebuilder
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -67,6 +72,8 @@ class QuantizedClassifier:
     """Of the weights; None where they are not quantized."""
     widths: Mapping[tuple[int, str], int]
     """(block, site or point) -> width of its activations."""
+    rebuilt: Sequence[BlockOutcome] = ()
+    """What reconstruction did, by block; empty where none was asked for."""
 
     def variant(self, index: int, block: nn.Module) -> AbstractContextManager[None]:
         """Scope in which a block of ``stream`` computes as quantized (lrpq.evaluate.classification.Variant)."""
@@ -84,6 +91,8 @@ def quantize_classifier(
     folded: Path,
     means: Means = Means.ALL,
     behind: Behind = Behind.ACTIVATIONS,
+    budget: WidthBudget = WidthBudget.APART,
+    reconstruct: Reconstruction | None = None,
     terms: Terms | None = None,
 ) -> QuantizedClassifier:
     """Quantize a classifier.
@@ -99,23 +108,25 @@ def quantize_classifier(
         folded: new folder for the folded model; not written where nothing is folded.
         means: of the activation grids.
         behind: what weights are rounded behind.
+        budget: what mixed widths may take.
+        reconstruct: how each block is rebuilt when its codes are found; by default it is not.
         terms: seed, damping, shards and device; widths and group sizes are set here. Float32 by default.
 
     Raises:
-        ConfigError: an even number of widths for activations, which has no middle, or several whose errors are not
-            judged by outputs: those of different places have different units.
+        ConfigError: an even number of widths for activations, which has no middle; several whose errors are not
+            judged by outputs where costs are taken apart: those of different places have different units; or a budget
+            that the recipe cannot be given (`allocate_together`).
         LrpqError: see `calibrate`, `fold_plan` and `Prepared`.
     """
-    if activation_bits and len(activation_bits) % 2 == 0:
-        shown = ", ".join(map(str, sorted(activation_bits)))
-        raise ConfigError(f"activations of {shown} bits have no middle width to average to: give an odd number")
-    if len(activation_bits) > 1 and Means.JUDGED_BY_OUTPUT not in means:
+    middle = middle_width(activation_bits) if activation_bits else 0
+    if budget is WidthBudget.APART and len(activation_bits) > 1 and Means.JUDGED_BY_OUTPUT not in means:
         raise ConfigError("widths of activations are mixed by the errors of outputs; give one width, or judge by them")
     shared = terms or Terms(dtype=torch.float32, micro_batch=32)
     shared = replace(shared, bits=tuple(weight_bits), group_sizes=(PER_ROW,))
     stream = BlockStream(source, dtype=shared.dtype, device=shared.device)
-    grids: Sequence[BlockGrids] = ({},) * stream.num_blocks
-    widths: dict[tuple[int, str], int] = {}
+    budget_bits = uniform_bits(stream.specs, average_bits)
+    found: Calibration | None = None
+    widths: Mapping[tuple[int, str], int] = {}
     if activation_bits:
         found = calibrate(
             stream,
@@ -125,20 +136,55 @@ def quantize_classifier(
             token_weights=token_weights(source, images, shared) if Means.JUDGED_BY_OUTPUT in means else None,
             micro_batch=shared.micro_batch,
         )
-        average = sorted(activation_bits)[len(activation_bits) // 2]
-        mixed = len(activation_bits) > 1
-        widths = allocate_widths(found, average_bits=average) if mixed else found.uniform(average)
-        grids, foldings = found.grids(widths), found.foldings(widths)
-        if foldings:
-            write_folded(source, folded, fold_plan(stream, foldings), dtype=torch.float32)
-            source = open_source(folded)
-            stream = BlockStream(source, dtype=shared.dtype, device=shared.device)
-    budget = uniform_bits(stream.specs, average_bits)
-    prepared = Prepared(Workbench(source, images, shared), [recipe], [budget])
-    plan = prepared.plan(recipe.allocation, budget)
-    activations = GridActivations(stream=stream, grids=grids) if behind is Behind.ACTIVATIONS else None
-    codes = prepared.bench.codes(plan.choices, recipe, prepared.gathered, activations)
-    return QuantizedClassifier(stream=stream, grids=grids, codes=codes, plan=plan, widths=widths)
+        mixed = len(activation_bits) > 1 and budget is WidthBudget.APART
+        widths = allocate_widths(found, average_bits=middle) if mixed else found.uniform(middle)
+    if budget is WidthBudget.APART:
+        bench = Workbench(_folded(stream, found, widths, folded), images, shared)
+        prepared = Prepared(bench, [recipe], [budget_bits])
+        plan, gathered = prepared.plan(recipe.allocation, budget_bits), prepared.gathered
+    else:
+        with TemporaryDirectory(prefix="lrpq-folded-") as scratch:
+            allocated = allocate_together(
+                Workbench(_folded(stream, found, widths, Path(scratch) / "model"), images, shared),
+                found,
+                recipe,
+                budget=budget,
+                average_bits=average_bits,
+                budget_bits=budget_bits,
+                middle=middle,
+            )
+        widths, plan, gathered = allocated.widths, allocated.plan, allocated.gathered
+        bench = Workbench(_folded(stream, found, widths, folded), images, shared)
+    grids: Sequence[BlockGrids] = ({},) * stream.num_blocks if found is None else found.grids(widths)
+    stream = bench.stream()
+    rebuilder = None
+    with KeptInputs(memory_bytes=KEPT_BYTES) as kept:
+        if reconstruct is not None:
+            rebuilder = Rebuilder(
+                stream, images, grids, reconstruct, seed=shared.seed, micro_batch=shared.micro_batch, kept=kept
+            )
+            grids = rebuilder.grids  # those of a block change when it is rebuilt
+        activations = GridActivations(stream=stream, grids=grids) if behind is Behind.ACTIVATIONS else None
+        codes = bench.codes(plan.choices, recipe, gathered, activations, rebuilder)
+    return QuantizedClassifier(
+        stream=stream,
+        grids=tuple(grids),
+        codes=codes,
+        plan=plan,
+        widths=widths,
+        rebuilt=() if rebuilder is None else tuple(rebuilder.outcomes),
+    )
+
+
+def _folded(
+    stream: BlockStream, found: Calibration | None, widths: Mapping[tuple[int, str], int], folder: Path
+) -> ModelSource:
+    """The model folded for these widths, written to ``folder``; itself where nothing is folded."""
+    foldings = {} if found is None else found.foldings(widths)
+    if not foldings:
+        return stream.source
+    write_folded(stream.source, folder, fold_plan(stream, foldings), dtype=torch.float32)
+    return open_source(folder)
 
 
 def token_weights(source: ModelSource, images: Tensor, terms: Terms) -> dict[int, Mapping[str, Tensor]]:

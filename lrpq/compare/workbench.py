@@ -6,12 +6,12 @@ weights, the streams' hidden states, and of every module its costs and token wei
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrpq.allocate.problem import CostRow
 from lrpq.compare.codes import Codes, DenseCodes, on_host
@@ -46,6 +46,8 @@ from lrpq.tune.weights import dense_weights
 if TYPE_CHECKING:
     from jaxtyping import Int
 
+Rebuild = Callable[[int, nn.Module, Mapping[str, QuantizedWeight]], Mapping[str, QuantizedWeight]]
+"""From a block, its original weights and its codes to better codes for the same modules."""
 KEPT_BYTES = 8 << 30
 """Host memory for kept block inputs before they spill to disk."""
 ATTENTION = "attention"
@@ -265,9 +267,10 @@ class Workbench:
         recipe: Recipe,
         gathered: Gathered,
         activations: QuantizedActivations | None = None,
+        rebuild: Rebuild | None = None,
     ) -> Codes:
         """Codes of every module by the recipe, sequentially: each site behind the quantized sites before it, and behind
-        quantized activations where there are any."""
+        quantized activations where there are any; each block behind rebuilt ones, where they are rebuilt."""
         terms, stream = self.terms, self.stream()
         shards = {i: self.tokens[r.start : r.stop] for i, r in enumerate(split(len(self.tokens), terms.shards))}
         sweep = RefineSweep(
@@ -293,6 +296,11 @@ class Workbench:
                         weight = self._quantize(stream.weight(spec), products, choice, recipe, spec.name, outputs)
                         before[spec.name] = weight.dequantize(stream.dtype)
                         found[spec.name] = on_host(weight)
+            if rebuild is not None:
+                rebuilt = rebuild(block, module, {name: found[name] for name in before})
+                found |= rebuilt
+                before = {name: weight.dequantize(stream.dtype) for name, weight in rebuilt.items()}
+                sweep.forget()
             sweep.advance(block, module, before)
         return found
 

@@ -185,6 +185,10 @@ class RefineSweep:
             return SiteProducts(hessian=hessian, shift=None, pull=pull)
         return SiteProducts(hessian=hessian, shift=torch.zeros_like(hessian.xx))
 
+    def forget(self) -> None:
+        """To be called where weights change that ``products`` has seen in the quantized stream."""
+        self._known = {place: known for place, known in self._known.items() if place[0] != "quantized"}
+
     @torch.no_grad()
     def advance(self, block: int, module: nn.Module, quantized: Mapping[str, Tensor]) -> None:
         """Move both streams behind the block."""

@@ -65,6 +65,56 @@ class TuneOptions:
             raise ConfigError("tuning: nothing is to be trained; name scales, vectors or codes")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconstruction:
+    """How blocks are rebuilt. Rates are relative, as in TuneOptions."""
+
+    steps: int = 200
+    """Of the optimizer, a block."""
+    batch: int = 32
+    """Images a step."""
+    checks: int = 4
+    """How often, evenly over the steps, the held-out error is taken; the best counts."""
+    held_out: float = 0.25
+    """Share of the images, evenly strided, that nothing is trained on."""
+    scale_rate: float = 3e-3
+    grid_rate: float = 3e-3
+    code_rate: float = 1e-2
+    """Of codes, in steps of the grid."""
+    drop: float = 0.0
+    """Chance of an activation to stay unquantized in a step."""
+    draws: int = 4
+    """Gradients an image that errors are judged by."""
+    together: float = 0.0
+    """Share of the error of all tokens together (objective)."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: one is out of range.
+        """
+        for name in ("steps", "batch", "checks", "draws"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"reconstruction: {name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("scale_rate", "grid_rate", "code_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"reconstruction: {name} is {getattr(self, name)}; expected a positive number")
+        if not 0 < self.held_out < 1 or not 0 <= self.drop < 1 or not 0 <= self.together <= 1:
+            raise ConfigError("reconstruction: expected shares, of held_out above 0, of held_out and drop below 1")
+
+    @property
+    def tuning(self) -> TuneOptions:
+        """What of it a part is made with."""
+        return TuneOptions(
+            trained=Trained.SCALES | Trained.CODES,
+            batch=self.batch,
+            micro_batch=self.batch,
+            scale_rate=self.scale_rate,
+            code_rate=self.code_rate,
+        )
+
+
 def rate_factor(step: int, num_steps: int, *, warm_up: float) -> float:
     """Factor of the learning rates in a step (from 0): a linear rise, then a cosine that would be 0 after the last."""
     rising = round(warm_up * num_steps)

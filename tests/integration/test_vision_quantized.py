@@ -12,12 +12,15 @@ from tiny_images import gratings, train_classifier
 from lrpq.activations.apply import GridActivations, quantized_block
 from lrpq.activations.attention import with_points
 from lrpq.activations.calibrate import Means, attention_of, calibrate
+from lrpq.activations.directional import responses
 from lrpq.activations.folding import fold_plan
 from lrpq.activations.grids import quantized
+from lrpq.activations.operations import operations
 from lrpq.classifier import load_classifier, write_classifier
 from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
 from lrpq.compare.terms import Terms
 from lrpq.compare.vision import Behind, QuantizedClassifier, quantize_classifier, token_weights, uniform_bits
+from lrpq.compare.vision_widths import WidthBudget
 from lrpq.errors import ConfigError
 from lrpq.evaluate.classification import ImageScores, class_logits, score_images
 from lrpq.model.source import open_source
@@ -51,6 +54,7 @@ def quantize(
     recipe: Recipe = DEFAULT,
     means: Means = Means.ALL,
     behind: Behind = Behind.ACTIVATIONS,
+    budget: WidthBudget = WidthBudget.APART,
 ) -> QuantizedClassifier:
     return quantize_classifier(
         open_source(folder),
@@ -62,6 +66,7 @@ def quantize(
         folded=scratch / "folded",
         means=means,
         behind=behind,
+        budget=budget,
         terms=TERMS,
     )
 
@@ -125,10 +130,13 @@ def test_mixed_widths_stay_within_the_uniform_size(folder: Path, stream: BlockSt
 
 
 def test_places_that_are_said_to_cost_more_do(stream: BlockStream, tmp_path: Path) -> None:
-    """Rank correlation of predicted costs with the KL divergence of each place of the last block alone at three bits;
-    points of attention and sites are on one scale."""
+    """Predicted costs against the KL divergence of each place of the last block alone at three bits. Points of
+    attention and sites are on one scale; that of directional costs is the divergence's own."""
     weights = token_weights(stream.source, CALIBRATION, TERMS)
     found = calibrate(stream, CALIBRATION, widths=[3, 8], token_weights=weights)
+    grids_at_3 = {key: {3: place.candidates[3].original_grid} for key, place in found.places.items() if key[0] == 1}
+    directional = responses(stream, CALIBRATION, grids_at_3, {}, seed=0).place_costs()
+    num_tokens = found.places[1, "o"].num_values // found.places[1, "o"].row
     predicted, measured = [], []
     for key, place in found.places.items():
         if key[0] == 0:
@@ -140,8 +148,43 @@ def test_places_that_are_said_to_cost_more_do(stream: BlockStream, tmp_path: Pat
         variant = QuantizedClassifier(stream=other, grids=grids, codes={}, plan=None, widths=widths)
         measured.append(float(scored(stream, variant)[1].kl_nats.mean()))
         predicted.append(place.candidates[3].cost)
-    ranks = torch.stack([torch.tensor(x).argsort().argsort().double() for x in (predicted, measured)])
-    assert float(torch.corrcoef(ranks)[0, 1]) > 0.6
+    whole = [directional[1, name, 3] for block, name in found.places if block == 1]
+    assert correlation(predicted, measured) > 0.6
+    assert correlation(whole, measured) > 0.8
+    assert num_tokens * sum(predicted) < 0.2 * sum(measured)
+    assert 0.5 < sum(whole) / sum(measured) < 1.5
+
+
+def correlation(left: list[float], right: list[float]) -> float:
+    """Of ranks."""
+    ranks = torch.stack([torch.tensor(x).argsort().argsort().double() for x in (left, right)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def test_bit_operations_are_spent_better_than_evenly(folder: Path, stream: BlockStream, tmp_path: Path) -> None:
+    """One program for all widths takes no more bit operations than four bits everywhere, and loses less."""
+    found = calibrate(stream, CALIBRATION, widths=[4], means=Means.NONE)
+    kl, spent = [], []
+    for name, widths in (("mixed", (3, 4, 5)), ("even", (4,))):
+        made = quantize(folder, tmp_path / name, widths, widths, budget=WidthBudget.OPERATIONS)
+        assert made.plan is not None
+        chosen = {name: choice.bits for name, choice in made.plan.choices.items() if choice is not None}
+        spent.append(operations(found, stream.specs, made.widths, chosen))
+        kl.append(float(scored(stream, made)[1].kl_nats.mean()))
+        assert {(block, at): grid.bits for block, g in enumerate(made.grids) for at, grid in g.items()} == made.widths
+        if name == "mixed":
+            assert len(set(chosen.values())) > 1
+            assert len(set(made.widths.values())) > 1
+    assert kl[0] < 0.9 * kl[1]
+    assert 0.95 * spent[1] < spent[0] <= spent[1]
+
+
+def test_a_ranking_is_not_given_a_budget_of_operations(folder: Path, tmp_path: Path) -> None:
+    ranked = replace(DEFAULT, allocation="relevance-magnitude")
+    with pytest.raises(ConfigError, match=r"operations is allocated by costs, not by 'relevance-magnitude'"):
+        quantize(folder, tmp_path, (3, 4, 5), (4,), ranked, budget=WidthBudget.OPERATIONS)
+    with pytest.raises(ConfigError, match="give widths for the activations too"):
+        quantize(folder, tmp_path, (3, 4, 5), (), budget=WidthBudget.OPERATIONS)
 
 
 def test_mixed_activations_average_to_the_width(folder: Path, stream: BlockStream, tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_widths_are_the_best_within_the_average() -> None:
     for i in range(5):
         sizes, costs = torch.randint(1, 40, (1,), generator=generator), torch.rand(1, generator=generator)
         found = {b: Candidate(grid=_GRID, folding=None, cost=float(costs) * 4.0**-b) for b in (3, 4, 5)}
-        places[i, "o"] = Place(num_values=int(sizes), candidates=found)
+        places[i, "o"] = Place(num_values=int(sizes), row=1, candidates=found)
     widths = allocate_widths(Calibration(places=places), average_bits=4)
 
     def cost(plan: tuple[int, ...]) -> float:

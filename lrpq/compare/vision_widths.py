@@ -1,0 +1,142 @@
+"""Mixed widths of a classifier's weights and activations by directional costs (lrpq.activations.directional).
+
+Costs of weights need codes, codes a folded model, folding the widths of activations. So costs are taken with everything
+folded for the middle width; grids of other widths are carried over to that model, where their codes are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from lrpq.activations.allocate import allocate_widths
+from lrpq.activations.calibrate import Calibration
+from lrpq.activations.directional import responses
+from lrpq.activations.grids import ActivationGrid, UniformGrid
+from lrpq.activations.operations import allocate_operations, uniform_operations
+from lrpq.allocate.plan import Plan
+from lrpq.compare import allocation
+from lrpq.compare.recipes import DEFAULT, Recipe
+from lrpq.compare.workbench import Gathered, Workbench
+from lrpq.errors import ConfigError
+from lrpq.importance.registry import MEASURES
+from lrpq.model.layers import Choice
+
+UNLIMITED_BITS = 16.0
+
+
+class WidthBudget(Enum):
+    """What mixed widths may take, and by which costs they are chosen."""
+
+    APART = "apart"
+    """Weights and activations each their average; costs a token, its neighbours and outputs apart."""
+    AVERAGES = "averages"
+    """Weights and activations each their average; directional costs."""
+    OPERATIONS = "operations"
+    """All widths in one program, with no more bit operations than the averages everywhere; directional costs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocated:
+    """Widths of everything."""
+
+    widths: Mapping[tuple[int, str], int]
+    """(block, site or point) -> width of its activations."""
+    plan: Plan
+    """Of the weights."""
+    gathered: Gathered
+    """What codes are made with; gradients at outputs are the same however the model is folded."""
+
+
+def allocate_together(
+    bench: Workbench,
+    calibration: Calibration | None,
+    recipe: Recipe,
+    *,
+    budget: WidthBudget,
+    average_bits: int,
+    budget_bits: float,
+    middle: int,
+) -> Allocated:
+    """Allocate by directional costs.
+
+    Args:
+        bench: the model, folded for the middle width everywhere, and the widths of its weights.
+        calibration: of the model before it was folded; None where activations stay as they are.
+        recipe: how codes are made.
+        budget: other than APART.
+        average_bits: of weights, in bit operations.
+        budget_bits: of weights, all-in.
+        middle: width of activations that is their average.
+
+    Raises:
+        ConfigError: the recipe ranks layers instead of asking what they cost, or bit operations are asked for where
+            activations stay as they are.
+    """
+    if recipe.allocation != DEFAULT.allocation:
+        raise ConfigError(
+            f"a budget of {budget.value} is allocated by costs, not by {recipe.allocation!r}; use it with "
+            f"{DEFAULT.allocation!r}"
+        )
+    stream = bench.stream()
+    gathered = bench.gather(
+        {recipe.allocation: MEASURES[recipe.allocation]},
+        weightings=[recipe.weighting],
+        candidates_by=DEFAULT.weighting,
+        keep_candidates=True,
+        with_outputs=recipe.row_blocks > 1,
+    )
+    grids = {} if calibration is None else _on_folded(calibration, middle)
+    found = responses(
+        stream,
+        bench.tokens,
+        grids,
+        gathered.candidates,
+        seed=bench.terms.seed,
+        micro_batch=bench.terms.micro_batch,
+    )
+    places, modules = found.place_costs(), found.module_costs()
+    rows = allocation.with_costs(gathered.costs[recipe.allocation], _by_module(modules))
+    if budget is WidthBudget.OPERATIONS:
+        if calibration is None:
+            raise ConfigError("bit operations are those of integer products; give widths for the activations too")
+        limit = uniform_operations(calibration, stream.specs, weight_bits=average_bits, activation_bits=middle)
+        chosen = allocate_operations(calibration, stream.specs, places, modules, budget=limit)
+        plan = allocation.chosen(rows, chosen.modules, budget_bits=UNLIMITED_BITS)
+        return Allocated(widths=chosen.places, plan=plan, gathered=gathered)
+    widths = {} if calibration is None else allocate_widths(calibration, average_bits=middle, costs=places)
+    return Allocated(widths=widths, plan=allocation.by_costs(rows, budget_bits=budget_bits), gathered=gathered)
+
+
+def _on_folded(calibration: Calibration, middle: int) -> dict[tuple[int, str], dict[int, ActivationGrid]]:
+    """All grids as the model has them that is folded for one width."""
+    found: dict[tuple[int, str], dict[int, ActivationGrid]] = {}
+    for key, place in calibration.places.items():
+        folding = place.candidates[middle].folding
+        for width, candidate in place.candidates.items():
+            grid = candidate.original_grid
+            if folding is not None and isinstance(grid, UniformGrid):
+                grid = folding.of_grid(grid)
+            found.setdefault(key, {})[width] = grid
+    return found
+
+
+def _by_module(costs: Mapping[tuple[str, Choice], float]) -> dict[str, dict[Choice, float]]:
+    found: dict[str, dict[Choice, float]] = {}
+    for (name, choice), cost in costs.items():
+        found.setdefault(name, {})[choice] = cost
+    return found
+
+
+def middle_width(activation_bits: Sequence[int]) -> int:
+    """The width that activations average to.
+
+    Raises:
+        ConfigError: an even number of widths, which has no middle.
+    """
+    ordered = sorted(activation_bits)
+    if len(ordered) % 2 == 0:
+        shown = ", ".join(map(str, ordered))
+        raise ConfigError(f"activations of {shown} bits have no middle width to average to: give an odd number")
+    return ordered[len(ordered) // 2]
