@@ -25,6 +25,7 @@ from flows.config import (
     default_run_id,
     default_store,
 )
+from flows.image_compression import ImageCompression
 from flows.manifest_file import MANIFEST, read_manifest_file
 from flows.prefect_server import prefect_api
 from flows.progress import Progress
@@ -67,7 +68,7 @@ def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | Non
     Raises:
         LrpqError: anything the user can act upon.
     """
-    refuse_secrets(config.run.calibration.source, config.evaluation.source)
+    refuse_secrets(config.run.calibration.source, config.run.images.source, config.evaluation.source)
     with prefect_api():
         asked = _Asked(config=config, progress=progress, pool=pool)
         token = _asked.set(asked)
@@ -113,7 +114,8 @@ def compress_in_flow(config: CompressConfig, progress: Progress, *, pool: Pool |
         LrpqError: anything the user can act upon.
     """
     with artifacts.shown(progress) as shown:
-        manifest = Compression(config, shown).run(pool)
+        kind = Compression if config.run.images.source is None else ImageCompression
+        manifest = kind(config, shown).run(pool)
     artifacts.publish(manifest)
     return manifest
 
