@@ -322,7 +322,7 @@ class Compression:
         head: CandidatesJob | None,
     ) -> Mapping[str, Any]:
         """Write the checkpoint, unless the very same one lies in the output folder already."""
-        run, output = self.run_state, self.config.output
+        run = self.run_state
         present = self._written(key)
         if present is not None:
             run.reused.append(assemble.STAGE)

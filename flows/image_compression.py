@@ -8,7 +8,6 @@ rounded behind activations on the grids.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -29,7 +28,6 @@ from lrpq.activations.calibrate import Calibration
 from lrpq.allocate.plan import Plan
 from lrpq.checkpoint.activations import TABLE
 from lrpq.checkpoint.plan import planned_size
-from lrpq.errors import ConfigError
 from lrpq.model.inputs import image_shape
 from lrpq.model.layers import Choice
 from lrpq.model.streaming import BlockStream

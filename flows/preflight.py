@@ -143,12 +143,10 @@ def check_text(source: str) -> None:
 
 
 def _check_model(config: CompressConfig) -> None:
-    from flows.images import check_images
     from flows.rotation import rotated
     from lrpq.model.families import family_of
     from lrpq.model.safetensors_source import resolve_model
     from lrpq.model.source import open_source
-    from tasks.images.preprocess import Preprocessor
 
     source = rotated(open_source(resolve_model(config.run.model)), config.run)
     architecture, family = family_of(source.config)
@@ -159,6 +157,9 @@ def _check_model(config: CompressConfig) -> None:
     if config.run.images.source is not None:
         if family.pooling is None:
             raise ConfigError(f"--images: {architecture} is no image classifier; give --calibration a text")
+        from flows.image_shares import check_images
+        from tasks.images.preprocess import Preprocessor
+
         check_images(config, source.config)
         Preprocessor(source.folder, source.config)
         return

@@ -1,4 +1,4 @@
-"""Assemble an image classifier: write the checkpoint from stored codes and grids, and prove it before it is published."""
+"""Assemble an image classifier: write it from stored codes and grids, and prove it before it is published."""
 
 from __future__ import annotations
 

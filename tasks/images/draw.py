@@ -93,7 +93,7 @@ def draw(
 
 
 def listing_digest(source: ImageSource) -> str:
-    """Identity of a folder's files by name, size and time, so that a changed folder is read again; empty for the hub."""
+    """Identity of a folder's files by name, size and time: a changed folder is read again; empty for the hub."""
     if not isinstance(source, FolderSource):
         return ""
     found = hashlib.sha256()
