@@ -113,6 +113,15 @@ def read_table(folder: Path) -> tuple[BlockGrids, ...] | None:
         raise CheckpointError(f"{path}: missing or unreadable ({one_line(error)}); fetch the file again") from error
     if digest(content) != section["sha256"]:
         raise CheckpointError(f"{path}: is not the file that config.json was written with; fetch both again")
+    return table_from(content, path)
+
+
+def table_from(content: bytes, path: Path) -> tuple[BlockGrids, ...]:
+    """The grids of a table by block.
+
+    Raises:
+        CheckpointError: it is damaged or of a later version; ``path``, where it lies, is named.
+    """
     try:
         document = json.loads(content)
         version, blocks = document["version"], document["blocks"]

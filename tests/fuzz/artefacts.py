@@ -12,13 +12,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from flows.manifest_file import write_manifest_file
+from lrpq.activations.grids import LogarithmicGrid, UniformGrid
 from lrpq.checkpoint.assemble import write_checkpoint
 from lrpq.checkpoint.formats import CheckpointFormat
+from lrpq.classifier import write_classifier as write_quantized
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.streaming import BlockStream
 from lrpq.quant.rtn import round_to_nearest
 from tasks.store.local import LocalStore
 from tasks.store.manifest import StageManifest, claim_run, write_manifest
@@ -124,6 +135,30 @@ def writes_checkpoint(
         )
 
     return write
+
+
+def write_classifier(folder: Path) -> None:
+    """A ViT of one block with grids in compressed-tensors' form and in the table."""
+    torch.manual_seed(0)
+    model = folder.with_name("original")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "image_size": 4, "patch_size": 2, "num_labels": 2}
+    config = ViTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_channels=1)
+    ViTForImageClassification(config).save_pretrained(model)
+    stream = BlockStream(ModelSource(model), dtype=torch.float32)
+    codes = {s.name: round_to_nearest(stream.weight(s), Choice(bits=4, group_size=-1)) for s in stream.specs[:-1]}
+    step, shift = torch.tensor(0.25), torch.tensor(-0.17)
+    whole = UniformGrid(bits=4, scale=step, offset=-6 * step)
+    pattern = LogarithmicGrid(bits=3, scale=0.75, steps_per_octave=2)
+    shifted = UniformGrid(bits=5, scale=step, offset=shift)
+    write_quantized(
+        stream.source,
+        folder,
+        quantized=codes.__getitem__,
+        choices={name: weight.choice for name, weight in codes.items()},
+        specs=stream.specs,
+        grids=[{"qkv": whole, "o": shifted, "key": whole, "pattern": pattern, "down": shifted}],
+        manifest={},
+    )
 
 
 # ---- the store -----------------------------------------------------------------------------------

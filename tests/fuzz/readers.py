@@ -12,8 +12,11 @@ from torch import Tensor
 
 from flows.config_file import load_config
 from flows.manifest_file import read_manifest_file
+from lrpq.checkpoint.activations import TABLE
 from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.stored import StoredCheckpoint
+from lrpq.checkpoint.stored_activations import table_from
+from lrpq.classifier import load_classifier
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.source import open_source
 from tasks.calibration.documents import load_documents
@@ -94,6 +97,23 @@ def read_checkpoint(folder: Path) -> Found:
             assert dense.shape == (spec.d_out, spec.d_in)
             assert bool(torch.isfinite(dense).all())
             found[f"{spec.name}.weight"] = digest(dense)
+    return found
+
+
+def read_classifier(folder: Path) -> Found:
+    state = load_classifier(folder).state_dict()
+    assert not any(tensor.is_meta for tensor in state.values())
+    return {name: digest(tensor) for name, tensor in state.items()}
+
+
+def read_grids(folder: Path) -> Found:
+    """Without the digest that config.json has: what gets through must be grids."""
+    found = {}
+    for block, grids in enumerate(table_from((folder / TABLE).read_bytes(), folder / TABLE)):
+        for place, grid in grids.items():
+            values = grid.values(grid.codes(torch.tensor([0.0, 0.5, 1e9])))
+            assert not bool(torch.isnan(values).any())
+            found[f"{block} {place}"] = repr(grid)
     return found
 
 
@@ -227,6 +247,13 @@ READERS = (
         roles={INDEX: "json", SHARDS[1]: "safetensors"},
         links=LINKS,
     ),
+    Reader(
+        name="classifier",
+        write=(a.write_classifier,),
+        read=read_classifier,
+        roles={"config.json": "json", "model.safetensors": "safetensors", TABLE: "json"},
+    ),
+    Reader(name="activation-grids", write=(a.write_classifier,), read=read_grids, roles={TABLE: "json"}),
     Reader(
         name="store-table",
         write=(a.write_costs, a.write_windows),

@@ -14,11 +14,12 @@ from lrpq.activations.attention import with_points
 from lrpq.activations.calibrate import Means, attention_of, calibrate
 from lrpq.activations.folding import fold_plan
 from lrpq.activations.grids import quantized
+from lrpq.classifier import load_classifier, write_classifier
 from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
 from lrpq.compare.terms import Terms
 from lrpq.compare.vision import Behind, QuantizedClassifier, quantize_classifier, token_weights, uniform_bits
 from lrpq.errors import ConfigError
-from lrpq.evaluate.classification import ImageScores, score_images
+from lrpq.evaluate.classification import ImageScores, class_logits, score_images
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import normalized
@@ -71,10 +72,24 @@ def scored(stream: BlockStream, found: QuantizedClassifier) -> tuple[ImageScores
 
 
 def test_eight_bits_lose_next_to_nothing(folder: Path, stream: BlockStream, tmp_path: Path) -> None:
-    original, ours = scored(stream, quantize(folder, tmp_path, (8,), (8,)))
+    found = quantize(folder, tmp_path, (8,), (8,))
+    original, ours = scored(stream, found)
     assert original.top1 > 0.9
     assert original.top1 - ours.top1 <= 0.005
     assert float(ours.kl_nats.mean()) < 0.002
+    write_classifier(
+        found.stream.source,
+        tmp_path / "out",
+        quantized=found.codes.__getitem__,
+        choices={name: weight.choice for name, weight in found.codes.items()},
+        specs=found.stream.specs,
+        grids=found.grids,
+        manifest={},
+    )
+    with torch.no_grad():  # what lies on disk is what was scored
+        logits = load_classifier(tmp_path / "out")(pixel_values=TEST[0][:100]).logits
+    assert torch.equal(logits, class_logits(found.stream, TEST[0][:100], found.variant))
+    assert torch.equal(logits.argmax(-1) == TEST[1][:100], ours.right[:100])
 
 
 def test_four_bits_of_our_recipe_beat_plain_rounding(folder: Path, stream: BlockStream, tmp_path: Path) -> None:
