@@ -82,7 +82,7 @@ class ImageCompression(Compression):
         run_profile(run, pool, gradients, num_blocks=num_blocks, label=GRADIENTS)
         job = jobs.activations_job(self.context, gradients)
         if run.stored(job.folder, activations.STAGE) is None:
-            run.survive(pool, activations.STAGE, lambda: self._search(pool, job))
+            run.survive(pool, activations.STAGE, lambda: self._search_grids(pool, job))
             run.finish(job.folder, activations.STAGE, {"blocks": num_blocks})
         self.calibration = activations.stored_calibration(job, range(num_blocks))
         mixed = len(job.widths) > 1
@@ -90,7 +90,7 @@ class ImageCompression(Compression):
         self.grids_job = job
         self._take(chosen_grids(self.config.store, job.folder, widths, num_blocks))
 
-    def _search(self, pool: Pool, job: activations.ActivationsJob) -> None:
+    def _search_grids(self, pool: Pool, job: activations.ActivationsJob) -> None:
         run = self.run_state
         parts = activations.shares(activations.missing_blocks(job, self.stream.num_blocks), len(pool))
         with run.timed(activations.STAGE, len(parts), "share of the blocks"):
