@@ -150,13 +150,11 @@ def calibrate(
     found: dict[tuple[int, str], Place] = {}
     wanted = frozenset(range(stream.num_blocks) if blocks is None else blocks)
     for index, block in stream.stream(range(max(wanted, default=-1) + 1)):
-        if index not in wanted:
-            with torch.no_grad():
-                hidden = [stream.run(block, index, batch) for batch in hidden]
-            on_block(index, {})
-            continue
         with torch.no_grad(), recorded(stream, index, block) as seen:
             hidden = [stream.run(block, index, batch) for batch in hidden]
+        if index not in wanted:  # run as the others are all the same: the next block's inputs must not depend on it
+            on_block(index, {})
+            continue
         activations = {place: torch.cat(parts).float() for place, parts in seen.items()}
         errors = _errors(stream, index, block, activations, means, (token_weights or {}).get(index, {}))
         for name, x in activations.items():

@@ -199,3 +199,15 @@ def test_points_alone_change_nothing(stream: BlockStream) -> None:
         with with_points(attention_of(stream, block), {}):
             torch.testing.assert_close(stream.run(block, 1, hidden), plain)
         assert torch.equal(stream.run(block, 1, hidden), plain)
+
+
+def test_places_of_a_block_do_not_depend_on_which_others_are_asked_for(stream: BlockStream) -> None:
+    """So that blocks can be shared out over workers."""
+    whole = calibrate(stream, CALIBRATION[:16], widths=[4])
+    alone = calibrate(stream, CALIBRATION[:16], widths=[4], blocks=[1])
+    x = torch.linspace(-4, 4, 1000)
+    assert {block for block, _ in alone.places} == {1}
+    for key, place in alone.places.items():
+        ours, theirs = place.candidates[4], whole.places[key].candidates[4]
+        assert ours.cost == theirs.cost
+        assert torch.equal(quantized(x, ours.grid), quantized(x, theirs.grid)), key
