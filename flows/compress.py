@@ -32,6 +32,8 @@ from flows.progress import Progress
 from flows.rotation import stored_rotation
 from flows.states import close_abandoned, tagged
 from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
+from lrpq.errors import ConfigError
+from lrpq.model.families import classifies_images
 from lrpq.model.safetensors_source import resolve_model
 from lrpq.model.source import open_source
 from tasks import evaluate
@@ -172,7 +174,13 @@ def run_evaluate(
         LrpqError: anything the user can act upon.
     """
     store, model = default_store(), resolve_model(reference)
-    dtype = resolve_dtype(RunConfig(model=reference), open_source(model))
+    source = open_source(model)
+    if classifies_images(source.config):
+        raise ConfigError(
+            f"model {reference!r} classifies images: lrpq evaluate takes language models; the scores of a classifier "
+            f"are in its {MANIFEST}"
+        )
+    dtype = resolve_dtype(RunConfig(model=reference), source)
     rotation = stored_rotation(read_manifest_file(checkpoint / MANIFEST))
     if rotation is not None:
         evaluate.check_rotated(checkpoint, model, rotation)
