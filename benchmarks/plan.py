@@ -182,6 +182,8 @@ class Sampler(threading.Thread):
         super().__init__(daemon=True)
         self.stages = stages
         self.peaks: dict[str, int] = {}
+        self.before: dict[str, int] = {}
+        """As the stage begins."""
         self.shared: dict[str, int] = {}
         self.cpu_seconds: dict[str, float] = {}
         self._at: tuple[str, float] | None = None
@@ -201,6 +203,7 @@ class Sampler(threading.Thread):
             if worker is not None:
                 own, shared = _memory(worker.pid)
                 self._count(stage, worker)
+                self.before.setdefault(stage, own)
                 self.peaks[stage] = max(self.peaks.get(stage, 0), own)
                 self.shared[stage] = max(self.shared.get(stage, 0), shared)
 
@@ -259,6 +262,7 @@ def measure(config: CompressConfig) -> dict[str, Any]:
         "seconds": stages.seconds,
         "wall_seconds": seconds,
         "peak_bytes": sampler.peaks,
+        "bytes_before": sampler.before,
         "cpu_seconds": sampler.cpu_seconds,
         "load_average": os.getloadavg()[1],
         "shared_bytes": sampler.shared,
@@ -306,7 +310,9 @@ def predicted(described: Path, config: CompressConfig) -> dict[str, Any]:
 
 def show_measured(found: dict[str, Any]) -> None:
     planned = {stage["stage"]: stage for stage in found["planned"]["stages"]}
-    print(f"{'stage':12} {'seconds':>21} {'of processor':>13} {'ratio':>6} {'peak MB':>17} {'ratio':>6}")
+    print(
+        f"{'stage':12} {'seconds':>21} {'of processor':>13} {'ratio':>6} {'peak MB':>17} {'ratio':>6} {'MB before':>10}"
+    )
     totals = [0.0, 0.0, 0.0]
     for name, stage in planned.items():
         if name not in found["peak_bytes"] or not stage["seconds"]:
@@ -315,7 +321,8 @@ def show_measured(found: dict[str, Any]) -> None:
         totals = [a + b for a, b in zip(totals, (stage["seconds"], wall, cpu), strict=True)]
         print(
             f"{name:12} {stage['seconds']:10.1f} {wall:10.1f} {cpu:13.1f} {stage['seconds'] / wall:6.2f} "
-            f"{stage['host_bytes'] / 1e6:8.0f} {peak / 1e6:8.0f} {stage['host_bytes'] / peak:6.2f}"
+            f"{stage['host_bytes'] / 1e6:8.0f} {peak / 1e6:8.0f} {stage['host_bytes'] / peak:6.2f} "
+            f"{found['bytes_before'][name] / 1e6:10.0f}"
         )
     if not found["peak_bytes"]:
         raise SystemExit(f"no process {WORKER} was seen: memory was not measured")

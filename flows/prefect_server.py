@@ -60,7 +60,7 @@ def prefect_api() -> Iterator[str]:
         ConfigError: the configured server does not answer, or none could be started (its log is named).
     """
     quiet_prefect()
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     configured = PREFECT_API_URL.value()
     with contextlib.ExitStack() as stack:
@@ -72,7 +72,9 @@ def prefect_api() -> Iterator[str]:
         url = stack.enter_context(_own_server(cache_folder() / "logs"))
         # The environment is for processes started inside, the settings for this one.
         stack.enter_context(_environment({"PREFECT_API_URL": url, **_direct()}))
-        stack.enter_context(temporary_settings({PREFECT_API_URL: url}))
+        # A heartbeat tells a server that others ask of a flow run that it lives, and takes up to a second to end with
+        # it. Nobody asks a server that ends with this process.
+        stack.enter_context(temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
         stack.callback(_send_what_waits)
         yield url
 

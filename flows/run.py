@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.context import TagsContext
 
 from flows import ctrl_c
 from flows.progress import Progress
@@ -176,7 +177,13 @@ def step(name: str, action: Callable[[], Any]) -> Any:
     """Run an action as a Prefect task run that a person can read, e.g. ``candidates · block 17``.
 
     No retries and no result caching here: Ray retries what computes, and the store knows what is done.
+
+    It does not carry the flow run's tags. Before a task run with tags Prefect asks its server for limits of them,
+    unless it did so in the last five seconds; the server, which is writing the events of that very task run, mostly
+    answers 503 (SQLite's "database is locked"), and the client waits two seconds before it asks again.
     """
     ctrl_c.raise_if_asked()
     stage = name.split(" · ", 1)[0]
-    return task(name=stage, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, retries=0)(action)()
+    shown = task(name=stage, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, retries=0)(action)
+    with TagsContext(current_tags=set()):
+        return shown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,7 +85,8 @@ def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
         overwrite=job.overwrite,
         prove=prove,
     )
-    release_freed_memory()  # of the whole models that were compared
+    gc.collect()  # the whole models that were compared lie in cycles
+    release_freed_memory()
     return {**asdict(size), "average_bits": size.average_bits, "verified": asdict(proof[0])}
 
 

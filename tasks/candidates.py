@@ -10,7 +10,6 @@ import pyarrow as pa
 import torch
 
 from lrpq.model.experts import GATE_UP
-from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq, predicted_cost
@@ -98,8 +97,6 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
         state.beat()
     write_tensors(store, codes_key, tensors, {})
     write_table(store, costs_key, pa.Table.from_pylist(rows), units=COST_UNITS, kind="costs")
-    del tensors, factor, H, sums
-    release_freed_memory()
     return True
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lrpq.model.host_memory import release_freed_memory
 from tasks.watch import Pulse
 
 
@@ -39,6 +40,8 @@ class WorkerState:
         self.place = place
         self.held: dict[str, Any] = {}
         """Stage name -> the stage's own object."""
+        self._stage = ""
+        """Module of the function that ran last."""
         self._step = ""
         self._since = time.monotonic()
         self._steps: list[tuple[str, float]] = []
@@ -64,6 +67,9 @@ class WorkerState:
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function of a stage; its end is a sign of life too."""
         self._step, self._since = function.__qualname__, time.monotonic()
+        if function.__module__ != self._stage:  # what the stage before has freed need not lie beside this one's
+            release_freed_memory()
+            self._stage = function.__module__
         try:
             return function(self, *arguments)
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,17 @@ _SIZES: Mapping[str, Any] = {
     "num_channels": CHANNELS,
     "num_labels": CLASSES,
 }
+_SWIN: Mapping[str, Any] = {
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "mlp_ratio": 2.0,
+    "image_size": SIZE,
+    "patch_size": 2,
+    "num_channels": CHANNELS,
+    "num_labels": CLASSES,
+}
 IMAGE_CASES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "vit": ("ViTForImageClassification", "ViTConfig", _SIZES),
     "vit-wide-patches": (
@@ -29,6 +40,17 @@ IMAGE_CASES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
         {**_SIZES, "image_size": [8, 16], "patch_size": [2, 4], "qkv_bias": False, "hidden_act": "gelu_new"},
     ),
     "deit": ("DeiTForImageClassification", "DeiTConfig", _SIZES),
+    "swin": ("SwinForImageClassification", "SwinConfig", _SWIN),
+    "swin-padded": (  # 10 x 9 patches in windows of 4, merged to 5 x 5
+        "SwinForImageClassification",
+        "SwinConfig",
+        {**_SWIN, "image_size": [20, 18], "use_absolute_embeddings": True},
+    ),
+    "dinov2": (
+        "Dinov2ForImageClassification",
+        "Dinov2Config",
+        {**{k: v for k, v in _SIZES.items() if k != "intermediate_size"}, "mlp_ratio": 2, "layerscale_value": 0.7},
+    ),
 }
 """Name -> architecture, class of the configuration, options."""
 
@@ -89,13 +111,21 @@ def train_classifier(folder: Path, name: str, *, steps: int = 250) -> Path:
         schedule.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        for block in model.base_model.layers:
-            attention = block.attention
-            readers = [attention.q_proj, attention.k_proj, attention.v_proj], [block.mlp.fc1]
-            for norm, layers in zip((block.layernorm_before, block.layernorm_after), readers, strict=True):
-                norm.weight[::8] *= 12
-                norm.bias[::8] *= 12
-                for layer in layers:
-                    layer.weight[:, ::8] /= 12
+        for norm, layers in _norms(model):
+            norm.weight[::8] *= 12
+            norm.bias[::8] *= 12
+            for layer in layers:
+                layer.weight[:, ::8] /= 12
     model.eval().save_pretrained(folder)
     return folder
+
+
+def _norms(model: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Norms of the blocks, and the linear layers that read them."""
+    for module in model.modules():
+        if hasattr(module, "layernorm_before"):
+            attention = module.attention
+            yield module.layernorm_before, [attention.q_proj, attention.k_proj, attention.v_proj]
+            yield module.layernorm_after, [module.mlp.fc1]
+        elif hasattr(module, "reduction"):
+            yield module.norm, [module.reduction]

@@ -22,10 +22,33 @@ if TYPE_CHECKING:
 
 QUERY, KEY, VALUE, PATTERN = "query", "key", "value", "pattern"
 POINTS = (QUERY, KEY, VALUE, PATTERN)
+MASK = "mask"
+"""What is added to the scores [n, heads, t, t], where there is any: a function may look at it; it is not quantized."""
 NAME = "lrpq_points"
 _POINTS = "_lrpq_points"
 Points = Mapping[str, Callable[[Tensor], Tensor]]
 """Point -> function of the tensor there; points that are not named are left alone."""
+
+
+def keep_points(attention: Any, points: Points) -> None:
+    """Have an attention module of transformers compute with these points from now on.
+
+    Raises:
+        ModelError: the module does not choose its attention function by a configuration, or has key-value groups.
+    """
+    config = attention.__dict__.get("config")
+    if config is None or getattr(config, "_attn_implementation", None) is None:
+        raise ModelError(f"{type(attention).__name__} does not choose its attention function by a configuration")
+    if getattr(attention, "num_key_value_groups", 1) != 1:
+        raise ModelError(
+            f"{type(attention).__name__}: key-value heads that serve several query heads are not quantized"
+        )
+    if NAME not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(NAME, attention_with_points)
+    patched = copy.deepcopy(config)
+    patched._attn_implementation = NAME
+    attention.config = patched
+    attention.__dict__[_POINTS] = points
 
 
 def attention_with_points(
@@ -48,6 +71,7 @@ def attention_with_points(
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores + attention_mask
+        at(MASK, attention_mask.expand_as(scores))
     wide = torch.promote_types(scores.dtype, torch.float32)
     pattern = at(PATTERN, torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype))
     return (pattern @ value).transpose(1, 2).contiguous(), pattern
@@ -55,11 +79,14 @@ def attention_with_points(
 
 @contextmanager
 def with_points(attention: Any, points: Points) -> Iterator[None]:
-    """Inside, an attention module of transformers computes with these points.
+    """Inside, an attention module of transformers computes with these points; without one nothing changes.
 
     Raises:
         ModelError: see `keep_points`.
     """
+    if attention is None:
+        yield
+        return
     config = attention.__dict__.get("config")
     keep_points(attention, points)
     try:
@@ -67,24 +94,3 @@ def with_points(attention: Any, points: Points) -> Iterator[None]:
     finally:
         attention.config = config
         del attention.__dict__[_POINTS]
-
-
-def keep_points(attention: Any, points: Points) -> None:
-    """Have an attention module of transformers compute with these points from now on.
-
-    Raises:
-        ModelError: the module does not choose its attention function by a configuration, or has key-value groups.
-    """
-    config = attention.__dict__.get("config")
-    if config is None or getattr(config, "_attn_implementation", None) is None:
-        raise ModelError(f"{type(attention).__name__} does not choose its attention function by a configuration")
-    if getattr(attention, "num_key_value_groups", 1) != 1:
-        raise ModelError(
-            f"{type(attention).__name__}: key-value heads that serve several query heads are not quantized"
-        )
-    if NAME not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(NAME, attention_with_points)
-    patched = copy.deepcopy(config)
-    patched._attn_implementation = NAME
-    attention.config = patched
-    attention.__dict__[_POINTS] = points

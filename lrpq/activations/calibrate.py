@@ -1,7 +1,7 @@
 """Grids of all activations of a classifier, from one forward walk over calibration images.
 
     site or point                   full recipe
-    qkv, up: LayerNorm's outputs    uniform a channel, folded into one for the tensor (folding)
+    qkv, up, merge: LayerNorm's     uniform a channel, folded into one for the tensor (folding)
     o: attention's output           uniform
     down: the activation's output   uniform, shifted where that is better
     query, key, value               uniform
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lrpq.activations.attention import KEY, PATTERN, POINTS, QUERY, VALUE, with_points
+from lrpq.activations.attention import KEY, MASK, PATTERN, POINTS, QUERY, VALUE, with_points
 from lrpq.activations.clipping import (
     SHARES,
     UNCLIPPED,
@@ -150,27 +150,53 @@ def calibrate(
     found: dict[tuple[int, str], Place] = {}
     wanted = frozenset(range(stream.num_blocks) if blocks is None else blocks)
     for index, block in stream.stream(range(max(wanted, default=-1) + 1)):
+        size = BatchSize(
+            images=len(images),
+            rows=sum(batch.shape[0] * batch.shape[1] for batch in hidden),
+            tokens=sum(stream.num_tokens(index, batch) for batch in hidden),
+        )
         with torch.no_grad(), recorded(stream, index, block) as seen:
             hidden = [stream.run(block, index, batch) for batch in hidden]
         if index not in wanted:  # run as the others are all the same: the next block's inputs must not depend on it
             on_block(index, {})
             continue
         activations = {place: torch.cat(parts).float() for place, parts in seen.items()}
-        errors = _errors(stream, index, block, activations, means, (token_weights or {}).get(index, {}))
+        mask = activations.pop(MASK, None)
+        errors = _errors(stream, index, block, activations, mask, size, means, (token_weights or {}).get(index, {}))
+        folded = {site: _shared_zero(stream, index, site, activations[site], size) for site in stream.sites(index)}
         for name, x in activations.items():
-            candidates = {
-                width: _candidate(x, name, width, errors[name], means, channels=name in norms) for width in widths
-            }
+            shared_zero = folded[name] if name in norms else None
+            candidates = {width: _candidate(x, name, width, errors[name], means, shared_zero) for width in widths}
             found[index, name] = Place(num_values=x.numel() // len(images), candidates=candidates)
         on_block(index, {key: place for key, place in found.items() if key[0] == index})
     return Calibration(places=found)
 
 
-def _candidate(x: Tensor, name: str, width: int, error: Error, means: Means, *, channels: bool) -> Candidate:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSize:
+    """How much there is at the input of one block."""
+
+    images: int
+    rows: int
+    """Tokens at this block."""
+    tokens: int
+    """Tokens at the first block, over which costs are means."""
+
+
+def _shared_zero(stream: BlockStream, index: int, site: str, x: Tensor, size: BatchSize) -> bool:
+    """Whether folding may not shift a site: windows are padded, or a layer has no bias (lrpq.activations.folding)."""
+    layers = [stream.model.get_submodule(spec.name) for spec in stream.sites(index)[site]]
+    return len(x) != size.rows or any(layer.bias is None for layer in layers)
+
+
+def _candidate(
+    x: Tensor, name: str, width: int, error: Error, means: Means, shared_zero: bool | None = None
+) -> Candidate:
+    """Best grid; with ``shared_zero`` given, a grid a channel, with or without one code for zero."""
     shares = SHARES if Means.CLIPPED in means else UNCLIPPED
-    if channels:
-        by_channel = best(channel_candidates(x, width, shares=shares), error)
-        folding = folding_of(by_channel)
+    if shared_zero is not None:
+        by_channel = best(channel_candidates(x, width, shares=shares, shared_zero=shared_zero), error)
+        folding = folding_of(by_channel, shared_zero=shared_zero)
         return Candidate(grid=folding.grid, folding=folding, cost=error(by_channel))
     grid: ActivationGrid
     if name == PATTERN and Means.LOGARITHMIC in means:
@@ -186,6 +212,8 @@ def _errors(
     index: int,
     block: nn.Module,
     activations: Mapping[str, Tensor],
+    mask: Tensor | None,
+    size: BatchSize,
     means: Means,
     weights: Mapping[str, Tensor],
 ) -> dict[str, Error]:
@@ -194,15 +222,34 @@ def _errors(
         return {place: squared_error(x) for place, x in activations.items()}
     found: dict[str, Error] = {}
     rows: dict[str, Tensor] = {}
+    counts = {site: _counted(weights.get(site), len(activations[site]), size) for site in stream.sites(index)}
     for site, members in stream.sites(index).items():
         layers = [block.get_submodule(stream.local_name(spec)) for spec in members]
         rows[site] = torch.cat([layer.get_parameter("weight").float() for layer in layers])
-        found[site] = site_error(activations[site], rows[site], weights.get(site))
-    scaling = getattr(attention_of(stream, block), "scaling", activations[QUERY].shape[-1] ** -0.5)
+        found[site] = site_error(activations[site], rows[site], counts[site])
+    module = attention_of(stream, block)
+    if module is None:
+        return found
     query, key, value, pattern = (activations[point] for point in (QUERY, KEY, VALUE, PATTERN))
-    W, s = rows[AFTER_ATTENTION], weights.get(AFTER_ATTENTION)
-    attention = AttentionError(query, key, value, pattern, scaling=float(scaling), W=W, s=s)
+    attention = AttentionError(
+        query,
+        key,
+        value,
+        pattern,
+        mask=mask,
+        scaling=float(getattr(module, "scaling", query.shape[-1] ** -0.5)),
+        W=rows[AFTER_ATTENTION],
+        s=counts[AFTER_ATTENTION],
+        windows=len(query) // size.images,
+    )
     return found | {point: attention.of(point) for point in POINTS}
+
+
+def _counted(s: Tensor | None, rows: int, size: BatchSize) -> Tensor | None:
+    """Token weights of a site whose mean over its rows is one over the first block's tokens."""
+    if rows == size.tokens:
+        return s
+    return (torch.ones(rows) if s is None else s) * (rows / size.tokens)
 
 
 @contextmanager
@@ -226,14 +273,14 @@ def recorded(stream: BlockStream, index: int, block: nn.Module) -> Iterator[dict
     ]
     points = {point: (lambda x, point=point: note(point, x)) for point in POINTS}
     try:
-        with with_points(attention_of(stream, block), points):
+        with with_points(attention_of(stream, block), points | {MASK: lambda x: note(MASK, x)}):
             yield seen
     finally:
         for handle in handles:
             handle.remove()
 
 
-def attention_of(stream: BlockStream, block: nn.Module) -> nn.Module:
-    """The attention module of a block."""
+def attention_of(stream: BlockStream, block: nn.Module) -> nn.Module | None:
+    """The attention module of a block; what merges patches has none."""
     (unit,) = [unit for unit in stream.family.units if unit.returns_tuple]
-    return block.get_submodule(unit.path)
+    return dict(block.named_modules()).get(unit.path)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from lrpq.activations.grids import ActivationGrid, LogarithmicGrid, UniformGrid, between, check_bits
+from lrpq.activations.grids import ActivationGrid, LogarithmicGrid, UniformGrid, around_zero, between, check_bits
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -68,11 +68,14 @@ def tensor_candidates(
 
 
 def channel_candidates(
-    x: Float[Tensor, "tokens channels"], bits: int, *, shares: Sequence[float] = SHARES
+    x: Float[Tensor, "tokens channels"], bits: int, *, shares: Sequence[float] = SHARES, shared_zero: bool = False
 ) -> Iterator[UniformGrid]:
-    """A range for each channel: one share for all channels, or for each that of its least squared error."""
-    ordered = x.sort(dim=0).values
-    grids = [between(*_range(ordered, share), bits) for share in shares]
+    """A range for each channel: one share for all channels, or for each that of its least squared error.
+
+    With ``shared_zero`` zero has one code in all channels, which folding then does not shift (`folding`).
+    """
+    ordered, grid_of = x.sort(dim=0).values, around_zero if shared_zero else between
+    grids = [grid_of(*_range(ordered, share), bits) for share in shares]
     yield from grids
     if len(grids) == 1:
         return

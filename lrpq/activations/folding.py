@@ -11,6 +11,10 @@ gives x' = (x - o_c) / r + o, whose codes on the tensor's grid are those of x on
 
 give W' x' + b' = W x + b. This is RepQ-ViT's scale reparameterisation (Li et al. 2023), which LRP-QViT takes over, with
 real offsets instead of zero points: s is the mean of s_c, and o that of o_c, rounded to whole steps.
+
+Two cases do not allow a shift: layers without a bias to take it, and windows padded with zeros behind the norm (Swin),
+which no norm shifts. There zero has one code in all channels (clipping.channel_candidates, ``shared_zero``): o_c = o r,
+so that b' = b, and a zero stays zero. RepQ-ViT gives the layers a bias instead, which is another architecture.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 NORMS: Mapping[str, Mapping[str, str]] = {
     "ViTForImageClassification": {"qkv": "layernorm_before", "up": "layernorm_after"},
     "DeiTForImageClassification": {"qkv": "layernorm_before", "up": "layernorm_after"},
+    "Dinov2ForImageClassification": {"qkv": "norm1", "up": "norm2"},
+    "SwinForImageClassification": {"qkv": "layernorm_before", "up": "layernorm_after", "merge": "norm"},
 }
 """Architecture -> input site -> the LayerNorm of the block that makes it, and that nothing else reads."""
 
@@ -60,13 +66,17 @@ class Folding:
         return W.double() @ (self.before - self.grid.offset.double() * self.ratio)
 
 
-def folding_of(channels: UniformGrid) -> Folding:
-    """From a grid a channel; on the host, where models are written (a scalar serves tensors of any device)."""
+def folding_of(channels: UniformGrid, *, shared_zero: bool = False) -> Folding:
+    """From a grid a channel; on the host, where models are written (a scalar serves tensors of any device).
+
+    With ``shared_zero``, of grids whose zero has one code, nothing is shifted: o_c = o r exactly.
+    """
     s_c, o_c = channels.scale.cpu().double(), channels.offset.cpu().double()
     s = s_c.mean().float()
     o = (o_c.mean() / s.double()).round().float() * s
     grid = UniformGrid(bits=channels.bits, scale=s, offset=o)
-    return Folding(ratio=s_c / s.double(), before=o_c, grid=grid)
+    ratio = s_c / s.double()
+    return Folding(ratio=ratio, before=o.double() * ratio if shared_zero else o_c, grid=grid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,24 +99,26 @@ def fold_plan(stream: BlockStream, foldings: Mapping[tuple[int, str], Folding]) 
     Write it in float32 (lrpq.transform.writing.write_folded): in bfloat16 the folded values are rounded again.
 
     Raises:
-        ModelError: no table says which norm makes the site, or one of its layers has no bias to take the shift.
+        ModelError: no table says which norm makes the site, or one of its layers has no bias to take a shift.
     """
     norms = NORMS.get(stream.architecture)
     if norms is None:
         raise ModelError(f"{stream.architecture}: no table says which norms make its sites; supported: {list(NORMS)}")
     folds = FoldList()
     for (block, site), folding in foldings.items():
-        prefix = f"{stream.family.blocks}.{block}."
-        norm = prefix + norms[site]
+        norm = f"{stream.block_names[block]}.{norms[site]}"
         r, o = folding.ratio, folding.grid.offset.double()
         folds.add(stream.stored(f"{norm}.weight"), ScaleAndAdd(factor=1 / r, term=0 * r))
         folds.add(stream.stored(f"{norm}.bias"), ScaleAndAdd(factor=1 / r, term=o - folding.before / r))
         for spec in stream.sites(block)[site]:
-            if stream.model.get_submodule(spec.name).bias is None:
-                raise ModelError(
-                    f"{spec.name}: has no bias to take what folding shifts its inputs by; calibrate its site per tensor"
-                )
             shift = folding.of_bias(stream.weight(spec).cpu())
             folds.add(spec.stored, ScaleColumns(factor=r))
+            if stream.model.get_submodule(spec.name).bias is None:
+                if bool(shift.any()):
+                    raise ModelError(
+                        f"{spec.name}: has no bias to take what folding shifts its inputs by; calibrate its site with "
+                        "one zero for all channels"
+                    )
+                continue
             folds.add(stream.stored(f"{spec.name}.bias"), ScaleAndAdd(factor=shift * 0 + 1, term=shift))
     return FoldPlan(tensors=folds.tensors())

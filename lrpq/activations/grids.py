@@ -92,14 +92,30 @@ def between(
     Raises:
         QuantizationError: the width is not between 2 and 8 bits, or the range is not finite.
     """
-    check_bits(bits)
-    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        raise QuantizationError("activations to calibrate on are not finite; check the model's values")
+    _check_range(low, high, bits)
     if exact_zero:
         low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=_SMALLEST_STEP)
     offset = (low / scale).round() * scale if exact_zero else low
     return UniformGrid(bits=bits, scale=scale, offset=offset)
+
+
+def around_zero(low: Float[Tensor, "channels=h"], high: Float[Tensor, "channels=h"], bits: int) -> UniformGrid:
+    """Grids a channel whose zero has the same code everywhere, 2^(b - 1): the narrowest that hold the ranges.
+
+    Raises:
+        QuantizationError: see `between`.
+    """
+    _check_range(low, high, bits)
+    below = 2 ** (bits - 1)
+    scale = torch.maximum(-low / below, high / (below - 1)).clamp(min=_SMALLEST_STEP)
+    return UniformGrid(bits=bits, scale=scale, offset=-below * scale)
+
+
+def _check_range(low: Tensor, high: Tensor, bits: int) -> None:
+    check_bits(bits)
+    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        raise QuantizationError("activations to calibrate on are not finite; check the model's values")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

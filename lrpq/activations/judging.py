@@ -61,10 +61,12 @@ def _weighted(dy: Float[Tensor, "tokens d_out"], s: Float[Tensor, "weights=token
 class AttentionError:
     """Args:
     query: [n, heads, t, d_head], and so ``key`` and ``value``.
-    pattern: softmax's outputs [n, heads, t, t], from which the scale of the scores follows.
+    pattern: softmax's outputs [n, heads, t, t].
+    mask: what is added to the scores [n, heads, t, t], such as a bias by position; None where nothing is.
     scaling: of the scores.
     W: of the output projection [h, heads d_head].
     s: weights of its tokens [n t], or None for ones.
+    windows: of an image, each of which counts in n.
     """
 
     def __init__(
@@ -77,13 +79,16 @@ class AttentionError:
         scaling: float,
         W: Tensor,
         s: Tensor | None = None,
+        mask: Tensor | None = None,
+        windows: int = 1,
     ) -> None:
         ones = torch.ones(len(query), query.shape[2], device=query.device)
         weights = ones if s is None else s.view(len(query), -1).to(query.device)
-        chosen = _heaviest(weights.sum(1), MAX_IMAGES)
+        chosen = _heaviest(weights.sum(1), MAX_IMAGES * windows)
         self.weights = _in_place_of_all(weights, weights[chosen]).flatten()
         self.query, self.key, self.value = query[chosen], key[chosen], value[chosen]
         self.pattern, self.scaling = pattern[chosen], scaling
+        self.mask = None if mask is None else mask[chosen]
         self.output = self.pattern @ self.value
         self.W = W
 
@@ -102,7 +107,8 @@ class AttentionError:
         value = quantized(self.value, grid) if point == VALUE else self.value
         pattern = self.pattern
         if point in (QUERY, KEY):
-            pattern = torch.softmax(query @ key.transpose(-1, -2) * self.scaling, dim=-1)
+            scores = query @ key.transpose(-1, -2) * self.scaling
+            pattern = torch.softmax(scores if self.mask is None else scores + self.mask, dim=-1)
         elif point == PATTERN:
             pattern = quantized(pattern, grid)
         output: Tensor = pattern @ value

@@ -9,10 +9,12 @@ norms and the classifier stay as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import Enum
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,7 +149,9 @@ def token_weights(source: ModelSource, images: Tensor, terms: Terms) -> dict[int
 
 
 def uniform_bits(specs: Sequence[LinearSpec], bits: int) -> float:
-    """All-in bits a weight with one width everywhere and a scale a row."""
+    """All-in bits a weight with one width everywhere and a scale a row, rounded up: a budget that this width meets."""
     choice = Choice(bits=bits, group_size=PER_ROW)
     total = sum(storage_bits(spec.d_out, spec.d_in, choice) for spec in specs)
-    return total / sum(spec.num_weights for spec in specs)
+    num_weights = sum(spec.num_weights for spec in specs)
+    found = total / num_weights
+    return found if Fraction(repr(found)) * num_weights >= total else math.nextafter(found, math.inf)

@@ -2,7 +2,8 @@
 
 Every block is read once; the original and all variants go through it one after the other. Scores are kept per window,
 so that standard errors and paired differences can be computed. Memory: one block's weights twice; in the end, the head
-and every head that replaces it.
+and every head that replaces it, and one window's logits of the original and of one variant, in the model's dtype. They
+are widened and compared a run of rows at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import CheckpointError
+from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.streaming import BlockStream
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 ORIGINAL = "reference"
 VARIANT = "variant"
+RUN_ELEMENTS = 1 << 21
+"""Logits compared at once: their log-probabilities and what is made of them take five times 8 MB."""
 BlockWeights = Callable[[int], Mapping[str, Tensor]]
 """Block index -> the variant's dense weights by module name; modules that are not named keep the original's.
 
@@ -78,15 +82,16 @@ def score_windows(
         for position, batch in enumerate(batches):
             for row, tokens in enumerate(batch.to(stream.device)):
 
-                def log_probabilities(name: str, position: int = position, row: int = row) -> Float[Tensor, "t vocab"]:
+                def logits(name: str, position: int = position, row: int = row) -> Float[Tensor, "t vocab"]:
                     norm, head = ours if name == ORIGINAL else theirs
                     with of_variants.swapped_head(heads.get(name, {})):
-                        return _log_probabilities(norm, head, hidden[name][position][row])
+                        return head(norm(hidden[name][position][row][None]))[0, :-1]
 
-                original = log_probabilities(ORIGINAL)
+                original = logits(ORIGINAL)
                 for name in hidden:
-                    quantized = original if name == ORIGINAL else log_probabilities(name)
+                    quantized = original if name == ORIGINAL else logits(name)
                     scores[name].append(_window_score(name, original, quantized, tokens[1:]))
+                    release_freed_memory()
     return scores
 
 
@@ -101,24 +106,38 @@ def final_states(
         for name, weights in variants.items():
             with stream.swapped(block, {} if weights is None else weights(index)):
                 hidden[name] = [stream.run(block, index, h) for h in hidden[name]]
+        release_freed_memory()  # of the block and what replaced it
     return hidden
 
 
-def _log_probabilities(
-    norm: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "t h"]
-) -> Float[Tensor, "t vocab"]:
-    logits = head(norm(hidden[None]))[0, :-1]
-    return logits.float().log_softmax(-1)
+def rows_compared(vocabulary: int) -> int:
+    """Positions whose logits are compared at once."""
+    return max(1, RUN_ELEMENTS // vocabulary)
 
 
-def _window_score(name: str, p: Float[Tensor, "t vocab"], q: Float[Tensor, "t vocab"], y: Tensor) -> WindowScore:
-    if not bool(torch.isfinite(q).all()):
-        raise CheckpointError(f"variant {name}: logits are not finite on the evaluation text")
-    return WindowScore(
-        nll_nats=float(torch.nn.functional.nll_loss(q, y)),
-        kl_nats=float((p.exp() * (p - q)).sum(-1).mean()),
-        top1=float((p.argmax(-1) == q.argmax(-1)).float().mean()),
+def _window_score(
+    name: str, original: Float[Tensor, "t vocab"], variant: Float[Tensor, "t vocab"], y: Tensor
+) -> WindowScore:
+    runs = range(0, len(y), rows_compared(variant.shape[-1]))
+    rows = [slice(start, start + runs.step) for start in runs]
+    nll, kl, agree = zip(*(_compared(original[run], variant[run], y[run]) for run in rows), strict=True)
+    found = WindowScore(
+        nll_nats=float(torch.cat(nll).mean()),
+        kl_nats=float(torch.cat(kl).mean()),
+        top1=float(torch.cat(agree).float().mean()),
     )
+    if not math.isfinite(found.nll_nats) or not math.isfinite(found.kl_nats):
+        raise CheckpointError(f"variant {name}: logits are not finite on the evaluation text")
+    return found
+
+
+def _compared(
+    original: Float[Tensor, "t vocab"], variant: Float[Tensor, "t vocab"], y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every position: negative log-likelihood of its token, KL(original || variant), whether both agree."""
+    p, q = (logits.float().log_softmax(-1) for logits in (original, variant))
+    kl = (p.exp() * (p - q)).sum(-1)
+    return -q.gather(-1, y[:, None])[:, 0], kl, p.argmax(-1) == q.argmax(-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,8 +39,8 @@ class ModuleEvidence:
     """sum |G o dW| of each of ``rounded``, G = mean_t g_t x_t^T with the text's own tokens as labels; nats."""
     output_error: Sequence[float] | None = None
     """mean_t sum_j g_tj^2 (dy_tj)^2 of each of ``rounded``, labels as before; nats."""
-    block_cosine: float = 0.0
-    """mean_t cos(block input, block output) of the module's block."""
+    block_cosine: float | None = 0.0
+    """mean_t cos(block input, block output) of the module's block; None where a block makes other tokens."""
 
 
 Costs = Callable[[ModuleEvidence], list[float]]

@@ -67,8 +67,9 @@ class BlockEvidence:
     outputs: dict[str, Outputs]
     """Module -> second moments of the Fisher pass's gradients at its outputs; empty unless asked for."""
     num_tokens: int
-    cosine: float
-    """mean_t cos(block input, block output)."""
+    """As the first block has them: the same number for all blocks."""
+    cosine: float | None
+    """mean_t cos(block input, block output); None where a block's outputs are not its inputs' tokens."""
 
 
 class GatherSweep(ProfileSweep):
@@ -142,7 +143,7 @@ class GatherSweep(ProfileSweep):
             weights={name: {} for name in self.weightings},
             outputs={},
             num_tokens=0,
-            cosine=0.0,
+            cosine=None,
         )
         changes: dict[str, Tensor] = {}
         if rounded is not None:
@@ -154,7 +155,8 @@ class GatherSweep(ProfileSweep):
             spec.name: {(0, i): empty_outputs(spec.d_out, stream.device) for i in range(len(self.outputs_by))}
             for spec in specs
         }
-        first, windows = 0, 0
+        first, windows, rows = 0, 0, 0
+        cosines: list[float] = []
 
         def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:
             _add(found.modules[name], running, x, y, widen(g), changes.get(name))
@@ -165,7 +167,8 @@ class GatherSweep(ProfileSweep):
         for position in range(len(shard.tokens.split(self.micro_batch))):
             hidden = self.kept.take((block, shard.index, position))
             windows = len(hidden)
-            found.num_tokens += hidden.shape[0] * hidden.shape[1]
+            found.num_tokens += stream.num_tokens(block, hidden)
+            rows += hidden.shape[0] * hidden.shape[1]
             arguments = stream.call_arguments(block, (hidden.shape[0], hidden.shape[1]))
             with _recorded(module, self.stream.family.units, "attention" in self.weightings) as seen:
                 upstream = self.upstream[shard.index, position]
@@ -174,7 +177,9 @@ class GatherSweep(ProfileSweep):
                 )
             self.upstream[shard.index, position] = result.gradients
             first += windows
-            found.cosine += float(torch.cosine_similarity(hidden.float(), seen.output.float(), dim=-1).double().sum())
+            if seen.output.shape == hidden.shape:
+                cosine = torch.cosine_similarity(hidden.float(), seen.output.float(), dim=-1)
+                cosines.append(float(cosine.double().sum()))
             for site, x in result.inputs.items():
                 tokens = SiteTokens(
                     site=f"{block}.{site}",
@@ -193,7 +198,7 @@ class GatherSweep(ProfileSweep):
             found.weights[name][site] = torch.cat(parts)
         for name, dW in changes.items():
             _finish_gradient(found.modules[name], dW, found.num_tokens)
-        found.cosine /= found.num_tokens
+        found.cosine = sum(cosines) / rows if cosines else None
         if self.outputs_by:
             num = len(self.outputs_by)
             found.outputs |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lrpq.errors import QuantizationError
 from lrpq.importance.evidence import ModuleEvidence
 
 Z_SCORE = 1.0  # Layer-Wise Quantization's threshold
@@ -19,7 +20,15 @@ def layer_input_modification(evidence: ModuleEvidence) -> float:
     """LIM (Layer-Wise Quantization, Dumitru et al. 2024, arXiv:2406.17415): -cos(block input, block output).
 
     One score for all modules of a block.
+
+    Raises:
+        QuantizationError: the block merges tokens, so that its outputs cannot be compared with its inputs.
     """
+    if evidence.block_cosine is None:
+        raise QuantizationError(
+            f"{evidence.spec.name}: the measure lim compares a block's outputs with its inputs, and this block merges "
+            "tokens; choose another measure"
+        )
     return -evidence.block_cosine
 
 

@@ -12,7 +12,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lrpq.errors import ModelError
-from lrpq.model.pooling import FirstToken
+from lrpq.model.pooling import FirstToken, FirstTokenAndMean, MeanToken
+
+STAGE = "*"
+"""Stands for the index of a stage in the path of blocks that lie in stages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,19 @@ class Unit:
     """Whether the module returns (output, something else) instead of the output."""
     added: bool
     """Whether the block adds the output to its hidden states as it is, with no norm in between."""
+    norm: str | None = None
+    """Of a block that puts its tokens into another order (windows): the norm whose output the module reads. What the
+    module would read without this norm are the hidden states that its output is added to, in its order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merging:
+    """What makes fewer and wider tokens behind a stage: one more block, with layers of its own and without units."""
+
+    path: str
+    """Module inside the stage, where a stage has one."""
+    sites: Mapping[str, tuple[str, ...]]
+    """Input site -> linear layers that read it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +62,7 @@ class Family:
     """Module paths of one architecture."""
 
     blocks: str
-    """The list of blocks."""
+    """The list of blocks; of blocks in stages, with `STAGE` in place of the index."""
     outside: tuple[str, ...]
     """Modules with weights that are used before the first block, the embedding first."""
     tail: tuple[str, ...]
@@ -65,6 +81,8 @@ class Family:
     """What need not be run again once the input of its last layer is known."""
     optional: frozenset[str] = frozenset()
     """Of ``outside`` and ``tail``: modules that some configurations do not have."""
+    merging: Merging | None = None
+    """Behind the blocks of a stage, where stages have different numbers of tokens."""
     pooling: type[nn.Module] | None = None
     """Of an image classifier: what its head reads of the tail's output, [n, t, h] -> [n, 1, h]. None: a language model,
     whose head reads every token."""
@@ -181,9 +199,36 @@ def _image_transformer(base: str) -> Family:
     )
 
 
+SWIN = Family(
+    blocks=f"swin.encoder.layers.{STAGE}.blocks",
+    merging=Merging(path="downsample", sites={"merge": ("reduction",)}),
+    outside=("swin.embeddings",),
+    tail=("swin.layernorm",),
+    head="classifier",
+    sites={
+        "qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        "o": ("attention.o_proj",),
+        "up": ("mlp.fc1",),
+        "down": ("mlp.fc2",),
+    },
+    units=(
+        Unit(path="attention", last="attention.o_proj", returns_tuple=True, added=True, norm="layernorm_before"),
+        Unit(path="mlp", last="mlp.fc2", returns_tuple=False, added=True, norm="layernorm_after"),
+    ),
+    pooling=MeanToken,
+)
+_PLAIN = _image_transformer("dinov2")
+DINOV2 = replace(  # outputs of its units are scaled before they are added
+    _PLAIN,
+    blocks="dinov2.encoder.layer",
+    units=tuple(replace(unit, added=False) for unit in _PLAIN.units),
+    pooling=FirstTokenAndMean,
+)
 CLASSIFIERS: Mapping[str, Family] = {
     "ViTForImageClassification": _image_transformer("vit"),
     "DeiTForImageClassification": _image_transformer("deit"),
+    "SwinForImageClassification": SWIN,
+    "Dinov2ForImageClassification": DINOV2,
 }
 """Architectures that classify images."""
 CONVERTED = frozenset({"GPT2LMHeadModel"})

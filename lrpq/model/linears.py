@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -11,6 +11,7 @@ from lrpq.errors import ModelError
 from lrpq.model.experts import DOWN, GATE_UP, LinearExperts
 from lrpq.model.families import Family
 from lrpq.model.layers import HEAD, LinearSpec
+from lrpq.model.places import BlockPlace
 from lrpq.model.safetensors_source import ModelSource
 
 EXPERTS = "experts"
@@ -19,12 +20,12 @@ _KINDS = {"gate_up": GATE_UP, "down": DOWN}
 
 
 def find_linears(
-    blocks: nn.ModuleList, family: Family, stored: Mapping[str, tuple[str, ...]], source: ModelSource
+    blocks: Sequence[BlockPlace], family: Family, stored: Mapping[str, tuple[str, ...]], source: ModelSource
 ) -> Iterator[LinearSpec]:
     """Yield the layers in the order of execution; experts of a block by projection, then by index.
 
     Args:
-        blocks: decoder blocks of the skeleton, experts already replaced by layers.
+        blocks: blocks of the skeleton, experts already replaced by layers.
         family: the architecture's table entry.
         stored: name of a tensor in the model -> names on disk whose rows make it.
         source: what is on disk.
@@ -32,11 +33,11 @@ def find_linears(
     Raises:
         ModelError: a layer of the table is missing, is no linear layer, or has another shape on disk.
     """
-    for index, block in enumerate(blocks):
-        prefix = f"{family.blocks}.{index}"
+    for index, place in enumerate(blocks):
+        block, prefix = place.module, place.path
         path = family.experts.path if family.experts is not None else None
         experts = dict(block.named_modules()).get(path) if path is not None else None
-        for site, members in family.sites.items():
+        for site, members in place.sites.items():
             if isinstance(experts, LinearExperts) and site in _KINDS:
                 for e in range(experts.num_experts):
                     member = f"{path}.{e}.{_KINDS[site]}"

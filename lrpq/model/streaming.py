@@ -24,7 +24,8 @@ from lrpq.model.inputs import image_arguments, text_arguments
 from lrpq.model.layers import LinearSpec
 from lrpq.model.linears import find_head, find_linears
 from lrpq.model.names import check_shapes, stored_names, tie
-from lrpq.model.recording import Recorded, recording
+from lrpq.model.places import find_blocks
+from lrpq.model.recording import BlockCall, Recorded, recording
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.skeleton import build_skeleton, own_modules
 
@@ -67,22 +68,25 @@ class BlockStream:
         self._stored: dict[str, tuple[str, ...]] = {
             name: (stored,) for name, stored in stored_names(self.model, source).items()
         }
-        own_modules(self.model, (self.family.blocks, self.family.head))
+        places = find_blocks(self.model, self.family)
+        own_modules(self.model, (self.family.head,))
         self._outside = own_modules(self.model, self.family.outside, self.family.optional)
         self._tail = own_modules(self.model, self.family.tail, self.family.optional)
-        self.blocks: nn.ModuleList = cast("nn.ModuleList", self.model.get_submodule(self.family.blocks))
-        if not len(self.blocks):
+        if not places:
             raise ModelError(f"model {source.folder}: config.json describes a model without decoder blocks")
+        self.block_names: tuple[str, ...] = tuple(place.path for place in places)
+        self.blocks: tuple[nn.Module, ...] = tuple(place.module for place in places)
         self._replace_experts()
         if self.tied_head:
             tie(self._stored, f"{self.family.head}.weight", f"{self._outside[0]}.weight")
-        parts = (*self._outside, self.family.blocks, *self._tail, self.family.head)
+        parts = (*self._outside, *self.block_names, *self._tail, self.family.head)
         check_shapes({path: self.model.get_submodule(path) for path in parts}, self._stored, source)
-        self.specs: tuple[LinearSpec, ...] = tuple(find_linears(self.blocks, self.family, self._stored, source))
+        self.specs: tuple[LinearSpec, ...] = tuple(find_linears(places, self.family, self._stored, source))
         self._by_block: dict[int, list[LinearSpec]] = {}
         for spec in self.specs:
             self._by_block.setdefault(spec.block, []).append(spec)
-        self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._calls: dict[tuple[int, int, int], BlockCall] = {}
+        self._lengths: dict[tuple[int, int], int] = {}
         self._embedding_held = False
 
     @property
@@ -137,7 +141,7 @@ class BlockStream:
 
     def local_name(self, spec: LinearSpec) -> str:
         """Module name inside its block, e.g. ``self_attn.q_proj``."""
-        return spec.name.removeprefix(f"{self.family.blocks}.{spec.block}.")
+        return spec.name.removeprefix(f"{self.block_names[spec.block]}.")
 
     def stored(self, name: str) -> tuple[str, ...]:
         """Names on disk of a tensor of the model; their rows, one after the other, make it."""
@@ -173,26 +177,37 @@ class BlockStream:
         Raises:
             CalibrationError: the images do not have the size that the model reads.
         """
-        inputs, text = inputs.to(self.device), self.family.pooling is None
-        arguments = text_arguments(inputs) if text else image_arguments(inputs, self.source.config)
+        if self.family.pooling is None:
+            arguments = text_arguments(inputs.to(self.device))
+        else:  # not every model brings images to its own dtype
+            arguments = image_arguments(inputs.to(self.device, self.dtype), self.source.config)
         with nullcontext() if self._embedding_held else self._materialised(self._outside):
-            recorded: list[dict[str, Any]] = []
+            recorded: list[BlockCall] = []
             with recording(self.blocks, recorded):
                 try:
                     self.model(**arguments)
                 except Recorded as stop:
                     stop.__traceback__ = None  # its frames hold the embedding, in a cycle until the next collection
                     hidden = stop.hidden
-            self._calls[hidden.shape[0], hidden.shape[1]] = recorded
+        for block, call in enumerate(recorded):
+            self._calls[block, hidden.shape[0], call.length] = call
+            self._lengths[block, call.length] = hidden.shape[1]
         return hidden
 
+    def num_tokens(self, block: int, hidden: Float[Tensor, "n t hidden"]) -> int:
+        """Tokens at the first block of the windows whose hidden states at a block these are.
+
+        Costs are means over them whatever the block: where patches are merged, a later token stands for several.
+        """
+        return len(hidden) * self._lengths[block, hidden.shape[1]]
+
     def call_arguments(self, block: int, shape: tuple[int, int]) -> dict[str, Any]:
-        """Keyword arguments of one block's forward for a batch of ``shape`` (sequences, tokens).
+        """Keyword arguments of one block's forward for a batch of ``shape`` (sequences, tokens at this block).
 
         Raises:
             KeyError: no batch of this shape has been embedded yet.
         """
-        return self._calls[shape][block]
+        return self._calls[block, *shape].arguments
 
     def run(self, module: nn.Module, block: int, hidden: Float[Tensor, "n t hidden"]) -> Float[Tensor, "n t hidden"]:
         """Forward of a materialised block."""
@@ -228,9 +243,7 @@ class BlockStream:
     @contextmanager
     def swapped(self, module: nn.Module, weights: Overrides) -> Iterator[None]:
         """Replace some layers' weights of a materialised block for the length of the context."""
-        prefix = f"{self.family.blocks}."
-        local = {name: name.removeprefix(prefix).split(".", 1)[1] for name in weights}
-        with _replaced((module.get_submodule(local[name]), weight) for name, weight in weights.items()):
+        with _replaced((module.get_submodule(self._in_block(name)), weight) for name, weight in weights.items()):
             yield
 
     @contextmanager
@@ -254,6 +267,10 @@ class BlockStream:
         with _replaced((self.model.get_submodule(name), weight) for name, weight in weights.items()):
             yield
 
+    def _in_block(self, name: str) -> str:
+        (path,) = (path for path in self.block_names if name.startswith(f"{path}."))
+        return name.removeprefix(f"{path}.")
+
     def _capped(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         field = self.family.logit_cap
         cap = None if field is None else getattr(self.source.config.get_text_config(), field, None)
@@ -266,7 +283,7 @@ class BlockStream:
         if layout is None:
             return
         for index, block in enumerate(self.blocks):
-            name = f"{self.family.blocks}.{index}"
+            name = self.block_names[index]
             experts = replace_experts(block, layout.path, name=name)
             if experts is not None:
                 parts = expert_tensors(
@@ -283,7 +300,7 @@ class BlockStream:
         return self._stored.get(name) or self._stored.get(bare) or (name,)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
-        prefix = f"{self.family.blocks}.{index}."
+        prefix = f"{self.block_names[index]}."
         return {name: self._read(prefix + name) for name in self.blocks[index].state_dict()}
 
     def _read(self, name: str) -> Tensor:
@@ -292,7 +309,7 @@ class BlockStream:
     @contextmanager
     def _with_weights(self, index: int, weights: dict[str, Tensor], overrides: Overrides) -> Iterator[nn.Module]:
         block = self.blocks[index]
-        prefix = f"{self.family.blocks}.{index}."
+        prefix = f"{self.block_names[index]}."
         for name, weight in overrides.items():
             weights[name.removeprefix(prefix) + ".weight"] = weight.to(self.device, self.dtype)
         try:

@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lrpq.model.experts import Expert, LinearExperts
-from lrpq.model.recording import Recorded, recording
+from lrpq.model.recording import BlockCall, Recorded, recording
 from lrpq.model.streaming import BlockStream
 from lrpq.relevance.head import nll_seed, sample_labels
 from lrpq.relevance.passes import rules_for, run_passes, widen
@@ -172,14 +172,14 @@ def recorded_arguments(stream: BlockStream, lengths: Sequence[int]) -> dict[int,
     found: dict[int, list[Mapping[str, Any]]] = {}
     width = stream.model.get_input_embeddings().weight.shape[-1]
     for length in dict.fromkeys(lengths):
-        recorded: list[dict[str, Any]] = []
+        recorded: list[BlockCall] = []
         inputs = torch.zeros(1, length, width, dtype=stream.dtype)
         with recording(stream.blocks, recorded), _small_weights(stream):
             try:
                 stream.model(inputs_embeds=inputs, use_cache=False, logits_to_keep=1)
             except Recorded as stop:
                 stop.__traceback__ = None
-        found[length] = [tree_map(_on_meta, dict(arguments)) for arguments in recorded]
+        found[length] = [tree_map(_on_meta, dict(call.arguments)) for call in recorded]
     stream.model.to(META)
     return found
 

@@ -232,6 +232,9 @@ class RefineSweep:
         x = self._inputs_of(reader, block, module, hidden, place)
         if not self.with_shift or not self._adds(reader):
             return x, None
+        (adding,) = (unit for unit in self.stream.family.units if unit.last == reader)
+        if adding.norm is not None:
+            return x, self._added_to(adding, adding.norm, block, module, hidden, place)
         r = hidden
         for unit in self.stream.family.units:
             if unit.last == reader:
@@ -241,10 +244,24 @@ class RefineSweep:
             r = r + module.get_submodule(unit.last)(self._known[place][unit.last])
         return x, r.flatten(0, -2)
 
+    def _added_to(
+        self, unit: Unit, norm: str, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]
+    ) -> Float[Tensor, "tokens h"]:
+        """Hidden states to which the unit's output is added, in the unit's order of tokens.
+
+        What the unit reads where its norm passes everything on; what the block pads with, zeros, is among it.
+        """
+        layer = module.get_submodule(norm)
+        layer.forward = lambda x: x
+        try:
+            return self._inputs_of(unit.path, block, module, hidden, place)
+        finally:
+            del layer.forward
+
     def _inputs_of(
         self, reader: str, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]
     ) -> Float[Tensor, "tokens d_in"]:
-        """Input of the layer ``reader`` in the block's forward, which goes no further."""
+        """Input of the module ``reader`` in the block's forward, which goes no further."""
 
         def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             raise _Reached(arguments[0])

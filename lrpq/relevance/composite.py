@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import activations
 from transformers.models.deit import modeling_deit as deit
+from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.gemma import modeling_gemma as gemma
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
@@ -29,12 +30,13 @@ from transformers.models.phi3 import modeling_phi3 as phi3
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
+from transformers.models.swin import modeling_swin as swin
 from transformers.models.vit import modeling_vit as vit
 from transformers.pytorch_utils import Conv1D
 
 from lrpq.errors import ModelError
 from lrpq.model.experts import Expert, LinearExperts, RoutedLinear
-from lrpq.model.pooling import FirstToken
+from lrpq.model.pooling import FirstToken, FirstTokenAndMean, MeanToken
 from lrpq.relevance import rules
 from lrpq.relevance.attention import attention_patch
 from lrpq.relevance.rules import Pass as Pass
@@ -234,7 +236,20 @@ COMPOSITE: Mapping[type[nn.Module], Rule] = {
     deit.DeiTMLP: linear,
     deit.DeiTAttention: attention_patch,
     deit.DeiTLayer: linear,
+    swin.SwinMLP: linear,
+    swin.SwinRelativePositionBias: linear,  # of weights alone: added to the scores, takes its share of their relevance
+    swin.SwinAttention: attention_patch,
+    swin.SwinDropPath: linear,
+    swin.SwinLayer: linear,  # windows, padding and cyclic shift move tokens
+    swin.SwinPatchMerging: linear,  # moves tokens side by side; its norm and layer have rows of their own
+    dinov2.Dinov2MLP: linear,
+    dinov2.Dinov2Attention: attention_patch,
+    dinov2.Dinov2LayerScale: linear,  # by weights
+    dinov2.Dinov2DropPath: linear,
+    dinov2.Dinov2Layer: linear,
     FirstToken: linear,
+    FirstTokenAndMean: linear,
+    MeanToken: linear,
     LinearExperts: routed_experts,
     Expert: linear,
     RoutedLinear: linear,

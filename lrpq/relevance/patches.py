@@ -1,7 +1,7 @@
 """Relevance of an image's patches for a class: the sweeps of the profile, from one logit down to the embedding.
 
 The relevance of a patch is that of its token at the input of the first block, sum over channels of activation times
-modified gradient (`attribute.relevance_sum`); the patch embedding below is linear.
+modified gradient (`attribute.relevance_sum`); the patch embedding below is linear, but for Swin's norm of each patch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lrpq.errors import ModelError
 from lrpq.model.inputs import image_shape
+from lrpq.model.pooling import MeanToken
 from lrpq.model.streaming import BlockStream
 from lrpq.relevance.attribute import relevance_sum
 from lrpq.relevance.head import head_gradient, logit_seed
@@ -34,7 +35,7 @@ class PatchRelevance:
     """Logits of these classes."""
     patches: Float[Tensor, "n rows columns"]
     special: Float[Tensor, "n special"]
-    """Relevance of the tokens before the patches: class token, and DeiT's distillation token.
+    """Relevance of the tokens before the patches: class token, and DeiT's distillation token; Swin has none.
 
     ``patches`` and ``special`` sum to the logit under `Pass.CP_LRP` in a model without biases."""
 
@@ -79,9 +80,10 @@ def patch_relevance(
     relevance = relevance_sum(inputs[0], gradients[running])
     rows, columns = patch_grid(stream)
     special = relevance.shape[1] - rows * columns
-    if special < 0:
+    if special < 0 or (special and stream.family.pooling is MeanToken):
         raise ModelError(
-            f"{stream.architecture}: {relevance.shape[1]} tokens are fewer than {rows} x {columns} patches"
+            f"{stream.architecture}: {relevance.shape[1]} tokens are not {rows} x {columns} patches; the image has to "
+            "be a whole number of patches high and wide"
         )
     return PatchRelevance(
         classes=classes,

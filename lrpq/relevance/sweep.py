@@ -45,7 +45,7 @@ class BlockSums:
     outputs: Mapping[str, Outputs]
     """Module name -> second moments of the true gradient at its outputs; not of experts, nor of the head."""
     num_tokens: int
-    """Calibration tokens of the shards."""
+    """Calibration tokens of the shards, as the first block has them: the same number for all blocks."""
     num_explained: int
     """Those of them that have gradients."""
 
@@ -282,7 +282,7 @@ class ProfileSweep:
 
         weights: dict[str, list[Tensor]] = {site: [] for site in weighed}
         rows: dict[str, list[Tensor]] = {site: [] for site, members in weighed.items() if members[0].routed}
-        start = 0
+        start = num_explained = 0
         for position in range(len(self.explained(shard))):
             hidden = self.kept.take((block, shard.index, position))
             result = block_backward(
@@ -305,13 +305,14 @@ class ProfileSweep:
             for name, stats_of in result.modules.items():
                 curvature[name] += stats_of.channel_sums.cpu()
             start += hidden.shape[0] * hidden.shape[1]
+            num_explained += self.stream.num_tokens(block, hidden)
             self.on_batch()
         sums = BlockSums(
             hessians=hessians,
             curvature=curvature,
             outputs=outputs,
-            num_tokens=start if self.weighs_tokens else shard.tokens.numel(),
-            num_explained=start,
+            num_tokens=num_explained if self.weighs_tokens else shard.tokens.numel(),
+            num_explained=num_explained,
         )
         return sums, SiteWeights(
             values={site: torch.cat([torch.empty(0), *parts]) for site, parts in weights.items()},

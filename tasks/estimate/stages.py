@@ -9,6 +9,7 @@ from math import ceil
 import torch
 
 from lrpq.checkpoint.verify import PROBE_TOKENS
+from lrpq.evaluate.divergence import rows_compared
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.plan import kernels
 from lrpq.plan.trace import Traced
@@ -436,8 +437,8 @@ class Stages:
         at_head = {
             "head": float(shape.head_bytes),
             "hidden states": float(models * state),
-            "log-probabilities": 20.0 * length * shape.vocabulary,
-            "masks that the heap keeps": 2.0 * length * shape.vocabulary * models if self.cpu else 0.0,
+            "logits of two models": 2.0 * length * shape.vocabulary * shape.itemsize,
+            "log-probabilities": 20.0 * min(length, rows_compared(shape.vocabulary)) * shape.vocabulary,
         }
         return Load(
             work=one * windows + loading * min(self.num_workers, windows),

@@ -18,7 +18,13 @@ from tiny_images import images
 from tiny_images import write_classifier as write_model
 from tiny_models import write_tiny
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from lrpq.activations.apply import quantized_block
 from lrpq.activations.attention import PATTERN
@@ -31,6 +37,7 @@ from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.plan import planned_size
 from lrpq.classifier import load_classifier, read_classifier, verify_classifier, write_classifier
 from lrpq.classifier.layers import GridLinear, QuantizedLinear
+from lrpq.classifier.proof import loads_packed
 from lrpq.errors import CheckpointError, ConfigError, LrpqError, QuantizationError
 from lrpq.evaluate.classification import class_logits
 from lrpq.model.layers import Choice
@@ -103,7 +110,7 @@ def quantize(folder: Path, name: str) -> Quantized:
     return Quantized(stream, tuple(grids), codes)
 
 
-@pytest.fixture(scope="module", params=["vit", "deit"])
+@pytest.fixture(scope="module", params=["vit", "deit", "swin"])
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Quantized, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     found = quantize(folder, request.param)
@@ -238,6 +245,7 @@ def test_weights_alone_run_in_transformers_alone(each: tuple[Quantized, Path], t
         assert torch.equal(load_classifier(tmp_path / "out")(pixel_values=PROBE).logits, logits)
     proof = meant.verify(tmp_path / "out", grids=())
     assert (proof.max_abs_difference, proof.transformers_difference, proof.num_grids) == (0.0, 0.0, 0)
+    assert proof.in_transformers
 
 
 def test_proof_is_made_before_it_is_published(each: tuple[Quantized, Path], tmp_path: Path) -> None:
@@ -458,3 +466,11 @@ def test_only_classifiers_are_loaded(vit: tuple[Quantized, Path], tmp_path: Path
     )
     with pytest.raises(CheckpointError, match="expected an image classifier"):
         load_classifier(tmp_path / "out")
+
+
+def test_what_transformers_cannot_load_is_known_before() -> None:
+    """Its rule for DINOv2 cuts a tensor in two; if this fails, it may load packed layers now: compare them again."""
+    with torch.device("meta"):
+        vit, dino = ViTForImageClassification(ViTConfig()), Dinov2ForImageClassification(Dinov2Config())
+    assert loads_packed(vit)
+    assert not loads_packed(dino)

@@ -71,8 +71,11 @@ def test_a_run_is_shown(job: Job, client: Any) -> None:
         picture = base64.b64decode(found[key].data.removeprefix("data:image/png;base64,"))
         assert picture.startswith(b"\x89PNG")
     assert f"{manifest['evaluation']['lrpq']['kl_nats']:.4f}" in found["result"].data
-    names = {run.name for run in client.read_task_runs(flow_run_filter=_only(run.id))}
+    tasks = client.read_task_runs(flow_run_filter=_only(run.id))
+    names = {task.name for task in tasks}
     assert {"profile · block 0", "candidates · block 1", "refine · block 0", "assemble", "evaluate"} <= names
+    assert "run:shown" in run.tags
+    assert not any(task.tags for task in tasks), "Prefect asks its server before every task run with tags, and waits"
 
 
 def _only(flow_run_id: Any) -> Any:

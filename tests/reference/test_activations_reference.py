@@ -161,17 +161,20 @@ def test_output_error_is_that_of_the_next_layers() -> None:
         assert torch.equal(chosen.scale, grids[0].scale) == (weights is not None)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("point", POINTS)
-def test_attention_error_is_that_of_what_reads_its_output(point: str) -> None:
+def test_attention_error_is_that_of_what_reads_its_output(point: str, masked: bool) -> None:
     W, s = noise(5, 8, seed=9), torch.rand(3 * 9, generator=torch.Generator().manual_seed(8))
     tensors = {name: 2 * noise(3, 2, 9, 4, seed=seed) for seed, name in enumerate((QUERY, KEY, VALUE))}
+    mask = 3 * noise(3, 2, 9, 9, seed=7) if masked else None
 
     def run(q: Tensor, k: Tensor, v: Tensor, p: Any = None) -> tuple[Tensor, Tensor]:
-        pattern = torch.softmax(q @ k.transpose(-1, -2) * 0.3, -1) if p is None else p
+        scores = q @ k.transpose(-1, -2) * 0.3
+        pattern = torch.softmax(scores if mask is None else scores + mask, -1) if p is None else p
         return pattern @ v, pattern
 
     output, pattern = run(*tensors.values())
-    error = AttentionError(*tensors.values(), pattern, scaling=0.3, W=W, s=s).of(point)
+    error = AttentionError(*tensors.values(), pattern, scaling=0.3, W=W, s=s, mask=mask).of(point)
     x = {**tensors, PATTERN: pattern}[point]
     grid = search_tensor(x, 3)
     changed = {**tensors, **({} if point == PATTERN else {point: quantized(x, grid)})}
@@ -254,13 +257,27 @@ def test_integer_arithmetic_refuses_what_it_cannot_multiply() -> None:
         between(torch.tensor(0.0), torch.tensor(1.0), 1)
 
 
-@pytest.mark.parametrize("name", ["vit", "deit"])
+SITES = {
+    "vit": [("qkv", "up")] * 2,
+    "deit": [("qkv", "up")] * 2,
+    "dinov2": [("qkv", "up")] * 2,
+    "vit-wide-patches": [("qkv", "up")] * 2,
+    "swin": [("qkv", "up"), ("qkv", "up"), ("merge",), ("qkv", "up"), ("qkv", "up")],
+    "swin-padded": [("qkv", "up"), ("qkv", "up"), ("merge",), ("qkv", "up"), ("qkv", "up")],
+}
+
+
+@pytest.mark.parametrize("name", SITES)
 def test_folded_model_is_the_same_function(name: str, tmp_path: Path) -> None:
+    """Also where layers have no bias (vit-wide-patches, merging of patches) or windows are padded (swin-padded)."""
     stream = BlockStream(open_source(write_classifier(tmp_path / "model", name)), dtype=torch.float32)
     x = images(6, name)
     found = calibrate(stream, x, widths=[8])
     eight = found.uniform(8)
-    assert set(found.foldings(eight)) == {(block, site) for block in range(2) for site in ("qkv", "up")}
+    folded = found.foldings(eight)
+    assert set(folded) == {(block, site) for block, sites in enumerate(SITES[name]) for site in sites}
+    ratio = [folding.ratio.max() / folding.ratio.min() for folding in folded.values()]
+    assert min(ratio) > 1.2  # every site is really folded
     assert all(not g.per_channel for grids in found.grids(eight) for g in grids.values() if isinstance(g, UniformGrid))
     write_folded(stream.source, tmp_path / "folded", fold_plan(stream, found.foldings(eight)), dtype=torch.float32)
     models = [AutoModelForImageClassification.from_pretrained(tmp_path / f) for f in ("model", "folded")]
@@ -299,9 +316,9 @@ _GRID = UniformGrid(bits=4, scale=torch.tensor(1.0), offset=torch.tensor(0.0))
 
 def test_without_bias_nothing_takes_the_shift(tmp_path: Path) -> None:
     stream = BlockStream(open_source(write_classifier(tmp_path / "model", "vit-wide-patches")), dtype=torch.float32)
-    found = calibrate(stream, images(4, "vit-wide-patches"), widths=[8])
+    shifting = folding_of(search_channels(outliers(90, 32, 3), 8))
     with pytest.raises(ModelError, match=r"q_proj: has no bias"):
-        fold_plan(stream, found.foldings(found.uniform(8)))
+        fold_plan(stream, {(0, "qkv"): shifting})
 
 
 def test_a_block_computes_what_its_grids_say(tmp_path: Path) -> None:

@@ -321,6 +321,39 @@ def test_attention_pattern_is_constant_in_cp_lrp(generator: torch.Generator) -> 
     close((v * g_v).sum().detach(), (out * g).sum().detach())
 
 
+def test_a_bias_of_the_scores_takes_its_share(generator: torch.Generator) -> None:
+    """Windowed attention: bias by position plus a mask of -100, constants of the rules. Written out as above; an
+    addition gives each term its share of the sum (0-LRP)."""
+    switch, module = PassSwitch(), TinyAttention("sdpa")
+    for name, value in attention_patch(module, switch).items():
+        module.__dict__[name] = value
+    q, k, v = (leaf(generator, 2, 3, T, 4) for _ in range(3))
+    bias = torch.randn(2, 3, T, T, dtype=torch.float64, generator=generator)
+    bias[1, :, :2, 2:] -= 100.0
+    out = relevance_attention(module, q, k, v, bias, scaling=0.5)[0].transpose(1, 2)
+    g = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        scores = (q @ k.transpose(-1, -2)) * 0.5
+        x = scores + bias
+        pattern = torch.softmax(x, -1)
+        r_v = v * (pattern.transpose(-1, -2) @ (g / 2))
+        r_pattern = pattern * ((g / 2) @ v.transpose(-1, -2))
+        r_x = x * (r_pattern - pattern * r_pattern.sum(-1, keepdim=True))
+        r_scores, r_bias = r_x * scores / x, r_x * bias / x
+        per_unit = r_scores / (2 * scores)
+        r_q, r_k = q * (per_unit @ k) * 0.5, k * (per_unit.transpose(-1, -2) @ q) * 0.5
+        residual = r_pattern.sum() - r_x.sum()
+    for x_, got, expected in zip((q, k, v), grads(out, [q, k, v], g, switch, Pass.LRP), (r_q, r_k, r_v), strict=True):
+        close((x_ * got).detach(), expected, rtol=1e-9)
+    total = r_q.sum() + r_k.sum() + r_v.sum() + r_bias.sum() + residual
+    close(total, (out * g).detach().sum(), rtol=1e-10)
+    assert r_bias.sum().abs() > 1e-2
+    g_q, g_k, g_v = grads(out, [q, k, v], g, switch, Pass.CP_LRP)
+    assert not g_q.any()
+    assert not g_k.any()
+    close(g_v, (pattern.transpose(-1, -2) @ g).detach())
+
+
 def test_grouped_queries_sum_into_their_shared_key_and_value(generator: torch.Generator) -> None:
     switch = PassSwitch()
     q, k, v = leaf(generator, 1, 4, T, 4), leaf(generator, 1, 2, T, 4), leaf(generator, 1, 2, T, 4)

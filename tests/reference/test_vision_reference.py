@@ -25,6 +25,14 @@ from lrpq.relevance.sweep import ProfileSweep, Shard, merge_block_sums
 from lrpq.shards import root
 
 SEED = 5
+PATCHES = {"swin": (8, 8), "swin-padded": (10, 9)}
+SPECIAL = {"deit": 2, "swin": 0, "swin-padded": 0}
+
+
+def num_tokens(name: str) -> int:
+    """Of an image, at the first block."""
+    rows, columns = PATCHES.get(name, (4, 4))
+    return rows * columns + SPECIAL.get(name, 1)
 
 
 def stream_of(folder: Path, dtype: torch.dtype = torch.float32) -> BlockStream:
@@ -48,7 +56,8 @@ def test_streamed_forward_equals_the_models_own(name: str, tmp_path: Path) -> No
         logits = head(tail(hidden))
     assert logits.shape == (3, 1, CLASSES)
     assert torch.equal(logits[:, 0], own(pixel_values=x).logits)
-    assert len(stream.specs) == 2 * 6
+    expected = [6, 6, 1, 6, 6] if "swin" in name else [6, 6]
+    assert [len(stream.block_specs(i)) for i in range(stream.num_blocks)] == expected
 
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
@@ -102,8 +111,7 @@ def test_fisher_profile_is_that_of_a_plain_backward_pass(name: str, tmp_path: Pa
         for index, block in stream.stream(range(stream.num_blocks - 1, -1, -1)):
             sums = root(sweep.backward(index, block)[0], 2, merge_block_sums)
             for site, members in stream.sites(index).items():
-                tokens = len(seen[members[0].name])
-                assert sums.num_tokens == tokens
+                assert sums.num_tokens == sums.num_explained == len(x) * num_tokens(name)
                 s = torch.stack([gradients[m.name].square().mean(1) for m in members]).mean(0)
                 x_t = seen[members[0].name]
                 H = (x_t * s[:, None]).T @ x_t / s.sum()
@@ -123,8 +131,8 @@ def test_patches_and_special_tokens_share_out_the_logit(name: str, tmp_path: Pat
     stream, x = stream_of(tmp_path / "model", torch.float64), images(3, name)
     asked = torch.tensor([4, 0, 9])
     found = patch_relevance(stream, x, running=Pass.CP_LRP, classes=asked)
-    assert found.patches.shape[1:] == (4, 4)
-    assert found.special.shape[1] == (2 if name == "deit" else 1)
+    assert found.patches.shape[1:] == PATCHES.get(name, (4, 4))
+    assert found.special.shape[1] == SPECIAL.get(name, 1)
     torch.testing.assert_close(found.patches.sum((1, 2)) + found.special.sum(1), found.logits)
     own: Any = AutoModelForImageClassification.from_pretrained(tmp_path / "model", dtype=torch.float64)
     torch.testing.assert_close(found.logits, own(pixel_values=x.double()).logits.detach()[range(3), asked])
