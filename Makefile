@@ -61,9 +61,9 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
 	touch $@
 
 $(STAMPS)/test: $(STAMPS)/torch pyproject.toml
-	$(INSTALL) --editable '.[gguf,s3,test]'
+	$(INSTALL) --editable '.[gguf,images,s3,test]'
 	touch $@
 
 $(STAMPS)/check: $(STAMPS)/torch pyproject.toml
-	$(INSTALL) --editable '.[gguf,s3,check]'
+	$(INSTALL) --editable '.[gguf,images,s3,check]'
 	touch $@

@@ -27,7 +27,7 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 
-from flows.closing import budget_line, guard_line, rotation_line, shown_bytes
+from flows.closing import activations_line, budget_line, guard_line, rotation_line, shown_bytes
 from flows.progress import Progress, shown_seconds
 
 UPDATE_SECONDS = 2.0
@@ -118,6 +118,10 @@ def publish(manifest: Mapping[str, Any]) -> None:
     run_id = manifest["run_id"]
     table = [{column: module[column] for column in COLUMNS} for module in manifest["modules"]]
     _attempt(lambda: create_table_artifact(key="bits-per-layer", table=table, description=f"Run {run_id}"))
+    if manifest.get("activations"):
+        places = [dict(place) for place in manifest["activations"]["places"]]
+        about = f"Bits of activations, run {run_id}"
+        _attempt(lambda: create_table_artifact(key="bits-of-activations", table=places, description=about))
     image = bits_per_layer(manifest["modules"])
     _attempt(lambda: create_image_artifact(image, key="bits-by-block", description=f"Bits by block, run {run_id}"))
     text = result_text(manifest)
@@ -130,12 +134,16 @@ def result_text(manifest: Mapping[str, Any]) -> str:
     if manifest.get("rotation"):
         lines += [rotation_line(manifest["rotation"]), ""]
     measured = manifest.get("evaluation")
+    if manifest.get("activations"):
+        lines += [activations_line(manifest["activations"]), ""]
     if measured:
-        lines += ["| | perplexity | KL, nats a token |", "|---|---|---|"]
+        images = "images" in measured
+        lines.append("| | top-1 | KL, nats an image |" if images else "| | perplexity | KL, nats a token |")
+        lines.append("|---|---|---|")
         for name in ("reference", "control", "lrpq"):
             scores = measured.get(name)
             if scores:
-                lines.append(f"| {name} | {scores['perplexity']:.3f} | {scores['kl_nats']:.4f} |")
+                lines.append(f"| {name} | {_quality(scores)} | {scores['kl_nats']:.4f} |")
         lines.append("")
     if manifest.get("guard"):
         lines += [guard_line(manifest["guard"]), ""]
@@ -143,6 +151,13 @@ def result_text(manifest: Mapping[str, Any]) -> str:
     lines.append(f"{shown_bytes(sizes['original'])} to {shown_bytes(sizes['compressed'])}")
     lines += [f"- warning: {text}" for text in manifest.get("warnings", ())]
     return "\n".join(lines) + "\n"
+
+
+def _quality(scores: Mapping[str, Any]) -> str:
+    """Perplexity, or top-1 of images that have labels."""
+    if "perplexity" in scores:
+        return f"{scores['perplexity']:.3f}"
+    return "" if scores["top1"] is None else f"{scores['top1']:.2%}"
 
 
 def cost_curves(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +29,9 @@ DEGRADATIONS: Mapping[str, str] = {
     "modules_with_rows_alone": "modules were rounded row by row, for making up for each other made the rows worse",
 }
 """Counter of the manifest -> what it counts; others are shown by their names."""
+TEXT_MEASURES = (("perplexity", "perplexity", ".3f"), ("same top token", "top1", ".2%"))
+IMAGE_MEASURES = (("top-1", "top1", ".2%"), ("same top class", "agreement", ".2%"))
+"""Name, field and form of what stands before and behind the KL divergence."""
 TOTALS = frozenset({"rows"})
 """Counters that only say of how many."""
 
@@ -57,6 +60,8 @@ def _closing(manifest: Mapping[str, Any]) -> list[RenderableType]:
         parts.append(Text(budget_line(budget)))
     if rotation := manifest.get("rotation"):
         parts.append(Text(rotation_line(rotation)))
+    if quantized := manifest.get("activations"):
+        parts.append(Text(activations_line(quantized)))
     if modules := manifest.get("modules"):
         parts.append(bits_table(modules, kept=manifest.get("kept_16bit", ())))
     parts.append(quality_table(manifest.get("evaluation", {}), sizes=manifest.get("bytes", {})))
@@ -97,9 +102,19 @@ def budget_line(budget: Mapping[str, Any]) -> str:
 
 def guard_line(guard: Mapping[str, Any]) -> str:
     """Say what the result was held against before it was written."""
+    windows, unit = ("images", "an image") if guard.get("of") == "images" else ("windows", "a token")
     return (
-        f"held-out calibration windows ({guard['windows']}): KL {guard['lrpq']['kl_nats']:.4f} nats a token, uniform "
+        f"held-out calibration {windows} ({guard['windows']}): KL {guard['lrpq']['kl_nats']:.4f} nats {unit}, uniform "
         f"{guard['uniform_choice']} {guard['uniform']['kl_nats']:.4f}; written: {guard['kept']}"
+    )
+
+
+def activations_line(activations: Mapping[str, Any]) -> str:
+    """Say how wide activations are."""
+    counts = Counter(int(place["bits"]) for place in activations["places"])
+    shown = ", ".join(f"{count} at {bits}" for bits, count in sorted(counts.items()))
+    return (
+        f"activations: {activations['average_bits']:.3f} bits on average over all values of an image; places: {shown}"
     )
 
 
@@ -158,12 +173,15 @@ def quality_table(evaluation: Mapping[str, Any], *, sizes: Mapping[str, Any]) ->
     table.add_column("")
     for name, _, _ in columns:
         table.add_column(name, justify="right")
+    images = "images" in evaluation
+    measures = IMAGE_MEASURES if images else TEXT_MEASURES
+    divergence = "KL (nats an image)" if images else "KL (nats a token)"
     rows: list[tuple[str, list[str]]] = [
         ("bytes", ["" if size is None else shown_bytes(size) for _, _, size in columns]),
         ("all-in bits", [_number(scores, "all_in_bits", ".3f") for _, scores, _ in columns]),
-        ("perplexity", [_number(scores, "perplexity", ".3f") for _, scores, _ in columns]),
-        ("KL (nats a token)", [_divergence(scores) for _, scores, _ in columns]),
-        ("same top token", [_number(scores, "top1", ".2%") for _, scores, _ in columns]),
+        *((name, [_number(scores, field, form) for _, scores, _ in columns]) for name, field, form in measures[:1]),
+        (divergence, [_divergence(scores) for _, scores, _ in columns]),
+        *((name, [_number(scores, field, form) for _, scores, _ in columns]) for name, field, form in measures[1:]),
     ]
     for name, cells in rows:
         if any(cells):

@@ -25,12 +25,15 @@ from flows.config import (
     default_run_id,
     default_store,
 )
+from flows.image_compression import ImageCompression
 from flows.manifest_file import MANIFEST, read_manifest_file
 from flows.prefect_server import prefect_api
 from flows.progress import Progress
 from flows.rotation import stored_rotation
 from flows.states import close_abandoned, tagged
 from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
+from lrpq.errors import ConfigError
+from lrpq.model.families import classifies_images
 from lrpq.model.safetensors_source import resolve_model
 from lrpq.model.source import open_source
 from tasks import evaluate
@@ -67,7 +70,7 @@ def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | Non
     Raises:
         LrpqError: anything the user can act upon.
     """
-    refuse_secrets(config.run.calibration.source, config.evaluation.source)
+    refuse_secrets(config.run.calibration.source, config.run.images.source, config.evaluation.source)
     with prefect_api():
         asked = _Asked(config=config, progress=progress, pool=pool)
         token = _asked.set(asked)
@@ -113,7 +116,8 @@ def compress_in_flow(config: CompressConfig, progress: Progress, *, pool: Pool |
         LrpqError: anything the user can act upon.
     """
     with artifacts.shown(progress) as shown:
-        manifest = Compression(config, shown).run(pool)
+        kind = Compression if config.run.images.source is None else ImageCompression
+        manifest = kind(config, shown).run(pool)
     artifacts.publish(manifest)
     return manifest
 
@@ -170,7 +174,13 @@ def run_evaluate(
         LrpqError: anything the user can act upon.
     """
     store, model = default_store(), resolve_model(reference)
-    dtype = resolve_dtype(RunConfig(model=reference), open_source(model))
+    source = open_source(model)
+    if classifies_images(source.config):
+        raise ConfigError(
+            f"model {reference!r} classifies images: lrpq evaluate takes language models; the scores of a classifier "
+            f"are in its {MANIFEST}"
+        )
+    dtype = resolve_dtype(RunConfig(model=reference), source)
     rotation = stored_rotation(read_manifest_file(checkpoint / MANIFEST))
     if rotation is not None:
         evaluate.check_rotated(checkpoint, model, rotation)

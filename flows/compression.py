@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from flows import artifacts, jobs
+from flows import artifacts, guard, jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.config import CompressConfig, RunConfig, default_run_id
-from flows.guard import Contender, guarded
+from flows.guard import Contender, guarded, measure_held_out
 from flows.jobs import JobContext
 from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
 from flows.planning import Planner, Plans
@@ -24,6 +24,7 @@ from flows.rotation import rotated, rotated_fingerprint, rotation_json, rotation
 from flows.run import Run, step
 from flows.search import Search
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
+from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.plan import planned_size
@@ -60,6 +61,10 @@ BUSY_SECONDS = 1.0
 """Between two looks at an output folder that another process is writing."""
 
 
+Call = tuple[Callable[..., Any], Any]
+"""A function of a worker, and the job it is called with."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """What all stages need: the jobs up to the candidates."""
@@ -78,7 +83,7 @@ class Compression:
         self.model = resolve_model(config.run.model)
         self.source = rotated(open_source(self.model), config.run)
         self.fingerprint = model_fingerprint(self.model)
-        self.dtype = resolve_dtype(config.run, self.source)
+        self.dtype = self.resolved_dtype()
         self.stream = BlockStream(self.source, dtype=DTYPES[self.dtype])
         config.check_parts(tied=self.stream.tied_head)
         self.head = self.stream.head_spec if config.run.candidates.quantize_head is not None else None
@@ -107,10 +112,19 @@ class Compression:
             micro_batch=windows_at_once(
                 config.run.micro_batch,
                 device=device,
-                length=config.run.calibration.length,
+                length=self.window_length(),
                 hidden=self.source.config.get_text_config().hidden_size,
             ),
+            length=self.window_length(),
         )
+
+    def resolved_dtype(self) -> str:
+        """Of weights and activations."""
+        return resolve_dtype(self.config.run, self.source)
+
+    def window_length(self) -> int:
+        """Tokens of a calibration window."""
+        return self.config.run.calibration.length
 
     def run(self, pool: Pool | None = None) -> dict[str, Any]:
         """All stages, on the given workers or on the configuration's; the manifest."""
@@ -129,7 +143,7 @@ class Compression:
             ) as pool
         ):
             self._say_how_relevance_is_found()
-            prepared = self._prepare()
+            prepared = self._prepare(pool)
             run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
             artifacts.publish_costs(rows)
@@ -147,7 +161,7 @@ class Compression:
                 f"no table of relevance rules for {', '.join(unknown)}: rules are applied operation by operation"
             )
 
-    def _prepare(self) -> Prepared:
+    def _prepare(self, pool: Pool) -> Prepared:
         run, config = self.run_state, self.config.run
         windows = calibration_windows(run, config, model=self.model, fingerprint=self.fingerprint)
         self.windows = windows
@@ -158,14 +172,27 @@ class Compression:
             self.measured = evaluation_windows(
                 run, self.config, model=self.model, fingerprint=self.fingerprint, calibration=windows
             )
+        self.check_plan()
+        return self._jobs(windows)
+
+    def check_plan(self) -> None:
+        """Pose the plan without costs: what is wrong with it shows here, not after the work.
+
+        Raises:
+            ConfigError: see ``tasks.allocate.pose``.
+            BudgetError: the budget is impossible.
+        """
+        asked = self.config.run.candidates
+        rows = allocate.rows_without_costs(self.stream.specs, jobs.asked_choices(asked))
+        if self.head is not None and asked.quantize_head is not None:
+            choice = fixed_choice(asked.quantize_head, asked.group_sizes, self.head.d_in)
+            rows += allocate.rows_without_costs([self.head], [choice])
+        self.planner.pose(rows)
+
+    def _jobs(self, windows: StoredWindows) -> Prepared:
         stream_job = jobs.stream_job(self.context, windows)
         profile_job = jobs.profile_job(self.context, stream_job, windows)
         candidates_job = jobs.candidates_job(self.context, profile_job, head=self.head)
-        # what is wrong with the plan shows here, not after the work
-        rows = allocate.rows_without_costs(self.stream.specs, candidates_job.choices)
-        if self.head is not None and candidates_job.head is not None:
-            rows += allocate.rows_without_costs([self.head], [candidates_job.head])
-        self.planner.pose(rows)
         return Prepared(stream=self.stream, stream_job=stream_job, profile=profile_job, candidates=candidates_job)
 
     def _search(self, pool: Pool, prepared: Prepared, rows: list[dict[str, Any]]) -> None:
@@ -217,16 +244,7 @@ class Compression:
                 "experts_pooled": counts["experts_pooled"],
                 "experts_without_tokens": counts["experts_without_tokens"],
             }
-        guard, kept = guarded(
-            run,
-            pool,
-            prepared.stream_job,
-            self.windows.held_out,
-            ours,
-            uniform,
-            head=head,
-            wanted=self.config.run.calibration.held_out != 0,
-        )
+        compared, kept = self._guarded(pool, prepared, ours, uniform, head=head)
         if kept is uniform:  # what the refinement met is not of the codes that are written
             degraded = count_degradations(rows)
         degraded["kept_uniform"] = int(kept is uniform)
@@ -241,23 +259,48 @@ class Compression:
             rows=rows,
             degraded=degraded,
         )
-        manifest["rotation"] = rotation_json(self.config.run, self.source)
-        manifest["guard"] = guard
+        manifest |= self.description()
+        manifest["guard"] = compared
         manifest["budget"] |= {"search": self.searched}
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
-        size = planned_size(self.source, quantized, specs=self.specs, format=CheckpointFormat(wanted.format))
-        manifest["size"] = {**asdict(size), "average_bits": size.average_bits}
+        manifest["size"] = self._planned_size(quantized)
         reached = self._assemble(pool, codes, quantized, manifest, key, head=head)
         manifest["verified"] = reached["verified"]
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
         manifest["bytes"] = {"original": model_bytes(self.model), "compressed": reached["total_bytes"]}
-        if self.measured is not None:
-            manifest["evaluation"] = self._evaluate(pool, prepared, self.measured, plans.control, key)
+        evaluation = self._evaluation(pool, prepared, plans.control, key)
+        if evaluation is not None:
+            manifest["evaluation"] = evaluation
         manifest |= {"seconds": run.seconds, "reused": run.reused, "warnings": run.warnings}
         manifest["computed_nothing"] = _computed_nothing(run)
         write_manifest_file(self.config.output / MANIFEST, manifest)
         return manifest
+
+    def _guarded(
+        self,
+        pool: Pool,
+        prepared: Prepared,
+        ours: Contender,
+        uniform: Contender | None,
+        *,
+        head: CandidatesJob | None,
+    ) -> tuple[dict[str, Any], Contender]:
+        """See ``guarded``."""
+        run, held_out = self.run_state, self.windows.held_out
+
+        def measure(contenders: Mapping[str, Contender]) -> Mapping[str, dict[str, Any]]:
+            assert held_out is not None
+            return measure_held_out(run, pool, prepared.stream_job, held_out, contenders, head=head, label=guard.STAGE)
+
+        wanted = self.config.run.calibration.held_out != 0
+        return guarded(run, held_out, ours, uniform, measure=measure, wanted=wanted)
+
+    def _planned_size(self, quantized: Mapping[str, Choice]) -> dict[str, Any]:
+        """Size of the checkpoint."""
+        written_as = CheckpointFormat(self.planner.wanted.format)
+        size = planned_size(self.source, quantized, specs=self.specs, format=written_as)
+        return {**asdict(size), "average_bits": size.average_bits}
 
     def _content_key(self, contender: Contender, *, head: CandidatesJob | None) -> str:
         return content_key(
@@ -279,7 +322,7 @@ class Compression:
         head: CandidatesJob | None,
     ) -> Mapping[str, Any]:
         """Write the checkpoint, unless the very same one lies in the output folder already."""
-        run, output = self.run_state, self.config.output
+        run = self.run_state
         present = self._written(key)
         if present is not None:
             run.reused.append(assemble.STAGE)
@@ -287,35 +330,47 @@ class Compression:
             run.progress.done(assemble.STAGE, seconds=0.0, reused=True)
             size: Mapping[str, Any] = {**manifest["size"], "verified": present["verified"]}
         else:
-            job = AssembleJob(
-                model=str(self.model),
-                store=self.config.store,
-                output=str(output.absolute()),
-                overwrite=self.config.overwrite,
-                codes=codes,
-                head=head,
-                choices=quantized,
-                specs=self.specs,
-                manifest=manifest,
-                format=self.config.plan.format,
-                target=self.config.plan.target,
-                rotation=rotation_of(self.config.run),
-            )
+            call = self._assembly(codes, quantized, manifest, head=head)
 
             def attempt() -> Mapping[str, Any]:
                 with run.timed(assemble.STAGE, 1, "checkpoint"):
-                    written: Mapping[str, Any] = step("assemble", lambda: self._assembled(pool, job, manifest, key))
+                    written: Mapping[str, Any] = step("assemble", lambda: self._assembled(pool, call, manifest, key))
                     run.advance(assemble.STAGE)
                 return written
 
             size = run.survive(pool, assemble.STAGE, attempt)
         return size
 
-    def _assembled(self, pool: Pool, job: AssembleJob, manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    def _assembly(
+        self,
+        codes: StageFolder | CandidatesJob,
+        quantized: Mapping[str, Choice],
+        manifest: Mapping[str, Any],
+        *,
+        head: CandidatesJob | None,
+    ) -> Call:
+        """What writes the checkpoint."""
+        job = AssembleJob(
+            model=str(self.model),
+            store=self.config.store,
+            output=str(self.config.output.absolute()),
+            overwrite=self.config.overwrite,
+            codes=codes,
+            head=head,
+            choices=quantized,
+            specs=self.specs,
+            manifest=manifest,
+            format=self.config.plan.format,
+            target=self.config.plan.target,
+            rotation=rotation_of(self.config.run),
+        )
+        return assemble.assemble, job
+
+    def _assembled(self, pool: Pool, call: Call, manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         """The checkpoint's size; of two drivers of one run the second one waits for the first one's checkpoint."""
         while True:
             try:
-                written: Mapping[str, Any] = pool.get([pool.submit(0, assemble.assemble, job)])[0]
+                written: Mapping[str, Any] = pool.get([pool.submit(0, *call)])[0]
                 return written
             except ConfigError as error:  # busy, or filled meanwhile
                 present = self._written(key)
@@ -331,13 +386,22 @@ class Compression:
         if present is None or present.get("content_key") != key or not isinstance(present.get("verified"), dict):
             return None
         size = present.get("size")
-        whole = isinstance(size, dict) and size.get("total_bytes") == model_bytes(self.config.output)
+        whole = isinstance(size, dict) and size.get("total_bytes") == self.output_bytes()
         return present if whole else None
 
-    def _evaluate(
-        self, pool: Pool, prepared: Prepared, windows: StoredWindows, control: Plan | None, key: str
-    ) -> dict[str, Any]:
-        run, config = self.run_state, self.config.evaluation
+    def output_bytes(self) -> int:
+        """Bytes of what lies in the output folder, as sizes of checkpoints are counted."""
+        return model_bytes(self.config.output)
+
+    def description(self) -> dict[str, Any]:
+        """What the manifest says of the model besides its weights."""
+        return {"rotation": rotation_json(self.config.run, self.source)}
+
+    def _evaluation(self, pool: Pool, prepared: Prepared, control: Plan | None, key: str) -> dict[str, Any] | None:
+        """Scores of the original, the result and the control; None where nothing is measured."""
+        run, config, windows = self.run_state, self.config.evaluation, self.measured
+        if windows is None:
+            return None
         variants: dict[str, Variant] = {"lrpq": CheckpointCodes(path=str(self.config.output.absolute()))}
         inputs = {"windows": windows.digest, "lrpq": key, "model": self.context.fingerprint}
         if control is not None:

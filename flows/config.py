@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from flows.kinds import check_kind
 from lrpq.allocate.budget import UNQUANTIZED_BITS, BudgetBits, parse_bytes
 from lrpq.allocate.keep import parse_keep
 from lrpq.allocate.parts import check_parts
@@ -36,6 +37,7 @@ COUNTERPARTS: Mapping[str, str] = {
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
 PER_CHANNEL = -1
 GROUP_SIZES = (32, 64, 128, PER_CHANNEL)
+ACTIVATION_BITS = (2, 3, 4, 5, 6, 7, 8)
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SLUG_CHARS = 55  # leaves room for "-" and 8 digits in a run id
 MAX_SEED = 2**63 - 1  # what torch.Generator takes
@@ -100,6 +102,32 @@ class CalibrationConfig(Section):
     """Column that holds the text of a hub or Parquet source; found by itself if not given."""
 
 
+class ImagesConfig(Section):
+    """Of an image classifier: the images that take the place of text, and its activations."""
+
+    source: Annotated[str | None, Flag("--images")] = None
+    """Images of an image classifier, in place of calibration text: FOLDER (a folder a class, or files without labels)
+    or hub:DATASET[:CONFIG[:SPLIT]]."""
+    num_images: Annotated[Positive, Flag("--calibration-images")] = 128
+    """Images to calibrate on, drawn by the seed; --held-out-windows more are held out."""
+    activations: Annotated[tuple[int, ...], Field(strict=False), Flag("--activations")] = ()
+    """Widths of activations to choose from (bits); of several the middle one is their average; none leaves
+    activations as they are."""
+
+    @field_validator("activations")
+    @classmethod
+    def _known_widths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        found = chosen(value, ACTIVATION_BITS)
+        if found and len(found) % 2 == 0:
+            raise ValueError(f"{', '.join(map(str, found))} have no middle width to average to; give an odd number")
+        return found
+
+    @property
+    def average_activation_bits(self) -> int | None:
+        """The middle width; None where activations stay as they are."""
+        return self.activations[len(self.activations) // 2] if self.activations else None
+
+
 class CandidateConfig(Section):
     """The choices that GPTQ prepares for every layer."""
 
@@ -147,6 +175,7 @@ class RunConfig(Section):
     model: Annotated[str, Field(min_length=1), Flag("MODEL")]
     """Hub id, or folder of safetensors."""
     calibration: CalibrationConfig = CalibrationConfig()
+    images: ImagesConfig = ImagesConfig()
     candidates: CandidateConfig = CandidateConfig()
     relevance: Annotated[Literal["fisher", "lrp", "cp-lrp", "blend"], Flag("--relevance")] = "blend"
     """Where token weights come from (LRP is patented; fisher avoids it)."""
@@ -171,6 +200,27 @@ class RunConfig(Section):
     models."""
     threads: Annotated[Positive, Flag("--threads")] = 1
     """Threads of a worker (cores); part of a result's identity."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scale_a_row(cls, values: Any) -> Any:
+        """With quantized activations rows have one scale each, where nothing else is asked for."""
+        images = values.get("images") if isinstance(values, Mapping) else None
+        candidates = values.get("candidates", {}) if isinstance(values, Mapping) else None
+        if not (isinstance(images, Mapping) and images.get("activations") and isinstance(candidates, Mapping)):
+            return values
+        return {**values, "candidates": {"group_sizes": [PER_CHANNEL], **candidates}}
+
+    @model_validator(mode="after")
+    def _integer_arithmetic(self) -> RunConfig:
+        if self.images.activations and self.candidates.group_sizes != (PER_CHANNEL,):
+            raise ConfigError(
+                "--group-size with --activations: layers run in integer arithmetic, which has one scale a row; "
+                "leave it out or give channel"
+            )
+        if self.images.activations and self.dtype == "bfloat16":
+            raise ConfigError("--dtype bfloat16 with --activations: scales are folded in float32; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _gradients_for_weights(self) -> RunConfig:
@@ -251,11 +301,16 @@ class EvaluationConfig(Section):
     """What the result is measured on."""
 
     source: Annotated[str | None, Flag("--evaluation")] = None
-    """Text to measure on, written as for --calibration; that text's counterpart if not given."""
+    """Text to measure on, written as for --calibration; that text's counterpart if not given. With --images, images
+    written as there; further ones of the same if not given."""
     num_windows: Annotated[Positive, Flag("--evaluation-windows")] = 32
     """Windows that are measured (sequences)."""
     length: Annotated[WindowLength, Flag("--evaluation-length")] = 512
     """Tokens of an evaluation window."""
+    num_images: Annotated[Positive, Flag("--evaluation-images")] = 1000
+    """Images of an image classifier that are measured, at most."""
+    top1: Annotated[bool | None, Flag("--top1", "--no-top1")] = None
+    """Measure how often the likeliest class is the image's; where images have labels, if not given."""
     control: Annotated[bool, Flag("--control", "--no-control")] = True
     """Also measure uniform GPTQ at the nearest width."""
     enabled: Annotated[bool, Flag("--evaluate", "--no-evaluate")] = True
@@ -315,6 +370,7 @@ class CompressConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> CompressConfig:
+        check_kind(self)
         widths = self.run.candidates.bits
         self.check_parts(tied=False)  # as far as is known without the model
         for rule in map(parse_keep, self.plan.keep):
@@ -330,8 +386,14 @@ class CompressConfig(Section):
                 f"possible is {smallest:g} bits ({min(widths)}-bit codes and their scales); raise --budget "
                 "or allow narrower choices"
             )
-        evaluation_source(self.evaluation, calibration=self.run.calibration.source)
+        self.evaluation_source()
         return self
+
+    def evaluation_source(self) -> str | None:
+        """See ``evaluation_source``; of an image classifier its images, where no others are named."""
+        if self.run.images.source is not None:
+            return (self.evaluation.source or self.run.images.source) if self.evaluation.enabled else None
+        return evaluation_source(self.evaluation, calibration=self.run.calibration.source)
 
     def check_parts(self, *, tied: bool) -> None:
         """Refuse to quantize a head or embeddings that the target does not load or the format does not hold.

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from flows.config import CompressConfig, Flag, Section, evaluation_source
+from flows.config import CompressConfig, Flag, Section
 from lrpq.errors import ConfigError
 from tasks.store.documents import parse_object
 
@@ -201,10 +201,15 @@ def _has(options: Mapping[str, Any], location: Sequence[str]) -> bool:
 
 
 def _resolved(config: CompressConfig) -> CompressConfig:
-    source = evaluation_source(config.evaluation, calibration=config.run.calibration.source)
+    asked = config.run.images
+    images = asked.model_copy(update={"source": None if asked.source is None else absolute_model(asked.source)})
+    run = config.run.model_copy(update={"model": absolute_model(config.run.model), "images": images})
+    source = config.evaluation_source()
+    if source is not None and images.source is not None:
+        source = absolute_model(source)
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"model": absolute_model(config.run.model)}),
+            "run": run,
             "evaluation": config.evaluation.model_copy(update={"source": source}),
             "output": Path(os.path.abspath(os.path.expanduser(config.output))),  # Path's fails for an unknown user
             "store": absolute_store(config.store),

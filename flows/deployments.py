@@ -76,7 +76,7 @@ def checked_configuration(configuration: Mapping[str, Any]) -> CompressConfig:
         ConfigError: the first mistake, as the command line says it.
     """
     config = load_config(None, configuration)
-    refuse_secrets(config.run.calibration.source, config.evaluation.source)
+    refuse_secrets(config.run.calibration.source, config.run.images.source, config.evaluation.source)
     return config
 
 

@@ -6,8 +6,9 @@ was calibrated on, before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from typing import Any
 
 from flows.calibrate import HeldOut
@@ -26,6 +27,28 @@ STAGE = "guard"
 OURS, UNIFORM = "lrpq", "uniform"
 
 
+class Windows(Enum):
+    """What a window is, in words."""
+
+    TEXT = "windows"
+    IMAGES = "images"
+
+    @property
+    def windows(self) -> str:
+        """Several."""
+        return self.value
+
+    @property
+    def source(self) -> str:
+        """Where they come from."""
+        return "text" if self is Windows.TEXT else "images"
+
+    @property
+    def unit(self) -> str:
+        """What a divergence is a mean over."""
+        return "a token" if self is Windows.TEXT else "an image"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
     """Codes in the store under a plan."""
@@ -39,51 +62,52 @@ class Contender:
         return self.codes.key if isinstance(self.codes, StageFolder) else self.codes.folder.key
 
 
+Measure = Callable[[Mapping[str, Contender]], Mapping[str, dict[str, Any]]]
+"""Scores of contenders, by name."""
+
+
 def guarded(
     run: Run,
-    pool: Pool,
-    stream: StreamJob,
     held_out: HeldOut | None,
     ours: Contender,
     uniform: Contender | None,
     *,
-    head: CandidatesJob | None,
+    measure: Measure,
     wanted: bool,
+    of: Windows = Windows.TEXT,
 ) -> tuple[dict[str, Any], Contender]:
-    """What was measured (empty where nothing could be compared: why is a warning), and which of the two is written."""
+    """What was measured (empty where nothing could be compared: why is a warning), and which of the two is written.
+
+    Args:
+        run: the run.
+        held_out: windows to measure on.
+        ours: the result.
+        uniform: the uniform candidate under the same budget.
+        measure: measures contenders on these windows.
+        wanted: whether to compare at all.
+        of: what a window is.
+    """
     if not wanted:
         return {}, ours
     if held_out is None:
-        run.warn("the result is not guarded: no windows of the calibration text were held out")
+        run.warn(f"the result is not guarded: no {of.windows} of the calibration {of.source} were held out")
         return {}, ours
     if uniform is None:
         run.warn("the result is not guarded: no uniform plan is possible under this budget")
         return {}, ours
-    found = _measured(run, pool, stream, held_out, ours, uniform, head=head)
-    if found["kept"] == OURS:
-        return dict(found), ours
-    run.warn(
-        f"on {found['windows']} held-out windows lrpq's plan has a KL of {found[OURS]['kl_nats']:.4f} nats a token and "
-        f"uniform {found['uniform_choice']} one of {found[UNIFORM]['kl_nats']:.4f}: uniform is what is written"
-    )
-    return dict(found), uniform
-
-
-def _measured(
-    run: Run,
-    pool: Pool,
-    stream: StreamJob,
-    held_out: HeldOut,
-    ours: Contender,
-    uniform: Contender,
-    *,
-    head: CandidatesJob | None,
-) -> Mapping[str, Any]:
-    """Both on the held-out windows, KL in nats a token, and ``kept``: which of them is written."""
-    found = measure_held_out(run, pool, stream, held_out, {OURS: ours, UNIFORM: uniform}, head=head, label=STAGE)
-    kept = OURS if found[OURS]["kl_nats"] <= found[UNIFORM]["kl_nats"] else UNIFORM
+    scores = measure({OURS: ours, UNIFORM: uniform})
+    kept = OURS if scores[OURS]["kl_nats"] <= scores[UNIFORM]["kl_nats"] else UNIFORM
     choice = next(str(c) for c in uniform.plan.choices.values() if c is not None)
-    return {"windows": held_out.num_windows, "uniform_choice": choice, "kept": kept, **found}
+    found = {"windows": held_out.num_windows, "uniform_choice": choice, "kept": kept, **scores}
+    if of is Windows.IMAGES:
+        found["of"] = of.value
+    if kept == OURS:
+        return found, ours
+    run.warn(
+        f"on {held_out.num_windows} held-out {of.windows} lrpq's plan has a KL of {scores[OURS]['kl_nats']:.4f} nats "
+        f"{of.unit} and uniform {choice} one of {scores[UNIFORM]['kl_nats']:.4f}: uniform is what is written"
+    )
+    return found, uniform
 
 
 def measure_held_out(

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from flows.calibrate import StoredWindows
-from flows.config import CompressConfig
+from flows.config import CandidateConfig, CompressConfig
 from flows.result import choices_json
 from flows.rotation import rotation_of
 from flows.run import Run
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.model.layers import Choice, LinearSpec
-from tasks import candidates, profile, refine
+from tasks import activations, candidates, profile, refine
+from tasks.activations import ActivationsJob
 from tasks.candidates import CandidatesJob
+from tasks.chosen_grids import ChosenGrids
 from tasks.profile import ProfileJob
 from tasks.refine import RefineJob
 from tasks.streams import StreamJob
@@ -35,6 +37,12 @@ class JobContext:
     """Of weights and activations, resolved."""
     micro_batch: int
     """Windows computed at once, resolved."""
+    length: int
+    """Tokens of a calibration window."""
+    images: bool = False
+    """Whether windows are images."""
+    activations: ChosenGrids | None = None
+    """Grids of activations, once they are known."""
 
 
 def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
@@ -45,11 +53,13 @@ def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
         dtype=context.dtype,
         store=context.config.store,
         windows=windows.key,
-        length=config.calibration.length,
-        num_tokens=windows.num_windows * config.calibration.length,
+        length=context.length,
+        num_tokens=windows.num_windows * context.length,
         num_shards=min(config.shards, windows.num_windows),
         micro_batch=context.micro_batch,
         rotation=rotation_of(config),
+        images=context.images,
+        activations=context.activations,
     )
 
 
@@ -83,10 +93,44 @@ def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) 
     )
 
 
+def gradients_job(context: JobContext, stream: StreamJob, windows: StoredWindows) -> ProfileJob:
+    """Squared gradients at the outputs of every layer, which say what an error of its inputs costs in nats."""
+    parameters = {"relevance": "fisher", "floor": 0.0, "power": 1.0, "seed": context.config.run.seed}
+    return ProfileJob(
+        stream=stream,
+        folder=context.run.folder(
+            profile.STAGE,
+            inputs={"model": context.fingerprint, "windows": windows.digest},
+            parameters=parameters | _streaming(context, stream),
+            code=["tasks.profile"],
+        ),
+        relevance="fisher",
+        floor=0.0,
+        power=1.0,
+        seed=context.config.run.seed,
+    )
+
+
+def activations_job(context: JobContext, gradients: ProfileJob) -> ActivationsJob:
+    """Depends on the gradients, and by them on the model and the images, and on the widths."""
+    widths = context.config.run.images.activations
+    return ActivationsJob(
+        stream=gradients.stream,
+        folder=context.run.folder(
+            activations.STAGE,
+            inputs={"gradients": gradients.folder.key},
+            parameters={"widths": list(widths)},
+            code=["tasks.activations"],
+        ),
+        weights=gradients.folder,
+        widths=widths,
+    )
+
+
 def candidates_job(context: JobContext, profile: ProfileJob, *, head: LinearSpec | None) -> CandidatesJob:
     """Depends on the profile, on the choices, and on that of the head where it is quantized."""
     config = context.config.run.candidates
-    choices = tuple(Choice(bits=bits, group_size=size) for bits in config.bits for size in config.group_sizes)
+    choices = asked_choices(config)
     parameters = {"choices": [str(c) for c in choices], "damping": config.damping, "grid": config.grid}
     head_choice: Choice | None = None
     if head is not None and config.quantize_head is not None:
@@ -102,6 +146,11 @@ def candidates_job(context: JobContext, profile: ProfileJob, *, head: LinearSpec
         grid=config.grid,
         head=head_choice,
     )
+
+
+def asked_choices(config: CandidateConfig) -> tuple[Choice, ...]:
+    """All choices of (bits, group size)."""
+    return tuple(Choice(bits=bits, group_size=size) for bits in config.bits for size in config.group_sizes)
 
 
 def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJob:
@@ -141,7 +190,7 @@ def control_job(context: JobContext, stream: StreamJob, plan: Plan) -> RefineJob
         stream=stream,
         folder=context.run.folder(
             refine.STAGE,
-            inputs={"model": context.fingerprint, "windows": stream.windows},
+            inputs={"model": context.fingerprint, "windows": stream.windows, **_activations(stream)},
             parameters=_refining(context, stream, plan),
             code=["tasks.refine"],
         ),
@@ -154,6 +203,10 @@ def control_job(context: JobContext, stream: StreamJob, plan: Plan) -> RefineJob
         row_blocks=1,
         grid=candidate.grid,
     )
+
+
+def _activations(stream: StreamJob) -> dict[str, str]:
+    return {} if stream.activations is None else {"activations": stream.activations.digest}
 
 
 def _streaming(context: JobContext, stream: StreamJob) -> dict[str, Any]:

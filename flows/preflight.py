@@ -27,9 +27,10 @@ def preflight(config: CompressConfig) -> None:
     )
     _check_apart(config.output, config.run.model, config.store)
     check_named_folder(config.run.model, option="MODEL")
-    check_text(config.run.calibration.source)
-    if config.evaluation.enabled and config.evaluation.source is not None:
-        check_text(config.evaluation.source)
+    if config.run.images.source is None:
+        check_text(config.run.calibration.source)
+        if config.evaluation.enabled and config.evaluation.source is not None:
+            check_text(config.evaluation.source)
     check_store(config.store)
     _check_model(config)
 
@@ -149,8 +150,19 @@ def _check_model(config: CompressConfig) -> None:
 
     source = rotated(open_source(resolve_model(config.run.model)), config.run)
     architecture, family = family_of(source.config)
-    if family.pooling is not None:
-        raise ConfigError(f"{architecture} classifies images: `lrpq compress` takes language models")
+    if family.pooling is not None and config.run.images.source is None:
+        raise ConfigError(
+            f"{architecture} classifies images: give images to calibrate on with --images FOLDER (or a data set's name)"
+        )
+    if config.run.images.source is not None:
+        if family.pooling is None:
+            raise ConfigError(f"--images: {architecture} is no image classifier; give --calibration a text")
+        from flows.image_shares import check_images
+        from tasks.images.preprocess import Preprocessor
+
+        check_images(config, source.config)
+        Preprocessor(source.folder, source.config)
+        return
     config.check_parts(tied=bool(source.config.tie_word_embeddings))
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     lengths = {"--length": config.run.calibration.length}

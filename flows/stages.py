@@ -46,18 +46,19 @@ def _sites(stream: BlockStream, job: CandidatesJob) -> dict[int, dict[str, tuple
     return found
 
 
-def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Mapping[str, Any]:
+def run_profile(
+    run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int, label: str = profile.STAGE
+) -> Mapping[str, Any]:
     """Forward and backward sweep; one task run a block of the backward sweep."""
-    label = profile.STAGE
     done = run.stored(job.folder, label)
     if done is not None:
         return done
     kept: Counter[str] = Counter()
-    run.survive(pool, label, lambda: _profile(run, pool, job, num_blocks, kept))
+    run.survive(pool, label, lambda: _profile(run, pool, job, num_blocks, kept, label))
     curvature = profile.stored_curvature(job, range(num_blocks + int(job.with_head)))
     if kept["forgotten_bytes"]:
         run.warn(
-            f"profile: no room for {kept['forgotten_bytes']:,} bytes of block inputs, in memory or on disk; they were "
+            f"{label}: no room for {kept['forgotten_bytes']:,} bytes of block inputs, in memory or on disk; they were "
             "computed twice"
         )
     try:
@@ -71,19 +72,18 @@ def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Ma
     return run.finish(job.folder, label, extra)
 
 
-def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Counter[str]) -> None:
+def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Counter[str], label: str) -> None:
     """The sweeps, from where the store says that they were left."""
-    label = profile.STAGE
     start = profile.position(job, num_blocks=num_blocks)
     left = start.block if start.backward else 2 * num_blocks + 1 - start.block
     with run.timed(label, left):
         pool.each(profile.begin, job, start)
         if not start.backward:
-            _profile_forward(run, pool, job, range(start.block, num_blocks), num_blocks)
+            _profile_forward(run, pool, job, range(start.block, num_blocks), num_blocks, label)
         storing: list[tuple[int, Any]] = []
 
         def collect(block: int, references: list[Any]) -> None:
-            step(f"profile · block {block}", lambda: pool.get(references))
+            step(f"{label} · block {block}", lambda: pool.get(references))
             run.advance(label, f"backward, block {block}")
 
         for block in range((start.block if start.backward else num_blocks) - 1, -1, -1):
@@ -103,14 +103,14 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
             kept.update(result)
 
 
-def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_blocks: int) -> None:
+def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_blocks: int, label: str) -> None:
     """The forward sweep and the labels."""
     waiting: list[tuple[int, list[Any]]] = []
     in_flight = len(blocks) + 1 if job.weighs_tokens else BLOCKS_IN_FLIGHT
 
     def wait(block: int, references: list[Any]) -> None:
-        step(f"profile · forward · block {block}", lambda: pool.get(references))
-        run.advance(profile.STAGE, f"forward, block {block}")
+        step(f"{label} · forward · block {block}", lambda: pool.get(references))
+        run.advance(label, f"forward, block {block}")
 
     for block in blocks:
         if job.weighs_tokens:
@@ -125,13 +125,13 @@ def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_b
             wait(*waiting.pop(0))
     for item in waiting:
         wait(*item)
-    step("profile · labels", lambda: pool.each(profile.seed_gradients, job))
+    step(f"{label} · labels", lambda: pool.each(profile.seed_gradients, job))
     if job.with_head:
         sums = pool.each_refs(profile.take_head)
         store = partial(pool.submit, 0, profile.store_head, job, num_blocks, *sums)
-        step("profile · head", lambda: pool.get([store()]))
+        step(f"{label} · head", lambda: pool.get([store()]))
     pool.each(profile.keep_gradients, job, num_blocks)
-    run.advance(profile.STAGE, "labels")
+    run.advance(label, "labels")
 
 
 def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream) -> list[dict[str, Any]]:

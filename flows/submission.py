@@ -62,7 +62,7 @@ class Jobs:
         Raises:
             ConfigError: the configuration holds a secret, or the cluster refuses it.
         """
-        refuse_secrets(config.run.calibration.source, config.evaluation.source)
+        refuse_secrets(config.run.calibration.source, config.run.images.source, config.evaluation.source)
         document = config.model_dump(mode="json")
         document["cluster"]["address"] = "auto"
         digest = sha256_text(canonical_text(plain_json(document)))

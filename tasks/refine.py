@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrpq.activations.apply import GridActivations
 from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.quant.grid import Grid, QuantizedWeight
@@ -23,6 +24,7 @@ from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
 from lrpq.relevance.outputs import Outputs
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
+from tasks.chosen_grids import read_grids
 from tasks.profile import ROWS, read_outputs
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
@@ -92,6 +94,7 @@ def first_block(job: RefineJob, specs: Sequence[Sequence[LinearSpec]]) -> int:
 def begin(state: WorkerState, job: RefineJob, block: int) -> None:
     """Open the model and bring this worker's windows in front of a block."""
     stream = open_stream(state, job.stream)
+    chosen = job.stream.activations
     shards = {shard.index: shard.tokens for shard in my_shards(state, job.stream)}
     sweep = RefineSweep(
         stream,
@@ -99,6 +102,7 @@ def begin(state: WorkerState, job: RefineJob, block: int) -> None:
         num_shards=job.stream.num_shards,
         micro_batch=job.stream.micro_batch,
         with_shift=job.strength > 0,
+        activations=None if chosen is None else GridActivations(stream=stream, grids=read_grids(chosen)),
     )
     sweep.on_batch = state.beat
     sweep.embed()  # also where a waypoint follows: it records what blocks are called with
@@ -147,7 +151,6 @@ def shard_weights(
 ) -> dict[str, dict[int, Tensor]]:
     """Site -> shard -> token weights of all its tokens, from what the profile stored of a block."""
     total = max(s.numel() for s in stored.values())  # sites that see all tokens are in every block
-    slices = shard_slices(total // job.length, job.length, job.num_shards)
     found: dict[str, dict[int, Tensor]] = {}
     for site, s in stored.items():
         if site.endswith(ROWS):
@@ -155,6 +158,7 @@ def shard_weights(
         rows = stored.get(site + ROWS)
         if rows is not None:
             s = dense_weights(s, rows.long(), total, default=_mean_of_experts(stored, kind=site.rsplit(".", 1)[-1]))
+        slices = shard_slices(job.num_windows, s.numel() // job.num_windows, job.num_shards)
         found[site] = {shard: s[slices[shard]] for shard in shards}
     return found
 

@@ -14,6 +14,8 @@ from lrpq.relevance.sweep import Shard
 from lrpq.shards import assign, split
 from lrpq.transform.rotated import Rotation, StoredRotatedSource, open_rotated
 from tasks.calibration.stored import read_windows
+from tasks.chosen_grids import ChosenGrids, fold
+from tasks.images.stored import read_images
 from tasks.store.opened import open_store
 from tasks.worker import WorkerState
 
@@ -32,7 +34,7 @@ class StreamJob:
     windows: str
     """Key of the calibration windows."""
     length: int
-    """Tokens of a window."""
+    """Tokens of a window; of an image, those of the first block."""
     num_tokens: int
     """Of all windows."""
     num_shards: int
@@ -40,11 +42,26 @@ class StreamJob:
     """Windows computed at once."""
     rotation: Rotation | None = None
     """How the model is rotated as it is read; None reads it as it is."""
+    images: bool = False
+    """Whether the windows are images."""
+    activations: ChosenGrids | None = None
+    """Grids of activations, for which the model is folded as it is read."""
+
+    @property
+    def num_windows(self) -> int:
+        """Of all shards."""
+        return self.num_tokens // self.length
+
+
+def open_source_of(job: StreamJob) -> ModelSource:
+    """The model, rotated or folded if it is to be."""
+    source = open_rotated(Path(job.model), job.rotation)
+    return source if job.activations is None else fold(source, job.activations)
 
 
 def open_stream(state: WorkerState, job: StreamJob) -> BlockStream:
-    """The model, rotated if it is to be, streamed on this worker's device."""
-    source = open_rotated(Path(job.model), job.rotation)
+    """The model, rotated or folded if it is to be, streamed on this worker's device."""
+    source = open_source_of(job)
     return BlockStream(source, dtype=DTYPES[job.dtype], device=state.device)
 
 
@@ -67,17 +84,21 @@ def open_reference(
 def held_source(state: WorkerState, job: StreamJob) -> ModelSource:
     """The model's tensors, opened once by a worker as long as its files are the same: opening reads every header."""
     files = sorted(path for path in Path(job.model).iterdir() if path.suffix in (".safetensors", ".json"))
-    identity = [(job.model, job.rotation, path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    identity = [
+        (job.model, job.rotation, job.activations, path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in files
+    ]
     held: tuple[object, ModelSource] | None = state.held.get("source")
     if held is None or held[0] != identity:
-        held = identity, open_rotated(Path(job.model), job.rotation)
+        held = identity, open_source_of(job)
         state.held["source"] = held
     return held[1]
 
 
 def my_shards(state: WorkerState, job: StreamJob) -> list[Shard]:
     """The shards this worker is responsible for."""
-    windows = read_windows(open_store(job.store), job.windows)
+    store = open_store(job.store)
+    windows = read_images(store, job.windows).to(DTYPES[job.dtype]) if job.images else read_windows(store, job.windows)
     spans = split(len(windows), job.num_shards)
     return [
         Shard(index=i, first_window=spans[i].start, tokens=windows[spans[i].start : spans[i].stop])

@@ -18,9 +18,14 @@ def compress(
     length: o.CalibrationLength = None,
     held_out_windows: o.HeldOut = None,
     text_column: o.TextColumn = None,
+    images: o.Images = None,
+    calibration_images: o.CalibrationImages = None,
+    activations: o.Activations = None,
     evaluation: o.Evaluation = None,
     evaluation_windows: o.EvaluationWindows = None,
     evaluation_length: o.EvaluationLength = None,
+    evaluation_images: o.EvaluationImages = None,
+    top1: o.Top1 = None,
     relevance: o.Relevance = None,
     gradients_every: o.GradientsEvery = None,
     rotate: o.Rotate = None,
@@ -49,7 +54,7 @@ def compress(
     config: o.ConfigFile = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Compress MODEL to a hard budget.
+    """Compress MODEL to a hard budget: a language model, or with --images an image classifier.
 
     --budget 3.25 bounds the bits of a weight, --budget-bytes 40GB the whole checkpoint, --max-kl 0.05 what may be
     lost. The same command again continues where an interrupted one stopped.
@@ -65,6 +70,9 @@ def compress(
             "run.calibration.length": length,
             "run.calibration.held_out": held_out_windows,
             "run.calibration.text_column": text_column,
+            "run.images.source": images,
+            "run.images.num_images": calibration_images,
+            "run.images.activations": o.whole_numbers(activations, flag="--activations"),
             "run.candidates.bits": o.whole_numbers(bits, flag="--bits"),
             "run.candidates.group_sizes": o.whole_numbers(group_size, flag="--group-size"),
             "run.candidates.quantize_head": quantize_head,
@@ -87,6 +95,8 @@ def compress(
             "evaluation.source": evaluation,
             "evaluation.num_windows": evaluation_windows,
             "evaluation.length": evaluation_length,
+            "evaluation.num_images": evaluation_images,
+            "evaluation.top1": top1,
             "evaluation.control": control,
             "evaluation.enabled": evaluate,
             "cluster.workers": workers,

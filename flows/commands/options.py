@@ -46,6 +46,9 @@ CalibrationWindows = Annotated[int | None, option("run.calibration.num_windows")
 CalibrationLength = Annotated[int | None, option("run.calibration.length")]
 HeldOut = Annotated[int | None, option("run.calibration.held_out")]
 TextColumn = Annotated[str | None, option("run.calibration.text_column")]
+Images = Annotated[str | None, option("run.images.source")]
+CalibrationImages = Annotated[int | None, option("run.images.num_images")]
+Activations = Annotated[str | None, option("run.images.activations")]
 Bits = Annotated[str | None, option("run.candidates.bits")]
 GroupSize = Annotated[str | None, option("run.candidates.group_sizes")]
 QuantizeHead = Annotated[int | None, option("run.candidates.quantize_head")]
@@ -68,6 +71,8 @@ Refine = Annotated[str | None, option("plan.refine")]
 Evaluation = Annotated[str | None, option("evaluation.source")]
 EvaluationWindows = Annotated[int | None, option("evaluation.num_windows")]
 EvaluationLength = Annotated[int | None, option("evaluation.length")]
+EvaluationImages = Annotated[int | None, option("evaluation.num_images")]
+Top1 = Annotated[bool | None, option("evaluation.top1")]
 Control = Annotated[bool | None, option("evaluation.control")]
 Evaluate = Annotated[bool | None, option("evaluation.enabled")]
 Workers = Annotated[int | None, option("cluster.workers")]
@@ -123,13 +128,15 @@ def presets(values: Mapping[str, Any], *, fast: bool) -> dict[str, Any]:
 
 
 def whole_numbers(text: str | None, *, flag: str) -> list[int] | None:
-    """Read ``2,3,4``; for group sizes ``channel`` is one scale a row.
+    """Read ``2,3,4``; for group sizes ``channel`` is one scale a row, for activations ``none`` is no width at all.
 
     Raises:
         ConfigError: not a list of whole numbers.
     """
     if text is None:
         return None
+    if flag == "--activations" and text.strip() == "none":
+        return []
     items = [item.strip() for item in text.split(",")]
     try:
         return [PER_CHANNEL if item == "channel" and flag == "--group-size" else int(item) for item in items]

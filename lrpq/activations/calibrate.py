@@ -13,7 +13,7 @@ What the head and the patch embedding read stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Flag, auto
@@ -116,6 +116,10 @@ class Calibration:
         return dict.fromkeys(self.places, bits)
 
 
+def _nothing(_: int, __: Mapping[tuple[int, str], Place]) -> None:
+    pass
+
+
 def calibrate(
     stream: BlockStream,
     images: Float[Tensor, "n channels height width"],
@@ -124,6 +128,8 @@ def calibrate(
     means: Means = Means.ALL,
     token_weights: Mapping[int, Mapping[str, Tensor]] | None = None,
     micro_batch: int = 32,
+    blocks: Collection[int] | None = None,
+    on_block: Callable[[int, Mapping[tuple[int, str], Place]], None] = _nothing,
 ) -> Calibration:
     """Walk the blocks once; activations are those of the model in full precision.
 
@@ -136,6 +142,8 @@ def calibrate(
         means: which grids.
         token_weights: block -> site -> what each token counts when grids are judged by output; ones by default.
         micro_batch: images computed at once.
+        blocks: whose grids are found; by default all. Places of a block do not depend on which others are asked for.
+        on_block: called behind every block with its index and places; with none, if it was not asked for.
 
     Raises:
         ModelError: no table says which norms make the sites.
@@ -147,7 +155,8 @@ def calibrate(
     with stream.embedding():
         hidden = [stream.embed(batch) for batch in images.split(micro_batch)]
     found: dict[tuple[int, str], Place] = {}
-    for index, block in stream.stream(range(stream.num_blocks)):
+    wanted = frozenset(range(stream.num_blocks) if blocks is None else blocks)
+    for index, block in stream.stream(range(max(wanted, default=-1) + 1)):
         size = BatchSize(
             images=len(images),
             rows=sum(batch.shape[0] * batch.shape[1] for batch in hidden),
@@ -155,6 +164,9 @@ def calibrate(
         )
         with torch.no_grad(), recorded(stream, index, block) as seen:
             hidden = [stream.run(block, index, batch) for batch in hidden]
+        if index not in wanted:  # run as the others are all the same: the next block's inputs must not depend on it
+            on_block(index, {})
+            continue
         activations = {place: torch.cat(parts).float() for place, parts in seen.items()}
         mask = activations.pop(MASK, None)
         errors = _errors(stream, index, block, activations, mask, size, means, (token_weights or {}).get(index, {}))
@@ -163,6 +175,7 @@ def calibrate(
             shared_zero = folded[name] if name in norms else None
             candidates = {width: _candidate(x, name, width, errors[name], means, shared_zero) for width in widths}
             found[index, name] = Place(num_values=x.numel() // len(images), row=x.shape[-1], candidates=candidates)
+        on_block(index, {key: place for key, place in found.items() if key[0] == index})
     return Calibration(places=found)
 
 

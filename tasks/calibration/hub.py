@@ -28,10 +28,7 @@ def hub_rows(source: HubSource) -> Iterator[Mapping[str, Any]]:
         CalibrationError: unreachable, unknown, gated or unreadable; without a network within seconds.
     """
     try:
-        # load_dataset alone retries for 23 s before it says that there is no network; this call fails in
-        # 0.4 s. Offline mode needs no probe: load_dataset then answers at once.
-        if not Path(source.dataset).exists() and not constants.HF_HUB_OFFLINE:
-            HfApi().dataset_info(source.dataset, timeout=TIMEOUT_SECONDS)
+        check_reachable(source)
         split = datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=True)
         rows = iter(split)
         row = next(rows, None)
@@ -39,10 +36,21 @@ def hub_rows(source: HubSource) -> Iterator[Mapping[str, Any]]:
             yield row
             row = next(rows, None)
     except HUB_ERRORS as error:
-        raise CalibrationError(_message(source, error)) from error
+        raise CalibrationError(hub_message(source, error)) from error
 
 
-def _message(source: HubSource, error: BaseException) -> str:
+def check_reachable(source: HubSource) -> None:
+    """Ask the hub for a data set that is no local folder; raises one of ``HUB_ERRORS``.
+
+    load_dataset alone retries for 23 s before it says that there is no network; this call fails in 0.4 s. Offline mode
+    needs no probe: load_dataset then answers at once.
+    """
+    if not Path(source.dataset).exists() and not constants.HF_HUB_OFFLINE:
+        HfApi().dataset_info(source.dataset, timeout=TIMEOUT_SECONDS)
+
+
+def hub_message(source: HubSource, error: BaseException) -> str:
+    """One line on why a data set cannot be read, and what to do."""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if Path(source.dataset).exists():
         advice = "check the files of the folder, the config and the split"

@@ -160,7 +160,7 @@ def test_image_classifiers_are_refused(valid: list[str], tmp_path: Path, capfd: 
     folder = write_classifier(tmp_path / "vit", "vit")
     capfd.readouterr()  # transformers' bars
     message = fails(capfd, [valid[0], str(folder), *valid[2:]])
-    assert "ViTForImageClassification classifies images: `lrpq compress` takes language models" in message
+    assert "ViTForImageClassification classifies images: give images to calibrate on with --images" in message
 
 
 def test_unknown_hub_model(

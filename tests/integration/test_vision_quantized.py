@@ -16,6 +16,7 @@ from lrpq.activations.directional import responses
 from lrpq.activations.folding import fold_plan
 from lrpq.activations.grids import quantized
 from lrpq.activations.operations import operations
+from lrpq.checkpoint.activations import grid_document
 from lrpq.classifier import load_classifier, write_classifier
 from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
 from lrpq.compare.terms import Terms
@@ -242,3 +243,14 @@ def test_points_alone_change_nothing(stream: BlockStream) -> None:
         with with_points(attention_of(stream, block), {}):
             torch.testing.assert_close(stream.run(block, 1, hidden), plain)
         assert torch.equal(stream.run(block, 1, hidden), plain)
+
+
+def test_places_of_a_block_do_not_depend_on_which_others_are_asked_for(stream: BlockStream) -> None:
+    """So that blocks can be shared out over workers."""
+    whole = calibrate(stream, CALIBRATION[:16], widths=[4])
+    alone = calibrate(stream, CALIBRATION[:16], widths=[4], blocks=[1])
+    assert {block for block, _ in alone.places} == {1}
+    for key, place in alone.places.items():
+        ours, theirs = place.candidates[4], whole.places[key].candidates[4]
+        assert ours.cost == theirs.cost
+        assert grid_document(ours.grid) == grid_document(theirs.grid), key

@@ -60,6 +60,7 @@ def test_every_field_says_what_it_is() -> None:
             ("evaluation",),
             ("cluster",),
             ("run", "calibration"),
+            ("run", "images"),
             ("run", "candidates"),
         }:
             assert field.description, path

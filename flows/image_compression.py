@@ -1,0 +1,245 @@
+"""One compression of an image classifier: the stages of a language model's, and the grids of activations before them.
+
+Images take the place of windows of text. Where activations are to be quantized, their grids come first; what they fold
+into the model makes another one, which all further stages see: its weights are profiled, quantized and written, and are
+rounded behind activations on the grids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from flows import guard, jobs
+from flows.calibrate import StoredWindows
+from flows.compression import Call, Compression, Prepared
+from flows.guard import Contender, Windows, guarded
+from flows.images import MeasuredImages, calibration_images, evaluation_images
+from flows.planning import Planner
+from flows.result import choices_json, model_bytes
+from flows.run import step
+from flows.stages import run_profile, run_refine
+from lrpq.activations.allocate import allocate_widths
+from lrpq.activations.calibrate import Calibration
+from lrpq.allocate.plan import Plan
+from lrpq.checkpoint.activations import TABLE
+from lrpq.checkpoint.plan import planned_size
+from lrpq.model.inputs import image_shape
+from lrpq.model.layers import Choice
+from lrpq.model.streaming import BlockStream
+from tasks import activations, assemble_classifier, image_scores
+from tasks.artifacts import StageFolder
+from tasks.assemble_classifier import AssembleClassifierJob, checkpoint_activations
+from tasks.candidates import CandidatesJob
+from tasks.chosen_grids import ChosenGrids, chosen_grids, fold
+from tasks.cluster import Pool
+from tasks.evaluate import STAGE as EVALUATE
+from tasks.image_scores import ClassifierCheckpoint, ClassifierVariant, ScoreImagesJob, StoredClassifierCodes
+from tasks.streams import DTYPES, StreamJob
+
+GRADIENTS = "gradients"
+"""Label of the walk that finds what activations are judged by."""
+
+
+class ImageCompression(Compression):
+    """One compression; what differs from that of a language model."""
+
+    def window_length(self) -> int:
+        """Tokens of an image at the first block."""
+        return int(self.stream.embed(torch.zeros(1, *image_shape(self.source.config))).shape[1])
+
+    def resolved_dtype(self) -> str:
+        """Float32 where activations are folded: bfloat16 would round what is folded again."""
+        return "float32" if self.config.run.images.activations else super().resolved_dtype()
+
+    def _prepare(self, pool: Pool) -> Prepared:
+        run, config = self.run_state, self.config
+        self.context = replace(self.context, images=True)
+        about: dict[str, Any] = {
+            "model": self.model,
+            "model_config": self.source.config,
+            "fingerprint": self.fingerprint,
+        }
+        self.windows = calibration_images(run, config, **about)
+        self.images: MeasuredImages | None = evaluation_images(run, config, **about)
+        self.check_plan()
+        self.calibration: Calibration | None = None
+        self.original = self.context
+        if config.run.images.activations:
+            self._quantize_activations(pool, self.windows)
+        return self._jobs(self.windows)
+
+    def _quantize_activations(self, pool: Pool, images: StoredWindows) -> None:
+        """Find the grids and their widths, and go on with the model that they ask for."""
+        run, average = self.run_state, self.config.run.images.average_activation_bits
+        assert average is not None
+        num_blocks = self.stream.num_blocks
+        gradients = jobs.gradients_job(self.context, jobs.stream_job(self.context, images), images)
+        run_profile(run, pool, gradients, num_blocks=num_blocks, label=GRADIENTS)
+        job = jobs.activations_job(self.context, gradients)
+        if run.stored(job.folder, activations.STAGE) is None:
+            run.survive(pool, activations.STAGE, lambda: self._search_grids(pool, job))
+            run.finish(job.folder, activations.STAGE, {"blocks": num_blocks})
+        self.calibration = activations.stored_calibration(job, range(num_blocks))
+        mixed = len(job.widths) > 1
+        widths = allocate_widths(self.calibration, average_bits=average) if mixed else self.calibration.uniform(average)
+        self.grids_job = job
+        self._take(chosen_grids(self.config.store, job.folder, widths, num_blocks))
+
+    def _search_grids(self, pool: Pool, job: activations.ActivationsJob) -> None:
+        run = self.run_state
+        parts = activations.shares(activations.missing_blocks(job, self.stream.num_blocks), len(pool))
+        with run.timed(activations.STAGE, len(parts), "share of the blocks"):
+            ends = pool.map(activations.search, [(job, blocks) for blocks in parts])
+            for _ in parts:
+                step(activations.STAGE, lambda: next(ends))
+                run.advance(activations.STAGE)
+
+    def _take(self, chosen: ChosenGrids) -> None:
+        """Go on with the folded model."""
+        self.source = fold(self.source, chosen)
+        self.stream = BlockStream(self.source, dtype=DTYPES[self.dtype])
+        self.specs = self.stream.specs
+        self.planner = Planner(self.config, self.source, self.specs)
+        self.context = replace(
+            self.context,
+            activations=chosen,
+            fingerprint=hashlib.sha256(f"{self.context.fingerprint} {chosen.digest}".encode()).hexdigest(),
+        )
+
+    def description(self) -> dict[str, Any]:
+        """Images, and widths of activations by block and place."""
+        found = super().description() | {"images": {"source": self.windows.source, "number": self.windows.num_windows}}
+        chosen = self.context.activations
+        if chosen is None or self.calibration is None:
+            return found
+        values = {key: place.num_values for key, place in self.calibration.places.items()}
+        total = sum(bits * values[block, place] for block, place, bits in chosen.widths)
+        places = [{"block": block, "place": place, "bits": bits} for block, place, bits in chosen.widths]
+        return found | {"activations": {"average_bits": total / sum(values.values()), "places": places}}
+
+    def _guarded(
+        self,
+        pool: Pool,
+        prepared: Prepared,
+        ours: Contender,
+        uniform: Contender | None,
+        *,
+        head: CandidatesJob | None,
+    ) -> tuple[dict[str, Any], Contender]:
+        run, held_out = self.run_state, self.windows.held_out
+
+        def measure(contenders: Mapping[str, Contender]) -> Mapping[str, dict[str, Any]]:
+            assert held_out is not None
+            variants = {
+                name: StoredClassifierCodes(stream=prepared.stream_job, folder=c.codes, choices=c.plan.choices)
+                for name, c in contenders.items()
+            }
+            inputs = {"images": held_out.digest, **{name: contender.key for name, contender in contenders.items()}}
+            choices = {name: choices_json(contender.plan.choices) for name, contender in contenders.items()}
+            folder = run.folder(guard.STAGE, inputs=inputs, parameters=choices, code=["tasks.image_scores"])
+            job = self._scoring(held_out.key, held_out.num_windows, variants)
+            return self._scores(pool, job, folder, guard.STAGE, labelled=False)
+
+        wanted = self.config.run.calibration.held_out != 0
+        return guarded(run, held_out, ours, uniform, measure=measure, wanted=wanted, of=Windows.IMAGES)
+
+    def _planned_size(self, quantized: Mapping[str, Choice]) -> dict[str, Any]:
+        grids = checkpoint_activations(self.specs, self.context.activations, quantized)
+        size = planned_size(self.source, quantized, specs=self.specs, activations=grids)
+        return {**asdict(size), "average_bits": size.quantized_bits / size.num_quantized_weights}
+
+    def output_bytes(self) -> int:
+        """The table of grids counts too."""
+        table = self.config.output / TABLE
+        return model_bytes(self.config.output) + (table.stat().st_size if table.is_file() else 0)
+
+    def _assembly(
+        self,
+        codes: StageFolder | CandidatesJob,
+        quantized: Mapping[str, Choice],
+        manifest: Mapping[str, Any],
+        *,
+        head: CandidatesJob | None,
+    ) -> Call:
+        job = AssembleClassifierJob(
+            stream=jobs.stream_job(self.context, self.windows),
+            output=str(self.config.output.absolute()),
+            overwrite=self.config.overwrite,
+            codes=codes,
+            choices=quantized,
+            specs=self.specs,
+            manifest=manifest,
+        )
+        return assemble_classifier.assemble, job
+
+    def _evaluation(self, pool: Pool, prepared: Prepared, control: Plan | None, key: str) -> dict[str, Any] | None:
+        run, images = self.run_state, self.images
+        if images is None:
+            return None
+        variants: dict[str, ClassifierVariant] = {"lrpq": ClassifierCheckpoint(path=str(self.config.output.absolute()))}
+        inputs = {"images": images.digest, "lrpq": key, "model": self.context.fingerprint}
+        if control is not None:
+            stream = self._control_stream(prepared.stream_job)
+            job = jobs.control_job(self.context, stream, control)
+            run_refine(run, pool, job, self.stream, label="control")
+            variants["control"] = StoredClassifierCodes(stream=stream, folder=job.folder, choices=control.choices)
+            inputs["control"] = job.folder.key
+        folder = run.folder(
+            EVALUATE,
+            inputs=inputs,
+            parameters={"dtype": self.dtype, "labelled": images.labelled},
+            code=["tasks.image_scores"],
+        )
+        scoring = self._scoring(images.key, images.num_images, variants)
+        found = self._scores(pool, scoring, folder, EVALUATE, labelled=images.labelled)
+        result: dict[str, Any] = {"source": images.source, "images": images.num_images, **found}
+        average = self.config.run.images.average_activation_bits
+        if control is not None:
+            uniform = next(choice for choice in control.choices.values() if choice is not None)
+            beside = "" if average is None else f" A{average}"
+            result["control"] |= {"label": f"uniform GPTQ {uniform}{beside}", "all_in_bits": control.average_bits}
+        return result
+
+    def _control_stream(self, ours: StreamJob) -> StreamJob:
+        """The control's activations have one width everywhere."""
+        average = self.config.run.images.average_activation_bits
+        if ours.activations is None or self.calibration is None or average is None:
+            return ours
+        fixed = self.calibration.uniform(average)
+        chosen = chosen_grids(self.config.store, self.grids_job.folder, fixed, self.stream.num_blocks)
+        return replace(ours, activations=chosen)
+
+    def _scoring(self, images: str, num_images: int, variants: Mapping[str, ClassifierVariant]) -> ScoreImagesJob:
+        return ScoreImagesJob(
+            model=str(self.model),
+            dtype=self.dtype,
+            store=self.config.store,
+            images=images,
+            num_images=num_images,
+            variants=variants,
+        )
+
+    def _scores(
+        self, pool: Pool, job: ScoreImagesJob, folder: StageFolder, label: str, *, labelled: bool
+    ) -> dict[str, dict[str, Any]]:
+        """Summaries by variant; a stage of the run."""
+        run = self.run_state
+        done = run.stored(folder, label)
+        if done is None:
+
+            def attempt() -> dict[str, Any]:
+                with run.timed(label, 1, "pass"):
+                    parts = step(label, lambda: pool.each(image_scores.score, job))
+                    run.advance(label)
+                return {
+                    name: asdict(image_scores.summarize(rows, labelled=labelled))
+                    for name, rows in image_scores.merged(parts).items()
+                }
+
+            done = run.finish(folder, label, {"scores": run.survive(pool, label, attempt)})
+        return {name: dict(found) for name, found in done["scores"].items()}

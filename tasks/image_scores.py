@@ -1,0 +1,155 @@
+"""Top-1 and KL divergence of variants of an image classifier, images shared out over the workers.
+
+Images go in batches of a fixed size, so their scores do not depend on which of them a worker holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lrpq.activations.apply import quantized_block
+from lrpq.classifier import read_classifier
+from lrpq.evaluate.classification import ImageScores, Variant, score_images
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.source import open_source
+from lrpq.model.streaming import BlockStream
+from lrpq.quant.grid import QuantizedWeight
+from lrpq.shards import assign
+from tasks.artifacts import StageFolder
+from tasks.candidates import CandidatesJob, read_candidate
+from tasks.chosen_grids import read_grids
+from tasks.images.stored import read_images, read_labels
+from tasks.refine import read_refined
+from tasks.store.opened import open_store
+from tasks.streams import DTYPES, StreamJob, open_stream
+from tasks.worker import WorkerState
+
+BATCH = 50
+"""Images computed at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredClassifierCodes:
+    """A variant whose codes lie in the store: refined ones, or candidates."""
+
+    stream: StreamJob
+    """The model that they are of, folded where activations are quantized."""
+    folder: StageFolder | CandidatesJob
+    choices: Mapping[str, Choice | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifierCheckpoint:
+    """A variant that is a written checkpoint."""
+
+    path: str
+
+
+ClassifierVariant = StoredClassifierCodes | ClassifierCheckpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreImagesJob:
+    """Parameters of the stage; the same on every worker."""
+
+    model: str
+    """Local folder of the original."""
+    dtype: str
+    store: str
+    images: str
+    """Key of the images."""
+    num_images: int
+    variants: Mapping[str, ClassifierVariant]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSummary:
+    """Scores over all images."""
+
+    top1: float | None
+    """Share of images whose likeliest class is theirs; None where images have no labels."""
+    agreement: float
+    """Share of images whose likeliest class is the original's."""
+    kl_nats: float
+    """KL(original || variant), mean over images, nats an image."""
+    kl_standard_error: float | None
+    """Of that mean; None with one image."""
+
+
+def score(state: WorkerState, job: ScoreImagesJob) -> dict[int, dict[str, list[tuple[bool, bool, float]]]]:
+    """Score this worker's batches; first batch -> variant -> (right, agrees, KL) an image."""
+    batches = assign(math.ceil(job.num_images / BATCH), state.num_workers)[state.index]
+    if not len(batches):
+        return {}
+    store = open_store(job.store)
+    mine = slice(batches.start * BATCH, min(batches.stop * BATCH, job.num_images))
+    pixels, labels = read_images(store, job.images)[mine], read_labels(store, job.images)[mine]
+    stream = BlockStream(open_source(Path(job.model)), dtype=DTYPES[job.dtype], device=state.device)
+    variants = {name: _variant(state, variant) for name, variant in job.variants.items()}
+    dtype = stream.dtype
+    found = score_images(stream, pixels.to(dtype), labels, variants, micro_batch=BATCH)
+    return {batches.start: {name: _rows(scores) for name, scores in found.items()}}
+
+
+def _rows(scores: ImageScores) -> list[tuple[bool, bool, float]]:
+    return list(zip(scores.right.tolist(), scores.agrees.tolist(), scores.kl_nats.tolist(), strict=True))
+
+
+def _variant(state: WorkerState, variant: ClassifierVariant) -> tuple[BlockStream, Variant]:
+    if isinstance(variant, ClassifierCheckpoint):
+        stored = read_classifier(variant.path, device=state.device)
+        return stored.stream, _beating(state, stored.variant)
+    stream, store = open_stream(state, variant.stream), open_store(variant.stream.store)
+    chosen = variant.stream.activations
+    grids = ({},) * stream.num_blocks if chosen is None else read_grids(chosen)
+
+    def codes(spec: LinearSpec, choice: Choice) -> QuantizedWeight:
+        if isinstance(variant.folder, CandidatesJob):
+            return read_candidate(store, variant.folder, spec, choice)
+        return read_refined(store, variant.folder, spec.name, choice)
+
+    def of_block(index: int, block: nn.Module) -> AbstractContextManager[None]:
+        specs = stream.block_specs(index)
+        found = {spec.name: codes(spec, c) for spec in specs if (c := variant.choices[spec.name]) is not None}
+        return quantized_block(stream, index, block, grids[index], found)
+
+    return stream, _beating(state, of_block)
+
+
+def _beating(state: WorkerState, variant: Variant) -> Variant:
+    def of_block(index: int, block: nn.Module) -> AbstractContextManager[None]:
+        state.beat()
+        return variant(index, block)
+
+    return of_block
+
+
+def merged(
+    parts: Sequence[Mapping[int, Mapping[str, Sequence[tuple[bool, bool, float]]]]],
+) -> dict[str, list[tuple[bool, bool, float]]]:
+    """Scores of all images in order, by variant."""
+    found: dict[str, list[tuple[bool, bool, float]]] = {}
+    for _, scores in sorted((first, scores) for part in parts for first, scores in part.items()):
+        for name, rows in scores.items():
+            found.setdefault(name, []).extend(rows)
+    return found
+
+
+def summarize(rows: Sequence[tuple[bool, bool, float]], *, labelled: bool) -> ImageSummary:
+    """Means over images, with the standard error of the KL divergence."""
+    n = len(rows)
+    kl = [row[2] for row in rows]
+    mean = math.fsum(kl) / n
+    deviation = math.sqrt(math.fsum((k - mean) ** 2 for k in kl) / (n - 1)) if n > 1 else None
+    return ImageSummary(
+        top1=sum(row[0] for row in rows) / n if labelled else None,
+        agreement=sum(row[1] for row in rows) / n,
+        kl_nats=mean,
+        kl_standard_error=None if deviation is None else deviation / math.sqrt(n),
+    )

@@ -1,0 +1,196 @@
+"""Bad images and settings of the other kind of model: one line, exit code 2, nothing written; no worker is started."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_llama
+from image_folders import as_image, write_images, write_processor
+from PIL import Image
+from pipeline_case import Silent
+from tiny_images import write_classifier
+
+from flows import cli
+from flows.config import CompressConfig
+from flows.image_compression import ImageCompression
+from lrpq.errors import BudgetError, CalibrationError, ConfigError
+from lrpq.model.source import open_source
+from tasks.images.draw import draw
+from tasks.images.folder import list_folder
+from tasks.images.preprocess import Preprocessor
+from tasks.images.sources import FolderSource, parse_image_source
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("images-errors")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    return write_processor(write_classifier(folder / "vit", "vit"))
+
+
+@pytest.fixture(scope="module")
+def images(folder: Path) -> Path:
+    return write_images(folder / "images", 12)
+
+
+@pytest.fixture
+def refused(
+    model: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Runs a command that must be refused before the flow starts; returns its one line."""
+    monkeypatch.setattr("flows.compress.run_compress", lambda *_, **__: pytest.fail("the flow was started"))
+
+    def run(*more: str, model: Path = model, images: Path | None = images) -> str:
+        given = [] if images is None else ["--images", str(images)]
+        where = ["--output", str(tmp_path / "out"), "--store", str(tmp_path / "store"), "--budget", "4.5"]
+        capfd.readouterr()
+        assert cli.run(["compress", str(model), *where, *given, *more]) == 2
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        assert not (tmp_path / "out").exists()
+        return line
+
+    return run
+
+
+FEW = ("--calibration-images", "8", "--held-out-windows", "2")
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (["--length", "64"], "--length with --images: is for language models; leave it out"),
+        (["--calibration", "pydoc:calibrate"], "an image classifier takes --images"),
+        (["--calibration-windows", "8"], "--calibration-windows with --images: is for language models; an image"),
+        (["--evaluation-windows", "8"], "takes --evaluation-images"),
+        (["--rotate", "hadamard"], "--rotate with --images"),
+        (["--quantize-head", "8"], "--quantize-head with --images"),
+        (["--format", "gptq"], "--format with --images"),
+        (["--max-kl", "0.1"], "two budgets"),
+        (["--activations", "3,4"], "3, 4 have no middle width"),
+        (["--activations", "9"], "9 is not one of"),
+        (["--activations", "4", "--group-size", "64"], "one scale a row"),
+        (["--activations", "4", "--dtype", "bfloat16"], "folded in float32"),
+    ],
+)
+def test_settings_that_do_not_go_with_images(refused: Any, option: list[str], expected: str) -> None:
+    assert expected in refused(*option)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (["--activations", "4"], "--activations: is for image classifiers; give their images with --images"),
+        (["--evaluation-images", "8"], "--evaluation-images: is for image classifiers"),
+        (["--top1"], "--top1: is for image classifiers"),
+    ],
+)
+def test_settings_that_need_images(refused: Any, option: list[str], expected: str) -> None:
+    text = ["--calibration", "pydoc:calibrate"]
+    assert expected in refused(*text, *option, images=None)
+
+
+def test_each_kind_of_model_is_told_from_the_other(refused: Any, tmp_path: Path) -> None:
+    text = refused("--calibration", "pydoc:calibrate", images=None)
+    assert "ViTForImageClassification classifies images: give images to calibrate on with --images" in text
+    assert "LlamaForCausalLM is no image classifier" in refused(model=write_llama(tmp_path / "llama"))
+
+
+def test_folders_that_do_not_hold_what_is_needed(refused: Any, model: Path, images: Path, tmp_path: Path) -> None:
+    assert "no such folder" in refused(images=tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "no image files" in refused(images=tmp_path / "empty")
+    assert "holds 12, and 64 are to be calibrated on, 8 held out" in refused("--calibration-images", "64")
+    assert "and some to measure on" in refused("--calibration-images", "10", "--held-out-windows", "2")
+    flat = write_images(tmp_path / "flat", 12, labelled=False)
+    assert "have no labels, which --top1 needs" in refused(*FEW, "--top1", images=flat)
+    strange = tmp_path / "strange"
+    shutil.copytree(images, strange)
+    shutil.copytree(strange / "LABEL_0", strange / "zebra", dirs_exist_ok=True)
+    assert "class 'zebra' is none of the model's" in refused(*FEW, images=strange)
+    shutil.copy(next((images / "LABEL_0").iterdir()), strange / "loose.png")
+    shutil.rmtree(strange / "zebra")
+    assert "loose.png lies beside class folders" in refused(*FEW, images=strange)
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    (bare / "preprocessor_config.json").unlink()
+    assert "its image processor cannot be loaded" in refused(*FEW, model=bare)
+
+
+def test_labels_are_the_models_or_those_of_sorted_folders(model: Path, images: Path, tmp_path: Path) -> None:
+    config = open_source(model).config
+    for file in list_folder(images, config, labelled=True):
+        assert file.path.parent.name == f"LABEL_{file.label}"
+    assert {file.label for file in list_folder(images, config, labelled=False)} == {-1}
+    for letter in "jihgfedcba":  # as many as the model has classes, under other names
+        (tmp_path / "named" / letter).mkdir(parents=True)
+        shutil.copy(next((images / "LABEL_0").iterdir()), tmp_path / "named" / letter / "x.png")
+    found = {file.path.parent.name: file.label for file in list_folder(tmp_path / "named", config, labelled=True)}
+    assert found == {letter: index for index, letter in enumerate("abcdefghij")}
+
+
+def test_images_are_drawn_once_each_and_read_as_the_processor_says(model: Path, images: Path) -> None:
+    config, source = open_source(model).config, FolderSource(path=images)
+    parts = [draw(source, model, config, skip=skip, count=4, seed=3, labelled=True).pixels for skip in (0, 4, 8)]
+    whole = draw(source, model, config, skip=0, count=99, seed=3, labelled=True)
+    assert torch.equal(torch.cat(parts), whole.pixels)
+    assert len({tuple(x.flatten().tolist()) for x in whole.pixels}) == 12
+    other = draw(source, model, config, skip=0, count=99, seed=4, labelled=True)
+    assert not torch.equal(other.pixels, whole.pixels)
+    file = list_folder(images, config, labelled=True)[0].path
+    with Image.open(file) as image:
+        values = torch.tensor(np.asarray(image), dtype=torch.float64).permute(2, 0, 1)
+    expected = (values / 255 - 0.5) * 6
+    torch.testing.assert_close(Preprocessor(model, config).read(file, name="x").double(), expected, atol=1e-5, rtol=0)
+    with pytest.raises(CalibrationError, match="no more than 12"):
+        draw(source, model, config, skip=12, count=1, seed=3, labelled=True)
+
+
+def test_an_image_that_cannot_be_read_is_named(model: Path, tmp_path: Path) -> None:
+    config = open_source(model).config
+    folder = write_images(tmp_path / "images", 3, labelled=False)
+    (folder / "0001.png").write_bytes((folder / "0001.png").read_bytes()[:60])
+    with pytest.raises(CalibrationError, match=r"image .*0001\.png: cannot be read"):
+        draw(FolderSource(path=folder), model, config, skip=0, count=3, seed=0, labelled=False)
+    as_image(torch.zeros(3, 16, 20)).save(folder / "0001.png")
+    with pytest.raises(CalibrationError, match=r"0001\.png: 20 x 16 becomes \[3, 16, 20\], and the model reads"):
+        draw(FolderSource(path=folder), model, config, skip=0, count=3, seed=0, labelled=False)
+    resizing = tmp_path / "resizing"
+    shutil.copytree(model, resizing)
+    write_processor(resizing, resize=True)
+    found = draw(FolderSource(path=folder), resizing, config, skip=0, count=3, seed=0, labelled=False)
+    assert found.pixels.shape == (3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("text", ["", "a/b/c", "x:y", "./none"])
+def test_what_names_no_images(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_image_source(text)
+
+
+def test_an_impossible_budget_is_refused_before_anything_is_computed(model: Path, images: Path, tmp_path: Path) -> None:
+    """With quantized activations a row has one scale, without being told so: a part of a bit more than the codes."""
+    config = CompressConfig.model_validate(
+        {
+            "run": {
+                "model": str(model),
+                "images": {"source": str(images), "num_images": 8, "activations": [4]},
+                "candidates": {"bits": [3]},
+            },
+            "plan": {"budget_bits": 3.2},
+            "output": tmp_path / "out",
+            "store": str(tmp_path / "store"),
+        }
+    )
+    assert config.run.candidates.group_sizes == (-1,)
+    with pytest.raises(BudgetError, match="impossible"):
+        ImageCompression(config, Silent()).check_plan()

@@ -1,0 +1,208 @@
+"""The main job on an image classifier: from a folder of PNG files to a checkpoint, all stages real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_folders import write_images, write_processor
+from pipeline_case import Job, snapshot, start_pool, start_server, stored_bits
+from tiny_images import train_classifier
+from transformers import AutoModelForImageClassification
+
+from flows import cli
+from lrpq.checkpoint.activations import grid_document
+from lrpq.classifier import load_classifier, read_classifier
+from lrpq.compare.recipes import DEFAULT
+from lrpq.compare.terms import Terms
+from lrpq.compare.vision import QuantizedClassifier, quantize_classifier, uniform_bits
+from lrpq.model.source import open_source
+from lrpq.model.streaming import BlockStream
+from tasks.images.draw import draw
+from tasks.images.sources import parse_image_source
+from tasks.store.opened import open_store
+
+CALIBRATION, HELD_OUT, MEASURED = 64, 8, 200
+WIDTHS = (3, 4, 5)
+MICRO_BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    start_server(request)
+    return Job(start_pool(request), tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def model(job: Job) -> Path:
+    return write_processor(train_classifier(job.folder / "model", "vit"))
+
+
+@pytest.fixture(scope="module")
+def images(job: Job) -> Path:
+    return write_images(job.folder / "images", CALIBRATION + HELD_OUT + MEASURED)
+
+
+def budget_of(model: Path) -> float:
+    """All-in bits of the middle width everywhere."""
+    return uniform_bits(BlockStream(open_source(model), dtype=torch.float32).specs, 4)
+
+
+def command(job: Job, model: Path, images: Path, output: str, *more: str) -> list[str]:
+    options = {
+        "--images": str(images),
+        "--calibration-images": str(CALIBRATION),
+        "--evaluation-images": str(MEASURED),
+        "--bits": ",".join(map(str, WIDTHS)),
+        "--budget": repr(budget_of(model)),
+        "--output": str(job.folder / output),
+        "--store": str(job.folder / "store"),
+        "--device": "cpu",
+    }
+    return ["compress", str(model), *(part for pair in options.items() for part in pair), *more]
+
+
+def run(job: Job, arguments: list[str]) -> dict[str, Any]:
+    """Through the command line, on the session's workers; the manifest."""
+    with job.sharing():
+        assert cli.run([*arguments, "--json"]) == 0
+    folder = Path(arguments[arguments.index("--output") + 1])
+    found: dict[str, Any] = json.loads((folder / "lrpq.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def manifest(job: Job, model: Path, images: Path) -> dict[str, Any]:
+    """Of weights and activations of 3, 4 or 5 bits, 4 on average."""
+    return run(job, command(job, model, images, "mixed", "--activations", "3,4,5"))
+
+
+@pytest.fixture(scope="module")
+def in_process(job: Job, model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> QuantizedClassifier:
+    """The same in one process."""
+    source = open_source(model)
+    drawn = draw(
+        parse_image_source(str(images)), model, source.config, skip=0, count=CALIBRATION, seed=0, labelled=False
+    )
+    return quantize_classifier(
+        source,
+        drawn.pixels,
+        weight_bits=WIDTHS,
+        average_bits=4,
+        activation_bits=WIDTHS,
+        recipe=DEFAULT,
+        folded=tmp_path_factory.mktemp("folded") / "model",
+        terms=Terms(dtype=torch.float32, micro_batch=MICRO_BATCH),
+    )
+
+
+def test_the_codes_and_grids_are_those_of_one_process(
+    job: Job, manifest: dict[str, Any], in_process: QuantizedClassifier
+) -> None:
+    stored = read_classifier(job.folder / "mixed")
+    assert manifest["degraded"]["kept_uniform"] == 0
+    assert stored.codes.keys() == in_process.codes.keys()
+    for name, codes in in_process.codes.items():
+        assert codes.choice == stored.codes[name].choice
+        assert torch.equal(codes.codes, stored.codes[name].codes), name
+        assert torch.equal(codes.scales, stored.codes[name].scales), name
+    for ours, theirs in zip(stored.grids, in_process.grids, strict=True):
+        assert {place: grid_document(grid) for place, grid in ours.items()} == {
+            place: grid_document(grid) for place, grid in theirs.items()
+        }
+
+
+def test_weights_and_activations_keep_their_budgets(job: Job, model: Path, manifest: dict[str, Any]) -> None:
+    bits, weights = stored_bits(job.folder / "mixed")
+    assert bits / weights <= budget_of(model)
+    assert manifest["budget"]["reached_bits"] == bits / weights
+    assert {module["bits"] for module in manifest["modules"]} == {3, 4, 5}
+    assert {module["group_size"] for module in manifest["modules"]} == {-1}
+    places = {(place["block"], place["place"]): place["bits"] for place in manifest["activations"]["places"]}
+    assert len(places) == 2 * 8
+    assert set(places.values()) == {3, 4, 5}
+    assert manifest["activations"]["average_bits"] <= 4
+
+
+def test_what_is_measured_is_what_the_checkpoint_computes(
+    job: Job, model: Path, images: Path, manifest: dict[str, Any]
+) -> None:
+    """On images that were neither calibrated on nor held out, with the model's own forward."""
+    source = open_source(model)
+    drawn = draw(
+        parse_image_source(str(images)),
+        model,
+        source.config,
+        skip=CALIBRATION + HELD_OUT,
+        count=MEASURED,
+        seed=0,
+        labelled=True,
+    )
+    assert drawn.labelled
+    with torch.no_grad():
+        original = AutoModelForImageClassification.from_pretrained(model).eval()(pixel_values=drawn.pixels).logits
+        ours = load_classifier(job.folder / "mixed")(pixel_values=drawn.pixels).logits
+    found = manifest["evaluation"]
+    assert found["images"] == MEASURED
+    for name, logits in (("reference", original), ("lrpq", ours)):
+        assert found[name]["top1"] == pytest.approx(
+            float((logits.argmax(-1) == drawn.labels).double().mean()), abs=0.006
+        )
+    assert found["reference"]["top1"] > 0.9
+    assert found["lrpq"]["top1"] > found["reference"]["top1"] - 0.06
+    assert 0 < found["lrpq"]["kl_nats"] < found["control"]["kl_nats"]
+    assert found["control"]["label"] == "uniform GPTQ 4b/channel A4"
+    p, q = original.double().log_softmax(-1), ours.double().log_softmax(-1)
+    assert found["lrpq"]["kl_nats"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.05)
+    assert manifest["guard"]["windows"] == HELD_OUT
+
+
+def test_the_same_command_computes_nothing(job: Job, model: Path, images: Path, manifest: dict[str, Any]) -> None:
+    before = snapshot(job.folder / "store"), (job.folder / "mixed" / "model.safetensors").read_bytes()
+    again = run(job, command(job, model, images, "mixed", "--activations", "3,4,5"))
+    assert again["computed_nothing"]
+    assert {"calibrate", "evaluation images", "gradients", "activations", "profile", "candidates", "refine"} < set(
+        again["reused"]
+    )
+    assert again["evaluation"] == manifest["evaluation"]
+    assert (snapshot(job.folder / "store"), (job.folder / "mixed" / "model.safetensors").read_bytes()) == before
+
+
+def test_a_damaged_grid_is_refused_by_name(job: Job, model: Path, images: Path, manifest: dict[str, Any]) -> None:
+    store = open_store(str(job.folder / "store"))
+    (key,) = [key for key in store.list(f"{manifest['run_id']}/activations") if key.endswith("grids-001.safetensors")]
+    path = job.folder / "store" / key
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with job.sharing():
+        assert cli.run(command(job, model, images, "damaged", "--activations", "3,4,5")) == 2
+    assert not (job.folder / "damaged").exists()
+    path.write_bytes(whole)
+
+
+def test_weights_alone_load_with_transformers(job: Job, model: Path, images: Path) -> None:
+    """Without labels the divergence is all that is measured, and that is said."""
+    flat = write_images(job.folder / "flat", CALIBRATION + HELD_OUT + 20, labelled=False)
+    found = run(job, command(job, model, flat, "weights", "--refine", "stitch", "--no-control"))
+    assert any("no labels, so top-1 is not measured" in text for text in found["warnings"])
+    assert found["evaluation"]["lrpq"]["top1"] is None
+    assert found["evaluation"]["images"] == 20
+    assert "activations" not in found
+    loaded = AutoModelForImageClassification.from_pretrained(job.folder / "weights").eval()
+    drawn = draw(
+        parse_image_source(str(flat)),
+        model,
+        open_source(model).config,
+        skip=CALIBRATION + HELD_OUT,
+        count=20,
+        seed=0,
+        labelled=False,
+    )
+    with torch.no_grad():
+        p = AutoModelForImageClassification.from_pretrained(model).eval()(pixel_values=drawn.pixels).logits
+        q = loaded(pixel_values=drawn.pixels).logits
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    assert found["evaluation"]["lrpq"]["kl_nats"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.02)
