@@ -93,7 +93,7 @@ class ImageCompression(Compression):
     def _search_grids(self, pool: Pool, job: activations.ActivationsJob) -> None:
         run = self.run_state
         parts = activations.shares(activations.missing_blocks(job, self.stream.num_blocks), len(pool))
-        with run.timed(activations.STAGE, len(parts), "share of the blocks"):
+        with run.timed(activations.STAGE, len(parts), "share"):
             ends = pool.map(activations.search, [(job, blocks) for blocks in parts])
             for _ in parts:
                 step(activations.STAGE, lambda: next(ends))

@@ -194,3 +194,16 @@ def test_an_impossible_budget_is_refused_before_anything_is_computed(model: Path
     assert config.run.candidates.group_sizes == (-1,)
     with pytest.raises(BudgetError, match="impossible"):
         ImageCompression(config, Silent()).check_plan()
+
+
+def test_a_data_set_gives_the_images_and_labels_of_its_files(model: Path, images: Path) -> None:
+    config = open_source(model).config
+    files = draw(FolderSource(path=images), model, config, skip=0, count=12, seed=0, labelled=True)
+    labels = {tuple(x.flatten().tolist()): int(y) for x, y in zip(files.pixels, files.labels, strict=True)}
+    rows = draw(parse_image_source(f"hub:{images}"), model, config, skip=2, count=99, seed=0, labelled=True)
+    assert len(rows.pixels) == 10
+    assert rows.labelled
+    for x, y in zip(rows.pixels, rows.labels, strict=True):
+        assert labels[tuple(x.flatten().tolist())] == int(y)
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        draw(parse_image_source(f"hub:{images}::none"), model, config, skip=0, count=1, seed=0, labelled=True)
