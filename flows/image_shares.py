@@ -8,9 +8,12 @@ from transformers import PreTrainedConfig
 
 from flows.config import CompressConfig
 from lrpq.errors import CalibrationError
-from tasks.calibration.held_out import default_held_out
 from tasks.images.folder import UNLABELLED, list_folder
 from tasks.images.sources import FolderSource, parse_image_source
+
+HELD_OUT_SHARE = 2
+"""One image held out for so many that are calibrated on: an image is one prediction, where a window of text has
+hundreds, and most of the divergence lies in a few images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +39,7 @@ def shares_of(config: CompressConfig) -> Shares:
     held_out = config.run.calibration.held_out
     return Shares(
         calibration=asked.num_images,
-        held_out=default_held_out(asked.num_images) if held_out is None else held_out,
+        held_out=-(-asked.num_images // HELD_OUT_SHARE) if held_out is None else held_out,
         evaluation=config.evaluation.num_images if config.evaluation.enabled else 0,
         apart=config.evaluation_source() != asked.source,
     )

@@ -109,7 +109,7 @@ def test_folders_that_do_not_hold_what_is_needed(refused: Any, model: Path, imag
     assert "no such folder" in refused(images=tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "no image files" in refused(images=tmp_path / "empty")
-    assert "holds 12, and 64 are to be calibrated on, 8 held out" in refused("--calibration-images", "64")
+    assert "holds 12, and 64 are to be calibrated on, 32 held out" in refused("--calibration-images", "64")
     assert "and some to measure on" in refused("--calibration-images", "10", "--held-out-windows", "2")
     flat = write_images(tmp_path / "flat", 12, labelled=False)
     assert "have no labels, which --top1 needs" in refused(*FEW, "--top1", images=flat)
