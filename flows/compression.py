@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -77,6 +77,9 @@ class Prepared:
 
 class Compression:
     """One compression; methods in the order in which they run."""
+
+    WRITER: ClassVar[str] = "tasks.assemble"
+    """Module that writes the checkpoint."""
 
     def __init__(self, config: CompressConfig, progress: Progress) -> None:
         self.config = config
@@ -309,6 +312,7 @@ class Compression:
             head=head,
             fingerprint=self.context.fingerprint,
             format=self.config.plan.format,
+            writer=self.WRITER,
         )
 
     def _assemble(

@@ -48,6 +48,8 @@ GRADIENTS = "gradients"
 class ImageCompression(Compression):
     """One compression; what differs from that of a language model."""
 
+    WRITER = "tasks.assemble_classifier"
+
     def window_length(self) -> int:
         """Tokens of an image at the first block."""
         return int(self.stream.embed(torch.zeros(1, *image_shape(self.source.config))).shape[1])

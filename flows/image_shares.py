@@ -41,8 +41,18 @@ def shares_of(config: CompressConfig) -> Shares:
         calibration=asked.num_images,
         held_out=-(-asked.num_images // HELD_OUT_SHARE) if held_out is None else held_out,
         evaluation=config.evaluation.num_images if config.evaluation.enabled else 0,
-        apart=config.evaluation_source() != asked.source,
+        apart=not _same(config.evaluation_source(), asked.source),
     )
+
+
+def _same(measured: str | None, calibrated: str | None) -> bool:
+    """Whether two names, as a user writes them, are of one source."""
+    if measured is None or calibrated is None:
+        return measured == calibrated
+    ours, theirs = parse_image_source(measured), parse_image_source(calibrated)
+    if isinstance(ours, FolderSource) and isinstance(theirs, FolderSource):
+        return ours.path.resolve() == theirs.path.resolve()
+    return ours == theirs
 
 
 def check_images(config: CompressConfig, model_config: PreTrainedConfig) -> None:
@@ -54,7 +64,10 @@ def check_images(config: CompressConfig, model_config: PreTrainedConfig) -> None
     shares, measured = shares_of(config), config.evaluation_source()
     asked = config.run.images.source
     assert asked is not None
-    for name, wanted, needed in ((asked, measured == asked, shares.used), (measured, shares.apart, 0)):
+    for name, wanted, needed in (
+        (asked, measured is not None and not shares.apart, shares.used),
+        (measured, shares.apart, 0),
+    ):
         source = None if name is None else parse_image_source(name)
         if not isinstance(source, FolderSource):
             continue

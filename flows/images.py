@@ -103,10 +103,23 @@ def evaluation_images(
         )
         write_images(run.store, key, drawn.pixels, drawn.labels)
         extra = run.finish(
-            folder, label, {"digest": drawn.digest, "images": len(drawn.labels), "labelled": drawn.labelled}
+            folder,
+            label,
+            {
+                "digest": drawn.digest,
+                "images": len(drawn.labels),
+                "labelled": drawn.labelled,
+                "classes": len(drawn.labels.unique()),
+            },
         )
     if wanted and not extra["labelled"]:
         raise no_labels(name)
+    num_classes, found = int(model_config.num_labels), int(extra["classes"])
+    if extra["labelled"] and 2 * found < min(num_classes, int(extra["images"])):
+        run.warn(
+            f"images {name}: {extra['images']} that are measured are of {found} of {num_classes} classes; where a data "
+            "set is sorted by class, top-1 says little"
+        )
     if wanted is None and not extra["labelled"]:
         run.warn(f"images {name}: have no labels, so top-1 is not measured; KL divergence is")
     return MeasuredImages(

@@ -51,12 +51,21 @@ def manifest_of(
 
 
 def content_key(
-    codes: StageFolder | CandidatesJob, plan: Plan, *, head: CandidatesJob | None, fingerprint: str, format: str
+    codes: StageFolder | CandidatesJob,
+    plan: Plan,
+    *,
+    head: CandidatesJob | None,
+    fingerprint: str,
+    format: str,
+    writer: str,
 ) -> str:
-    """Names the checkpoint's content: where its codes come from, which of them it takes, the code that writes it."""
+    """Names the checkpoint's content: where its codes come from, which of them it takes, and the code that writes it.
+
+    ``writer`` is the module of that code.
+    """
     origin = codes.key if isinstance(codes, StageFolder) else codes.folder.key
     origin += "" if head is None else f" {head.folder.key}"
-    parts = [origin, choices_json(plan.choices), fingerprint, format, code_digest("tasks.assemble")]
+    parts = [origin, choices_json(plan.choices), fingerprint, format, code_digest(writer)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ def assemble(state: WorkerState, job: AssembleClassifierJob) -> dict[str, Any]:
         overwrite=job.overwrite,
         prove=prove,
     )
+    gc.collect()  # the whole models that were compared lie in cycles
     release_freed_memory()
     return {
         **asdict(size),

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lrpq.activations.apply import quantized_block
@@ -91,8 +92,8 @@ def score(state: WorkerState, job: ScoreImagesJob) -> dict[int, dict[str, list[t
     mine = slice(batches.start * BATCH, min(batches.stop * BATCH, job.num_images))
     pixels, labels = read_images(store, job.images)[mine], read_labels(store, job.images)[mine]
     stream = BlockStream(open_source(Path(job.model)), dtype=DTYPES[job.dtype], device=state.device)
-    variants = {name: _variant(state, variant) for name, variant in job.variants.items()}
     dtype = stream.dtype
+    variants = {name: _variant(state, variant, dtype) for name, variant in job.variants.items()}
     found = score_images(stream, pixels.to(dtype), labels, variants, micro_batch=BATCH)
     return {batches.start: {name: _rows(scores) for name, scores in found.items()}}
 
@@ -101,9 +102,9 @@ def _rows(scores: ImageScores) -> list[tuple[bool, bool, float]]:
     return list(zip(scores.right.tolist(), scores.agrees.tolist(), scores.kl_nats.tolist(), strict=True))
 
 
-def _variant(state: WorkerState, variant: ClassifierVariant) -> tuple[BlockStream, Variant]:
+def _variant(state: WorkerState, variant: ClassifierVariant, dtype: torch.dtype) -> tuple[BlockStream, Variant]:
     if isinstance(variant, ClassifierCheckpoint):
-        stored = read_classifier(variant.path, device=state.device)
+        stored = read_classifier(variant.path, dtype=dtype, device=state.device)
         return stored.stream, _beating(state, stored.variant)
     stream, store = open_stream(state, variant.stream), open_store(variant.stream.store)
     chosen = variant.stream.activations

@@ -104,7 +104,7 @@ def load_classifier(folder: Path | str, *, dtype: torch.dtype | None = None, dev
                 model.get_submodule(spec.name),
             )
             if weight is not None and isinstance(grid, UniformGrid):
-                bias = None if layer.bias is None else read(f"{spec.name}.bias")
+                bias = None if layer.bias is None else read(f"{spec.name}.bias").cpu()  # where its codes are
                 quantized_layer = QuantizedLinear(weight, bias, grid, name=spec.name).to(stream.device)
                 model.set_submodule(spec.name, quantized_layer)
             elif grid is not None:

@@ -25,12 +25,13 @@ def dense_weights(
         QuantizationError: a bias was trained; the evaluation replaces weights only.
     """
     found: dict[int, dict[str, Tensor]] = {block: {} for block in range(stream.num_blocks + 1)}
-    prefix = f"{stream.family.blocks}."
+    blocks = {name: index for index, name in enumerate(stream.block_names)}
     dense = {f"{name}.weight": w.dequantize(stream.dtype) for name, w in weights.items()} | dict(vectors)
     for name, tensor in dense.items():
         module, _, kind = name.rpartition(".")
         if kind != "weight":
             raise QuantizationError(f"{name}: a tuned bias cannot be evaluated; tune scales alone")
-        block = int(module.removeprefix(prefix).split(".", 1)[0]) if module.startswith(prefix) else stream.num_blocks
+        inside = [index for name, index in blocks.items() if module.startswith(f"{name}.")]
+        block = inside[0] if inside else stream.num_blocks
         found[block][module] = tensor
     return found

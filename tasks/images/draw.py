@@ -7,6 +7,7 @@ come the images that are measured, where no other source is named for them.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,12 +95,15 @@ def draw(
 
 def listing_digest(source: ImageSource) -> str:
     """Identity of a folder's files by name, size and time: a changed folder is read again; empty for the hub."""
-    if not isinstance(source, FolderSource):
+    folder = source.path if isinstance(source, FolderSource) else Path(source.dataset)
+    if not folder.is_dir():
         return ""
     found = hashlib.sha256()
-    for path in sorted(source.path.rglob("*")):
-        if path.is_file():
-            about = path.stat()
-            line = f"{path.relative_to(source.path)}\0{about.st_size}\0{about.st_mtime_ns}\n"
-            found.update(line.encode(errors="surrogateescape"))
+    for base, folders, files in os.walk(folder, followlinks=True):  # class folders may be links
+        folders.sort()
+        for path in sorted(Path(base, name) for name in files):
+            if path.is_file():
+                about = path.stat()
+                line = f"{path.relative_to(folder)}\0{about.st_size}\0{about.st_mtime_ns}\n"
+                found.update(line.encode(errors="surrogateescape"))
     return found.hexdigest()

@@ -56,6 +56,11 @@ def _images(
 ) -> Iterator[HubImage]:
     for number, row in enumerate(rows):
         image, label = row[column], None if labels is None else row[labels]
+        if not image.get("bytes") and "://" in (image.get("path") or ""):
+            raise CalibrationError(
+                f"{source}: its rows name files elsewhere ({image['path']}) instead of holding the images; fetch the "
+                "data set and give its folder"
+            )
         raw = image.get("bytes") or (Path(image["path"]) if image.get("path") else None)
         name = f"{image.get('path') or f'number {number}'} of {source}"
         if raw is None:
@@ -69,9 +74,9 @@ def _column(features: Any, kind: type, names: tuple[str, ...]) -> str | None:
 
 
 def _indices(feature: Any, config: Any, source: HubSource) -> dict[int, int]:
-    """Label of the data set -> class of the model: by name, or as they are where there are as many."""
+    """Label of the data set -> class of the model: by name; as they are where no name is known and they are as many."""
     names = list(feature.names)
-    if len(names) == int(config.num_labels) and not all(name in (config.label2id or {}) for name in names):
+    if len(names) == int(config.num_labels) and not any(name in (config.label2id or {}) for name in names):
         return {i: i for i in range(len(names))}
     found = class_indices(names, config, source=str(source))
     return {i: found[name] for i, name in enumerate(names)}

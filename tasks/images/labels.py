@@ -11,8 +11,9 @@ from lrpq.errors import CalibrationError
 def class_indices(names: Sequence[str], config: Any, *, source: str) -> dict[str, int]:
     """Index of every class.
 
-    By name where the model's ``label2id`` has all of them; otherwise by their place in sorted order, as torchvision's
-    ImageFolder counts folders, where there are as many as the model has classes.
+    By name where the model's ``label2id`` has all of them. Where it has none, by number where the names are whole
+    numbers, and by their place in sorted order, as torchvision's ImageFolder counts folders, where there are as many as
+    the model has classes.
 
     Args:
         names: of all classes of the source.
@@ -26,10 +27,14 @@ def class_indices(names: Sequence[str], config: Any, *, source: str) -> dict[str
     if all(name in known for name in names):
         return {name: int(known[name]) for name in names}
     num_classes = int(config.num_labels)
-    if len(names) == num_classes:
+    strangers = [name for name in sorted(names) if name not in known]
+    if len(strangers) == len(names) and all(name.isascii() and name.isdecimal() for name in names):
+        numbers = {name: int(name) for name in names}
+        if len(set(numbers.values())) == len(names) and all(number < num_classes for number in numbers.values()):
+            return numbers
+    elif len(strangers) == len(names) == num_classes:
         return {name: index for index, name in enumerate(sorted(names))}
-    strange = next(name for name in sorted(names) if name not in known)
     raise CalibrationError(
-        f"images {source}: class {strange!r} is none of the model's (label2id), and {len(names)} classes are not its "
-        f"{num_classes}: which is which cannot be told; name them as label2id does, or give --no-top1"
+        f"images {source}: class {strangers[0]!r} is none of the model's (label2id), and {len(names)} classes "
+        f"are not its {num_classes}: which is which cannot be told; name them as label2id does, or give --no-top1"
     )

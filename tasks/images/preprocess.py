@@ -59,11 +59,11 @@ class Preprocessor:
         Raises:
             CalibrationError: it cannot be read, or has another size than the model reads and is not resized.
         """
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         try:
             with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as opened:
-                image = opened.convert(MODES[self.shape[0]])
+                image = ImageOps.exif_transpose(opened).convert(MODES[self.shape[0]])
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise CalibrationError(f"image {name}: cannot be read ({one_line(error)}); remove or replace it") from error
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from flows.config import CompressConfig
 from flows.image_compression import ImageCompression
 from lrpq.errors import BudgetError, CalibrationError, ConfigError
 from lrpq.model.source import open_source
-from tasks.images.draw import draw
+from tasks.images.draw import draw, listing_digest
 from tasks.images.folder import list_folder
+from tasks.images.labels import class_indices
 from tasks.images.preprocess import Preprocessor
 from tasks.images.sources import FolderSource, parse_image_source
 
@@ -48,9 +50,11 @@ def refused(
     """Runs a command that must be refused before the flow starts; returns its one line."""
     monkeypatch.setattr("flows.compress.run_compress", lambda *_, **__: pytest.fail("the flow was started"))
 
-    def run(*more: str, model: Path = model, images: Path | None = images) -> str:
+    def run(
+        *more: str, model: Path = model, images: Path | None = images, budget: tuple[str, ...] = ("--budget", "4.5")
+    ) -> str:
         given = [] if images is None else ["--images", str(images)]
-        where = ["--output", str(tmp_path / "out"), "--store", str(tmp_path / "store"), "--budget", "4.5"]
+        where = ["--output", str(tmp_path / "out"), "--store", str(tmp_path / "store"), *budget]
         capfd.readouterr()
         assert cli.run(["compress", str(model), *where, *given, *more]) == 2
         captured = capfd.readouterr()
@@ -75,7 +79,8 @@ FEW = ("--calibration-images", "8", "--held-out-windows", "2")
         (["--rotate", "hadamard"], "--rotate with --images"),
         (["--quantize-head", "8"], "--quantize-head with --images"),
         (["--format", "gptq"], "--format with --images"),
-        (["--max-kl", "0.1"], "two budgets"),
+        (["--target", "vllm"], "--target with --images"),
+        (["--fast"], "with --images: is for language models"),
         (["--activations", "3,4"], "3, 4 have no middle width"),
         (["--activations", "9"], "9 is not one of"),
         (["--activations", "4", "--group-size", "64"], "one scale a row"),
@@ -84,6 +89,12 @@ FEW = ("--calibration-images", "8", "--held-out-windows", "2")
 )
 def test_settings_that_do_not_go_with_images(refused: Any, option: list[str], expected: str) -> None:
     assert expected in refused(*option)
+
+
+def test_budgets_that_do_not_go_with_images(refused: Any) -> None:
+    assert "--max-kl with --images" in refused("--max-kl", "0.1", budget=())
+    bytes_of_all = ("--budget-bytes", "1GB")
+    assert "give --budget BITS" in refused("--activations", "4", "--group-size", "channel", budget=bytes_of_all)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +135,31 @@ def test_folders_that_do_not_hold_what_is_needed(refused: Any, model: Path, imag
     shutil.copytree(model, bare)
     (bare / "preprocessor_config.json").unlink()
     assert "its image processor cannot be loaded" in refused(*FEW, model=bare)
+
+
+def test_classes_are_told_by_all_names_or_by_none() -> None:
+    def indices(known: dict[str, int], *names: str) -> dict[str, int]:
+        return class_indices(names, SimpleNamespace(label2id=known, num_labels=len(known)), source="here")
+
+    animals = {"dog": 0, "cat": 1}
+    assert indices(animals, "cat", "dog") == animals
+    assert indices(animals, "b", "a") == {"a": 0, "b": 1}
+    with pytest.raises(CalibrationError, match="class 'cats' is none of the model's"):
+        indices(animals, "cats", "dog")
+    numbered = {f"LABEL_{i}": i for i in range(12)}
+    assert indices(numbered, *map(str, range(12))) == {str(i): i for i in range(12)}
+    with pytest.raises(CalibrationError, match="which is which cannot be told"):
+        indices(numbered, *map(str, range(1, 13)))
+
+
+def test_a_folder_of_links_is_read_again_when_it_changes(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "class").mkdir()
+    (tmp_path / "linked" / "class").symlink_to(tmp_path / "class")
+    source = FolderSource(path=tmp_path / "linked")
+    before = listing_digest(source)
+    (tmp_path / "class" / "a.png").write_bytes(next(images.rglob("*.png")).read_bytes())
+    assert listing_digest(source) != before
 
 
 def test_labels_are_the_models_or_those_of_sorted_folders(model: Path, images: Path, tmp_path: Path) -> None:
