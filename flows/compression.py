@@ -14,7 +14,7 @@ import torch
 from flows import artifacts, guard, jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.config import CompressConfig, RunConfig, default_run_id
-from flows.guard import Contender, guarded, measure_held_out
+from flows.guard import Contender, Windows, guarded, measure_held_out
 from flows.jobs import JobContext
 from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
 from flows.planning import Planner, Plans
@@ -80,6 +80,8 @@ class Compression:
 
     WRITER: ClassVar[str] = "tasks.assemble"
     """Module that writes the checkpoint."""
+    WINDOWS: ClassVar[Windows] = Windows.TEXT
+    """What the model reads."""
 
     def __init__(self, config: CompressConfig, progress: Progress) -> None:
         self.config = config
@@ -290,14 +292,24 @@ class Compression:
         head: CandidatesJob | None,
     ) -> tuple[dict[str, Any], Contender]:
         """See ``guarded``."""
-        run, held_out = self.run_state, self.windows.held_out
 
         def measure(contenders: Mapping[str, Contender]) -> Mapping[str, dict[str, Any]]:
-            assert held_out is not None
-            return measure_held_out(run, pool, prepared.stream_job, held_out, contenders, head=head, label=guard.STAGE)
+            return self._on_held_out(pool, prepared, contenders, head=head)
 
         wanted = self.config.run.calibration.held_out != 0
-        return guarded(run, held_out, ours, uniform, measure=measure, wanted=wanted)
+        return guarded(
+            self.run_state, self.windows.held_out, ours, uniform, measure=measure, wanted=wanted, of=self.WINDOWS
+        )
+
+    def _on_held_out(
+        self, pool: Pool, prepared: Prepared, contenders: Mapping[str, Contender], *, head: CandidatesJob | None
+    ) -> Mapping[str, dict[str, Any]]:
+        """Scores on the held-out windows, which there are."""
+        held_out = self.windows.held_out
+        assert held_out is not None
+        return measure_held_out(
+            self.run_state, pool, prepared.stream_job, held_out, contenders, head=head, label=guard.STAGE
+        )
 
     def _planned_size(self, quantized: Mapping[str, Choice]) -> dict[str, Any]:
         """Size of the checkpoint."""

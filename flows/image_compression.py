@@ -17,7 +17,7 @@ import torch
 from flows import guard, jobs
 from flows.calibrate import StoredWindows
 from flows.compression import Call, Compression, Prepared
-from flows.guard import Contender, Windows, guarded
+from flows.guard import Contender, Windows
 from flows.images import MeasuredImages, calibration_images, evaluation_images
 from flows.planning import Planner
 from flows.result import choices_json, model_bytes
@@ -49,6 +49,7 @@ class ImageCompression(Compression):
     """One compression; what differs from that of a language model."""
 
     WRITER = "tasks.assemble_classifier"
+    WINDOWS = Windows.IMAGES
 
     def window_length(self) -> int:
         """Tokens of an image at the first block."""
@@ -124,31 +125,20 @@ class ImageCompression(Compression):
         places = [{"block": block, "place": place, "bits": bits} for block, place, bits in chosen.widths]
         return found | {"activations": {"average_bits": total / sum(values.values()), "places": places}}
 
-    def _guarded(
-        self,
-        pool: Pool,
-        prepared: Prepared,
-        ours: Contender,
-        uniform: Contender | None,
-        *,
-        head: CandidatesJob | None,
-    ) -> tuple[dict[str, Any], Contender]:
-        run, held_out = self.run_state, self.windows.held_out
-
-        def measure(contenders: Mapping[str, Contender]) -> Mapping[str, dict[str, Any]]:
-            assert held_out is not None
-            variants = {
-                name: StoredClassifierCodes(stream=prepared.stream_job, folder=c.codes, choices=c.plan.choices)
-                for name, c in contenders.items()
-            }
-            inputs = {"images": held_out.digest, **{name: contender.key for name, contender in contenders.items()}}
-            choices = {name: choices_json(contender.plan.choices) for name, contender in contenders.items()}
-            folder = run.folder(guard.STAGE, inputs=inputs, parameters=choices, code=["tasks.image_scores"])
-            job = self._scoring(held_out.key, held_out.num_windows, variants)
-            return self._scores(pool, job, folder, guard.STAGE, labelled=False)
-
-        wanted = self.config.run.calibration.held_out != 0
-        return guarded(run, held_out, ours, uniform, measure=measure, wanted=wanted, of=Windows.IMAGES)
+    def _on_held_out(
+        self, pool: Pool, prepared: Prepared, contenders: Mapping[str, Contender], *, head: CandidatesJob | None
+    ) -> Mapping[str, dict[str, Any]]:
+        held_out = self.windows.held_out
+        assert held_out is not None
+        variants = {
+            name: StoredClassifierCodes(stream=prepared.stream_job, folder=c.codes, choices=c.plan.choices)
+            for name, c in contenders.items()
+        }
+        inputs = {"images": held_out.digest, **{name: contender.key for name, contender in contenders.items()}}
+        choices = {name: choices_json(contender.plan.choices) for name, contender in contenders.items()}
+        folder = self.run_state.folder(guard.STAGE, inputs=inputs, parameters=choices, code=["tasks.image_scores"])
+        job = self._scoring(held_out.key, held_out.num_windows, variants)
+        return self._scores(pool, job, folder, guard.STAGE, labelled=False)
 
     def _planned_size(self, quantized: Mapping[str, Choice]) -> dict[str, Any]:
         grids = checkpoint_activations(self.specs, self.context.activations, quantized)
