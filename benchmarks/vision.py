@@ -111,7 +111,7 @@ def draw(images: Images, count: int, seed: int) -> torch.Tensor:
 
 
 def measure(
-    source: ModelSource, row: str, widths: Column, calibration: torch.Tensor, test: Images, seed: int
+    source: ModelSource, row: str, widths: Column, calibration: torch.Tensor, test: Images, seed: int, device: str
 ) -> dict[str, float]:
     how = ROWS[row]
     started = time.monotonic()
@@ -128,10 +128,10 @@ def measure(
             behind=how.behind,
             budget=how.budget,
             reconstruct=how.reconstruct,
-            terms=Terms(dtype=torch.float32, micro_batch=32, seed=seed),
+            terms=Terms(dtype=torch.float32, micro_batch=32, seed=seed, device=device),
         )
         seconds = time.monotonic() - started
-        original = BlockStream(source, dtype=torch.float32)
+        original = BlockStream(source, dtype=torch.float32, device=device)
         x = normalize(test.pixels)
         scores = score_images(original, x, test.labels, {row: (found.stream, found.variant)})
     ours, reference = scores[row], scores["reference"]
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128, help="to calibrate on")
     parser.add_argument("--test-images", type=int, help="of the test set at most")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     columns = {text: column(text) for text in arguments.columns}
@@ -169,7 +170,7 @@ def main() -> None:
     for text, widths in columns.items():
         for row in arguments.rows:
             for seed in arguments.seeds:
-                found = measure(source, row, widths, draw(images, arguments.images, seed), test, seed)
+                found = measure(source, row, widths, draw(images, arguments.images, seed), test, seed, arguments.device)
                 drop = 100 * (found["original_top1"] - found["top1"])
                 cells.setdefault((row, text), []).append(drop)
                 seconds.setdefault((row, text), found["seconds"])
