@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -54,46 +55,70 @@ def load_images(path: Path, *, first: int | None = None) -> Images:
     return Images(pixels=pixels, labels=torch.from_numpy(labels[:count].astype(np.int64)), classes=classes)
 
 
+@cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
+    return mean, std
+
+
 def normalize(pixels: Tensor) -> Tensor:
     """uint8, or float in [0, 1] -> zero mean and unit variance."""
     x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = _statistics(x.device)
     return (x - mean) / std
 
 
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 [n, 3, h, w] -> normalised float32, each image changed in its own way."""
-    x = _erase(normalize(_recolour(_move(pixels.float() / 255, generator), generator)), generator)
-    return x.contiguous()
+def augment(pixels: Tensor) -> Tensor:
+    """uint8 [n, 3, h, w] -> normalised float32, each image changed in its own way.
+
+    Drawn from the device's own generator, and without a word to the host: a CUDA graph can hold it.
+    """
+    return _erase(normalize(_recolour(_move(pixels.float() / 255)))).contiguous()
 
 
-def mix(x: Tensor, targets: Tensor, generator: torch.Generator, host: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Mixup or CutMix with the batch in another order; ``targets`` [n, classes] are mixed alike."""
-    order = torch.randperm(len(x), generator=generator, device=x.device)
-    if host.random() < 0.5:
-        share = float(host.beta(0.8, 0.8))
-        mixed = x * share + x[order] * (1 - share)
-    else:
-        height, width = x.shape[-2:]
-        side = math.sqrt(1 - float(host.beta(1.0, 1.0)))
-        middle = host.random(2) * (height, width)
-        top, bottom = (int(np.clip(middle[0] + s * side * height / 2, 0, height)) for s in (-1, 1))
-        left, right = (int(np.clip(middle[1] + s * side * width / 2, 0, width)) for s in (-1, 1))
-        mixed = x.clone()
-        mixed[:, :, top:bottom, left:right] = x[order, :, top:bottom, left:right]
-        share = 1 - (bottom - top) * (right - left) / (height * width)
-    return mixed, targets * share + targets[order] * (1 - share)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixing:
+    """How each of some batches is mixed with itself in another order."""
+
+    share: Tensor
+    """float32 [batches]: of an image's own pixels, outside the box."""
+    outside: Tensor
+    """float32 [batches, height, width]: 0 in the box that comes from the other image, 1 elsewhere."""
+
+    def to(self, device: torch.device) -> Mixing:
+        return Mixing(share=self.share.to(device), outside=self.outside.to(device))
 
 
-def _move(x: Tensor, generator: torch.Generator) -> Tensor:
+def mixings(batches: int, size: int, host: np.random.Generator, *, chance: float) -> Mixing:
+    """Mixup or CutMix, each for half of the share ``chance`` of batches; the rest are left alone."""
+    share, outside = np.ones(batches, dtype=np.float32), np.ones((batches, size, size), dtype=np.float32)
+    for i in np.flatnonzero(host.random(batches) < chance):
+        if host.random() < 0.5:
+            share[i] = host.beta(0.8, 0.8)
+            continue
+        side = math.sqrt(1 - host.beta(1.0, 1.0)) * size
+        middle = host.random(2) * size
+        low, high = (np.clip(middle + s * side / 2, 0, size).astype(int) for s in (-1, 1))
+        outside[i, low[0] : high[0], low[1] : high[1]] = 0
+    return Mixing(share=torch.from_numpy(share), outside=torch.from_numpy(outside))
+
+
+def mix(x: Tensor, targets: Tensor, share: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    """One batch, drawn at random, mixed with itself from behind; ``targets`` [n, classes] are mixed alike."""
+    own = share * outside
+    whole = own.mean()
+    return x * own + x.flip(0) * (1 - own), targets * whole + targets.flip(0) * (1 - whole)
+
+
+def _move(x: Tensor) -> Tensor:
     """Flip half; shift all by up to four pixels; turn, shear and scale half of them."""
     n, size, device = len(x), x.shape[-1], x.device
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, generator=generator, device=device)
+        return low + (high - low) * torch.rand(n, device=device)
 
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    shift = torch.randint(-4, 5, (n, 2), generator=generator, device=device) * (2 / size)
+    shift = torch.randint(-4, 5, (n, 2), device=device) * (2 / size)
     bent = uniform(0, 1) < 0.5
     angle, shear, scale = uniform(-0.35, 0.35), uniform(-0.3, 0.3), uniform(0.8, 1.2)
     cos, sin = scale * angle.cos(), scale * angle.sin()
@@ -113,10 +138,10 @@ def _move(x: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False).clamp(0, 1)
 
 
-def _recolour(x: Tensor, generator: torch.Generator) -> Tensor:
+def _recolour(x: Tensor) -> Tensor:
     """One of six an image: nothing, brightness, contrast, saturation, solarize, posterize."""
     n, device = len(x), x.device
-    strength = torch.rand(n, 1, 1, 1, generator=generator, device=device)
+    strength = torch.rand(n, 1, 1, 1, device=device)
     factor = 0.3 + 1.4 * strength
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
     grey = x.mean(dim=1, keepdim=True)
@@ -131,14 +156,14 @@ def _recolour(x: Tensor, generator: torch.Generator) -> Tensor:
             (x * levels).round() / levels,
         ]
     )
-    which = torch.randint(0, len(variants), (n,), generator=generator, device=device)
+    which = torch.randint(0, len(variants), (n,), device=device)
     return variants[which, torch.arange(n, device=device)].clamp(0, 1)
 
 
-def _erase(x: Tensor, generator: torch.Generator) -> Tensor:
+def _erase(x: Tensor) -> Tensor:
     """Grey out a box in a quarter of the images (Zhong et al. 2020)."""
     n, _, height, width = x.shape
-    drawn = torch.rand(n, 5, 1, 1, generator=generator, device=x.device)
+    drawn = torch.rand(n, 5, 1, 1, device=x.device)
     half = (0.1 + 0.15 * drawn[:, :2]) * height
     rows = torch.arange(height, device=x.device).view(1, height, 1)
     columns = torch.arange(width, device=x.device).view(1, 1, width)

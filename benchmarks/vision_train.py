@@ -1,6 +1,6 @@
 """Train a small image classifier to measure on: a ViT, DeiT or Swin of transformers, from nothing, on CIFAR-10.
 
-    python -m benchmarks.vision_train --model vit-tiny --data FOLDER --output DIR [--minutes 7.5] [--compile]
+    python -m benchmarks.vision_train --model vit-tiny --data FOLDER --output DIR [--minutes 7.5] [--compile] [--graph]
 
 ``FOLDER`` holds train.npz and test.npz (benchmarks/vision_images.py). The whole set lies on the device, and is
 augmented there. The time is the schedule: the learning rate follows a cosine over ``--minutes`` of wall time, however
@@ -8,20 +8,22 @@ many epochs that is, so a run is repeatable in its outcome, not bit for bit. Sav
 (``model.safetensors``), ``config.json``, ``preprocessor_config.json`` and ``training.json`` with the accuracy over
 time; the last figure is that of the model loaded again from there, in float32.
 
-The recipe is DeiT's (Touvron et al. 2021), shorter: AdamW, warm-up and cosine, mixup or CutMix in every batch, label
-smoothing, erasing, an exponential average of the weights. Inputs are 32 x 32: patches of 4 (Swin: 2, windows of 4,
-stages of 16, 8 and 4 patches a side), width 192 and 12 blocks (Swin: 96 to 384 and 2, 4, 2
-blocks, 5.9 million parameters).
+The recipe is DeiT's (Touvron et al. 2021), shorter: AdamW, warm-up and cosine, mixup or CutMix in half of the batches,
+label smoothing, erasing, an exponential average of the weights. Inputs are 32 x 32: patches of 4 (Swin: 2, windows of
+4, stages of 16, 8 and 4 patches a side), width 192 and 12 blocks (Swin: 96 to 384 and 2, 4, 2 blocks, 5.9 million
+parameters).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import (
     AutoModelForImageClassification,
     DeiTConfig,
@@ -41,7 +42,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from benchmarks.vision_images import MEAN, STD, Images, augment, load_images, mix, normalize
+from benchmarks.vision_images import MEAN, STD, Images, augment, load_images, mix, mixings, normalize
 
 SIZE = 32
 _PLAIN: Mapping[str, Any] = {
@@ -101,64 +102,104 @@ def top1(model: nn.Module, images: Images, *, autocast: bool, batch: int = 1000)
     return int(right) / len(images.labels)
 
 
+class Step:
+    """One step of training on images that lie on the device: everything from the draw to the average, and no word to
+    the host, so that on a GPU it can be captured once and replayed."""
+
+    def __init__(self, model: nn.Module, images: Images, options: argparse.Namespace) -> None:
+        device, size = images.labels.device, images.pixels.shape[-1]
+        self.model, self.images = model, images
+        self.forward: Any = torch.compile(model) if options.compile else model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.averaged = copy.deepcopy(model).eval()
+        self.averages = [p.detach() for p in self.averaged.parameters()]
+        self.rate = torch.zeros((), device=device)
+        gpu = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            decayed(model, options.weight_decay), lr=self.rate, betas=(0.9, 0.999), fused=gpu, capturable=gpu
+        )
+        self.index = torch.zeros(options.batch, dtype=torch.int64, device=device)
+        self.share = torch.ones((), device=device)
+        self.outside = torch.ones(size, size, device=device)
+        self.loss = torch.zeros((), device=device)
+        """Sum of the steps' losses; whoever reads it sets it to zero."""
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def prepare(self, *, graph: bool) -> None:
+        """Compile and warm up, at a rate of zero, and capture."""
+        with torch.cuda.stream(torch.cuda.Stream()) if graph else nullcontext():
+            for _ in range(4):
+                self._step()
+        if graph:
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._step()
+        self.loss.zero_()
+
+    def __call__(self, index: Tensor, share: Tensor, outside: Tensor, rate: float) -> None:
+        self.index.copy_(index)
+        self.share.copy_(share)
+        self.outside.copy_(outside)
+        self.rate.fill_(rate)
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+
+    def _step(self) -> None:
+        labels, classes = self.images.labels[self.index], len(self.images.classes)
+        right = labels[:, None] == torch.arange(classes, device=labels.device)
+        targets = right.float() * (1 - SMOOTHING) + SMOOTHING / classes
+        x, targets = mix(augment(self.images.pixels[self.index]), targets, self.share, self.outside)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, cache_enabled=False):
+            logits = self.forward(pixel_values=x).logits
+        loss = F.cross_entropy(logits.float(), targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - AVERAGE_DECAY)
+            self.loss += loss.detach()
+
+
 def train(model: nn.Module, images: Images, test: Images, options: argparse.Namespace) -> tuple[nn.Module, list[Any]]:
     """Train for ``options.minutes``; returns the averaged model and the accuracy over time."""
     device = images.labels.device
-    generator = torch.Generator(device).manual_seed(options.seed)
     host = np.random.default_rng(options.seed)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
-    optimizer = torch.optim.AdamW(
-        decayed(model, options.weight_decay), lr=0.0, betas=(0.9, 0.999), fused=device.type == "cuda"
-    )
-    forward: Any = torch.compile(model) if options.compile else model
-
-    def step(index: Tensor, rate: float) -> Tensor:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        smooth = torch.full((len(index), len(images.classes)), SMOOTHING / len(images.classes), device=device)
-        targets = smooth.scatter_add(1, images.labels[index, None], smooth.new_full((len(index), 1), 1 - SMOOTHING))
-        x, targets = mix(augment(images.pixels[index], generator), targets, generator, host)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            logits = forward(pixel_values=x).logits
-        loss = F.cross_entropy(logits.float(), targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        averaged.update_parameters(model)
-        return loss.detach()
-
-    def order() -> Tensor:
-        return torch.randperm(len(images.labels), generator=generator, device=device)
-
     model.train()
-    for index in order().split(options.batch)[:2]:  # compiles and warms up; a rate of zero changes nothing
-        float(step(index, 0.0))
+    step = Step(model, images, options)
+    step.prepare(graph=options.graph)
+    count = len(images.labels) // options.batch
     started = time.monotonic()
     rows: list[Any] = []
-    epoch, progress, shown, loss = 0, 0.0, 0.0, math.inf
+    epoch, progress, shown = 0, 0.0, 0.0
     while progress < 1:
-        losses = []
-        for index in order().split(options.batch):
+        order = torch.randperm(len(images.labels), device=device)[: count * options.batch].view(count, -1)
+        mixing = mixings(count, SIZE, host, chance=options.mixing).to(device)
+        taken = 0
+        for index, share, outside in zip(order, mixing.share, mixing.outside, strict=True):
             progress = min((time.monotonic() - started) / (60 * options.minutes), 1.0)
-            if progress >= 1 or (len(index) < options.batch and losses):
+            if progress >= 1:
                 break
-            losses.append(step(index, learning_rate(progress, options.rate)))
-        loss = float(torch.stack(losses).mean()) if losses else loss  # waits for the device
-        epoch += bool(losses)
+            step(index, share, outside, learning_rate(progress, options.rate))
+            taken += 1
+        loss = float(step.loss) / max(taken, 1)  # waits for the device
+        step.loss.zero_()
+        epoch += bool(taken)
         if progress >= 1 or progress >= shown:
-            seconds = time.monotonic() - started
             row = {
                 "epoch": epoch,
-                "seconds": round(seconds, 1),
+                "seconds": round(time.monotonic() - started, 1),
                 "loss": loss,
                 "top1": top1(model, test, autocast=True),
-                "averaged_top1": top1(averaged.module, test, autocast=True),
+                "averaged_top1": top1(step.averaged, test, autocast=True),
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
             shown = progress + 0.04
-    return averaged.module, rows
+    return step.averaged, rows
 
 
 def save(model: Any, folder: Path) -> None:
@@ -190,7 +231,9 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--mixing", type=float, default=0.5, help="share of batches with mixup or CutMix")
     parser.add_argument("--compile", action="store_true", help="by torch.compile")
+    parser.add_argument("--graph", action="store_true", help="capture the step as a CUDA graph")
     parser.add_argument("--images", type=int, help="of the training and of the test set at most, for a trial")
     options = parser.parse_args()
     device = torch.device(options.device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lrpq.activations.calibrate import watched
-from lrpq.activations.grids import ActivationGrid, quantized
+from lrpq.activations.grids import ActivationGrid, placed, quantized
 from lrpq.model.layers import Choice
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.grid import QuantizedWeight
@@ -87,6 +87,9 @@ def responses(
         ModelError: not an image classifier.
     """
     found = Responses()
+    grids = {
+        key: {width: placed(grid, stream.device) for width, grid in each.items()} for key, each in grids.items()
+    }
     for draw in range(draws):
         with probed(_Responding, stream, images, draw=draw, seed=seed, micro_batch=micro_batch) as sweep:
             assert isinstance(sweep, _Responding)

@@ -13,7 +13,7 @@ is ours: most of a pattern's entries are smaller than the smallest step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -49,6 +49,13 @@ class ActivationGrid(Protocol):
 def quantized(x: Float[Tensor, "*dims"], grid: ActivationGrid) -> Float[Tensor, "*dims"]:
     """``x`` on the grid, in its own dtype."""
     return grid.values(grid.codes(x)).to(x.dtype)
+
+
+def placed(grid: ActivationGrid, device: torch.device) -> ActivationGrid:
+    """The grid with its vectors on a device; scalars serve every device."""
+    if not isinstance(grid, UniformGrid) or not grid.per_channel:
+        return grid
+    return replace(grid, scale=grid.scale.to(device), offset=grid.offset.to(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
