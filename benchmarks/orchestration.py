@@ -4,7 +4,9 @@
     python -m benchmarks.orchestration --tasks 2000
 
 Both sides profile, make candidates at all widths, allocate and refine the same windows under the same plan, with one
-worker of one thread, and give the same codes, which is checked. The plain side calls `lrpq` (ProfileSweep, gptq,
+worker of one thread, and give the same codes, which is checked. The pipeline runs before and after the plain side, each
+time with a new store, server and cluster, and counts with the mean of both: a machine that slows down or speeds up
+meanwhile then favours neither. The plain side calls `lrpq` (ProfileSweep, gptq,
 RefineSweep, quantize_refined) in one loop; everything it makes stays in memory. Not on either side: reading the text,
 the checkpoint with its proof, the evaluation. The breakdown has the start of Prefect's server and of Ray, which a run
 pays once whatever its length, apart from the stages.
@@ -17,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,8 +179,23 @@ class Plain:
         return [spec for spec in self.stream.block_specs(block) if spec.name in codes]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piped:
+    """The pipeline's side."""
+
+    once: dict[str, float]
+    """Seconds of what a run pays once."""
+    stages: dict[str, float]
+    processor: float
+    """Seconds of all processes during the stages."""
+    windows: torch.Tensor
+    dtype: torch.dtype
+    choices: dict[str, Choice | None]
+    codes: dict[str, QuantizedWeight]
+
+
 def compare(model: Path, windows: int, length: int, budget: float, output: Path | None) -> None:
-    """Both sides, in this order: the pipeline, then the plain calls."""
+    """The pipeline, the plain calls, and the pipeline again."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     with tempfile.TemporaryDirectory() as folder:
@@ -198,58 +217,80 @@ def compare(model: Path, windows: int, length: int, budget: float, output: Path 
                 "store": str(Path(folder) / "store"),
             }
         )
-        seconds: dict[str, float] = {}
-        began = time.perf_counter()
-        with prefect_api():
-            seconds["start of Prefect's server"] = time.perf_counter() - began
-            started = time.perf_counter()
-            with open_pool(device="cpu", workers=1, threads=1) as pool:
-                pool.each(_nothing)
-                seconds["start of Ray and a worker"] = time.perf_counter() - started
-                before = processor_seconds()
-                compression, refined = _pipeline(config, pool)
-                pipeline_cpu = processor_seconds() - before
-            stages = {name: compression.run_state.seconds[name] for name in ("profile", "candidates", "refine")}
-        store = open_store(config.store)
-        choices = refined["choices"]
-        stored = {name: read_refined(store, refined["folder"], name, choices[name]) for name in choices}
-        plain = Plain(
-            windows=read_windows(store, compression.windows.key),
-            stream=BlockStream(open_source(model), dtype=DTYPES[compression.dtype]),
-            config=config,
-        )
+        first = piped(config)
+        plain = Plain(windows=first.windows, stream=BlockStream(open_source(model), dtype=first.dtype), config=config)
         before = time.process_time()
-        made = plain.run(choices)
+        made = plain.run(first.choices)
         plain_cpu = time.process_time() - before
-        same = all(
-            torch.equal(stored[name].codes, made[name].codes) and torch.equal(stored[name].scales, made[name].scales)
-            for name in choices
-        )
+        shutil.rmtree(Path(folder) / "store")
+        second = piped(config)
+    both = (first, second)
+    same = all(
+        torch.equal(run.codes[name].codes, made[name].codes) and torch.equal(run.codes[name].scales, made[name].scales)
+        for run in both
+        for name in first.choices
+    )
+    stages, once = (
+        {name: _mean([getattr(run, key)[name] for run in both]) for name in getattr(first, key)}
+        for key in ("stages", "once")
+    )
+    pipeline_cpu = _mean([run.processor for run in both])
     core = sum(plain.seconds.values())
     print(f"{model.name}, {windows} x {length} tokens, one worker of one thread; codes equal: {same}\n")
-    print("| part | plain s | pipeline s | cost |\n|---|---|---|---|")
+    print("| part | plain s | pipeline s, first and second | cost |\n|---|---|---|---|")
     for name, value in stages.items():
-        print(f"| {name} | {plain.seconds[name]:.1f} | {value:.1f} | {value / plain.seconds[name] - 1:+.1%} |")
+        pair = ", ".join(f"{run.stages[name]:.1f}" for run in both)
+        print(f"| {name} | {plain.seconds[name]:.1f} | {pair} | {value / plain.seconds[name] - 1:+.1%} |")
     total = sum(stages.values())
-    print(f"| stages together | {core:.1f} | {total:.1f} | {total / core - 1:+.1%} |")
-    for name, value in seconds.items():
-        print(f"| {name} | | {value:.1f} | {value / core:+.1%} |")
-        total += value
-    print(f"| **everything** | {core:.1f} | {total:.1f} | **{total / core - 1:+.1%}** |")
+    pair = ", ".join(f"{sum(run.stages.values()):.1f}" for run in both)
+    print(f"| stages together | {core:.1f} | {pair} | {total / core - 1:+.1%} |")
+    for name, value in once.items():
+        print(f"| {name} | | {', '.join(f'{run.once[name]:.1f}' for run in both)} | {value / core:+.1%} |")
+    everything = [sum(run.stages.values()) + sum(run.once.values()) for run in both]
+    pair = ", ".join(f"{value:.1f}" for value in everything)
+    print(f"| **everything** | {core:.1f} | {pair} | **{_mean(everything) / core - 1:+.1%}** |")
     print(
-        f"\nprocessor seconds of all processes, stages alone: plain {plain_cpu:.1f}, pipeline {pipeline_cpu:.1f} "
-        f"({pipeline_cpu / plain_cpu - 1:+.1%}); on a machine with other work these say more than the wall clock"
+        f"\nprocessor seconds of all processes, stages alone: plain {plain_cpu:.1f}, pipeline "
+        f"{', '.join(f'{run.processor:.1f}' for run in both)} ({pipeline_cpu / plain_cpu - 1:+.1%}); on a machine "
+        "with other work these say more than the wall clock"
     )
     if output is not None:
-        cpu = {"plain": plain_cpu, "pipeline": pipeline_cpu}
         document = {
-            "processor_seconds": cpu,
-            "plain": plain.seconds,
-            "pipeline": stages,
-            "once": seconds,
             "codes_equal": same,
+            "plain": {"stages": plain.seconds, "processor_seconds": plain_cpu},
+            "pipeline": [{"stages": run.stages, "once": run.once, "processor_seconds": run.processor} for run in both],
         }
         output.write_text(json.dumps(document, indent=1))
+
+
+def piped(config: CompressConfig) -> Piped:
+    """The pipeline up to the refined codes."""
+    once: dict[str, float] = {}
+    began = time.perf_counter()
+    with prefect_api():
+        once["start of Prefect's server"] = time.perf_counter() - began
+        started = time.perf_counter()
+        with open_pool(device="cpu", workers=1, threads=1) as pool:
+            pool.each(_nothing)
+            once["start of Ray and a worker"] = time.perf_counter() - started
+            before = processor_seconds()
+            compression, refined = _pipeline(config, pool)
+            processor = processor_seconds() - before
+    store = open_store(config.store)
+    choices = refined["choices"]
+    return Piped(
+        once=once,
+        stages={name: compression.run_state.seconds[name] for name in ("profile", "candidates", "refine")},
+        processor=processor,
+        windows=read_windows(store, compression.windows.key),
+        dtype=DTYPES[compression.dtype],
+        choices=choices,
+        codes={name: read_refined(store, refined["folder"], name, choices[name]) for name in choices},
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def processor_seconds() -> float:
