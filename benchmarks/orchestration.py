@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -217,13 +216,12 @@ def compare(model: Path, windows: int, length: int, budget: float, output: Path 
                 "store": str(Path(folder) / "store"),
             }
         )
-        first = piped(config)
+        first = piped(config.model_copy(update={"store": str(Path(folder) / "first")}))
         plain = Plain(windows=first.windows, stream=BlockStream(open_source(model), dtype=first.dtype), config=config)
         before = time.process_time()
         made = plain.run(first.choices)
         plain_cpu = time.process_time() - before
-        shutil.rmtree(Path(folder) / "store")
-        second = piped(config)
+        second = piped(config.model_copy(update={"store": str(Path(folder) / "second")}))
     both = (first, second)
     same = all(
         torch.equal(run.codes[name].codes, made[name].codes) and torch.equal(run.codes[name].scales, made[name].scales)
