@@ -65,7 +65,7 @@ def measure(case: Case, counts: list[int], folder: Path, *, warm: bool, kept_byt
         for loss in runs[-1].losses:
             print(f"LOST a worker: {loss}; the times are not those of an undisturbed run", flush=True)
     print("\n" + "\n".join(stage_table(runs)) + "\n", flush=True)
-    for name in STAGES:
+    for name in case.stages:
         print("\n".join(call_table(runs, name)) + "\n", flush=True)
     found: dict[str, Any] = {
         "case": case.name,
@@ -78,7 +78,7 @@ def measure(case: Case, counts: list[int], folder: Path, *, warm: bool, kept_byt
         "runs": [as_json(run) for run in runs],
     }
     for other in range(1, len(runs)):
-        compared = {name: compare(runs[0], runs[other], name) for name in STAGES}
+        compared = {name: compare(runs[0], runs[other], name) for name in case.stages}
         print(f"{counts[other]} workers against {counts[0]}:")
         print("\n".join(verdict(compared)), flush=True)
         found.setdefault("different", []).append({name: c.different for name, c in compared.items()})
@@ -104,6 +104,7 @@ def of_model(options: argparse.Namespace, folder: Path) -> Case:
         device=options.device,
         budget_bits=options.budget,
         shards=min(8, len(found.tokens)),
+        stages=options.stages,
     )
 
 
@@ -122,6 +123,7 @@ def of_blocks(options: argparse.Namespace, folder: Path) -> Case:
         device=options.device,
         budget_bits=options.budget,
         shards=min(8, options.block_windows),
+        stages=options.stages,
     )
 
 
@@ -138,12 +140,14 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=3.25)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage")
     parser.add_argument("--cold", action="store_true", help="no warm-up")
     parser.add_argument("--kept-bytes", type=int, help="as kept_bytes in [cluster]")
     parser.add_argument("--folder", type=Path, help="where models and stores lie while it runs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.device = resolve_device(options.device)
+    options.stages = STAGES[: STAGES.index(options.until) + 1]
     cases: list[Callable[[argparse.Namespace, Path], Case]] = []
     cases += [of_model] if options.model is not None else []
     cases += [of_blocks] if options.blocks else []

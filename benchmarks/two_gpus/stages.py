@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Case:
     device: str
     budget_bits: float
     shards: int = 8
+    stages: tuple[str, ...] = STAGES
+    """The first ones of all."""
 
     @property
     def micro_batch(self) -> int:
@@ -58,14 +60,7 @@ class Case:
     def warming(self, workers: int) -> Case:
         """A micro-batch of the same shape for every worker: what is compiled for it is there afterwards."""
         count = min(workers * self.micro_batch, len(self.tokens))
-        return Case(
-            name=self.name,
-            model=self.model,
-            tokens=self.tokens[:count],
-            device=self.device,
-            budget_bits=self.budget_bits,
-            shards=workers,
-        )
+        return replace(self, tokens=self.tokens[:count], shards=min(workers, count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +127,17 @@ def run_stages(case: Case, pool: Pool, folder: Path) -> Done:
         return found
 
     measured("profile", lambda: run_profile(run, pool, profile, num_blocks=stream.num_blocks))
+    folders = {"profile": profile.folder}
+    if "candidates" not in case.stages:
+        return Done(store=store, stages=stages, folders=folders, losses=list(pool.losses))
+    folders["candidates"] = candidates.folder
     rows = measured("candidates", lambda: run_candidates(run, pool, candidates, stream))
+    if "refine" not in case.stages:
+        return Done(store=store, stages=stages, folders=folders, losses=list(pool.losses))
     plan = Planner(config, source, stream.specs).plans(run, rows, candidates_key=candidates.folder.key).ours
     refine = jobs.refine_job(context, profile, plan)
     measured("refine", lambda: run_refine(run, pool, refine, stream, label="refine"))
-    folders = {"profile": profile.folder, "candidates": candidates.folder, "refine": refine.folder}
+    folders["refine"] = refine.folder
     return Done(store=store, stages=stages, folders=folders, losses=list(pool.losses))
 
 

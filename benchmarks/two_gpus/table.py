@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.two_gpus.objects import Compared
-from benchmarks.two_gpus.stages import STAGES, Done, Stage
+from benchmarks.two_gpus.stages import Done, Stage
 
 GIGA = 1e9
 
 
 def stage_table(runs: Sequence[Done]) -> Iterator[str]:
     """One row a stage."""
-    counts = [len(run.stages[STAGES[0]].workers) for run in runs]
+    counts = [len(next(iter(run.stages.values())).workers) for run in runs]
     heads = [f"{n} worker{'s' if n > 1 else ''}, s" for n in counts]
     moving = [f"moving / waiting with {n}, s" for n in counts]
     peaks = [f"GB a GPU with {n}" for n in counts]
     yield "| stage | " + " | ".join([*heads, "ratio", *moving, *peaks]) + " |"
     yield "|---" * (2 + 3 * len(runs)) + "|"
-    for name in STAGES:
+    for name in runs[0].stages:
         stages = [run.stages[name] for run in runs]
         ratio = f"{stages[0].seconds / stages[-1].seconds:.2f}"
         cells = [f"{stage.seconds:.2f}" for stage in stages] + [ratio]
