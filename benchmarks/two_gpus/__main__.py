@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from lrpq.errors import LrpqError
 from tasks.opening import open_pool, resolve_device
 
 
-def measure(case: Case, counts: list[int], folder: Path, *, warm: bool, kept_bytes: int | None) -> dict[str, Any]:
+def measure(case: Case, counts: Sequence[int], folder: Path, *, warm: bool, kept_bytes: int | None) -> dict[str, Any]:
     """One case with every number of workers; prints the tables."""
     windows, length = case.tokens.shape
     print(f"\n## {case.name}: {windows} x {length} tokens, {case.budget_bits:g} bits, {case.device}\n", flush=True)
@@ -73,6 +73,7 @@ def measure(case: Case, counts: list[int], folder: Path, *, warm: bool, kept_byt
         "length": length,
         "shards": case.shards,
         "micro_batch": case.micro_batch,
+        "group_sizes": case.group_sizes,
         "devices": devices,
         "warming_seconds": warming,
         "runs": [as_json(run) for run in runs],
@@ -104,6 +105,7 @@ def of_model(options: argparse.Namespace, folder: Path) -> Case:
         device=options.device,
         budget_bits=options.budget,
         shards=min(8, len(found.tokens)),
+        group_sizes=options.group_sizes,
         stages=options.stages,
     )
 
@@ -123,8 +125,14 @@ def of_blocks(options: argparse.Namespace, folder: Path) -> Case:
         device=options.device,
         budget_bits=options.budget,
         shards=min(8, options.block_windows),
+        group_sizes=options.group_sizes,
         stages=options.stages,
     )
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Such as ``64,-1``."""
+    return tuple(int(number) for number in text.split(","))
 
 
 def main() -> int:
@@ -139,7 +147,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--budget", type=float, default=3.25)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
+    parser.add_argument("--workers", type=numbers, default=(1, 2))
+    parser.add_argument("--group-sizes", type=numbers, default=(64, -1), help="of the candidates")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage")
     parser.add_argument("--cold", action="store_true", help="no warm-up")
     parser.add_argument("--kept-bytes", type=int, help="as kept_bytes in [cluster]")

@@ -48,6 +48,8 @@ class Case:
     device: str
     budget_bits: float
     shards: int = 8
+    group_sizes: tuple[int, ...] = (64, -1)
+    """Of the candidates; lrpq's own."""
     stages: tuple[str, ...] = STAGES
     """The first ones of all."""
 
@@ -88,7 +90,12 @@ def run_stages(case: Case, pool: Pool, folder: Path) -> Done:
     """Profile, candidates, plan and refinement on an empty store in ``folder``."""
     config = CompressConfig.model_validate(
         {
-            "run": {"model": str(case.model), "calibration": {"held_out": 0}, "shards": case.shards},
+            "run": {
+                "model": str(case.model),
+                "calibration": {"held_out": 0},
+                "shards": case.shards,
+                "candidates": {"group_sizes": case.group_sizes},
+            },
             "plan": {"budget_bits": case.budget_bits},
             "evaluation": {"enabled": False},
             "output": folder / "output",
