@@ -246,13 +246,15 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
         if missing and layers[0].routed and layers[0].kind == GATE_UP and not pooled:
             pooled = pool.each_refs(refine.take, POOLED)
         new: dict[str, Any] = {}
+        loads = [0] * len(pool)  # weights of this step that each worker quantizes
         for site, readers in groupby(layers, key=lambda spec: spec.input_site):
             parts = pool.each_refs(refine.take, site) if missing else []
             for spec in readers:
-                worker = len(new) % len(pool)
+                worker = loads.index(min(loads))  # k and v are often narrow: together no more than q
                 if spec.name in missing:
                     others = pooled if spec.routed and spec.kind == GATE_UP else []
                     new[spec.name] = pool.submit(worker, refine.quantize, job, spec, len(parts), *parts, *others)
+                    loads[worker] += spec.d_out * spec.d_in
                 elif job.choices[spec.name] is not None:
                     new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
         quantized += new.values()
