@@ -7,7 +7,7 @@ own), but for Prefect, whose task runs around calls are left out. Every run has 
 store of its own; before it is measured, its workers compress a micro-batch of the same shape for each of them, so that
 kernels are compiled and Triton's cache is filled. With --model a checkpoint on text of --text; with --blocks a model of
 that many blocks of 70B's shape with random weights, made in --folder, on random tokens. On a machine without GPUs
-(--device cpu --tiny) the same on toy shapes, with workers of one core.
+(--device cpu --hidden 64) the same on toy shapes, with workers of one core.
 
 Of every stage: seconds, memory in tensors at its peak (torch.cuda.max_memory_allocated on every worker), seconds that
 workers spent moving bytes (store, model, kept inputs, sums for other workers and from them), and waiting: the stage's
@@ -35,7 +35,7 @@ from ray.exceptions import RayError
 
 from benchmarks.gpu.model import random_tokens
 from benchmarks.two_gpus import ledger
-from benchmarks.two_gpus.block import write_blocks
+from benchmarks.two_gpus.block import HIDDEN, write_blocks
 from benchmarks.two_gpus.objects import compare
 from benchmarks.two_gpus.stages import STAGES, Case, Done, as_json, run_stages
 from benchmarks.two_gpus.table import call_table, stage_table, verdict
@@ -114,12 +114,12 @@ def of_blocks(options: argparse.Namespace, folder: Path) -> Case:
     """Random blocks on random tokens."""
     device = torch.device(options.device)
     length = options.block_length
-    model = write_blocks(folder / "model", tiny=options.tiny, blocks=options.blocks, length=length, device=device)
+    model = write_blocks(folder / "model", hidden=options.hidden, blocks=options.blocks, length=length, device=device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     name = f"{options.blocks} random {'block' if options.blocks == 1 else 'blocks'} of 70B's shape"
     return Case(
-        name=name + (", tiny" if options.tiny else ""),
+        name=name if options.hidden == HIDDEN else f"{name}, {options.hidden} wide",
         model=model,
         tokens=random_tokens(options.block_windows, length),
         device=options.device,
@@ -144,7 +144,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=0)
     parser.add_argument("--block-windows", type=int, default=128)
     parser.add_argument("--block-length", type=int, default=2048)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="width of the blocks")
     parser.add_argument("--budget", type=float, default=3.25)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=numbers, default=(1, 2))

@@ -8,12 +8,15 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.gpu.model import RandomSource
-from benchmarks.gpu.shapes import LLAMA, TINY
+from benchmarks.gpu.shapes import of_width
+
+HIDDEN = 8192
+"""Of Llama 3 70B."""
 
 
-def write_blocks(folder: Path, *, tiny: bool, blocks: int, length: int, device: torch.device) -> Path:
-    """Write a Llama of some such blocks and a vocabulary of 512; ``tiny`` ones have the same proportions."""
-    shape = (TINY if tiny else LLAMA)["70B"]
+def write_blocks(folder: Path, *, hidden: int, blocks: int, length: int, device: torch.device) -> Path:
+    """Write a Llama of some such blocks and a vocabulary of 512; narrower ones have the same proportions."""
+    shape = of_width(hidden, head_width=max(hidden // 64, 8))
     source = RandomSource(shape, layers=blocks, length=length, device=device)
     folder.mkdir(parents=True)
     # a file may not hold the same memory twice, and all blocks have the same weights
