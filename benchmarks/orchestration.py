@@ -34,7 +34,7 @@ from flows.compression import Compression
 from flows.config import CompressConfig
 from flows.prefect_server import prefect_api
 from flows.progress import PlainProgress
-from flows.run import step
+from flows.run import shown_step
 from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice
 from lrpq.model.source import open_source
@@ -356,7 +356,7 @@ def tasks(count: int) -> None:
         @flow(name="tasks", validate_parameters=False, retries=0, persist_result=False)
         def flow_run() -> None:
             for number in range(count):
-                step(f"nothing · {number}", lambda: pool.get([pool.submit(0, _nothing)]))
+                shown_step(f"nothing · {number}", lambda: pool.get([pool.submit(0, _nothing)]))
 
         started = time.perf_counter()
         flow_run()

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flows.config import CompressConfig, EvaluationConfig, RunConfig, evaluation_source
-from flows.run import Run, step
+from flows.run import Run
 from lrpq.errors import ConfigError, ModelError
 from lrpq.model.safetensors_source import ModelSource
 from tasks.calibration.held_out import default_held_out, split_held_out
@@ -127,7 +127,7 @@ def _windows(
     extra = run.stored(folder, label)
     if extra is None:
         with run.timed(label, 1, "text"):
-            drawn = step(label, lambda: load_for(model, num_windows=num_windows + held_out, **asked))
+            drawn = run.step(label, lambda: load_for(model, num_windows=num_windows + held_out, **asked))
             windows, rest = split_held_out(drawn, num_windows=num_windows)
             write_windows(run.store, key, windows.tokens)
             if len(rest):

@@ -21,7 +21,7 @@ from flows.planning import Planner, Plans
 from flows.progress import Progress
 from flows.result import content_key, manifest_of, model_bytes
 from flows.rotation import rotated, rotated_fingerprint, rotation_json, rotation_of
-from flows.run import Run, step
+from flows.run import Run
 from flows.search import Search
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
 from lrpq.allocate.parts import fixed_choice
@@ -350,7 +350,9 @@ class Compression:
 
             def attempt() -> Mapping[str, Any]:
                 with run.timed(assemble.STAGE, 1, "checkpoint"):
-                    written: Mapping[str, Any] = step("assemble", lambda: self._assembled(pool, call, manifest, key))
+                    written: Mapping[str, Any] = run.step(
+                        "assemble", lambda: self._assembled(pool, call, manifest, key)
+                    )
                     run.advance(assemble.STAGE)
                 return written
 

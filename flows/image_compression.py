@@ -21,7 +21,6 @@ from flows.guard import Contender, Windows
 from flows.images import MeasuredImages, calibration_images, evaluation_images
 from flows.planning import Planner
 from flows.result import choices_json, model_bytes
-from flows.run import step
 from flows.stages import run_profile, run_refine
 from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.calibrate import Calibration
@@ -99,7 +98,7 @@ class ImageCompression(Compression):
         with run.timed(activations.STAGE, len(parts), "share"):
             ends = pool.map(activations.search, [(job, blocks) for blocks in parts])
             for _ in parts:
-                step(activations.STAGE, lambda: next(ends))
+                run.step(activations.STAGE, lambda: next(ends))
                 run.advance(activations.STAGE)
 
     def _take(self, chosen: ChosenGrids) -> None:
@@ -226,7 +225,7 @@ class ImageCompression(Compression):
 
             def attempt() -> dict[str, Any]:
                 with run.timed(label, 1, "pass"):
-                    parts = step(label, lambda: pool.each(image_scores.score, job))
+                    parts = run.step(label, lambda: pool.each(image_scores.score, job))
                     run.advance(label)
                 return {
                     name: asdict(image_scores.summarize(rows, labelled=labelled))

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from flows.calibrate import STAGE, HeldOut, StoredWindows
 from flows.config import CompressConfig
 from flows.image_shares import no_labels, shares_of, too_few
-from flows.run import Run, step
+from flows.run import Run
 from tasks.images.draw import Drawn, draw, listing_digest
 from tasks.images.sources import parse_image_source
 from tasks.images.stored import write_images
@@ -148,6 +148,6 @@ def _drawn(
 ) -> Drawn:
     with run.timed(label, 1, "draw"):
         source = parse_image_source(name)
-        drawn: Drawn = step(label, lambda: draw(source, model, model_config, seed=config.run.seed, **asked))
+        drawn: Drawn = run.step(label, lambda: draw(source, model, model_config, seed=config.run.seed, **asked))
         run.progress.advance(label)
     return drawn

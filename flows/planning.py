@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.config import CompressConfig, PlanConfig
 from flows.result import choices_json
-from flows.run import Run, step
+from flows.run import Run
 from lrpq.allocate.budget import UNQUANTIZED_BITS
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
@@ -91,7 +91,7 @@ class Planner:
         )
         with run.timed(STAGE, 1, "plan"):
             posed = self.pose(self.cost_rows(rows))
-            plan = step(STAGE, lambda: allocate.solve(posed.problem, solver=wanted.solver))
+            plan = run.step(STAGE, lambda: allocate.solve(posed.problem, solver=wanted.solver))
             if wanted.budget_bytes is not None:
                 plan = allocate.within_bytes(
                     plan,

@@ -8,10 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.context import TagsContext
-
 from flows import ctrl_c
 from flows.progress import Progress
 from lrpq.errors import ClusterError, WaypointGone, WorkerLost
@@ -30,6 +26,30 @@ OBJECTS = "objects"
 """Where a stage's manifest names what the stage stored."""
 
 
+Step = Callable[[str, Callable[[], Any]], Any]
+"""Runs an action under a name."""
+
+
+def shown_step(name: str, action: Callable[[], Any]) -> Any:
+    """Run an action as a Prefect task run that a person can read, e.g. ``candidates · block 17``.
+
+    No retries and no result caching here: Ray retries what computes, and the store knows what is done.
+
+    It does not carry the flow run's tags. Before a task run with tags Prefect asks its server for limits of them,
+    unless it did so in the last five seconds; the server, which is writing the events of that very task run, mostly
+    answers 503 (SQLite's "database is locked"), and the client waits two seconds before it asks again.
+    """
+    from prefect import task  # stages run without Prefect too, where they are only measured
+    from prefect.cache_policies import NO_CACHE
+    from prefect.context import TagsContext
+
+    ctrl_c.raise_if_asked()
+    stage = name.split(" · ", 1)[0]
+    shown = task(name=stage, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, retries=0)(action)
+    with TagsContext(current_tags=set()):
+        return shown()
+
+
 @dataclass(kw_only=True)
 class Run:
     """State of one flow run. Everything durable is in the store; this only says where."""
@@ -42,6 +62,8 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    step: Step = shown_step
+    """How the parts of a stage are run."""
     _stages: dict[str, _Identity] = field(default_factory=dict)
     _advanced: int = 0
     """Units done since the run began."""
@@ -171,19 +193,3 @@ def missing_objects(store: ObjectStore, folder: StageFolder, manifest: StageMani
         return []
     present = set(stored_objects(store, folder))
     return [folder.object(name) for name in asked if name not in present]
-
-
-def step(name: str, action: Callable[[], Any]) -> Any:
-    """Run an action as a Prefect task run that a person can read, e.g. ``candidates · block 17``.
-
-    No retries and no result caching here: Ray retries what computes, and the store knows what is done.
-
-    It does not carry the flow run's tags. Before a task run with tags Prefect asks its server for limits of them,
-    unless it did so in the last five seconds; the server, which is writing the events of that very task run, mostly
-    answers 503 (SQLite's "database is locked"), and the client waits two seconds before it asks again.
-    """
-    ctrl_c.raise_if_asked()
-    stage = name.split(" · ", 1)[0]
-    shown = task(name=stage, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, retries=0)(action)
-    with TagsContext(current_tags=set()):
-        return shown()

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from flows.run import Run, step
+from flows.run import Run
 from lrpq.errors import QuantizationError, WaypointGone
 from lrpq.evaluate.divergence import WindowScore
 from lrpq.model.experts import GATE_UP
@@ -83,7 +83,7 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
         storing: list[tuple[int, Any]] = []
 
         def collect(block: int, references: list[Any]) -> None:
-            step(f"{label} · block {block}", lambda: pool.get(references))
+            run.step(f"{label} · block {block}", lambda: pool.get(references))
             run.advance(label, f"backward, block {block}")
 
         for block in range((start.block if start.backward else num_blocks) - 1, -1, -1):
@@ -109,7 +109,7 @@ def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_b
     in_flight = len(blocks) + 1 if job.weighs_tokens else BLOCKS_IN_FLIGHT
 
     def wait(block: int, references: list[Any]) -> None:
-        step(f"{label} · forward · block {block}", lambda: pool.get(references))
+        run.step(f"{label} · forward · block {block}", lambda: pool.get(references))
         run.advance(label, f"forward, block {block}")
 
     for block in blocks:
@@ -125,11 +125,11 @@ def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_b
             wait(*waiting.pop(0))
     for item in waiting:
         wait(*item)
-    step(f"{label} · labels", lambda: pool.each(profile.seed_gradients, job))
+    run.step(f"{label} · labels", lambda: pool.each(profile.seed_gradients, job))
     if job.with_head:
         sums = pool.each_refs(profile.take_head)
         store = partial(pool.submit, 0, profile.store_head, job, num_blocks, *sums)
-        step(f"{label} · head", lambda: pool.get([store()]))
+        run.step(f"{label} · head", lambda: pool.get([store()]))
     pool.each(profile.keep_gradients, job, num_blocks)
     run.advance(label, "labels")
 
@@ -156,7 +156,7 @@ def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream
 
             for block in sites:
                 place = "head" if block == stream.num_blocks else f"block {block}"
-                step(f"candidates · {place}", partial(wait_for, block))
+                run.step(f"candidates · {place}", partial(wait_for, block))
         for loss in pool.losses[losses:]:
             run.warn(f"{label}: a worker was lost ({loss}); others did its part")
         rows = candidates.read_costs(job, sites)
@@ -228,7 +228,7 @@ def _refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, label: st
             return
         pool.each(refine.begin, job, first)
         for block in range(first, stream.num_blocks):
-            step(f"{label} · block {block}", partial(_refine_block, run, pool, job, stream, block))
+            run.step(f"{label} · block {block}", partial(_refine_block, run, pool, job, stream, block))
             run.advance(label, f"block {block}")
         pool.each(refine.end)
 
@@ -246,13 +246,15 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
         if missing and layers[0].routed and layers[0].kind == GATE_UP and not pooled:
             pooled = pool.each_refs(refine.take, POOLED)
         new: dict[str, Any] = {}
+        loads = [0] * len(pool)  # weights of this step that each worker quantizes
         for site, readers in groupby(layers, key=lambda spec: spec.input_site):
             parts = pool.each_refs(refine.take, site) if missing else []
             for spec in readers:
-                worker = len(new) % len(pool)
+                worker = loads.index(min(loads))  # k and v are often narrow: together no more than q
                 if spec.name in missing:
                     others = pooled if spec.routed and spec.kind == GATE_UP else []
                     new[spec.name] = pool.submit(worker, refine.quantize, job, spec, len(parts), *parts, *others)
+                    loads[worker] += spec.d_out * spec.d_in
                 elif job.choices[spec.name] is not None:
                     new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
         quantized += new.values()
@@ -280,7 +282,7 @@ def run_scores(run: Run, pool: Pool, job: EvaluateJob, label: str) -> dict[str, 
 
     def attempt() -> dict[str, list[WindowScore]]:
         with run.timed(label, 1, "pass"):
-            parts = step(label, lambda: pool.each(evaluate.score, job))
+            parts = run.step(label, lambda: pool.each(evaluate.score, job))
             run.advance(label)
         return evaluate.merged_scores(parts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -69,7 +69,8 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
     label = specs[0].name if specs[0].routed else specs[0].fused_group
     source = held_source(state, job.profile.stream)
     sums, evidence = _hessian(job, block, site, specs[0])
-    H = normalized(sums, name=label).to(device)
+    H = normalized(replace(sums, xx=sums.xx.to(device)), name=label)
+    del sums
     curvature = read_curvature(job.profile, block, [spec.name for spec in specs])
     factor = factorize(H, damping=job.damping, name=label)
     choices = _choices(job, specs[0])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import ray
 
@@ -13,6 +15,9 @@ from lrpq.errors import ConfigError
 from tasks.cluster import QUIET, Pool
 from tasks.resources import object_store_bytes, worker_shape
 from tasks.roll_call import PATIENCE_SECONDS
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at only
+"""Where Ray keeps its objects on Linux."""
 
 
 @contextmanager
@@ -103,4 +108,6 @@ def _free_bytes() -> int:
 
 
 def _object_store_bytes() -> int:
-    return object_store_bytes(_free_bytes())
+    """Many gigabytes only where the shared memory has room for them: else Ray takes a folder on disk for all of it."""
+    room = shutil.disk_usage(SHARED_MEMORY).free * 9 // 10 if SHARED_MEMORY.is_dir() else 0
+    return min(object_store_bytes(_free_bytes()), max(room, 8 << 30))

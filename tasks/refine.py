@@ -20,7 +20,7 @@ from lrpq.quant.packing import pack, unpack
 from lrpq.quant.starved import Evidence, hessian_of_expert
 from lrpq.refine.quantize import Refined, quantize_refined
 from lrpq.refine.routed import dense_weights, routed_products
-from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
+from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products, on_device
 from lrpq.relevance.outputs import Outputs
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
@@ -232,10 +232,10 @@ def quantize(
     choice = job.choices[spec.name]
     if choice is None:
         raise RuntimeError(f"module {spec.name} is not quantized")
-    merged = _merged(parts[:num_parts], job)
+    merged = _merged(parts[:num_parts], job, state.device)
     evidence = Evidence.OWN
     if spec.routed:
-        pooled = _merged(parts[num_parts:], job).hessian if len(parts) > num_parts else None
+        pooled = _merged(parts[num_parts:], job, state.device).hessian if len(parts) > num_parts else None
         sums, evidence = hessian_of_expert(merged.hessian, pooled, total_tokens=job.stream.num_tokens)
         if evidence is not Evidence.OWN:  # nothing to correct towards
             merged = SiteProducts(hessian=sums, shift=None)
@@ -253,7 +253,7 @@ def quantize(
         name=spec.name,
     )
     write_refined(open_store(job.stream.store), job.folder, spec.name, refined, evidence)
-    return spec.name, _on_host(refined.weight)
+    return spec.name, _on(refined.weight, "cpu")
 
 
 def _outputs(job: RefineJob, spec: LinearSpec) -> Outputs | None:
@@ -263,10 +263,11 @@ def _outputs(job: RefineJob, spec: LinearSpec) -> Outputs | None:
     return read_outputs(open_store(job.stream.store), job.token_weights, spec)
 
 
-def _merged(parts: Sequence[dict[Node, SiteProducts]], job: RefineJob) -> SiteProducts:
+def _merged(parts: Sequence[dict[Node, SiteProducts]], job: RefineJob, device: str) -> SiteProducts:
+    """Sum of all workers' parts on the device that goes on with it: one core takes seconds where a GPU takes none."""
     nodes: dict[Node, SiteProducts] = {}
     for part in parts:
-        nodes |= part
+        nodes |= {node: on_device(sums, device) for node, sums in part.items()}
     return root(nodes, job.stream.num_shards, merge_products)
 
 
@@ -315,8 +316,9 @@ def load_refined(state: WorkerState, job: RefineJob, spec: LinearSpec) -> tuple[
 
 
 def _dense(sweep: RefineSweep, quantized: tuple[tuple[str, QuantizedWeight], ...]) -> dict[str, torch.Tensor]:
-    return {name: weight.dequantize(sweep.stream.dtype) for name, weight in quantized}
+    """Weights on the sweep's device, made there: one core of a host takes seconds for a large block."""
+    return {name: _on(weight, sweep.stream.device).dequantize(sweep.stream.dtype) for name, weight in quantized}
 
 
-def _on_host(weight: QuantizedWeight) -> QuantizedWeight:
-    return QuantizedWeight(codes=weight.codes.cpu(), scales=weight.scales.cpu(), choice=weight.choice)
+def _on(weight: QuantizedWeight, device: torch.device | str) -> QuantizedWeight:
+    return QuantizedWeight(codes=weight.codes.to(device), scales=weight.scales.to(device), choice=weight.choice)

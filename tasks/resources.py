@@ -79,5 +79,9 @@ def workers_that_fit(shape: WorkerShape, *, cluster_cpus: float, cluster_gpus: f
 
 
 def object_store_bytes(free_bytes: int) -> int:
-    """Ray's shared memory on a node: an eighth of the free memory, at most 8 GiB, no less than Ray accepts."""
-    return max(min(free_bytes // 8, 8 << 30), 128 << 20)
+    """Ray's shared memory on a node: an eighth of the free memory, at most 64 GiB, no less than Ray accepts.
+
+    Pages are taken when they are written. Sums of two blocks may wait in it, and those of one block of a 70B model are
+    5.4 GB from every worker; what does not fit Ray writes to disk.
+    """
+    return max(min(free_bytes // 8, 64 << 30), 128 << 20)

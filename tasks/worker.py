@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lrpq.model.host_memory import release_freed_memory
+from tasks.tensor_transport import send_tensors_by_buffer
 from tasks.watch import Pulse
 
 
@@ -119,6 +120,7 @@ class Worker:
         import torch
 
         torch.use_deterministic_algorithms(True)
+        send_tensors_by_buffer()
         self.state = WorkerState(**settings)
         self.state.beat()
         self._threads = settings["threads"]

@@ -52,6 +52,15 @@ class SiteProducts:
     """P (float32), of a site whose one layer adds to the hidden states."""
 
 
+def on_device(sums: SiteProducts, device: torch.device | str) -> SiteProducts:
+    """The same on a device."""
+    return SiteProducts(
+        hessian=replace(sums.hessian, xx=sums.hessian.xx.to(device)),
+        shift=None if sums.shift is None else sums.shift.to(device),
+        pull=None if sums.pull is None else sums.pull.to(device),
+    )
+
+
 def merge_products(left: SiteProducts, right: SiteProducts) -> SiteProducts:
     """Sum of two disjoint sets of shards."""
     return SiteProducts(
