@@ -149,7 +149,7 @@ class Compression:
         ):
             self._say_how_relevance_is_found()
             prepared = self._prepare(pool)
-            run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
+            self._profile(pool, prepared.profile)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
             artifacts.publish_costs(rows)
             self._search(pool, prepared, rows)
@@ -179,6 +179,9 @@ class Compression:
             )
         self.check_plan()
         return self._jobs(windows)
+
+    def _profile(self, pool: Pool, job: ProfileJob) -> None:
+        run_profile(self.run_state, pool, job, num_blocks=self.stream.num_blocks)
 
     def check_plan(self) -> None:
         """Pose the plan without costs: what is wrong with it shows here, not after the work.

@@ -117,6 +117,14 @@ def test_the_codes_and_grids_are_those_of_one_process(
         }
 
 
+def test_gradients_are_walked_back_once(job: Job, manifest: dict[str, Any], in_process: QuantizedClassifier) -> None:
+    """On the original; costs are those of the folded model's weights all the same."""
+    kept = [path for path in snapshot(job.folder / "store") if f"{manifest['run_id']}/profile/" in path]
+    assert len({Path(path).parent for path in kept}) == 1
+    assert in_process.plan is not None
+    assert manifest["budget"]["predicted_kl_nats"] == pytest.approx(in_process.plan.cost_nats, rel=1e-3)
+
+
 def test_weights_and_activations_keep_their_budgets(job: Job, model: Path, manifest: dict[str, Any]) -> None:
     bits, weights = stored_bits(job.folder / "mixed")
     assert bits / weights <= budget_of(model)
@@ -165,9 +173,7 @@ def test_the_same_command_computes_nothing(job: Job, model: Path, images: Path, 
     before = snapshot(job.folder / "store"), (job.folder / "mixed" / "model.safetensors").read_bytes()
     again = run(job, command(job, model, images, "mixed", *MIXED))
     assert again["computed_nothing"]
-    assert {"calibrate", "evaluation images", "gradients", "activations", "profile", "candidates", "refine"} < set(
-        again["reused"]
-    )
+    assert {"calibrate", "evaluation images", "profile", "activations", "candidates", "refine"} < set(again["reused"])
     assert again["evaluation"] == manifest["evaluation"]
     assert (snapshot(job.folder / "store"), (job.folder / "mixed" / "model.safetensors").read_bytes()) == before
 
