@@ -275,6 +275,7 @@ class Compression:
         manifest["size"] = self._planned_size(quantized)
         reached = self._assemble(pool, codes, quantized, manifest, key, head=head)
         manifest["verified"] = reached["verified"]
+        self._report()
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
         manifest["bytes"] = {"original": model_bytes(self.model), "compressed": reached["total_bytes"]}
         evaluation = self._evaluation(pool, prepared, plans.control, key)
@@ -415,6 +416,9 @@ class Compression:
     def description(self) -> dict[str, Any]:
         """What the manifest says of the model besides its weights."""
         return {"rotation": rotation_json(self.config.run, self.source)}
+
+    def _report(self) -> None:
+        """What is left in the output folder besides the checkpoint and its manifest: nothing."""
 
     def _evaluation(self, pool: Pool, prepared: Prepared, control: Plan | None, key: str) -> dict[str, Any] | None:
         """Scores of the original, the result and the control; None where nothing is measured."""

@@ -18,6 +18,7 @@ import torch
 from flows import guard, jobs
 from flows.compression import Call, Compression, Prepared
 from flows.guard import Contender, Windows
+from flows.heat_maps import HeatReport, run_heat_maps
 from flows.images import MeasuredImages, calibration_images, evaluation_images
 from flows.planning import Planner
 from flows.result import choices_json, model_bytes
@@ -28,9 +29,11 @@ from lrpq.activations.calibrate import Calibration
 from lrpq.allocate.plan import Plan
 from lrpq.checkpoint.activations import TABLE
 from lrpq.checkpoint.plan import planned_size
+from lrpq.errors import ModelError
 from lrpq.model.inputs import image_shape
 from lrpq.model.layers import Choice
 from lrpq.model.streaming import BlockStream
+from lrpq.relevance.patches import special_tokens
 from tasks import activations, assemble_classifier, image_scores
 from tasks.artifacts import StageFolder
 from tasks.assemble_classifier import AssembleClassifierJob, checkpoint_activations
@@ -68,6 +71,7 @@ class ImageCompression(Compression):
         self.windows = calibration_images(run, config, **about)
         self.images: MeasuredImages | None = evaluation_images(run, config, **about)
         self.check_plan()
+        self._explain(pool)
         self.calibration: Calibration | None = None
         if not config.run.images.activations:
             return self._jobs(self.windows)
@@ -78,6 +82,26 @@ class ImageCompression(Compression):
         profile = replace(original, stream=stream)
         candidates = jobs.candidates_job(self.context, profile, head=self.head)
         return Prepared(stream=self.stream, stream_job=stream, profile=profile, candidates=candidates)
+
+    def _explain(self, pool: Pool) -> None:
+        """Heat maps of the original, shown as soon as they are found."""
+        self.heat: HeatReport | None = None
+        count = min(self.config.evaluation.heat_maps, self.windows.num_windows)
+        if not count:
+            return
+        try:
+            special_tokens(self.stream, self.window_length())
+        except ModelError as error:
+            self.run_state.warn(f"no heat maps: {error}")
+            return
+        job = jobs.heat_maps_job(self.context, jobs.stream_job(self.context, self.windows), self.windows, count)
+        self.heat = run_heat_maps(self.run_state, pool, job, self.source.config)
+        self.heat.publish()
+
+    def _report(self) -> None:
+        """Heat maps."""
+        if self.heat is not None:
+            self.heat.write(self.config.output)
 
     def _profile(self, pool: Pool, job: ProfileJob) -> None:
         """Where activations are quantized, the profile is what their grids were found by."""
@@ -123,6 +147,8 @@ class ImageCompression(Compression):
     def description(self) -> dict[str, Any]:
         """Images, and widths of activations by block and place."""
         found = super().description() | {"images": {"source": self.windows.source, "number": self.windows.num_windows}}
+        if self.heat is not None:
+            found["heat_maps"] = self.heat.document
         chosen = self.context.activations
         if chosen is None or self.calibration is None:
             return found

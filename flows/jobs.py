@@ -14,10 +14,11 @@ from flows.run import Run
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.model.layers import Choice, LinearSpec
-from tasks import activations, candidates, profile, refine
+from tasks import activations, candidates, heat_maps, profile, refine
 from tasks.activations import ActivationsJob
 from tasks.candidates import CandidatesJob
 from tasks.chosen_grids import ChosenGrids
+from tasks.heat_maps import HeatMapsJob
 from tasks.profile import ProfileJob
 from tasks.refine import RefineJob
 from tasks.streams import StreamJob
@@ -109,6 +110,22 @@ def activations_job(context: JobContext, profile: ProfileJob) -> ActivationsJob:
         ),
         squares=profile.folder,
         widths=widths,
+    )
+
+
+def heat_maps_job(context: JobContext, stream: StreamJob, windows: StoredWindows, count: int) -> HeatMapsJob:
+    """Depends on the model, the images, how many of them are shown, and where relevance comes from."""
+    relevance = context.config.run.relevance
+    return HeatMapsJob(
+        stream=stream,
+        folder=context.run.folder(
+            heat_maps.STAGE,
+            inputs={"model": context.fingerprint, "windows": windows.digest},
+            parameters={"count": count, "relevance": relevance, **_streaming(context, stream)},
+            code=["tasks.heat_maps"],
+        ),
+        count=count,
+        relevance=relevance,
     )
 
 
