@@ -111,6 +111,12 @@ def publish_costs(rows: Sequence[Mapping[str, Any]]) -> None:
         _attempt(lambda: create_image_artifact(image, key="cost-curves", description="Expected loss by layer type"))
 
 
+def publish_png(picture: bytes, *, key: str, description: str) -> None:
+    """An image that is a PNG file already."""
+    if flow_run.id is not None:
+        _attempt(lambda: create_image_artifact(_url_of(picture), key=key, description=description))
+
+
 def publish(manifest: Mapping[str, Any]) -> None:
     """Table and image of bits per layer, and the result in words."""
     if flow_run.id is None:
@@ -214,7 +220,11 @@ def _figure() -> tuple[Any, Any]:
 def _data_url(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return _url_of(buffer.getvalue())
+
+
+def _url_of(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _attempt(action: Callable[[], Any]) -> Any:

@@ -62,6 +62,8 @@ def _closing(manifest: Mapping[str, Any]) -> list[RenderableType]:
         parts.append(Text(rotation_line(rotation)))
     if quantized := manifest.get("activations"):
         parts.append(Text(activations_line(quantized)))
+    if heat := manifest.get("heat_maps"):
+        parts.append(Text(heat_maps_line(heat)))
     if modules := manifest.get("modules"):
         parts.append(bits_table(modules, kept=manifest.get("kept_16bit", ())))
     parts.append(quality_table(manifest.get("evaluation", {}), sizes=manifest.get("bytes", {})))
@@ -116,6 +118,13 @@ def activations_line(activations: Mapping[str, Any]) -> str:
     return (
         f"activations: {activations['average_bits']:.3f} bits on average over all values of an image; places: {shown}"
     )
+
+
+def heat_maps_line(heat: Mapping[str, Any]) -> str:
+    """Say where the heat maps are."""
+    images = heat["images"]
+    folder = str(images[0]["file"]).rsplit("/", 1)[0]
+    return f"heat maps ({heat['relevance']}) of {len(images)} calibration images in {folder}/ of the output folder"
 
 
 def rotation_line(rotation: Mapping[str, Any]) -> str:

@@ -149,7 +149,7 @@ class Compression:
         ):
             self._say_how_relevance_is_found()
             prepared = self._prepare(pool)
-            run_profile(self.run_state, pool, prepared.profile, num_blocks=self.stream.num_blocks)
+            self._profile(pool, prepared.profile)
             rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
             artifacts.publish_costs(rows)
             self._search(pool, prepared, rows)
@@ -179,6 +179,9 @@ class Compression:
             )
         self.check_plan()
         return self._jobs(windows)
+
+    def _profile(self, pool: Pool, job: ProfileJob) -> None:
+        run_profile(self.run_state, pool, job, num_blocks=self.stream.num_blocks)
 
     def check_plan(self) -> None:
         """Pose the plan without costs: what is wrong with it shows here, not after the work.
@@ -272,6 +275,7 @@ class Compression:
         manifest["size"] = self._planned_size(quantized)
         reached = self._assemble(pool, codes, quantized, manifest, key, head=head)
         manifest["verified"] = reached["verified"]
+        self._report()
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
         manifest["bytes"] = {"original": model_bytes(self.model), "compressed": reached["total_bytes"]}
         evaluation = self._evaluation(pool, prepared, plans.control, key)
@@ -414,6 +418,9 @@ class Compression:
     def description(self) -> dict[str, Any]:
         """What the manifest says of the model besides its weights."""
         return {"rotation": rotation_json(self.config.run, self.source)}
+
+    def _report(self) -> None:
+        """What is left in the output folder besides the checkpoint and its manifest: nothing."""
 
     def _evaluation(self, pool: Pool, prepared: Prepared, control: Plan | None, key: str) -> dict[str, Any] | None:
         """Scores of the original, the result and the control; None where nothing is measured."""

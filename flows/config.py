@@ -40,6 +40,7 @@ GROUP_SIZES = (32, 64, 128, PER_CHANNEL)
 ACTIVATION_BITS = (2, 3, 4, 5, 6, 7, 8)
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SLUG_CHARS = 55  # leaves room for "-" and 8 digits in a run id
+MAX_HEAT_MAPS = 256
 MAX_SEED = 2**63 - 1  # what torch.Generator takes
 
 
@@ -311,6 +312,9 @@ class EvaluationConfig(Section):
     """Images of an image classifier that are measured, at most."""
     top1: Annotated[bool | None, Flag("--top1", "--no-top1")] = None
     """Measure how often the likeliest class is the image's; where images have labels, if not given."""
+    heat_maps: Annotated[int, Field(ge=0, le=MAX_HEAT_MAPS), Flag("--heat-maps")] = 4
+    """Calibration images of an image classifier whose heat maps (relevance of the patches for the likeliest class) are
+    left in the output folder; 0 is none."""
     control: Annotated[bool, Flag("--control", "--no-control")] = True
     """Also measure uniform GPTQ at the nearest width."""
     enabled: Annotated[bool, Flag("--evaluate", "--no-evaluate")] = True

@@ -1,8 +1,9 @@
 """One compression of an image classifier: the stages of a language model's, and the grids of activations before them.
 
-Images take the place of windows of text. Where activations are to be quantized, their grids come first; what they fold
-into the model makes another one, which all further stages see: its weights are profiled, quantized and written, and are
-rounded behind activations on the grids.
+Images take the place of windows of text. Where activations are to be quantized, their grids come first, behind the
+profile, which says what their errors cost. What they fold into the model makes another one, which all further stages
+see: its weights are quantized and written, and are rounded behind activations on the grids. Its profile is that of the
+original, with Hessians carried over as they are read: gradients are walked back once.
 """
 
 from __future__ import annotations
@@ -15,21 +16,23 @@ from typing import Any
 import torch
 
 from flows import guard, jobs
-from flows.calibrate import StoredWindows
 from flows.compression import Call, Compression, Prepared
 from flows.guard import Contender, Windows
+from flows.heat_maps import HeatReport, run_heat_maps
 from flows.images import MeasuredImages, calibration_images, evaluation_images
 from flows.planning import Planner
 from flows.result import choices_json, model_bytes
-from flows.stages import run_profile, run_refine
+from flows.stages import run_refine
 from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.calibrate import Calibration
 from lrpq.allocate.plan import Plan
 from lrpq.checkpoint.activations import TABLE
 from lrpq.checkpoint.plan import planned_size
+from lrpq.errors import ModelError
 from lrpq.model.inputs import image_shape
 from lrpq.model.layers import Choice
 from lrpq.model.streaming import BlockStream
+from lrpq.relevance.patches import special_tokens
 from tasks import activations, assemble_classifier, image_scores
 from tasks.artifacts import StageFolder
 from tasks.assemble_classifier import AssembleClassifierJob, checkpoint_activations
@@ -38,10 +41,8 @@ from tasks.chosen_grids import ChosenGrids, chosen_grids, fold
 from tasks.cluster import Pool
 from tasks.evaluate import STAGE as EVALUATE
 from tasks.image_scores import ClassifierCheckpoint, ClassifierVariant, ScoreImagesJob, StoredClassifierCodes
+from tasks.profile import ProfileJob
 from tasks.streams import DTYPES, StreamJob
-
-GRADIENTS = "gradients"
-"""Label of the walk that finds what activations are judged by."""
 
 
 class ImageCompression(Compression):
@@ -69,20 +70,49 @@ class ImageCompression(Compression):
         self.windows = calibration_images(run, config, **about)
         self.images: MeasuredImages | None = evaluation_images(run, config, **about)
         self.check_plan()
+        self._explain(pool)
         self.calibration: Calibration | None = None
-        self.original = self.context
-        if config.run.images.activations:
-            self._quantize_activations(pool, self.windows)
-        return self._jobs(self.windows)
+        if not config.run.images.activations:
+            return self._jobs(self.windows)
+        original = self._jobs(self.windows).profile
+        super()._profile(pool, original)
+        self._quantize_activations(pool, original)
+        stream = jobs.stream_job(self.context, self.windows)
+        profile = replace(original, stream=stream)
+        candidates = jobs.candidates_job(self.context, profile, head=self.head)
+        return Prepared(stream=self.stream, stream_job=stream, profile=profile, candidates=candidates)
 
-    def _quantize_activations(self, pool: Pool, images: StoredWindows) -> None:
+    def _explain(self, pool: Pool) -> None:
+        """Heat maps of the original, shown as soon as they are found."""
+        self.heat: HeatReport | None = None
+        count = min(self.config.evaluation.heat_maps, self.windows.num_windows)
+        if not count:
+            return
+        try:
+            special_tokens(self.stream, self.window_length())
+        except ModelError as error:
+            self.run_state.warn(f"no heat maps: {error}")
+            return
+        job = jobs.heat_maps_job(self.context, jobs.stream_job(self.context, self.windows), self.windows, count)
+        self.heat = run_heat_maps(self.run_state, pool, job, self.source.config)
+        self.heat.publish()
+
+    def _report(self) -> None:
+        """Heat maps."""
+        if self.heat is not None:
+            self.heat.write(self.config.output)
+
+    def _profile(self, pool: Pool, job: ProfileJob) -> None:
+        """Where activations are quantized, the profile is what their grids were found by."""
+        if self.calibration is None:
+            super()._profile(pool, job)
+
+    def _quantize_activations(self, pool: Pool, profile: ProfileJob) -> None:
         """Find the grids and their widths, and go on with the model that they ask for."""
         run, average = self.run_state, self.config.run.images.average_activation_bits
         assert average is not None
         num_blocks = self.stream.num_blocks
-        gradients = jobs.gradients_job(self.context, jobs.stream_job(self.context, images), images)
-        run_profile(run, pool, gradients, num_blocks=num_blocks, label=GRADIENTS)
-        job = jobs.activations_job(self.context, gradients)
+        job = jobs.activations_job(self.context, profile)
         if run.stored(job.folder, activations.STAGE) is None:
             run.survive(pool, activations.STAGE, lambda: self._search_grids(pool, job))
             run.finish(job.folder, activations.STAGE, {"blocks": num_blocks})
@@ -116,6 +146,8 @@ class ImageCompression(Compression):
     def description(self) -> dict[str, Any]:
         """Images, and widths of activations by block and place."""
         found = super().description() | {"images": {"source": self.windows.source, "number": self.windows.num_windows}}
+        if self.heat is not None:
+            found["heat_maps"] = self.heat.document
         chosen = self.context.activations
         if chosen is None or self.calibration is None:
             return found

@@ -14,10 +14,11 @@ from flows.run import Run
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.model.layers import Choice, LinearSpec
-from tasks import activations, candidates, profile, refine
+from tasks import activations, candidates, heat_maps, profile, refine
 from tasks.activations import ActivationsJob
 from tasks.candidates import CandidatesJob
 from tasks.chosen_grids import ChosenGrids
+from tasks.heat_maps import HeatMapsJob
 from tasks.profile import ProfileJob
 from tasks.refine import RefineJob
 from tasks.streams import StreamJob
@@ -64,9 +65,10 @@ def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
 
 
 def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) -> ProfileJob:
-    """Depends on the model, the windows' tokens and how relevance is computed."""
+    """Depends on the model, the windows' tokens and how relevance is computed, and on whether activations follow."""
     config = context.config.run
     with_head = config.candidates.quantize_head is not None
+    for_activations = bool(config.images.activations)
     parameters = {
         "relevance": config.relevance,
         "floor": config.relevance_floor,
@@ -75,6 +77,7 @@ def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) 
         **_streaming(context, stream),
         **({"head": True} if with_head else {}),
         **({"gradients_every": config.gradients_every} if config.gradients_every > 1 else {}),
+        **({"activations": True} if for_activations else {}),
     }
     return ProfileJob(
         stream=stream,
@@ -90,40 +93,39 @@ def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) 
         seed=config.seed,
         with_head=with_head,
         gradients_every=config.gradients_every,
+        for_activations=for_activations,
     )
 
 
-def gradients_job(context: JobContext, stream: StreamJob, windows: StoredWindows) -> ProfileJob:
-    """Squared gradients at the outputs of every layer, which say what an error of its inputs costs in nats."""
-    parameters = {"relevance": "fisher", "floor": 0.0, "power": 1.0, "seed": context.config.run.seed}
-    return ProfileJob(
-        stream=stream,
-        folder=context.run.folder(
-            profile.STAGE,
-            inputs={"model": context.fingerprint, "windows": windows.digest},
-            parameters=parameters | _streaming(context, stream),
-            code=["tasks.profile"],
-        ),
-        relevance="fisher",
-        floor=0.0,
-        power=1.0,
-        seed=context.config.run.seed,
-    )
-
-
-def activations_job(context: JobContext, gradients: ProfileJob) -> ActivationsJob:
-    """Depends on the gradients, and by them on the model and the images, and on the widths."""
+def activations_job(context: JobContext, profile: ProfileJob) -> ActivationsJob:
+    """Depends on the profile, and by it on the model and the images, and on the widths."""
     widths = context.config.run.images.activations
     return ActivationsJob(
-        stream=gradients.stream,
+        stream=profile.stream,
         folder=context.run.folder(
             activations.STAGE,
-            inputs={"gradients": gradients.folder.key},
+            inputs={"profile": profile.folder.key},
             parameters={"widths": list(widths)},
             code=["tasks.activations"],
         ),
-        weights=gradients.folder,
+        squares=profile.folder,
         widths=widths,
+    )
+
+
+def heat_maps_job(context: JobContext, stream: StreamJob, windows: StoredWindows, count: int) -> HeatMapsJob:
+    """Depends on the model, the images, how many of them are shown, and where relevance comes from."""
+    relevance = context.config.run.relevance
+    return HeatMapsJob(
+        stream=stream,
+        folder=context.run.folder(
+            heat_maps.STAGE,
+            inputs={"model": context.fingerprint, "windows": windows.digest},
+            parameters={"count": count, "relevance": relevance, **_streaming(context, stream)},
+            code=["tasks.heat_maps"],
+        ),
+        count=count,
+        relevance=relevance,
     )
 
 
@@ -139,7 +141,10 @@ def candidates_job(context: JobContext, profile: ProfileJob, *, head: LinearSpec
     return CandidatesJob(
         profile=profile,
         folder=context.run.folder(
-            candidates.STAGE, inputs={"profile": profile.folder.key}, parameters=parameters, code=["tasks.candidates"]
+            candidates.STAGE,
+            inputs={"profile": profile.folder.key, **_activations(profile.stream)},
+            parameters=parameters,
+            code=["tasks.candidates"],
         ),
         choices=choices,
         damping=config.damping,
@@ -170,7 +175,10 @@ def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJo
     return RefineJob(
         stream=profile.stream,
         folder=context.run.folder(
-            refine.STAGE, inputs={"profile": profile.folder.key}, parameters=parameters, code=["tasks.refine"]
+            refine.STAGE,
+            inputs={"profile": profile.folder.key, **_activations(profile.stream)},
+            parameters=parameters,
+            code=["tasks.refine"],
         ),
         token_weights=profile.folder if profile.weighs_tokens else None,
         choices=plan.choices,

@@ -27,7 +27,13 @@ OF_TEXT = (
     "evaluation.length",
 )
 """Fields that mean nothing for images, or that nobody has built for them."""
-OF_IMAGES = ("run.images.num_images", "run.images.activations", "evaluation.num_images", "evaluation.top1")
+OF_IMAGES = (
+    "run.images.num_images",
+    "run.images.activations",
+    "evaluation.num_images",
+    "evaluation.top1",
+    "evaluation.heat_maps",
+)
 INSTEAD = {
     "run.calibration.source": "--images",
     "run.calibration.num_windows": "--calibration-images",

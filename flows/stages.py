@@ -46,10 +46,9 @@ def _sites(stream: BlockStream, job: CandidatesJob) -> dict[int, dict[str, tuple
     return found
 
 
-def run_profile(
-    run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int, label: str = profile.STAGE
-) -> Mapping[str, Any]:
+def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Mapping[str, Any]:
     """Forward and backward sweep; one task run a block of the backward sweep."""
+    label = profile.STAGE
     done = run.stored(job.folder, label)
     if done is not None:
         return done

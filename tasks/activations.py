@@ -14,6 +14,7 @@ from lrpq.activations.calibrate import Calibration, Means, Place, calibrate
 from tasks.artifacts import StageFolder
 from tasks.chosen_grids import ENDING, KIND, read_calibration, write_block
 from tasks.images.stored import read_images
+from tasks.profile import SQUARES
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_tensors
 from tasks.streams import StreamJob, open_stream
@@ -29,7 +30,7 @@ class ActivationsJob:
     stream: StreamJob
     """The original model and its calibration images."""
     folder: StageFolder
-    weights: StageFolder
+    squares: StageFolder
     """Profile stage with the squared gradients that grids are judged by."""
     widths: tuple[int, ...]
     """Bits."""
@@ -49,7 +50,7 @@ def shares(blocks: Sequence[int], num_workers: int) -> list[list[int]]:
 def search(state: WorkerState, job: ActivationsJob, blocks: list[int]) -> None:
     """Find the grids of some blocks, storing each block's when they are found."""
     store = open_store(job.stream.store)
-    weights = {block: read_tensors(store, job.weights.block("token-weights", block, "safetensors")) for block in blocks}
+    squares = {block: read_tensors(store, job.squares.block(SQUARES, block, "safetensors")) for block in blocks}
 
     def keep(block: int, places: Mapping[tuple[int, str], Place]) -> None:
         if places:
@@ -61,7 +62,7 @@ def search(state: WorkerState, job: ActivationsJob, blocks: list[int]) -> None:
         read_images(store, job.stream.windows),
         widths=job.widths,
         means=Means.ALL,
-        token_weights=weights,
+        token_weights=squares,
         micro_batch=job.stream.micro_batch,
         blocks=blocks,
         on_block=keep,

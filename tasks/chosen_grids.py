@@ -61,6 +61,12 @@ def read_grids(chosen: ChosenGrids) -> tuple[BlockGrids, ...]:
     return _calibration(chosen).grids(chosen.by_place())
 
 
+def folding_at(chosen: ChosenGrids, block: int, site: str) -> Folding | None:
+    """What is folded at one site; None where nothing is."""
+    place = read_block(open_store(chosen.store), chosen.folder, block).get((block, site))
+    return None if place is None else place.candidates[chosen.by_place()[block, site]].folding
+
+
 def fold(source: ModelSource, chosen: ChosenGrids) -> ModelSource:
     """The model that the grids are of, in float32; the same model where nothing is folded.
 

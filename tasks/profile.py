@@ -7,7 +7,7 @@ as soon as every worker has gone through it, so memory holds the sums of the blo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -29,6 +29,7 @@ from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_block_sums, on_host
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
+from tasks.chosen_grids import folding_at
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric, write_symmetric
@@ -58,6 +59,10 @@ BLOCK_OBJECTS = (
 PLAIN_OBJECTS = BLOCK_OBJECTS[:3]
 """Of these what there is where tokens are not weighed."""
 HEAD_OBJECTS = BLOCK_OBJECTS[:2]
+SQUARES, INPUTS = "squared-gradients", "inputs"
+ACTIVATION_OBJECTS = ((SQUARES, "safetensors"), (INPUTS, "safetensors"))
+"""What there is besides where activations are to be quantized: squared gradients by site and token, and by site the
+weighted sum of its inputs."""
 FORWARD, BACKWARD = "forward", "backward"
 """Kinds of waypoints."""
 SCORE_UNITS = {"value": "as named in the column unit"}
@@ -80,11 +85,21 @@ class ProfileJob:
     gradients_every: int = 1
     """Of how many windows one has its gradients taken; above 1 Hessians are plain and summed on the way forward
     (tasks.profile_inputs)."""
+    for_activations: bool = False
+    """Also what quantizing activations needs. The walk is on the model as it was; with a ``stream`` whose activations
+    have grids, Hessians are read as those of the model that is folded for them."""
 
     @property
     def weighs_tokens(self) -> bool:
         """Whether tokens are weighed by their gradients; otherwise gradients give the curvature alone."""
         return self.gradients_every == 1
+
+    @property
+    def block_objects(self) -> tuple[tuple[str, str], ...]:
+        """Kind and ending of what is stored of a block."""
+        if not self.weighs_tokens:
+            return PLAIN_OBJECTS
+        return BLOCK_OBJECTS + ACTIVATION_OBJECTS if self.for_activations else BLOCK_OBJECTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +118,10 @@ def position(job: ProfileJob, *, num_blocks: int) -> Position:
     """How far the store says that the profile has come."""
     store = open_store(job.stream.store)
     present = set(store.list(job.folder.prefix))
-    objects = BLOCK_OBJECTS if job.weighs_tokens else PLAIN_OBJECTS
-    names = [*((b, objects) for b in range(num_blocks)), *([(num_blocks, HEAD_OBJECTS)] if job.with_head else [])]
+    names = [
+        *((b, job.block_objects) for b in range(num_blocks)),
+        *([(num_blocks, HEAD_OBJECTS)] if job.with_head else []),
+    ]
     stored = frozenset(b for b, kinds in names if all(job.folder.block(*_name(kind, b)) in present for kind in kinds))
     lowest = num_blocks  # of the blocks that are stored without a gap from the last one down
     while lowest - 1 in stored:
@@ -150,7 +167,7 @@ def _sweep(state: WorkerState, job: ProfileJob) -> ProfileSweep:
     if not job.weighs_tokens:
         return PartialSweep(stream, shards, gradients_every=job.gradients_every, **common)
     weights: dict[str, Any] = {"relevance": Relevance(job.relevance), "floor": job.floor, "power": job.power}
-    return ProfileSweep(stream, shards, **weights, **common)
+    return ProfileSweep(stream, shards, for_activations=job.for_activations, **weights, **common)
 
 
 def forward(state: WorkerState, job: ProfileJob, block: int) -> None:
@@ -307,6 +324,8 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
             job.folder.block("outputs", block, "parquet"),
             {_chunk(name, i): G.cpu() for name, chunks in merged.outputs.items() for i, G in enumerate(chunks)},
         )
+    if job.for_activations:
+        _write_for_activations(store, job, block, merged, weights)
     write_table(
         store,
         job.folder.block("scores", block, "parquet"),
@@ -344,6 +363,16 @@ def write_hessians(store: ObjectStore, job: ProfileJob, block: int, merged: Bloc
         {site: h.xx.cpu() for site, h in hessians.items()},
         {s: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens, "total": total} for s, h in hessians.items()},
     )
+
+
+def _write_for_activations(
+    store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums, weights: Mapping[int, SiteWeights]
+) -> None:
+    in_order = [weights[i].squares for i in sorted(weights)]
+    squares = {site: torch.cat([part[site] for part in in_order]) for site in in_order[0]}
+    write_tensors(store, job.folder.block(SQUARES, block, "safetensors"), squares, {})
+    sums = {site: h.x.cpu() for site, h in merged.hessians.items() if h.x is not None}
+    write_tensors(store, job.folder.block(INPUTS, block, "safetensors"), sums, {})
 
 
 def _write_curvature(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> dict[str, Tensor]:
@@ -409,9 +438,15 @@ def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]
 
 
 def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, int]:
-    """Hessian sums of one site, and the calibration tokens of the run (an expert saw fewer)."""
-    xx, scalars = read_symmetric(open_store(job.stream.store), job.folder.block("hessians", block, "parquet"), site)
+    """Hessian sums of one site of the model that ``job.stream`` names, folded or not, and the calibration tokens of the
+    run (an expert saw fewer)."""
+    store = open_store(job.stream.store)
+    xx, scalars = read_symmetric(store, job.folder.block("hessians", block, "parquet"), site)
     sums = HessianSum(xx=xx, weight_sum=scalars["weight_sum"], num_tokens=int(scalars["num_tokens"]))
+    folding = None if job.stream.activations is None else folding_at(job.stream.activations, block, site)
+    if folding is not None:
+        inputs = read_tensors(store, job.folder.block(INPUTS, block, "safetensors"), [site])
+        sums = folding.of_hessian(replace(sums, x=inputs[site]))
     return sums, int(scalars["total"])
 
 

@@ -12,6 +12,14 @@ gives x' = (x - o_c) / r + o, whose codes on the tensor's grid are those of x on
 give W' x' + b' = W x + b. This is RepQ-ViT's scale reparameterisation (Li et al. 2023), which LRP-QViT takes over, with
 real offsets instead of zero points: s is the mean of s_c, and o that of o_c, rounded to whole steps.
 
+What a profile finds at the outputs of layers does not change with the folding, for y = W x + b does not: neither
+gradients, nor what the rules make of them (a norm's gain and the next layer's columns are one product). Only that does
+into which the inputs themselves go. With x' = a x + k, a = 1 / r, k = o - o_c / r,
+
+    sum s x' x'^T = A H A + (A m) k^T + k (A m)^T + S k k^T,      A = diag(a), H = sum s x x^T, m = sum s x, S = sum s
+
+so that one walk back, on the model as it was, serves the grids and the weights of the folded one.
+
 Two cases do not allow a shift: layers without a bias to take it, and windows padded with zeros behind the norm (Swin),
 which no norm shifts. There zero has one code in all channels (clipping.channel_candidates, ``shared_zero``): o_c = o r,
 so that b' = b, and a zero stays zero. RepQ-ViT gives the layers a bias instead, which is another architecture.
@@ -20,14 +28,16 @@ so that b' = b, and a zero stays zero. RepQ-ViT gives the layers a bias instead,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lrpq.activations.grids import UniformGrid
-from lrpq.errors import ModelError
+from lrpq.errors import ModelError, QuantizationError
 from lrpq.model.streaming import BlockStream
+from lrpq.quant.hessian import HessianSum
 from lrpq.transform.folds import FoldList, FoldPlan, ScaleColumns
 
 if TYPE_CHECKING:
@@ -73,6 +83,25 @@ class Folding:
         offset = (channels.offset.double() - self.before) / self.ratio + self.grid.offset.double()
         scale = channels.scale.double() / self.ratio
         return UniformGrid(bits=channels.bits, scale=scale.float(), offset=offset.float())
+
+    @property
+    def affine(self) -> tuple[Float[Tensor, "channels=h"], Float[Tensor, "channels=h"]]:
+        """a and k of x' = a x + k, float64."""
+        return 1 / self.ratio, self.grid.offset.double() - self.before / self.ratio
+
+    def of_hessian(self, sums: HessianSum) -> HessianSum:
+        """Sums over the folded model's inputs from those over the original's, in float64 and rounded once.
+
+        Raises:
+            QuantizationError: the sums lack that of the inputs themselves.
+        """
+        if sums.x is None:
+            raise QuantizationError("sums over inputs that are shifted need the sum of the inputs: gather it with them")
+        a, k = (values.to(sums.xx.device) for values in self.affine)
+        first = a * sums.x
+        cross = torch.outer(first, k)
+        xx = torch.outer(a, a) * sums.xx.double() + cross + cross.T + sums.weight_sum * torch.outer(k, k)
+        return replace(sums, xx=xx.float(), x=first + sums.weight_sum * k)
 
     def of_bias(self, W: Float[Tensor, "d_out channels=h"]) -> Float[Tensor, "rows=d_out"]:
         """b' - b."""

@@ -16,6 +16,7 @@ from lrpq.compare.planned import COOPQ, SWAPS, Planned
 from lrpq.compare.recipes import DEFAULT, FAST, Recipe
 from lrpq.compare.workbench import Workbench
 from lrpq.errors import ConfigError
+from lrpq.importance.asked import Asked, asked_by
 from lrpq.importance.equal_loss import equal_loss
 from lrpq.importance.measured import filled, noise_factors, one_at_a_time, relative_error
 from lrpq.importance.probe import PROBE_WINDOWS
@@ -39,10 +40,10 @@ class Prepared:
         allocations = {recipe.allocation for recipe in recipes}
         self.gathered = bench.gather(
             _measures(allocations, budgets),
-            weightings=sorted({recipe.weighting for recipe in recipes}),
+            weightings=_weightings(recipes),
             candidates_by=DEFAULT.weighting,
             keep_candidates=bool(allocations & {ONE_AT_A_TIME, COOPQ, SWAPS}),
-            with_outputs=any(recipe.row_blocks > 1 for recipe in recipes),
+            with_outputs=_with_outputs(recipes),
         )
         self.costs: dict[str, list[CostRow]] = dict(self.gathered.costs)
         if NOISE in allocations:
@@ -125,6 +126,22 @@ class Prepared:
             if row.choice is not None:
                 estimated.setdefault(row.module.name, {})[row.choice] = row.cost_nats
         return allocation.with_costs(rows, filled(measured, estimated))
+
+
+def asked_of(recipes: Sequence[Recipe], budgets: Sequence[float]) -> Asked:
+    """What the walk is asked for that prepares these."""
+    measures = _measures({recipe.allocation for recipe in recipes}, budgets)
+    return asked_by(
+        measures, _weightings(recipes), candidates_by=DEFAULT.weighting, with_outputs=_with_outputs(recipes)
+    )
+
+
+def _weightings(recipes: Sequence[Recipe]) -> list[str]:
+    return sorted({recipe.weighting for recipe in recipes})
+
+
+def _with_outputs(recipes: Sequence[Recipe]) -> bool:
+    return any(recipe.row_blocks > 1 for recipe in recipes)
 
 
 def _measures(allocations: set[str], budgets: Sequence[float]) -> dict[str, Measure]:

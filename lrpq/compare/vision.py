@@ -1,7 +1,8 @@
 """An image classifier with quantized weights and activations, made by the same evidence, allocation and rounding.
 
-    calibrate activation grids -> fold those of LayerNorm's channels into the model -> costs, plan and codes of the
-    folded model's weights (compare/workbench.py) -> a variant that computes on grids and codes
+    walk the gradients back once (compare/shared_walk.py) -> calibrate activation grids -> fold those of LayerNorm's
+    channels into the model -> costs, plan and codes of the folded model's weights (compare/workbench.py) -> a variant
+    that computes on grids and codes
 
 Weights have one scale a row, so that linear layers run in integer arithmetic. Patch embedding, position embeddings,
 norms and the classifier stay as they are.
@@ -27,8 +28,9 @@ from lrpq.activations.apply import GridActivations, quantized_block
 from lrpq.activations.calibrate import BlockGrids, Calibration, Means, calibrate
 from lrpq.activations.folding import fold_plan
 from lrpq.allocate.plan import Plan
-from lrpq.compare.prepared import Prepared
+from lrpq.compare.prepared import Prepared, asked_of
 from lrpq.compare.recipes import Recipe
+from lrpq.compare.shared_walk import FoldedBench, SharedWalk
 from lrpq.compare.terms import Terms
 from lrpq.compare.vision_widths import WidthBudget, allocate_together, middle_width
 from lrpq.compare.workbench import KEPT_BYTES, Workbench
@@ -126,26 +128,42 @@ def quantize_classifier(
     stream = BlockStream(source, dtype=shared.dtype, device=shared.device)
     budget_bits = uniform_bits(stream.specs, average_bits)
     found: Calibration | None = None
+    walk: SharedWalk | None = None
     widths: Mapping[tuple[int, str], int] = {}
     if activation_bits:
+        if Means.JUDGED_BY_OUTPUT in means:
+            walk = SharedWalk(Workbench(source, images, shared), asked_of([recipe], [budget_bits]))
         found = calibrate(
             stream,
             images,
             widths=activation_bits,
             means=means,
-            token_weights=token_weights(source, images, shared) if Means.JUDGED_BY_OUTPUT in means else None,
+            token_weights=None if walk is None else walk.squares,
             micro_batch=shared.micro_batch,
         )
         mixed = len(activation_bits) > 1 and budget is WidthBudget.APART
         widths = allocate_widths(found, average_bits=middle) if mixed else found.uniform(middle)
+
+    def folded_bench(folder: Path) -> Workbench:
+        """Of the model folded for the widths that are chosen by now; itself where nothing is folded."""
+        foldings = {} if found is None else found.foldings(widths)
+        if not foldings:
+            model = source
+        else:
+            write_folded(source, folder, fold_plan(stream, foldings), dtype=torch.float32)
+            model = open_source(folder)
+        if walk is None:
+            return Workbench(model, images, shared)
+        return FoldedBench(model, images, shared, walk=walk, foldings=foldings)
+
     if budget is WidthBudget.APART:
-        bench = Workbench(_folded(stream, found, widths, folded), images, shared)
+        bench = folded_bench(folded)
         prepared = Prepared(bench, [recipe], [budget_bits])
         plan, gathered = prepared.plan(recipe.allocation, budget_bits), prepared.gathered
     else:
         with TemporaryDirectory(prefix="lrpq-folded-") as scratch:
             allocated = allocate_together(
-                Workbench(_folded(stream, found, widths, Path(scratch) / "model"), images, shared),
+                folded_bench(Path(scratch) / "model"),
                 found,
                 recipe,
                 budget=budget,
@@ -154,44 +172,26 @@ def quantize_classifier(
                 middle=middle,
             )
         widths, plan, gathered = allocated.widths, allocated.plan, allocated.gathered
-        bench = Workbench(_folded(stream, found, widths, folded), images, shared)
+        bench = folded_bench(folded)
     grids: Sequence[BlockGrids] = ({},) * stream.num_blocks if found is None else found.grids(widths)
-    stream = bench.stream()
+    quantized = bench.stream()
     rebuilder = None
     with KeptInputs(memory_bytes=KEPT_BYTES) as kept:
         if reconstruct is not None:
             rebuilder = Rebuilder(
-                stream, images, grids, reconstruct, seed=shared.seed, micro_batch=shared.micro_batch, kept=kept
+                quantized, images, grids, reconstruct, seed=shared.seed, micro_batch=shared.micro_batch, kept=kept
             )
             grids = rebuilder.grids  # those of a block change when it is rebuilt
-        activations = GridActivations(stream=stream, grids=grids) if behind is Behind.ACTIVATIONS else None
+        activations = GridActivations(stream=quantized, grids=grids) if behind is Behind.ACTIVATIONS else None
         codes = bench.codes(plan.choices, recipe, gathered, activations, rebuilder)
     return QuantizedClassifier(
-        stream=stream,
+        stream=quantized,
         grids=tuple(grids),
         codes=codes,
         plan=plan,
         widths=widths,
         rebuilt=() if rebuilder is None else tuple(rebuilder.outcomes),
     )
-
-
-def _folded(
-    stream: BlockStream, found: Calibration | None, widths: Mapping[tuple[int, str], int], folder: Path
-) -> ModelSource:
-    """The model folded for these widths, written to ``folder``; itself where nothing is folded."""
-    foldings = {} if found is None else found.foldings(widths)
-    if not foldings:
-        return stream.source
-    write_folded(stream.source, folder, fold_plan(stream, foldings), dtype=torch.float32)
-    return open_source(folder)
-
-
-def token_weights(source: ModelSource, images: Tensor, terms: Terms) -> dict[int, Mapping[str, Tensor]]:
-    """Block -> site -> squared gradients at the outputs of its layers: the weight of a squared output error in nats."""
-    walk = Workbench(source, images, replace(terms, power=1.0, floor=0.0)).walk_back(weightings=("fisher",))
-    found = [evidence.weights["fisher"] for evidence in walk]
-    return dict(zip(range(len(found) - 1, -1, -1), found, strict=True))
 
 
 def uniform_bits(specs: Sequence[LinearSpec], bits: int) -> float:

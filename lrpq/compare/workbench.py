@@ -19,9 +19,11 @@ from lrpq.compare.recipes import TUNINGS, Recipe, Rounding
 from lrpq.compare.terms import Terms
 from lrpq.errors import CalibrationError, QuantizationError
 from lrpq.evaluate.divergence import VARIANT, WindowScore, score_windows
+from lrpq.importance.asked import Asked, asked_by
 from lrpq.importance.evidence import ModuleEvidence
 from lrpq.importance.gather import BlockEvidence, GatherSweep, ModuleSums, means
 from lrpq.importance.registry import Measure
+from lrpq.importance.weightings import ATTENTION
 from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
@@ -50,7 +52,6 @@ Rebuild = Callable[[int, nn.Module, Mapping[str, QuantizedWeight]], Mapping[str,
 """From a block, its original weights and its codes to better codes for the same modules."""
 KEPT_BYTES = 8 << 30
 """Host memory for kept block inputs before they spill to disk."""
-ATTENTION = "attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,33 +122,40 @@ class Workbench:
             with_outputs: also gather what rows of a layer need to make up for each other's errors.
             at: take gradients and Hessians at the model with these codes; weights and candidates stay the original's.
         """
-        hessians_by = {candidates_by, *(m.weighting for m in measures.values() if m.weighting is not None)}
-        wanted = {*weightings, *hessians_by}
+        # attention weights need another kernel, which must not move the rows of methods that do not ask for them
+        asked = asked_by(measures, weightings, candidates_by=candidates_by, with_outputs=with_outputs)
         text: dict[str, ModuleSums] = {}
         if any(measure.text_labels for measure in measures.values()):
             for evidence in self.walk_back(weightings=(), text_labels=True, at=at):
                 text |= evidence.modules
-        found = Gathered(token_weights={name: {} for name in wanted})
-        passes = frozenset().union(*(measure.passes for measure in measures.values()))
+        found = Gathered(token_weights={name: {} for name in (*asked.weightings, *weightings)})
         stream = self.stream()
         blocks = range(stream.num_blocks - 1, -1, -1)
-        # attention weights need another kernel, which must not move the rows of methods that do not ask for them
-        plain = tuple(sorted(wanted - {ATTENTION}))
-        walk = self.walk_back(
-            weightings=plain, hessians_by=hessians_by, extra_passes=passes, with_outputs=with_outputs, at=at
-        )
-        for block, evidence in zip(blocks, walk, strict=True):
-            for name in plain:
+        for block, evidence in zip(blocks, self.evidence(asked, at=at), strict=True):
+            for name in asked.weightings:
                 found.token_weights[name][block] = evidence.weights[name]
             found.outputs |= {name: [G.cpu() for G in chunks] for name, chunks in evidence.outputs.items()}
             for module in self._modules(stream, block, evidence, text, measures, candidates_by):
                 _evaluate(found, module, measures)
                 if keep_candidates:
                     found.candidates[module.spec.name] = [on_host(q) for q in module.candidates]
-        if ATTENTION in wanted:
+        if ATTENTION in weightings:
             for block, evidence in zip(blocks, self.walk_back(weightings=(ATTENTION,), at=at), strict=True):
                 found.token_weights[ATTENTION][block] = evidence.weights[ATTENTION]
         return found
+
+    def evidence(
+        self, asked: Asked, *, at: Codes | None = None, for_activations: bool = False
+    ) -> Iterator[BlockEvidence]:
+        """One walk back; ``for_activations``: also for what carries its evidence over to a folded model."""
+        return self.walk_back(
+            weightings=tuple(sorted(asked.weightings)),
+            hessians_by=asked.hessians_by,
+            extra_passes=asked.passes,
+            with_outputs=asked.with_outputs,
+            at=at,
+            for_activations=for_activations,
+        )
 
     def walk_back(
         self,
@@ -158,6 +166,7 @@ class Workbench:
         text_labels: bool = False,
         with_outputs: bool = False,
         at: Codes | None = None,
+        for_activations: bool = False,
     ) -> Iterator[BlockEvidence]:
         """Evidence of the blocks, last block first; with ``at``, of the model with these codes."""
         terms = self.terms
@@ -179,6 +188,7 @@ class Workbench:
                 extra_passes=extra_passes,
                 text_labels=text_labels,
                 outputs_by=split(len(self.tokens), terms.shards) if with_outputs else (),
+                for_activations=for_activations,
             )
             sweep.embed()
             for block, module in stream.stream(range(stream.num_blocks), changed):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lrpq.errors import ModelError
+from lrpq.importance.moments import InputMoments, empty_moments
 from lrpq.importance.weightings import GRADIENTS, WEIGHTINGS, SiteTokens
 from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import LinearSpec
@@ -28,6 +29,7 @@ from lrpq.relevance.outputs import Outputs, add_outputs, empty_outputs, merge_ou
 from lrpq.relevance.passes import widen
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import ProfileSweep
+from lrpq.relevance.weights import squared_gradients
 from lrpq.shards import Node, fold, root
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class ModuleSums:
     """sum_t g_tj^2 (float64); zero where a pass holds the layer constant (q, k and gate under CP-LRP)."""
     trace: Tensor
     """sum_t |g_t|^2 |x_t|^2, Fisher pass (float64)."""
+    inputs: InputMoments | None = None
+    """Of the inputs, tokens weighted by |g_t|^2 of the Fisher pass; only in a walk for activations."""
     relevance: Tensor
     """sum_t sum_j |y_tj g_tj|, LRP pass (float64)."""
     gradient: Float[Tensor, "d_out d_in"] | None = None
@@ -64,6 +68,8 @@ class BlockEvidence:
     """Weighting -> site -> sums; of the weightings that were asked for."""
     weights: dict[str, dict[str, Float[Tensor, " tokens"]]]
     """Weighting -> site -> s of all tokens, on the host."""
+    squares: dict[str, Float[Tensor, " tokens"]]
+    """Site -> mean squared gradient of all tokens, on the host; only in a walk for activations."""
     outputs: dict[str, Outputs]
     """Module -> second moments of the Fisher pass's gradients at its outputs; empty unless asked for."""
     num_tokens: int
@@ -137,10 +143,14 @@ class GatherSweep(ProfileSweep):
         found = BlockEvidence(
             modules={spec.name: self._empty(spec) for spec in specs},
             hessians={
-                name: {site: empty_hessian(m[0].d_in, stream.device) for site, m in stream.sites(block).items()}
+                name: {
+                    site: empty_hessian(m[0].d_in, stream.device, with_first=self.for_activations)
+                    for site, m in stream.sites(block).items()
+                }
                 for name in self.hessians_by
             },
             weights={name: {} for name in self.weightings},
+            squares={},
             outputs={},
             num_tokens=0,
             cosine=None,
@@ -164,6 +174,7 @@ class GatherSweep(ProfileSweep):
                 self._add_outputs(outputs[name], first, windows, g)
 
         pieces: dict[tuple[str, str], list[Tensor]] = {}
+        squares: dict[str, list[Tensor]] = {}
         for position in range(len(shard.tokens.split(self.micro_batch))):
             hidden = self.kept.take((block, shard.index, position))
             windows = len(hidden)
@@ -194,8 +205,12 @@ class GatherSweep(ProfileSweep):
                     if name in self.hessians_by:
                         found.hessians[name][site] = accumulate(found.hessians[name][site], x, s)
                     pieces.setdefault((name, site), []).append(s.float().cpu())
+                if self.for_activations:
+                    g2 = squared_gradients(tokens.stats, site=tokens.site)
+                    squares.setdefault(site, []).append(g2.float().cpu())
         for (name, site), parts in pieces.items():
             found.weights[name][site] = torch.cat(parts)
+        found.squares |= {site: torch.cat(parts) for site, parts in squares.items()}
         for name, dW in changes.items():
             _finish_gradient(found.modules[name], dW, found.num_tokens)
         found.cosine = sum(cosines) / rows if cosines else None
@@ -223,6 +238,7 @@ class GatherSweep(ProfileSweep):
             squares={p: torch.zeros(spec.d_out, dtype=torch.float64, device=device) for p in self.passes},
             trace=torch.zeros((), dtype=torch.float64, device=device),
             relevance=torch.zeros((), dtype=torch.float64, device=device),
+            inputs=empty_moments(spec.d_in, device) if self.for_activations else None,
         )
 
 
@@ -243,6 +259,8 @@ def _add(
         return
     x = widen(x)
     sums.trace += (squares.sum(1).double() * x.square().sum(1).double()).sum()
+    if sums.inputs is not None:
+        sums.inputs = sums.inputs.plus(x, squares.sum(1))
     if changes is not None:
         gradient = g.T @ x
         sums.gradient = gradient if sums.gradient is None else sums.gradient.add_(gradient)

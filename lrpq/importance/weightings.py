@@ -35,6 +35,7 @@ class SiteTokens:
     power: float
 
 
+ATTENTION, INVERSE_NORM = "attention", "inverse-norm"
 Weighting = Callable[[SiteTokens], Tensor]
 """To s [tokens], finite and not negative."""
 
@@ -74,8 +75,8 @@ def _gradient(relevance: Relevance) -> Weighting:
 
 WEIGHTINGS: Mapping[str, Weighting] = {
     "none": none,
-    "inverse-norm": inverse_norm,
-    "attention": attention_concentration,
+    INVERSE_NORM: inverse_norm,
+    ATTENTION: attention_concentration,
     "fisher": _gradient(Relevance.FISHER),
     "lrp": _gradient(Relevance.LRP),
     "cp-lrp": _gradient(Relevance.CP_LRP),

@@ -41,6 +41,9 @@ class HessianSum:
     weight_sum: float
     """sum_t s_t."""
     num_tokens: int
+    x: Float[Tensor, " d_in"] | None = None
+    """sum_t s_t x_t in fp64, with which the sums of scaled and shifted inputs follow (lrpq.activations.folding); None
+    where nobody asked for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +59,14 @@ class DampedCholesky:
     """Inputs whose squares are zero (in fp32) on all calibration tokens: a diagonal entry of 1 decouples them."""
 
 
-def empty_hessian(d_in: int, device: torch.device | str = "cpu") -> HessianSum:
-    """Sum over no tokens."""
-    return HessianSum(xx=torch.zeros(d_in, d_in, dtype=torch.float32, device=device), weight_sum=0.0, num_tokens=0)
+def empty_hessian(d_in: int, device: torch.device | str = "cpu", *, with_first: bool = False) -> HessianSum:
+    """Sum over no tokens; ``with_first``: of the inputs themselves too."""
+    return HessianSum(
+        xx=torch.zeros(d_in, d_in, dtype=torch.float32, device=device),
+        weight_sum=0.0,
+        num_tokens=0,
+        x=torch.zeros(d_in, dtype=torch.float64, device=device) if with_first else None,
+    )
 
 
 def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tensor, "*tokens"]) -> HessianSum:
@@ -95,12 +103,18 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
         sums,
         weight_sum=sums.weight_sum + float(s.sum(dtype=torch.float64)),
         num_tokens=sums.num_tokens + len(X),
+        x=None if sums.x is None else sums.x + s.double() @ X.double(),
     )
 
 
 def merge(a: HessianSum, b: HessianSum) -> HessianSum:
     """Sum over the tokens of both, in new memory. lrpq.shards fixes the order in which parts are merged."""
-    return HessianSum(xx=a.xx + b.xx, weight_sum=a.weight_sum + b.weight_sum, num_tokens=a.num_tokens + b.num_tokens)
+    return HessianSum(
+        xx=a.xx + b.xx,
+        weight_sum=a.weight_sum + b.weight_sum,
+        num_tokens=a.num_tokens + b.num_tokens,
+        x=None if a.x is None or b.x is None else a.x + b.x,
+    )
 
 
 def normalized(sums: HessianSum, *, name: str = "layer") -> Float[Tensor, "d_in d_in"]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from lrpq.errors import ModelError
 from lrpq.model.inputs import image_shape
@@ -78,17 +79,11 @@ def patch_relevance(
         gradients = run_passes(output, leaf, gradients, switch)
         check_finite({(f"block {index}", name): g for name, g in gradients.items()})
     relevance = relevance_sum(inputs[0], gradients[running])
-    rows, columns = patch_grid(stream)
-    special = relevance.shape[1] - rows * columns
-    if special < 0 or (special and stream.family.pooling is MeanToken):
-        raise ModelError(
-            f"{stream.architecture}: {relevance.shape[1]} tokens are not {rows} x {columns} patches; the image has to "
-            "be a whole number of patches high and wide"
-        )
+    special = special_tokens(stream, relevance.shape[1])
     return PatchRelevance(
         classes=classes,
         logits=logits.gather(-1, labels).squeeze(-1),
-        patches=relevance[:, special:].unflatten(1, (rows, columns)),
+        patches=relevance[:, special:].unflatten(1, patch_grid(stream)),
         special=relevance[:, :special],
     )
 
@@ -96,6 +91,28 @@ def patch_relevance(
 def patch_grid(stream: BlockStream) -> tuple[int, int]:
     """Patches in a column and in a row of an image."""
     _, height, width = image_shape(stream.source.config)
-    size = stream.source.config.patch_size
-    tall, wide = size if isinstance(size, list | tuple) else (size, size)
+    tall, wide = patch_size(stream.source.config)
     return height // tall, width // wide
+
+
+def patch_size(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of a patch, pixels."""
+    size = config.patch_size
+    tall, wide = size if isinstance(size, list | tuple) else (size, size)
+    return tall, wide
+
+
+def special_tokens(stream: BlockStream, num_tokens: int) -> int:
+    """Of an image's tokens at the first block those that stand before its patches.
+
+    Raises:
+        ModelError: the others are no grid of patches.
+    """
+    rows, columns = patch_grid(stream)
+    special = num_tokens - rows * columns
+    if special < 0 or (special and stream.family.pooling is MeanToken):
+        raise ModelError(
+            f"{stream.architecture}: {num_tokens} tokens are not {rows} x {columns} patches; the image has to be a "
+            "whole number of patches high and wide"
+        )
+    return special

@@ -27,7 +27,7 @@ from lrpq.relevance.head import head_gradient, sequence_generator
 from lrpq.relevance.head_sums import HeadSums, watched_head
 from lrpq.relevance.outputs import Outputs, add_outputs, empty_outputs, merge_outputs
 from lrpq.relevance.rules import Pass, PassSwitch
-from lrpq.relevance.weights import token_weights
+from lrpq.relevance.weights import squared_gradients, token_weights
 from lrpq.shards import Node, fold
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def on_host(sums: BlockSums) -> BlockSums:
     """The same in host memory."""
     return replace(
         sums,
-        hessians={site: replace(H, xx=H.xx.cpu()) for site, H in sums.hessians.items()},
+        hessians={
+            site: replace(H, xx=H.xx.cpu(), x=None if H.x is None else H.x.cpu()) for site, H in sums.hessians.items()
+        },
         outputs={name: [G.cpu() for G in chunks] for name, chunks in sums.outputs.items()},
     )
 
@@ -78,6 +80,9 @@ class SiteWeights:
     """Site -> s, float32: one a token; of an expert's site, one a token that was sent there."""
     rows: Mapping[str, Int[Tensor, " tokens"]]
     """Of the sites of experts: which of the shard's tokens those are, in the order of ``values``."""
+    squares: Mapping[str, Float[Tensor, " tokens"]]
+    """Site -> mean squared gradient at its layers' outputs, float32, what a squared error of an output costs in nats;
+    empty unless activations are to be quantized."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +110,8 @@ class ProfileSweep:
         micro_batch: windows computed at once; part of the result's identity.
         kept: where block inputs are kept.
         with_head: also add up what quantizing the head needs, in ``head_sums``.
+        for_activations: also find what quantizing activations needs: what their grids are judged by
+            (``SiteWeights.squares``), and of the inputs the sums with which Hessians follow a folding of the model.
 
     Raises:
         QuantizationError: the head is wanted, and its weight is the embedding's.
@@ -126,6 +133,7 @@ class ProfileSweep:
         micro_batch: int,
         kept: KeptInputs,
         with_head: bool = False,
+        for_activations: bool = False,
     ) -> None:
         self.stream = stream
         self.head = stream.head_spec if with_head else None
@@ -142,6 +150,7 @@ class ProfileSweep:
         self.seed = seed
         self.micro_batch = micro_batch
         self.kept = kept
+        self.for_activations = for_activations
         self.head_sums: dict[Node, BlockSums] = {}
         """Of the head, by node of the merge tree; filled by ``seed_gradients``, empty without ``with_head``."""
         self.switch = PassSwitch()
@@ -268,7 +277,10 @@ class ProfileSweep:
             for site, members in specs.items()
         }
         weighed = specs if self.weighs_tokens else {}
-        hessians = {site: empty_hessian(members[0].d_in, self.stream.device) for site, members in weighed.items()}
+        hessians = {
+            site: empty_hessian(members[0].d_in, self.stream.device, with_first=self.for_activations)
+            for site, members in weighed.items()
+        }
         curvature = {spec.name: torch.zeros(spec.d_out, dtype=torch.float64) for spec in self.stream.block_specs(block)}
         outputs = {
             spec.name: empty_outputs(spec.d_out, self.stream.device)
@@ -281,6 +293,7 @@ class ProfileSweep:
                 add_outputs(outputs[name], g)
 
         weights: dict[str, list[Tensor]] = {site: [] for site in weighed}
+        squares: dict[str, list[Tensor]] = {site: [] for site in weighed if self.for_activations}
         rows: dict[str, list[Tensor]] = {site: [] for site, members in weighed.items() if members[0].routed}
         start = num_explained = 0
         for position in range(len(self.explained(shard))):
@@ -300,6 +313,8 @@ class ProfileSweep:
                 s = token_weights(stats, self.relevance, site=f"{block}.{site}", floor=self.floor, power=self.power)
                 hessians[site] = accumulate(hessians[site], inputs, s)
                 weights[site].append(s.float().cpu())
+                if site in squares:
+                    squares[site].append(squared_gradients(stats, site=f"{block}.{site}").float().cpu())
                 if site in rows:
                     rows[site].append(start + result.rows[site].cpu())
             for name, stats_of in result.modules.items():
@@ -317,6 +332,7 @@ class ProfileSweep:
         return sums, SiteWeights(
             values={site: torch.cat([torch.empty(0), *parts]) for site, parts in weights.items()},
             rows={site: torch.cat([torch.empty(0, dtype=torch.long), *parts]) for site, parts in rows.items()},
+            squares={site: torch.cat([torch.empty(0), *parts]) for site, parts in squares.items()},
         )
 
 

@@ -59,6 +59,18 @@ def token_weights(
     return weights
 
 
+def squared_gradients(modules: Sequence[ModuleStats], *, site: str) -> Tensor:
+    """Mean squared gradient at the outputs of a site's layers [tokens]: the Fisher's weights as they are.
+
+    Half of it times the squared error of the outputs, summed over them, is nats to second order, a token's outputs
+    sharing their mean.
+
+    Raises:
+        QuantizationError: see ``token_weights``.
+    """
+    return token_weights(modules, Relevance.FISHER, site=site, floor=0.0, power=1.0)
+
+
 def _module_weights(stats: ModuleStats, relevance: Relevance) -> Tensor:
     """In float64: means, ratios and powers of sums near either end of fp32's range leave it."""
     s: dict[Pass, Tensor] = {running: stats.token_sums[running].double() / stats.d_out for running in relevance.passes}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from image_folders import write_images, write_processor
+from PIL import Image
 from pipeline_case import Job, snapshot, start_pool, start_server, stored_bits
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterTags
 from tiny_images import train_classifier
 from transformers import AutoModelForImageClassification
 
@@ -21,7 +27,9 @@ from lrpq.compare.terms import Terms
 from lrpq.compare.vision import QuantizedClassifier, quantize_classifier, uniform_bits
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
+from lrpq.relevance.patches import patch_relevance
 from tasks.images.draw import draw
+from tasks.images.heat import beside, stacked
 from tasks.images.sources import parse_image_source
 from tasks.store.opened import open_store
 
@@ -117,6 +125,47 @@ def test_the_codes_and_grids_are_those_of_one_process(
         }
 
 
+def test_gradients_are_walked_back_once(job: Job, manifest: dict[str, Any], in_process: QuantizedClassifier) -> None:
+    """On the original; costs are those of the folded model's weights all the same."""
+    kept = [path for path in snapshot(job.folder / "store") if f"{manifest['run_id']}/profile/" in path]
+    assert len({Path(path).parent for path in kept}) == 1
+    assert in_process.plan is not None
+    assert manifest["budget"]["predicted_kl_nats"] == pytest.approx(in_process.plan.cost_nats, rel=1e-3)
+
+
+def test_heat_maps_lie_beside_the_checkpoint_and_in_prefect(
+    job: Job, model: Path, images: Path, manifest: dict[str, Any]
+) -> None:
+    """Of the original's likeliest classes, as the model explains its own logits; labels are not looked at."""
+    source = open_source(model)
+    drawn = draw(parse_image_source(str(images)), model, source.config, skip=0, count=4, seed=0, labelled=False)
+    expected = patch_relevance(BlockStream(source, dtype=torch.float32), drawn.pixels)
+    with torch.no_grad():
+        logits = AutoModelForImageClassification.from_pretrained(model).eval()(pixel_values=drawn.pixels).logits
+    assert manifest["heat_maps"]["relevance"] == "lrp"
+    entries = manifest["heat_maps"]["images"]
+    assert [entry["class"] for entry in entries] == logits.argmax(-1).tolist()
+    assert len(list((job.folder / "mixed" / "heat-maps").iterdir())) == len(entries) == 4
+    pictures = []
+    for i, entry in enumerate(entries):
+        assert entry["logit"] == pytest.approx(float(logits[i].max()), rel=1e-4)
+        assert entry["patches"] == pytest.approx(float(expected.patches[i].sum()), rel=1e-3)
+        assert entry["special_tokens"] == pytest.approx(float(expected.special[i].sum()), rel=1e-3)
+        with Image.open(job.folder / "mixed" / entry["file"]) as opened:
+            shown = torch.from_numpy(np.array(opened))
+        picture = beside(drawn.pixels[i], expected.patches[i], patch_size=(4, 4))
+        assert int((shown.int() - picture.int()).abs().max()) <= 1
+        pictures.append(shown)
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["heat-maps"])),
+            flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[f"run:{manifest['run_id']}"])),
+        )
+    raw = base64.b64decode(str(found[0].data).removeprefix("data:image/png;base64,"))
+    with Image.open(io.BytesIO(raw)) as opened:
+        assert torch.equal(torch.from_numpy(np.array(opened)), stacked(pictures))
+
+
 def test_weights_and_activations_keep_their_budgets(job: Job, model: Path, manifest: dict[str, Any]) -> None:
     bits, weights = stored_bits(job.folder / "mixed")
     assert bits / weights <= budget_of(model)
@@ -165,7 +214,7 @@ def test_the_same_command_computes_nothing(job: Job, model: Path, images: Path, 
     before = snapshot(job.folder / "store"), (job.folder / "mixed" / "model.safetensors").read_bytes()
     again = run(job, command(job, model, images, "mixed", *MIXED))
     assert again["computed_nothing"]
-    assert {"calibrate", "evaluation images", "gradients", "activations", "profile", "candidates", "refine"} < set(
+    assert {"calibrate", "evaluation images", "heat-maps", "profile", "activations", "candidates", "refine"} < set(
         again["reused"]
     )
     assert again["evaluation"] == manifest["evaluation"]

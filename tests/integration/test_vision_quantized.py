@@ -18,10 +18,13 @@ from lrpq.activations.grids import quantized
 from lrpq.activations.operations import operations
 from lrpq.checkpoint.activations import grid_document
 from lrpq.classifier import load_classifier, write_classifier
+from lrpq.compare.prepared import asked_of
 from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
+from lrpq.compare.shared_walk import SharedWalk
 from lrpq.compare.terms import Terms
-from lrpq.compare.vision import Behind, QuantizedClassifier, quantize_classifier, token_weights, uniform_bits
+from lrpq.compare.vision import Behind, QuantizedClassifier, quantize_classifier, uniform_bits
 from lrpq.compare.vision_widths import WidthBudget
+from lrpq.compare.workbench import Workbench
 from lrpq.errors import ConfigError
 from lrpq.evaluate.classification import ImageScores, class_logits, score_images
 from lrpq.model.source import open_source
@@ -133,8 +136,8 @@ def test_mixed_widths_stay_within_the_uniform_size(folder: Path, stream: BlockSt
 def test_places_that_are_said_to_cost_more_do(stream: BlockStream, tmp_path: Path) -> None:
     """Predicted costs against the KL divergence of each place of the last block alone at three bits. Points of
     attention and sites are on one scale; that of directional costs is the divergence's own."""
-    weights = token_weights(stream.source, CALIBRATION, TERMS)
-    found = calibrate(stream, CALIBRATION, widths=[3, 8], token_weights=weights)
+    walk = SharedWalk(Workbench(stream.source, CALIBRATION, TERMS), asked_of([DEFAULT], [4.0]))
+    found = calibrate(stream, CALIBRATION, widths=[3, 8], token_weights=walk.squares)
     grids_at_3 = {key: {3: place.candidates[3].original_grid} for key, place in found.places.items() if key[0] == 1}
     directional = responses(stream, CALIBRATION, grids_at_3, {}, seed=0).place_costs()
     num_tokens = found.places[1, "o"].num_values // found.places[1, "o"].row
