@@ -103,6 +103,13 @@ def merge(a: HessianSum, b: HessianSum) -> HessianSum:
     return HessianSum(xx=a.xx + b.xx, weight_sum=a.weight_sum + b.weight_sum, num_tokens=a.num_tokens + b.num_tokens)
 
 
+def add(a: HessianSum, b: HessianSum) -> HessianSum:
+    """The same sum in the memory of ``a``, which nobody else may hold."""
+    return HessianSum(
+        xx=a.xx.add_(b.xx), weight_sum=a.weight_sum + b.weight_sum, num_tokens=a.num_tokens + b.num_tokens
+    )
+
+
 def normalized(sums: HessianSum, *, name: str = "layer") -> Float[Tensor, "d_in d_in"]:
     """H = sum s x x^T / sum s, symmetric, in new memory; zero where all inputs are.
 

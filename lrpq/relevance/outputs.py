@@ -58,3 +58,8 @@ def add_outputs(total: Outputs, g: Float[Tensor, "tokens d_out"]) -> None:
 def merge_outputs(left: Outputs, right: Outputs) -> Outputs:
     """Sum of two disjoint sets of tokens."""
     return [a + b for a, b in zip(left, right, strict=True)]
+
+
+def merge_outputs_into(left: Outputs, right: Outputs) -> Outputs:
+    """The same sum in the memory of ``left``, which nobody else may hold."""
+    return [a.add_(b) for a, b in zip(left, right, strict=True)]

@@ -64,3 +64,28 @@ def test_copies_hold_what_was_put() -> None:
             assert taken.is_cuda
             assert bool((taken == 2 * key).all())
         assert kept.held_bytes == 0
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("expected", [True, False])
+def test_copies_keep_up_with_a_stream_that_goes_on(expected: bool) -> None:
+    """Tensors larger than a buffer, while the device computes on what they were and on what came back."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    first = torch.randn(4, 2048, 4096, device="cuda", generator=generator).bfloat16()
+    W = torch.randn(4096, 4096, device="cuda", generator=generator).bfloat16() / 64
+    hidden, sums = first, []
+    with KeptInputs(memory_bytes=1 << 33) as kept:
+        for key in range(12):
+            kept.put((key,), hidden)
+            sums.append(hidden.double().sum())
+            hidden = hidden @ W
+        if expected:
+            kept.expect((key,) for key in reversed(range(12)))
+        for key in reversed(range(12)):
+            taken = kept.take((key,))
+            assert torch.equal(taken.double().sum(), sums[key])
+            product = taken @ W  # memory of earlier ones is used again by later ones
+            assert torch.equal(product, hidden)
+            hidden = taken
+        assert torch.equal(hidden, first)
