@@ -170,7 +170,7 @@ def test_each_layer_runs_once_a_stream_and_nothing_inside_a_block_outlives_it(fo
             for here, there in zip(batches, sweep.original[shard], strict=True):
                 assert torch.equal(sweep.stream.run(block, index, here), there)
     micro_batches = sum(len(batches) for batches in sweep.quantized.values())
-    ran.subtract({name: micro_batches for name in ran})  # of the plain forward just above
+    ran.subtract(dict.fromkeys(ran, micro_batches))  # of the plain forward just above
     assert len(ran) == 7 * LAYERS
     assert set(ran.values()) == {2 * micro_batches}
 
