@@ -146,9 +146,14 @@ def damped_cholesky(H: Float[Tensor, "d_in d_in"], *, damping: float = 0.01, nam
     counted. d_in^3/3 FLOPs. Raises QuantizationError naming the layer when that does not suffice or H is not
     finite; GPTQ code that falls back to rounding here looks like success.
     """
+    return factor_damped(H.clone(), damping=damping, name=name)
+
+
+def factor_damped(H: Float[Tensor, "d_in d_in"], *, damping: float, name: str) -> DampedCholesky:
+    """``damped_cholesky`` that may change H, namely its diagonal: a copy less of what can be 3 GB."""
     if not damping >= 0:
         raise QuantizationError(f"{name}: damping must not be negative, got {damping}")
-    diagonal = H.diagonal()
+    diagonal = H.diagonal().clone()
     dead = diagonal == 0
     total, sum_of_diagonal, dead_inputs = fetch(
         H.sum(dtype=torch.float64), diagonal.sum(dtype=torch.float64), dead.sum()
@@ -158,11 +163,10 @@ def damped_cholesky(H: Float[Tensor, "d_in d_in"], *, damping: float = 0.01, nam
     num_dead = int(dead_inputs)
     mean = sum_of_diagonal / max(1, len(diagonal) - num_dead)
     live_diagonal = torch.where(dead, 1.0, diagonal)
-    damped = H.clone()
     for step in range(_MAX_DAMPING_STEPS + 1):
         relative = damping if step == 0 else max(damping, _FIRST_DAMPING) * _DAMPING_FACTOR**step
-        damped.diagonal().copy_(live_diagonal + relative * mean)
-        L, info = torch.linalg.cholesky_ex(damped)
+        H.diagonal().copy_(live_diagonal + relative * mean)
+        L, info = torch.linalg.cholesky_ex(H)
         if bool((info == 0) & torch.isfinite(L.diagonal()).all()):
             return DampedCholesky(L=L, damping=relative * mean, num_damping_steps=step, num_dead=num_dead)
     raise QuantizationError(
