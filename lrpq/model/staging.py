@@ -97,14 +97,18 @@ class Staging:
         """
         memory = _bytes(tensor).numpy()
         target = _bytes(into)
-        for piece in self._pieces(len(target)):
-            with self._buffer() as buffer:
-                held = buffer.memory[: piece.stop - piece.start]
-                np.copyto(held.numpy(), memory[piece])
-                with self._module.stream(self._in):
-                    after.wait(self._in)
-                    target[piece].copy_(held, non_blocking=True)
-                    buffer.used.record(self._in)
+        try:
+            for piece in self._pieces(len(target)):
+                with self._buffer() as buffer:
+                    held = buffer.memory[: piece.stop - piece.start]
+                    np.copyto(held.numpy(), memory[piece])
+                    with self._module.stream(self._in):
+                        after.wait(self._in)
+                        target[piece].copy_(held, non_blocking=True)
+                        buffer.used.record(self._in)
+        except BaseException:
+            self.finish()  # then nothing is written there any more
+            raise
         done = self._event()
         done.record(self._in)
         return done

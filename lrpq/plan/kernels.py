@@ -45,7 +45,7 @@ def output_chunks(d_out: int) -> list[int]:
 def add_outputs(d_out: int, tokens: float, *, split: bool = False) -> Work:
     """``outputs.add_outputs``: widened and scaled gradients, their products."""
     chunks = output_chunks(d_out)
-    flops = sum(2.0 * tokens * rows * rows for rows in chunks)
+    flops = sum(triangle_flops(rows, tokens, split=True) if split else 2.0 * tokens * rows * rows for rows in chunks)
     return activation_sum(flops, width=max(chunks), split=split) + work(wide=3 * F32_BYTES * tokens * d_out)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
-from lrpq.quant.activation_sums import add_sum, is_split
+from lrpq.quant.activation_sums import MIN_GPU_ROWS, add_sum, is_split
 from lrpq.quant.grid import fetch
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Row blocks of the symmetric product: b blocks compute (b + 1) / 2b of it, here 56%. More blocks save little
 # and make thin matmuls.
 _NUM_BLOCKS = 8
-_GPU_BLOCK_ROWS = 2048  # at least: thinner products leave most of a GPU idle
+_GPU_BLOCK_ROWS = MIN_GPU_ROWS  # at least
 _DAMPING_FACTOR = 10.0
 _MAX_DAMPING_STEPS = 5
 _FIRST_DAMPING = 1e-6  # where none was asked for and the matrix needs some: about fp32 rounding of its mean
@@ -85,7 +85,7 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
         step = max(step, _GPU_BLOCK_ROWS)
         for start in range(0, d_in, step):
             rows = slice(start, start + step)
-            add_sum(sums.xx[rows, start:], X[:, rows].float() * s.unsqueeze(1), X[:, start:])
+            add_sum(sums.xx[rows, start:], X[:, rows] * s.unsqueeze(1), X[:, start:])
     else:
         X = X.float()
         sX = X * s.unsqueeze(1)

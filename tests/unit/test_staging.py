@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_llama
 from torch import Tensor
 
 import lrpq.model.host_copies
 from lrpq.model.host_copies import HostCopies
+from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.staging import Staging
+from lrpq.model.streaming import BlockStream
 
 CPU = torch.device("cpu")
 BUFFER_BYTES = 64
@@ -105,3 +109,21 @@ def test_copies_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     third.join(10)
     assert [len(copy.result(10)) for copy in found] == [10, 10, 11]
     copies.close()
+
+
+def test_streamed_weights_go_the_same_way(tmp_path: Path) -> None:
+    """As those of a GPU do; also where the next block's are on their way and nobody wants them any more."""
+    source = ModelSource(write_llama(tmp_path / "llama", layers=4))
+    stream = BlockStream(source, dtype=torch.bfloat16)
+    stream._staging = Staging(CPU, buffers=2, buffer_bytes=1000)
+    seen = []
+    for index, block in stream.stream([3, 0, 2, 1]):
+        for name, p in block.state_dict().items():
+            assert torch.equal(p, source.read(f"model.layers.{index}.{name}").to(torch.bfloat16))
+        seen.append(index)
+        if index == 2:
+            break
+    assert seen == [3, 0, 2]
+    plain = BlockStream(source, dtype=torch.bfloat16)
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(stream.embed(tokens), plain.embed(tokens))
