@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+_ALONE_ELEMENTS = 2**27
+"""Weights that are swept alone on a GPU: stacked with others they would not be faster, and take twice the memory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refined:
@@ -84,10 +87,10 @@ def quantize_refined(
         prefix = _Prefix.of(W, C, products)
         C = prefix.C
         corrected, damping_steps = prefix.corrected(strength, damping=correction_damping, name=name)
-        both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
-        rounded = prefix.better(W, corrected, both)
+        plain, with_correction = _round_both(W, corrected, factor, choice, grid, name)
+        rounded = prefix.better(corrected, plain, with_correction)
         rounded.damping_steps = damping_steps
-        del corrected, both
+        del corrected, plain, with_correction
     weight: QuantizedWeight | None = None
     together = outputs is not None and interacts(outputs, num_blocks=row_blocks)
     if outputs is not None and together:
@@ -107,6 +110,18 @@ def quantize_refined(
         dead_inputs=factor.num_dead,
         rows_alone=int(alone),
     )
+
+
+def _round_both(
+    W: Tensor, corrected: Tensor, factor: Factor, choice: Choice, grid: Grid, name: str
+) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """Codes of the plain and of the corrected weights, in one sweep but where one of them fills a GPU."""
+    if W.is_cuda and W.numel() >= _ALONE_ELEMENTS:
+        plain, with_correction = (gptq(T, factor, [choice], grid=grid, name=name)[0] for T in (W, corrected))
+    else:
+        both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
+        plain, with_correction = both.split([len(W), len(W)])
+    return plain, with_correction
 
 
 def _with_feedback(
@@ -182,16 +197,18 @@ class _Prefix:
         ]
         return torch.cat(errors)
 
-    def better(self, W: Tensor, corrected: Tensor, both: QuantizedWeight) -> _Rounded:
-        """Of every row the better of the plain codes (the first half of ``both``) and the corrected ones."""
-        d_out = W.shape[0]
-        plain, with_correction = both.split([d_out, d_out])
+    def better(self, corrected: Tensor, plain: QuantizedWeight, with_correction: QuantizedWeight) -> _Rounded:
+        """Of every row the better of the plain codes and those of the corrected weights."""
         kept = self.error(with_correction) <= self.error(plain)
-        rows = torch.arange(d_out, device=W.device) + torch.where(kept, d_out, 0)
+        row = kept.unsqueeze(1)
         return _Rounded(
-            target=torch.where(kept.unsqueeze(1), corrected, W),
-            weight=replace(both, codes=both.codes[rows], scales=both.scales[rows]),
-            rejected_rows=d_out - int(kept.sum()),
+            target=torch.where(row, corrected, self.W),
+            weight=replace(
+                plain,
+                codes=torch.where(row, with_correction.codes, plain.codes),
+                scales=torch.where(row, with_correction.scales, plain.scales),
+            ),
+            rejected_rows=len(kept) - int(kept.sum()),
         )
 
     def lower(self, after: QuantizedWeight, before: QuantizedWeight) -> QuantizedWeight:
