@@ -240,7 +240,7 @@ def quantize(
         if evidence is not Evidence.OWN:  # nothing to correct towards
             merged = SiteProducts(hessian=sums, shift=None)
     refined = quantize_refined(
-        held_source(state, job.stream).read_rows(spec.stored).to(state.device, torch.float32),
+        held_source(state, job.stream).read_rows(spec.stored).to(state.device).to(torch.float32),
         merged,
         choice,
         strength=job.strength,

@@ -29,7 +29,7 @@ PREFIX_ERROR = 0.05
 GRADIENT_RANK_SHARE = 8
 FUNCTIONS = {
     "factorisation": "lrpq.quant.factor:factorize",
-    "damped Cholesky, permuted or not": "lrpq.quant.hessian:damped_cholesky",
+    "damped Cholesky, permuted or not": "lrpq.quant.hessian:factor_damped",
     "scale search": "lrpq.quant.scale_search:search_scales_transposed",
     "column loop": "lrpq.quant.gptq:gptq",
     "cost": "lrpq.quant.gptq:predicted_cost",

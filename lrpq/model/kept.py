@@ -8,7 +8,11 @@ import os
 import shutil
 import tempfile
 import time
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,7 +20,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lrpq.model.host_copies import HostCopies
+from lrpq.model.host_copies import Fetched, HostCopies
 
 if TYPE_CHECKING:
     import torch
@@ -24,16 +28,29 @@ if TYPE_CHECKING:
 
 Key = tuple[int, ...]
 PREFIX = "lrpq-kept-"
+_AHEAD = 2
+"""Tensors on their way back to a GPU at once."""
 _YOUNG_SECONDS = 60.0
 """A folder this young may just not have its lock yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a tensor came from."""
+
+    device: torch.device
+    shape: torch.Size
+    dtype: torch.dtype
+    held_bytes: int
+    """In host memory; 0 of one that is spilled."""
 
 
 class KeptInputs:
     """Tensors by key, each taken once. Those beyond ``memory_bytes`` are spilled to a folder of its own.
 
     Kept in host memory whatever device they come from, and given back on that device; a GPU goes on while they are
-    copied from it. What a killed process left on
-    disk is removed by the next one that spills there.
+    copied from it, and back to it where ``expect`` says which come next. What a killed process left on disk is removed
+    by the next one that spills there.
 
     Args:
         memory_bytes: how much stays in host memory.
@@ -50,14 +67,16 @@ class KeptInputs:
         self.may_forget = may_forget
         self._parent = folder
         self._held: dict[Key, Tensor | Future[Tensor]] = {}
-        self._devices: dict[Key, torch.device] = {}
+        self._places: dict[Key, _Place] = {}
+        self._expected: deque[Key] = deque()
+        self._fetched: dict[Key, Future[Fetched]] = {}
+        """On their way back to the GPU, ``_AHEAD`` at most."""
         self._spill: _SpillFolder | None = None
         self._own_copies: HostCopies | None = None
 
-    @property
-    def _copies(self) -> HostCopies:
+    def _copies(self, device: torch.device) -> HostCopies:
         if self._own_copies is None:
-            self._own_copies = HostCopies()
+            self._own_copies = HostCopies(device)
         return self._own_copies
 
     @property
@@ -66,18 +85,17 @@ class KeptInputs:
         return Path(tempfile.gettempdir()) if self._parent is None else self._parent
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._devices
+        return key in self._places
 
     def put(self, key: Key, tensor: Tensor) -> None:
-        """Keep a tensor; it must not be changed afterwards.
+        """Keep a tensor; it must not be changed afterwards. Those of a GPU are all of the same one.
 
         Raises:
             OSError: there is no room for it, and nothing may be forgotten.
         """
-        device = tensor.device
         size = tensor.numel() * tensor.element_size()
         if self.held_bytes + size <= self.memory_bytes:
-            self._held[key] = self._copies.start(tensor) if tensor.is_cuda else tensor.cpu()
+            self._held[key] = self._copies(tensor.device).start(tensor) if _is_gpu(tensor.device) else tensor.cpu()
             self.held_bytes += size
         else:
             try:
@@ -88,31 +106,66 @@ class KeptInputs:
                 self.forgotten_bytes += size
                 return
             self.spilled_bytes += size
-        self._devices[key] = device
+        self._places[key] = _Place(
+            device=tensor.device, shape=tensor.shape, dtype=tensor.dtype, held_bytes=size if key in self._held else 0
+        )
+
+    def expect(self, keys: Iterable[Key]) -> None:
+        """Say which tensors are taken next, in their order; those of a GPU come back to it beside what it computes."""
+        self._expected = deque(key for key in keys if key in self)
+        self._look_ahead()
 
     def take(self, key: Key) -> Tensor:
         """Return a tensor and forget it."""
-        device = self._devices.pop(key)
+        place = self._places[key]
+        if _is_gpu(place.device):
+            fetched = self._fetched.pop(key, None) or self._fetch(key)
+            tensor = self._copies(place.device).arrived(fetched)
+            del self._places[key]
+            self.held_bytes -= place.held_bytes
+            if self._expected and self._expected[0] == key:
+                self._expected.popleft()
+            self._look_ahead()
+            return tensor
+        del self._places[key]
+        self.held_bytes -= place.held_bytes
+        return self._on_host(key)()
+
+    def _look_ahead(self) -> None:
+        for key in islice(self._expected, _AHEAD):
+            if key not in self._fetched and key in self and _is_gpu(self._places[key].device):
+                self._fetched[key] = self._fetch(key)
+
+    def _fetch(self, key: Key) -> Future[Fetched]:
+        place = self._places[key]
+        return self._copies(place.device).fetch(self._on_host(key), shape=place.shape, dtype=place.dtype)
+
+    def _on_host(self, key: Key) -> Callable[[], Tensor]:
+        """What gives a tensor, which is not kept any more then, in host memory."""
         if key in self._held:
             held = self._held.pop(key)
-            tensor = held.result() if isinstance(held, Future) else held
-            self.held_bytes -= tensor.numel() * tensor.element_size()
-            return tensor.to(device)
+            return held.result if isinstance(held, Future) else lambda: held
         path = self._path(key)
-        spilled: Tensor = load_file(path)["x"].clone()
-        path.unlink()
-        return spilled.to(device)
+
+        def read() -> Tensor:
+            spilled: Tensor = load_file(path)["x"].clone()
+            path.unlink()
+            return spilled
+
+        return read
 
     def forget_before(self, first: int) -> None:
         """Make room: forget the tensors of all blocks before this one."""
-        for key in [key for key in self._devices if key[0] < first]:
-            del self._devices[key]
-            held = self._held.pop(key, None)
-            if held is None:
+        for key in [key for key in self._places if key[0] < first]:
+            if key in self._fetched:  # its memory may be given up when it has arrived
+                self._copies(self._places[key].device).arrived(self._fetched.pop(key))
+            elif key in self._held:
+                held = self._held.pop(key)
+                if isinstance(held, Future):
+                    held.result()
+            else:
                 self._path(key).unlink(missing_ok=True)
-                continue
-            tensor = held.result() if isinstance(held, Future) else held
-            self.held_bytes -= tensor.numel() * tensor.element_size()
+            self.held_bytes -= self._places.pop(key).held_bytes
 
     def close(self) -> None:
         """Forget everything and remove the spill folder."""
@@ -120,7 +173,9 @@ class KeptInputs:
             self._own_copies.close()
             self._own_copies = None
         self._held.clear()
-        self._devices.clear()
+        self._places.clear()
+        self._expected.clear()
+        self._fetched.clear()
         self.held_bytes = 0
         if self._spill is not None:
             self._spill.close()
@@ -150,6 +205,10 @@ class KeptInputs:
         if self._spill is None:
             raise KeyError(key)
         return self._spill.path / ("-".join(map(str, key)) + ".safetensors")
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 class _SpillFolder:

@@ -2,7 +2,8 @@
 
 The model is built on the meta device. What a block is called with (masks, rotary tables, positions) is recorded by
 running the model's own forward with every block replaced by a recorder, so no architecture's forward is written again.
-While one block computes, the next one's weights are read by a background thread.
+While one block computes, the next one's weights are read by a background thread, and brought to a GPU beside what it
+computes.
 
 Names of modules are the model's, as transformers has them; names of tensors on disk can differ (lrpq.model.names).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,6 +30,7 @@ from lrpq.model.places import find_blocks
 from lrpq.model.recording import BlockCall, Recorded, recording
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.skeleton import build_skeleton, own_modules
+from lrpq.model.staging import Event, Staging
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -35,6 +38,16 @@ if TYPE_CHECKING:
 STEP_BYTES = 512 << 20
 Overrides = Mapping[str, Tensor]
 """Module name -> weight [d_out, d_in] that replaces the one on disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moving:
+    """Weights that are read."""
+
+    tensors: dict[str, Tensor]
+    """On the device; there whole when the event has happened."""
+    arrived: Event | None
+    """Of the last of them, in whose order the others were copied; None where nothing is waited for."""
 
 
 class BlockStream:
@@ -46,7 +59,7 @@ class BlockStream:
         device: where blocks compute.
         attention: name of the attention implementation registered with transformers; by default its choice for the
             architecture.
-        prefetch: read the next block while this one computes (host memory then holds two blocks' weights).
+        prefetch: read the next block while this one computes (the device's memory then holds two blocks' weights).
     """
 
     def __init__(
@@ -62,6 +75,7 @@ class BlockStream:
         self.dtype = dtype
         self.device = torch.device(device)
         self.prefetch = prefetch
+        self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self.architecture, self.family = family_of(source.config)
         self.model: Any = build_skeleton(source.config, dtype=dtype, device=self.device, attention=attention)
         self.tied_head = self.family.pooling is None and bool(source.config.tie_word_embeddings)
@@ -149,7 +163,7 @@ class BlockStream:
 
     def weight(self, spec: LinearSpec) -> Float[Tensor, "d_out d_in"]:
         """Read one layer's weights as stored, as float32 on the computing device."""
-        return self.source.read_rows(spec.stored).to(self.device, torch.float32)
+        return self.source.read_rows(spec.stored).to(self.device).to(torch.float32)  # a GPU converts faster
 
     @contextmanager
     def embedding(self) -> Iterator[None]:
@@ -224,20 +238,24 @@ class BlockStream:
             overrides: per block, weights that replace those on disk.
         """
         with ThreadPoolExecutor(max_workers=1) as reader:
-            upcoming: Future[dict[str, Tensor]] | None = None
-            for position, index in enumerate(order):
-                weights = upcoming.result() if upcoming is not None else self._read_block(index)
-                upcoming = None
-                if self.prefetch and position + 1 < len(order):
-                    upcoming = reader.submit(self._read_block, order[position + 1])
-                with self._with_weights(index, weights, (overrides or {}).get(index, {})) as block:
-                    del weights
-                    yield index, block
+            upcoming: Future[_Moving] | None = None
+            try:
+                for position, index in enumerate(order):
+                    weights = self._arrived(upcoming.result() if upcoming is not None else self._read_block(index))
+                    upcoming = None
+                    if self.prefetch and position + 1 < len(order):
+                        upcoming = reader.submit(self._read_block, order[position + 1])
+                    with self._with_weights(index, weights, (overrides or {}).get(index, {})) as block:
+                        del weights
+                        yield index, block
+            finally:
+                if upcoming is not None and upcoming.exception() is None:  # not wanted any more
+                    self._arrived(upcoming.result())
 
     @contextmanager
     def block(self, index: int, overrides: Overrides | None = None) -> Iterator[nn.Module]:
         """One block with weights in memory for the length of the context."""
-        with self._with_weights(index, self._read_block(index), overrides or {}) as block:
+        with self._with_weights(index, self._arrived(self._read_block(index)), overrides or {}) as block:
             yield block
 
     @contextmanager
@@ -299,12 +317,27 @@ class BlockStream:
         bare = name.removeprefix(f"{self.model.base_model_prefix}.")
         return self._stored.get(name) or self._stored.get(bare) or (name,)
 
-    def _read_block(self, index: int) -> dict[str, Tensor]:
-        prefix = f"{self.block_names[index]}."
-        return {name: self._read(prefix + name) for name in self.blocks[index].state_dict()}
+    def _read_block(self, index: int) -> _Moving:
+        return self._read(f"{self.block_names[index]}.", self.blocks[index].state_dict())
 
-    def _read(self, name: str) -> Tensor:
-        return self.source.read_rows(self.stored(name)).to(self.device, self.dtype)
+    def _read(self, prefix: str, names: Iterable[str]) -> _Moving:
+        """Tensors by their names without the prefix; on their way to the device."""
+        tensors: dict[str, Tensor] = {}
+        arrived: list[Event] = []
+        for name in names:
+            tensor = self.source.read_rows(self.stored(prefix + name))
+            if self._staging is None:
+                tensors[name] = tensor.to(self.device, self.dtype)
+                continue
+            tensor = tensor.to(self.dtype).contiguous()
+            tensors[name] = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
+            arrived.append(self._staging.to_device(tensor, tensors[name], self._staging.now()))
+        return _Moving(tensors=tensors, arrived=arrived[-1] if arrived else None)
+
+    def _arrived(self, moving: _Moving) -> dict[str, Tensor]:
+        if self._staging is not None and moving.arrived is not None:
+            self._staging.wait(moving.arrived)
+        return moving.tensors
 
     @contextmanager
     def _with_weights(self, index: int, weights: dict[str, Tensor], overrides: Overrides) -> Iterator[nn.Module]:
@@ -323,7 +356,7 @@ class BlockStream:
         try:
             for path in modules:
                 module = self.model.get_submodule(path)
-                _assign(module, {name: self._read(f"{path}.{name}") for name in module.state_dict()})
+                _assign(module, self._arrived(self._read(f"{path}.", module.state_dict())))
             yield
         finally:
             for path in modules:

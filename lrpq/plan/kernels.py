@@ -45,7 +45,7 @@ def output_chunks(d_out: int) -> list[int]:
 def add_outputs(d_out: int, tokens: float, *, split: bool = False) -> Work:
     """``outputs.add_outputs``: widened and scaled gradients, their products."""
     chunks = output_chunks(d_out)
-    flops = sum(2.0 * tokens * rows * rows for rows in chunks)
+    flops = sum(triangle_flops(rows, tokens, split=True) if split else 2.0 * tokens * rows * rows for rows in chunks)
     return activation_sum(flops, width=max(chunks), split=split) + work(wide=3 * F32_BYTES * tokens * d_out)
 
 
@@ -55,8 +55,8 @@ def normalized(d_in: int) -> Work:
 
 
 def factorize(d_in: int) -> Work:
-    """``factor.factorize``: permuted twice, copied, factored, reversed, divided."""
-    return work(factor=d_in**3 / 3, wide=6 * F32_BYTES * d_in * d_in)
+    """``factor.factorize``: permuted twice, factored, reversed, divided."""
+    return work(factor=d_in**3 / 3, wide=5 * F32_BYTES * d_in * d_in)
 
 
 def search_trials(choice: Choice, d_in: int, kind: Grid) -> int:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+MIN_GPU_ROWS = 2048
+"""Of blocks into which a symmetric product is cut: thinner ones leave most of a GPU idle."""
+
 
 def is_split(exact: Tensor) -> bool:
     """Whether a product with these activations is taken in two parts."""
@@ -42,4 +45,14 @@ def add_sum(
 def split(wide: Float[Tensor, "*shape"]) -> tuple[Tensor, Tensor]:
     """Two bfloat16 numbers whose sum is within 2^-17 of an fp32 one."""
     high = wide.to(torch.bfloat16)
-    return high, (wide - high.float()).to(torch.bfloat16)
+    return high, (wide - high).to(torch.bfloat16)
+
+
+def token_squares(g: Float[Tensor, "tokens d"]) -> Float[Tensor, "rows=tokens"]:
+    """Sum of the squares of each token's activations, bfloat16 on a GPU, in fp32 and without a copy in fp32."""
+    return torch.linalg.vector_norm(g, dim=-1, dtype=torch.float32).square_()
+
+
+def channel_squares(g: Float[Tensor, "tokens d"]) -> Float[Tensor, "columns=d"]:
+    """Sum over tokens of the squares of each channel, bfloat16 on a GPU, in fp64 and without a copy in it."""
+    return torch.linalg.vector_norm(g, dim=0, dtype=torch.float64).square_()

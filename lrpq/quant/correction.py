@@ -41,11 +41,19 @@ def correct(
 
     Raises QuantizationError naming the layer if the result is not finite.
     """
-    change = torch.cholesky_solve(P.T, cholesky.L).T
+    change = _solved(P, cholesky.L)
     corrected = torch.add(W.to(P.dtype), change, alpha=strength)
     if not bool(torch.isfinite(corrected.sum(dtype=torch.float64))):
         raise QuantizationError(f"{name}: its correction is not finite; check the inputs behind the quantized prefix")
     return corrected
+
+
+def _solved(P: Float[Tensor, "d_out d_in"], L: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_out d_in"]:
+    """P (L L^T)^-1. On a GPU by its two halves: ``cholesky_solve`` would copy L, which can be 3 GB."""
+    if not P.is_cuda:
+        return torch.cholesky_solve(P.T, L).T
+    half = torch.linalg.solve_triangular(L, P.T, upper=False)
+    return torch.linalg.solve_triangular(L.T, half, upper=True).T
 
 
 def target_error(

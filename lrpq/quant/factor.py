@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lrpq.quant.hessian import damped_cholesky
+from lrpq.quant.hessian import factor_damped
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
+
+_PERMUTED_ELEMENTS = 2**26
+"""At once: a second copy of these only is made meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +45,12 @@ def factorize(
 ) -> Factor:
     """Factor the damped Hessian for the sweep. d^3/3 FLOPs (see the module's text), dtype and device of H.
 
+    Memory besides H and the result: once as much as H.
+
     ``act_order``: columns by falling diag H, ties by index (static activation order: group scales do not
     move); otherwise from left to right. ``damping`` is relative to the mean of diag H over live inputs.
 
-    Raises QuantizationError naming the layer if H is not finite or stays indefinite (``damped_cholesky``).
+    Raises QuantizationError naming the layer if H is not finite or stays indefinite (``factor_damped``).
     """
     importance = H.diagonal().clone()
     if act_order:
@@ -53,7 +58,7 @@ def factorize(
     else:
         order = torch.arange(len(H), device=H.device)
     backwards = order.flip(0)
-    cholesky = damped_cholesky(H[backwards][:, backwards], damping=damping, name=name)
+    cholesky = factor_damped(_permuted(H, backwards), damping=damping, name=name)
     R = cholesky.L.flip(0, 1)
     diagonal = R.diagonal().clone()
     return Factor(
@@ -65,3 +70,15 @@ def factorize(
         num_damping_steps=cholesky.num_damping_steps,
         num_dead=cholesky.num_dead,
     )
+
+
+def _permuted(H: Float[Tensor, "d_in d_in"], order: Int[Tensor, "columns=d_in"]) -> Float[Tensor, "d_in d_in"]:
+    """Rows and columns in another order, in new memory; of a large matrix some rows at a time."""
+    step = max(1, _PERMUTED_ELEMENTS // max(1, len(H)))
+    if step >= len(H):
+        return H[order][:, order]
+    permuted = torch.empty_like(H)
+    for start in range(0, len(H), step):
+        rows = slice(start, start + step)
+        permuted[rows] = H[order[rows]][:, order]
+    return permuted

@@ -18,7 +18,7 @@ implementation by explicit inverses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -187,11 +187,15 @@ def _errors(W: Tensor, quantized: QuantizedWeight, H: Tensor) -> Tensor:
 
 def _loss(errors: Callable[[slice], Tensor], d_out: int, d_in: int, *, H: Tensor) -> Tensor:
     total = torch.zeros(d_out, dtype=torch.float64, device=H.device)
-    step = max(1, _GPU_LOSS_ELEMENTS // d_in) if H.is_cuda else _LOSS_ROWS
-    for top in range(0, d_out, step):
-        rows = slice(top, top + step)
+    for rows in row_chunks(d_out, H):
         total[rows] = _forms(errors(rows), H)
     return total.clamp_(min=0.0)
+
+
+def row_chunks(d_out: int, H: Float[Tensor, "d_in d_in"]) -> Iterator[slice]:
+    """Rows whose errors are looked at at once."""
+    step = max(1, _GPU_LOSS_ELEMENTS // len(H)) if H.is_cuda else _LOSS_ROWS
+    return (slice(top, min(d_out, top + step)) for top in range(0, d_out, step))
 
 
 def _forms(dW: Tensor, H: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
-from lrpq.quant.activation_sums import add_sum, is_split
+from lrpq.quant.activation_sums import MIN_GPU_ROWS, add_sum, is_split
 from lrpq.quant.grid import fetch
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Row blocks of the symmetric product: b blocks compute (b + 1) / 2b of it, here 56%. More blocks save little
 # and make thin matmuls.
 _NUM_BLOCKS = 8
-_GPU_BLOCK_ROWS = 2048  # at least: thinner products leave most of a GPU idle
+_GPU_BLOCK_ROWS = MIN_GPU_ROWS  # at least
 _DAMPING_FACTOR = 10.0
 _MAX_DAMPING_STEPS = 5
 _FIRST_DAMPING = 1e-6  # where none was asked for and the matrix needs some: about fp32 rounding of its mean
@@ -93,7 +93,7 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
         step = max(step, _GPU_BLOCK_ROWS)
         for start in range(0, d_in, step):
             rows = slice(start, start + step)
-            add_sum(sums.xx[rows, start:], X[:, rows].float() * s.unsqueeze(1), X[:, start:])
+            add_sum(sums.xx[rows, start:], X[:, rows] * s.unsqueeze(1), X[:, start:])
     else:
         X = X.float()
         sX = X * s.unsqueeze(1)
@@ -114,6 +114,13 @@ def merge(a: HessianSum, b: HessianSum) -> HessianSum:
         weight_sum=a.weight_sum + b.weight_sum,
         num_tokens=a.num_tokens + b.num_tokens,
         x=None if a.x is None or b.x is None else a.x + b.x,
+    )
+
+
+def add(a: HessianSum, b: HessianSum) -> HessianSum:
+    """The same sum in the memory of ``a``, which nobody else may hold."""
+    return HessianSum(
+        xx=a.xx.add_(b.xx), weight_sum=a.weight_sum + b.weight_sum, num_tokens=a.num_tokens + b.num_tokens
     )
 
 
@@ -153,9 +160,14 @@ def damped_cholesky(H: Float[Tensor, "d_in d_in"], *, damping: float = 0.01, nam
     counted. d_in^3/3 FLOPs. Raises QuantizationError naming the layer when that does not suffice or H is not
     finite; GPTQ code that falls back to rounding here looks like success.
     """
+    return factor_damped(H.clone(), damping=damping, name=name)
+
+
+def factor_damped(H: Float[Tensor, "d_in d_in"], *, damping: float, name: str) -> DampedCholesky:
+    """``damped_cholesky`` that may change H, namely its diagonal: a copy less of what can be 3 GB."""
     if not damping >= 0:
         raise QuantizationError(f"{name}: damping must not be negative, got {damping}")
-    diagonal = H.diagonal()
+    diagonal = H.diagonal().clone()
     dead = diagonal == 0
     total, sum_of_diagonal, dead_inputs = fetch(
         H.sum(dtype=torch.float64), diagonal.sum(dtype=torch.float64), dead.sum()
@@ -165,11 +177,10 @@ def damped_cholesky(H: Float[Tensor, "d_in d_in"], *, damping: float = 0.01, nam
     num_dead = int(dead_inputs)
     mean = sum_of_diagonal / max(1, len(diagonal) - num_dead)
     live_diagonal = torch.where(dead, 1.0, diagonal)
-    damped = H.clone()
     for step in range(_MAX_DAMPING_STEPS + 1):
         relative = damping if step == 0 else max(damping, _FIRST_DAMPING) * _DAMPING_FACTOR**step
-        damped.diagonal().copy_(live_diagonal + relative * mean)
-        L, info = torch.linalg.cholesky_ex(damped)
+        H.diagonal().copy_(live_diagonal + relative * mean)
+        L, info = torch.linalg.cholesky_ex(H)
         if bool((info == 0) & torch.isfinite(L.diagonal()).all()):
             return DampedCholesky(L=L, damping=relative * mean, num_damping_steps=step, num_dead=num_dead)
     raise QuantizationError(

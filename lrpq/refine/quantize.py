@@ -11,9 +11,9 @@ import torch
 from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
 from lrpq.quant.factor import Factor, factorize
-from lrpq.quant.gptq import gptq
+from lrpq.quant.gptq import gptq, row_chunks
 from lrpq.quant.grid import Grid, QuantizedWeight, power_of_two
-from lrpq.quant.hessian import damped_cholesky, normalized
+from lrpq.quant.hessian import factor_damped, normalized
 from lrpq.quant.polish import polish
 from lrpq.quant.row_feedback import DEFAULT_BLOCKS, interacts, joint_error, quantize_in_blocks
 from lrpq.refine.sweep import SiteProducts
@@ -21,6 +21,9 @@ from lrpq.refine.sweep import SiteProducts
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+_ALONE_ELEMENTS = 2**27
+"""Weights that are swept alone on a GPU: stacked with others they would not be faster, and take twice the memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +85,12 @@ def quantize_refined(
         rounded = _Rounded(target=W, weight=gptq(W, factor, [choice], grid=grid, name=name)[0])
     else:
         prefix = _Prefix.of(W, C, products)
-        cholesky = damped_cholesky(prefix.C, damping=correction_damping, name=name)
-        corrected = correct(W, prefix.pull, strength=strength, cholesky=cholesky, name=name)
-        both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
-        rounded = prefix.better(W, corrected, both)
-        rounded.damping_steps = cholesky.num_damping_steps
+        C = prefix.C
+        corrected, damping_steps = prefix.corrected(strength, damping=correction_damping, name=name)
+        plain, with_correction = _round_both(W, corrected, factor, choice, grid, name)
+        rounded = prefix.better(corrected, plain, with_correction)
+        rounded.damping_steps = damping_steps
+        del corrected, plain, with_correction
     weight: QuantizedWeight | None = None
     together = outputs is not None and interacts(outputs, num_blocks=row_blocks)
     if outputs is not None and together:
@@ -106,6 +110,18 @@ def quantize_refined(
         dead_inputs=factor.num_dead,
         rows_alone=int(alone),
     )
+
+
+def _round_both(
+    W: Tensor, corrected: Tensor, factor: Factor, choice: Choice, grid: Grid, name: str
+) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """Codes of the plain and of the corrected weights, in one sweep but where one of them fills a GPU."""
+    if W.is_cuda and W.numel() >= _ALONE_ELEMENTS:
+        plain, with_correction = (gptq(T, factor, [choice], grid=grid, name=name)[0] for T in (W, corrected))
+    else:
+        both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
+        plain, with_correction = both.split([len(W), len(W)])
+    return plain, with_correction
 
 
 def _with_feedback(
@@ -157,33 +173,47 @@ class _Prefix:
 
     @classmethod
     def of(cls, W: Tensor, C: Tensor, products: SiteProducts) -> _Prefix:
-        """In units of a power of two near C's largest entry: with small inputs, W D would vanish in fp32."""
+        """In units of a power of two near C's largest entry: with small inputs, W D would vanish in fp32. Changes C."""
         unit = power_of_two(C.diagonal().amax())
+        C.div_(unit)
         if products.pull is not None:
-            return cls(W=W, C=C / unit, pull=products.pull.to(W.device) / products.hessian.weight_sum / unit)
+            return cls(W=W, C=C, pull=products.pull.to(W.device) / products.hessian.weight_sum / unit)
         assert products.shift is not None
         D = products.shift.to(W.device) / products.hessian.weight_sum / unit
-        return cls(W=W, C=C / unit, pull=W @ D)
+        return cls(W=W, C=C, pull=W @ D)
 
-    def error(self, Q: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "rows=d_out"]:
-        return target_error(self.W, Q, self.C, self.pull)
+    def corrected(self, strength: float, *, damping: float, name: str) -> tuple[Tensor, int]:
+        """Corrected weights, and how often the damping had to grow."""
+        diagonal = self.C.diagonal().clone()
+        cholesky = factor_damped(self.C, damping=damping, name=name)
+        self.C.diagonal().copy_(diagonal)
+        return correct(self.W, self.pull, strength=strength, cholesky=cholesky, name=name), cholesky.num_damping_steps
 
-    def better(self, W: Tensor, corrected: Tensor, both: QuantizedWeight) -> _Rounded:
-        """Of every row the better of the plain codes (the first half of ``both``) and the corrected ones."""
-        d_out = W.shape[0]
-        Q = both.dequantize(torch.float32)
-        kept = self.error(Q[d_out:]) <= self.error(Q[:d_out])
-        rows = torch.arange(d_out, device=W.device) + torch.where(kept, d_out, 0)
+    def error(self, quantized: QuantizedWeight) -> Float[Tensor, "rows=d_out"]:
+        """``target_error`` of every row; some rows at a time are dequantized."""
+        errors = [
+            target_error(self.W[rows], quantized.rows(rows).dequantize(torch.float32), self.C, self.pull[rows])
+            for rows in row_chunks(len(self.W), self.C)
+        ]
+        return torch.cat(errors)
+
+    def better(self, corrected: Tensor, plain: QuantizedWeight, with_correction: QuantizedWeight) -> _Rounded:
+        """Of every row the better of the plain codes and those of the corrected weights."""
+        kept = self.error(with_correction) <= self.error(plain)
+        row = kept.unsqueeze(1)
         return _Rounded(
-            target=torch.where(kept.unsqueeze(1), corrected, W),
-            weight=replace(both, codes=both.codes[rows], scales=both.scales[rows]),
-            rejected_rows=d_out - int(kept.sum()),
+            target=torch.where(row, corrected, self.W),
+            weight=replace(
+                plain,
+                codes=torch.where(row, with_correction.codes, plain.codes),
+                scales=torch.where(row, with_correction.scales, plain.scales),
+            ),
+            rejected_rows=len(kept) - int(kept.sum()),
         )
 
     def lower(self, after: QuantizedWeight, before: QuantizedWeight) -> QuantizedWeight:
         """``after``, but for the rows whose error it raises."""
-        errors = [self.error(q.dequantize(torch.float32)) for q in (after, before)]
-        worse = (errors[0] > errors[1]).unsqueeze(1)
+        worse = (self.error(after) > self.error(before)).unsqueeze(1)
         return replace(
             after,
             codes=torch.where(worse, before.codes, after.codes),

@@ -22,7 +22,7 @@ from lrpq.model.experts import LinearExperts, RoutedLinear
 from lrpq.model.layers import LinearSpec
 from lrpq.model.linears import EXPERTS
 from lrpq.quant.hessian import accumulate, empty_hessian
-from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
+from lrpq.refine.sweep import RefineSweep, SiteProducts, add_products
 from lrpq.shards import Node, fold
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def routed_products(
                 sums[POOLED] = SiteProducts(hessian=hessian, shift=None)
             offset += num_tokens
         for site, found_sums in sums.items():
-            parts[site] = fold({**parts.get(site, {}), (0, shard): found_sums}, sweep.num_shards, merge_products)
+            parts[site] = fold({**parts.get(site, {}), (0, shard): found_sums}, sweep.num_shards, add_products)
     return parts
 
 

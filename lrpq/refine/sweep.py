@@ -14,8 +14,10 @@ Sites are visited in the order of the forward, so the inputs of a site already c
 before it in the same block.
 
 Cost in forward passes F of the blocks: F for each stream. A site's forward stops at the site, and attention or MLP,
-once the input of its last layer is known, is not run again but continued from there (families.Unit). Without correction
-the original stream is not needed. Memory besides the streams: those inputs, d_in values a token for each unit.
+once the input of its last layer is known, is not run again but continued from there (families.Unit): each layer runs
+once a stream. Without correction the original stream is not needed. Memory besides the streams: of each unit its
+output, d_out values a token, and of the quantized stream the input of its last layer, d_in values, until that layer is
+quantized and runs. The original stream moves on with the block's last site.
 """
 
 from __future__ import annotations
@@ -33,11 +35,15 @@ from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.activation_sums import add_sum
-from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
+from lrpq.quant.hessian import HessianSum, accumulate, add, empty_hessian, merge
 from lrpq.shards import Node, fold
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+
+Place = tuple[str, int, int]
+"""Stream ("original" or "quantized"), shard, micro-batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +76,30 @@ def merge_products(left: SiteProducts, right: SiteProducts) -> SiteProducts:
     )
 
 
+def add_products(left: SiteProducts, right: SiteProducts) -> SiteProducts:
+    """The same sum in the memory of ``left``, which nobody else may hold."""
+    return SiteProducts(
+        hessian=add(left.hessian, right.hessian),
+        shift=_added(left.shift, right.shift),
+        pull=_added(left.pull, right.pull),
+    )
+
+
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return None if left is None or right is None else left + right
+
+
+def _added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return None if left is None or right is None else left.add_(right)
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of a unit of the block at hand, for one micro-batch of one stream; one of the two at least."""
+
+    input: Tensor | None
+    """Of its last layer, until that has run."""
+    output: Tensor | None = None
 
 
 class QuantizedActivations(Protocol):
@@ -121,8 +149,10 @@ class RefineSweep:
         """The same behind the quantized prefix."""
         self.on_batch: Callable[[], None] = _nothing
         """Called after every micro-batch of a step."""
-        self._known: dict[tuple[str, int, int], dict[str, Tensor]] = {}
-        """(stream, shard, micro-batch) -> last layer of a unit of the block at hand -> its input."""
+        self._known: dict[Place, dict[str, _Known]] = {}
+        """Of the block at hand: last layer of a unit -> what is known of the unit."""
+        self._moved: set[tuple[int, int]] = set()
+        """(shard, micro-batch) whose original hidden states are those behind the block at hand already."""
 
     def embed(self) -> None:
         """Compute the first block's inputs: the same in both streams."""
@@ -149,9 +179,11 @@ class RefineSweep:
             module: the block with its original weights.
             site: the layers that read the site.
             token_weights: shard -> s [windows * length], or None for ones.
-            quantized: module name -> weights of the sites before this one in the block.
+            quantized: module name -> weights of the sites before this one in the block; they stay what they are, or
+                ``forget`` has to be called.
         """
         reader = self.stream.local_name(site[0])
+        last = site[0].input_site == list(self.stream.sites(block))[-1]
         W = module.get_submodule(reader).weight if self._adds(reader) and self.with_shift else None
         parts: dict[Node, SiteProducts] = {}
         for shard, batches in self.quantized.items():
@@ -168,22 +200,42 @@ class RefineSweep:
                 offset += len(xq)
                 sums = replace(sums, hessian=accumulate(sums.hessian, xq, s))
                 if self.with_shift:
-                    original = self.original[shard][position]
-                    x, r = self._at(reader, block, module, original, ("original", shard, position))
-                    lacking = x.float() - xq.float()
-                    if sums.pull is not None:
-                        assert r is not None
-                        assert rq is not None
-                        assert W is not None
-                        lacking = add_sum(r.float() - rq.float(), lacking.T, W.T)
+                    place = ("original", shard, position)
+                    lacking = self._lacking(reader, block, module, place, W, xq, rq)
+                    if last:
+                        self._move(block, module, place)
                     total = sums.shift if sums.pull is None else sums.pull
                     assert total is not None
-                    add_sum(total, lacking * s[:, None], xq)
+                    add_sum(total, lacking.mul_(s[:, None]), xq)
+                    del lacking
+                del xq, rq
                 self.on_batch()
             parts[0, shard] = sums
-            parts = fold(parts, self.num_shards, merge_products)
+            parts = fold(parts, self.num_shards, add_products)
         release_freed_memory()  # of the site before: its products, factors and what rounding and polishing took
         return parts
+
+    def _lacking(
+        self,
+        reader: str,
+        block: int,
+        module: nn.Module,
+        place: Place,
+        W: Float[Tensor, "d_out d_in"] | None,
+        xq: Float[Tensor, "tokens d_in"],
+        rq: Float[Tensor, "tokens h"] | None,
+    ) -> Float[Tensor, "tokens d"]:
+        """x - xq, or W (x - xq) + r - rq where the layer adds to the hidden states; float32, in new memory."""
+        _, shard, position = place
+        if (shard, position) in self._moved:
+            raise RuntimeError(f"block {block}: the sums of its last site were taken before")
+        x, r = self._at(reader, block, module, self.original[shard][position], place)
+        shift = x.to(torch.float32, copy=True).sub_(xq)
+        if W is None:
+            return shift
+        assert r is not None
+        assert rq is not None
+        return add_sum(r.to(torch.float32, copy=True).sub_(rq), shift.T, W.T)
 
     def _empty(self, spec: LinearSpec, reader: str) -> SiteProducts:
         hessian = empty_hessian(spec.d_in, self.stream.device)
@@ -205,11 +257,10 @@ class RefineSweep:
         with self._quantized(block, module, quantized):
             self._advance(block, module, "quantized", self.quantized)
         self._known.clear()
+        self._moved.clear()
         release_freed_memory()
 
-    def run_continued(
-        self, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]
-    ) -> Float[Tensor, "n t h"]:
+    def run_continued(self, block: int, module: nn.Module, hidden: Tensor, place: Place) -> Float[Tensor, "n t h"]:
         """Forward of the block; a unit whose last layer's input is known from ``products`` is not run again.
 
         Args:
@@ -223,9 +274,19 @@ class RefineSweep:
 
     def _advance(self, block: int, module: nn.Module, which: str, streams: dict[int, list[Tensor]]) -> None:
         for shard, batches in streams.items():
-            for position, hidden in enumerate(batches):
-                batches[position] = self.run_continued(block, module, hidden, (which, shard, position))
+            for position in range(len(batches)):
+                if which == "quantized" or (shard, position) not in self._moved:
+                    batches[position] = self.run_continued(block, module, batches[position], (which, shard, position))
+                    self._known.pop((which, shard, position), None)
                 self.on_batch()
+
+    def _move(self, block: int, module: nn.Module, place: Place) -> None:
+        """Move one micro-batch of the original stream behind the block, and free what is known inside it."""
+        _, shard, position = place
+        batches = self.original[shard]
+        batches[position] = self.run_continued(block, module, batches[position], place)
+        self._known.pop(place, None)
+        self._moved.add((shard, position))
 
     @contextmanager
     def _quantized(self, block: int, module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -239,7 +300,7 @@ class RefineSweep:
         return any(unit.added and unit.last == reader for unit in self.stream.family.units)
 
     def _at(
-        self, reader: str, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]
+        self, reader: str, block: int, module: nn.Module, hidden: Tensor, place: Place
     ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens h"] | None]:
         """Input of a layer and, where P is wanted, the hidden states that its output is added to."""
         x = self._inputs_of(reader, block, module, hidden, place)
@@ -254,11 +315,11 @@ class RefineSweep:
                 break
             if unit.last not in self._known[place]:
                 self._inputs_of(unit.last, block, module, hidden, place)
-            r = r + module.get_submodule(unit.last)(self._known[place][unit.last])
+            r = r + _output(module, unit.last, self._known[place])
         return x, r.flatten(0, -2)
 
     def _added_to(
-        self, unit: Unit, norm: str, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]
+        self, unit: Unit, norm: str, block: int, module: nn.Module, hidden: Tensor, place: Place
     ) -> Float[Tensor, "tokens h"]:
         """Hidden states to which the unit's output is added, in the unit's order of tokens.
 
@@ -272,14 +333,23 @@ class RefineSweep:
             del layer.forward
 
     def _inputs_of(
-        self, reader: str, block: int, module: nn.Module, hidden: Tensor, place: tuple[str, int, int]
+        self, reader: str, block: int, module: nn.Module, hidden: Tensor, place: Place
     ) -> Float[Tensor, "tokens d_in"]:
         """Input of the module ``reader`` in the block's forward, which goes no further."""
+        known = self._known.setdefault(place, {})
+        before = {last: found for last, found in known.items() if last != reader}
+        x = self._reached(reader, block, module, hidden, before)
+        if any(unit.last == reader for unit in self.stream.family.units):
+            known[reader] = _Known(x)
+            if place[0] == "original":  # its weights are what they will be
+                _output(module, reader, known)
+        return x.flatten(0, -2)
+
+    def _reached(self, reader: str, block: int, module: nn.Module, hidden: Tensor, known: dict[str, _Known]) -> Tensor:
 
         def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             raise _Reached(arguments[0])
 
-        known = self._known.setdefault(place, {})
         handle = module.get_submodule(reader).register_forward_pre_hook(stop)
         try:
             with _continued(module, self.stream.family.units, known):
@@ -288,24 +358,28 @@ class RefineSweep:
             reached.__traceback__ = (
                 None  # its frames hold the block's activations, in a cycle until the next collection
             )
-            if any(unit.last == reader for unit in self.stream.family.units):
-                known[reader] = reached.value
-            return reached.value.flatten(0, -2)
+            return reached.value
         finally:
             handle.remove()
         raise RuntimeError(f"block {block}: its forward never reaches {reader}")
 
 
+def _output(block: nn.Module, last: str, known: Mapping[str, _Known]) -> Tensor:
+    """Output of a unit's last layer, which runs if it has not yet; its input is then given up."""
+    unit = known[last]
+    if unit.output is None:
+        unit.output, unit.input = block.get_submodule(last)(unit.input), None
+    return unit.output
+
+
 @contextmanager
-def _continued(block: nn.Module, units: Sequence[Unit], known: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, a unit whose last layer's input is known runs that layer only; the others run as they are."""
+def _continued(block: nn.Module, units: Sequence[Unit], known: Mapping[str, _Known]) -> Iterator[None]:
+    """Inside, a unit whose last layer's input or output is known runs that layer at most; others run as ever."""
     replaced: list[nn.Module] = []
 
     def forward(unit: Unit) -> Callable[..., Any]:
-        last = block.get_submodule(unit.last)
-
         def run(*_: Any, **__: Any) -> Any:
-            output = last(known[unit.last])
+            output = _output(block, unit.last, known)
             return (output, None) if unit.returns_tuple else output
 
         return run

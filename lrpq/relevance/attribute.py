@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lrpq.errors import QuantizationError
 from lrpq.model.experts import RoutedLinear
+from lrpq.quant.activation_sums import channel_squares, is_split, token_squares
 from lrpq.relevance.passes import check_finite, rules_for, run_passes, widen
 from lrpq.relevance.rules import Pass, PassSwitch
 
@@ -145,13 +146,19 @@ class _Recorder:
     def accumulate(self, name: str, g: Tensor | None, seen: tuple[Tensor, Tensor] | None) -> None:
         if g is None:  # the running pass holds this layer constant
             return
-        # Cast before squaring: in bf16 the squares would keep three digits and their sums fewer.
-        squares = widen(g).square().reshape(-1, g.shape[-1])
-        self.token_sums[name, self.switch.current] = squares.sum(dim=-1)
-        if self.switch.current is Pass.FISHER:
-            self.channel_sums[name] = squares.sum(dim=0, dtype=torch.float64)
+        running = self.switch.current
+        flat = g.detach().flatten(0, -2)
+        if is_split(flat):
+            self.token_sums[name, running] = token_squares(flat)
+            if running is Pass.FISHER:
+                self.channel_sums[name] = channel_squares(flat)
+        else:  # cast before squaring: in bf16 the squares would keep three digits and their sums fewer
+            squares = widen(flat).square()
+            self.token_sums[name, running] = squares.sum(dim=-1)
+            if running is Pass.FISHER:
+                self.channel_sums[name] = squares.sum(dim=0, dtype=torch.float64)
         if self.observer is not None and seen is not None:
-            self.observer(name, self.switch.current, *seen, g.detach().flatten(0, -2))
+            self.observer(name, running, *seen, flat)
 
     def stats(self, name: str, passes: Collection[Pass]) -> ModuleStats:
         constant = torch.zeros_like(self.token_sums[name, Pass.FISHER])

@@ -21,7 +21,7 @@ from lrpq.quant.hessian import accumulate
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.head_sums import HeadSums
 from lrpq.relevance.inputs import watched_inputs
-from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, merge_block_sums
+from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, add_block_sums
 from lrpq.shards import Node, fold
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class PartialSweep(ProfileSweep):
             parts[0, shard.index] = BlockSums(
                 hessians=hessians, curvature={}, outputs={}, num_tokens=shard.tokens.numel(), num_explained=0
             )
-            parts = fold(parts, self.num_shards, merge_block_sums)
+            parts = fold(parts, self.num_shards, add_block_sums)
         release_freed_memory()
         return parts
 

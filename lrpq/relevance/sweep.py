@@ -20,12 +20,12 @@ from lrpq.errors import QuantizationError
 from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.kept import KeptInputs
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, merge
+from lrpq.quant.hessian import HessianSum, accumulate, add, empty_hessian, merge
 from lrpq.relevance.attribute import block_backward
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.head import head_gradient, sequence_generator
 from lrpq.relevance.head_sums import HeadSums, watched_head
-from lrpq.relevance.outputs import Outputs, add_outputs, empty_outputs, merge_outputs
+from lrpq.relevance.outputs import Outputs, add_outputs, empty_outputs, merge_outputs, merge_outputs_into
 from lrpq.relevance.rules import Pass, PassSwitch
 from lrpq.relevance.weights import squared_gradients, token_weights
 from lrpq.shards import Node, fold
@@ -67,6 +67,18 @@ def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
         hessians={site: merge(left.hessians[site], right.hessians[site]) for site in left.hessians},
         curvature={name: left.curvature[name] + right.curvature[name] for name in left.curvature},
         outputs={name: merge_outputs(left.outputs[name], right.outputs[name]) for name in left.outputs},
+        num_tokens=left.num_tokens + right.num_tokens,
+        num_explained=left.num_explained + right.num_explained,
+    )
+
+
+def add_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
+    """The same sum in the memory of ``left``, which nobody else may hold."""
+    return replace(
+        left,
+        hessians={site: add(left.hessians[site], right.hessians[site]) for site in left.hessians},
+        curvature={name: left.curvature[name].add_(right.curvature[name]) for name in left.curvature},
+        outputs={name: merge_outputs_into(left.outputs[name], right.outputs[name]) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
         num_explained=left.num_explained + right.num_explained,
     )
@@ -264,9 +276,15 @@ class ProfileSweep:
         """
         parts: dict[Node, BlockSums] = {}
         weights: dict[int, SiteWeights] = {}
+        self.kept.expect(
+            (index, shard.index, position)
+            for index in (block, block - 1)
+            for shard in self.shards
+            for position in range(len(self.explained(shard)))
+        )
         for shard in self.shards:
             parts[0, shard.index], weights[shard.index] = self._shard_backward(block, module, shard)
-            parts = fold(parts, self.num_shards, merge_block_sums)
+            parts = fold(parts, self.num_shards, add_block_sums)
         release_freed_memory()
         return parts, weights
 

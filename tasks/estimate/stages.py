@@ -239,9 +239,9 @@ class Stages:
         rows = kernels.rows_at_once(d_in, num, cpu=self.cpu)
         sweep = 9.0 * d_in * num * min(rows, widest.d_out)
         weights = widest.num_weights
-        # the column loop: W, its transpose, codes of all choices, one sweep; or the factorisation: five squares
+        # the column loop: W, its transpose, codes of all choices, one sweep; or the factorisation: four squares
         looping = 3 * square + (4 + 4 + 4 + num) * weights + sweep
-        factoring = 5 * square
+        factoring = 4 * square
         return {
             "Hessian and factor": 3 * square if looping > factoring else factoring,
             "weights, codes and the column loop": looping - 3 * square if looping > factoring else 0.0,
@@ -291,18 +291,17 @@ class Stages:
     def _step_forward(self, kind: BlockKind, position: int, *, corrected: bool) -> Work:
         """Forward of one step's sums (or, behind the last, of moving the streams on), as the sweep stops and continues.
 
-        Layers of a unit whose last layer's input is known are left out but for that layer; a forward stops where
-        the step's input is found.
+        Of a unit whose last layer's input was found in the step before, that layer runs alone, and of others that are
+        known none; a forward stops where the step's input is found.
         """
         asked, stream = self.asked, self.shape.stream
         tokens = self.windows * asked.length
         family = stream.family
         local = {spec.name: stream.local_name(spec) for spec in kind.specs}
         order = list(kind.specs)
-        known: set[str] = set()
-        for step in kind.steps[:position]:
-            reader = local[step[0].name]
-            known |= {unit.path for unit in family.units if unit.last == reader}
+        readers = [local[step[0].name] for step in kind.steps[:position]]
+        known = {unit.path for unit in family.units if unit.last in readers}
+        done = {unit.path for unit in family.units if unit.last in readers[:-1]}
         last = position == len(kind.steps)
         routed = not last and kind.steps[position][0].routed
         stop = len(order) if last or routed else order.index(kind.steps[position][0])
@@ -312,7 +311,7 @@ class Stages:
         ran_attention = False
         for spec in order[:stop]:
             unit = next((u for u in family.units if local[spec.name].startswith(u.path + ".")), None)
-            if unit is not None and unit.path in known and local[spec.name] != unit.last:
+            if unit is not None and unit.path in known and (local[spec.name] != unit.last or unit.path in done):
                 continue
             ran.append(spec)
         attention_unit = family.units[0]
@@ -332,10 +331,8 @@ class Stages:
         for members in _by_site(kind.steps[position]).values():
             d_in, seen = members[0].d_in, tokens * self.shape.share(members[0])
             found += kernels.accumulate(d_in, seen, split=self._split)
-            if corrected and self._adds(members[0]):  # W (x - xq), P, and what earlier units of the block add
+            if corrected and self._adds(members[0]):  # W (x - xq), P
                 found += kernels.activation_sum(4.0 * seen * members[0].num_weights, width=d_in, split=self._split)
-                earlier = [s for s in order[: order.index(members[0])] if self._adds(s)]
-                found += matmul(streams * self._linear_flops(earlier, tokens), dtype=self.dtype, width=d_in)
                 found += work(wide=20.0 * seen * (d_in + members[0].d_out))
             elif corrected:
                 found += kernels.activation_sum(2.0 * seen * d_in * d_in, width=d_in, split=self._split)
@@ -385,27 +382,45 @@ class Stages:
         square, weights = 4.0 * widest.d_in**2, 4.0 * widest.num_weights
         tokens = self.windows * asked.length
         streams = 2 if corrected else 1
-        known = sum(
-            tokens * s.d_in * shape.itemsize * streams
-            for s in kind.specs
-            if any(shape.stream.local_name(s) == unit.last for unit in shape.stream.family.units)
-        )
+        known = tokens * shape.itemsize * self._known_width(kind, step, streams)
         batch = self.micro_batch * asked.length
         rows = (2 if corrected else 1) * widest.d_out
         sweep = 9.0 * widest.d_in * min(kernels.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows)
-        rounding = square * (6 if corrected else 3) + weights * (8 if corrected else 3) + sweep
+        # beside the sums C, normalized, and: its permuted copy and factor; two factors, a copy of one and the solution;
+        # a factor and the column loop
+        factoring = 3 * square + weights
+        solving = 4 * square + 4 * weights if corrected else 0.0
+        rounding = max(factoring, solving, 2 * square + weights * (8 if corrected else 3) + sweep)
         summing = self.levels * squares + batch * widest.d_in * 4.0 * (5 if corrected else 3)
         state = tokens * shape.hidden * shape.itemsize * streams
         return {
             "weights of two blocks, and the block quantized": 3.0 * self.block_bytes,
             "hidden states": float(state),
-            "known inputs of the block": float(known),
+            "what is known inside the block": float(known),
             **(
                 {"rounding one layer": rounding + squares}
                 if rounding + squares > summing
                 else {"sums C and D": summing}
             ),
         }
+
+    def _known_width(self, kind: BlockKind, step: Sequence[LinearSpec], streams: int) -> int:
+        """Numbers a token of all streams that are known inside the block when a step's sums are taken.
+
+        Outputs of units; of the quantized stream this step's inputs, if they are a unit's last layer's. At the block's
+        last site the original stream has moved on.
+        """
+        local = self.shape.stream.local_name
+        lasts = {unit.last for unit in self.shape.stream.family.units}
+        last = step[0].input_site == kind.specs[-1].input_site
+        others = streams - 1
+        width = 0
+        for spec in kind.specs[: kind.specs.index(step[0])]:
+            if local(spec) in lasts:
+                width += spec.d_out * (1 if last else streams)
+        if local(step[0]) in lasts:
+            width += step[0].d_in + (0 if last else others * step[0].d_out)
+        return width
 
     # --- scores, assembly --------------------------------------------------------------------------------------------
 

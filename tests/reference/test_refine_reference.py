@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,39 @@ def test_products_and_streams_are_those_of_two_plain_models(folder: Path, weight
             for shard in SHARDS
             for a, b in zip(sweep.quantized[shard], unshifted.quantized[shard], strict=True)
         )
+
+
+def test_each_layer_runs_once_a_stream_and_nothing_inside_a_block_outlives_it(folder: Path) -> None:
+    sweep = sweep_of(folder)
+    ran: Counter[tuple[str, int]] = Counter()
+    for index, block in sweep.stream.stream(range(LAYERS)):
+        for path, layer in block.named_modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(lambda *_, name=(path, index): ran.update([name]))
+        before = {shard: [batch.clone() for batch in batches] for shard, batches in sweep.original.items()}
+        quantized: dict[str, Tensor] = {}
+        for site in sweep.stream.sites(index).values():
+            sweep.products(index, block, site, None, quantized)
+            quantized |= {spec.name: replacement(spec, sweep.stream.weight(spec)) for spec in site}
+        sweep.advance(index, block, quantized)
+        assert not sweep._known
+        for shard, batches in before.items():
+            for here, there in zip(batches, sweep.original[shard], strict=True):
+                assert torch.equal(sweep.stream.run(block, index, here), there)
+    micro_batches = sum(len(batches) for batches in sweep.quantized.values())
+    ran.subtract(dict.fromkeys(ran, micro_batches))  # of the plain forward just above
+    assert len(ran) == 7 * LAYERS
+    assert set(ran.values()) == {2 * micro_batches}
+
+
+def test_sums_of_the_last_site_are_taken_once(folder: Path) -> None:
+    sweep = sweep_of(folder)
+    with sweep.stream.block(0) as block:
+        sites = sweep.stream.sites(0)
+        for site in sites.values():
+            sweep.products(0, block, site, None, {})
+        with pytest.raises(RuntimeError, match="taken before"):
+            sweep.products(0, block, sites["down"], None, {})
 
 
 # --- one layer ------------------------------------------------------------------------------------

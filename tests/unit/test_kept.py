@@ -169,3 +169,54 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_keeps_is_no
         assert same_bits(first.take((0,)), tensor(0))
         assert same_bits(second.take((0,)), tensor(1))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the CPU go the way of a GPU's: through buffers, by threads, and back when they are expected."""
+    monkeypatch.setattr(lrpq.model.kept, "_is_gpu", lambda _: True)
+
+
+@pytest.mark.usefixtures("copied")
+@pytest.mark.parametrize("memory_bytes", [0, 300, 1 << 20])
+def test_expected_tensors_come_back_to_the_bit_and_others_too(tmp_path: Path, memory_bytes: int) -> None:
+    order = [7, 6, 5, 0, 4, 3, 2, 1]
+    with KeptInputs(memory_bytes=memory_bytes, folder=tmp_path) as kept:
+        for i in range(8):
+            kept.put((i,), tensor(i, dtype=torch.bfloat16, rows=i + 1))
+        kept.expect((i,) for i in [9, *order[:3], *order[4:]])  # one that is not kept, and one that comes unexpected
+        for turn, i in enumerate(order):
+            assert same_bits(kept.take((i,)), tensor(i, dtype=torch.bfloat16, rows=i + 1))
+            assert all((j,) in kept for j in order[turn + 1 :])
+            assert (i,) not in kept
+        assert kept.held_bytes == 0
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("copied")
+def test_what_was_expected_can_be_forgotten(tmp_path: Path) -> None:
+    with KeptInputs(memory_bytes=200, folder=tmp_path) as kept:
+        for block in range(5):
+            kept.put((block, 0), tensor(block))
+        kept.expect((block, 0) for block in range(5))
+        kept.forget_before(4)
+        assert [(block, 0) in kept for block in range(5)] == [False] * 4 + [True]
+        assert kept.held_bytes == 0
+        assert same_bits(kept.take((4, 0)), tensor(4))
+        kept.put((5, 0), tensor(5))
+        kept.expect([(5, 0)])
+    with pytest.raises(KeyError):
+        kept.take((5, 0))
+
+
+@pytest.mark.usefixtures("copied")
+def test_a_file_that_is_gone_is_an_error_of_its_taker(tmp_path: Path) -> None:
+    with KeptInputs(memory_bytes=0, folder=tmp_path) as kept:
+        kept.put((0,), tensor(0))
+        kept.put((1,), tensor(1))
+        for path in tmp_path.rglob("0.safetensors"):
+            path.unlink()
+        kept.expect([(0,), (1,)])
+        with pytest.raises(FileNotFoundError):
+            kept.take((0,))
+        assert same_bits(kept.take((1,)), tensor(1))
