@@ -87,9 +87,7 @@ def responses(
         ModelError: not an image classifier.
     """
     found = Responses()
-    grids = {
-        key: {width: placed(grid, stream.device) for width, grid in each.items()} for key, each in grids.items()
-    }
+    grids = {key: {width: placed(grid, stream.device) for width, grid in each.items()} for key, each in grids.items()}
     for draw in range(draws):
         with probed(_Responding, stream, images, draw=draw, seed=seed, micro_batch=micro_batch) as sweep:
             assert isinstance(sweep, _Responding)

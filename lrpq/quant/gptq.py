@@ -29,6 +29,7 @@ from lrpq.kernels.threads import usable
 from lrpq.model.layers import Choice
 from lrpq.quant.column_loop import sweep
 from lrpq.quant.factor import Factor
+from lrpq.quant.forms import QuadraticForms
 from lrpq.quant.grid import (
     Grid,
     QuantizedWeight,
@@ -59,6 +60,7 @@ _LOSS_BLOCKS = 8
 # On a GPU the rows of several candidates at once, and one product where eight would be bound by their launches.
 _GPU_LOSS_ELEMENTS = 2**26
 _GPU_LOSS_WIDTH = 2048
+_HALVES_ELEMENTS = 2**27
 
 
 def gptq(
@@ -227,9 +229,12 @@ def predicted_cost(
     """Predicted growth of the model's loss, nats a token, for each candidate: 1/2 sum_j c_j dW_j H dW_j^T.
 
     Some rows of one candidate at a time are dequantized; on a GPU all of several candidates, as many as memory is meant
-    for. Sums in float64.
+    for, and of a wide layer the forms are computed by halves (quant/forms.py). Sums in float64.
     """
     c = curvature.double()
+    if H.is_cuda and usable(H) and len(H) > _GPU_LOSS_WIDTH:
+        forms = QuadraticForms(H)
+        return [0.5 * cost for cost in fetch(*(_by_halves(W, q, H, forms) @ c for q in quantized))]
     at_once = _GPU_LOSS_ELEMENTS // max(1, W.numel()) if H.is_cuda else 1
     if at_once <= 1:
         return [0.5 * cost for cost in fetch(*(loss_of(W, q, H) @ c for q in quantized))]
@@ -238,3 +243,8 @@ def predicted_cost(
         errors = torch.cat([_errors(W, q, H) for q in quantized[start : start + at_once]])
         costs += (_forms(errors, H).clamp_(min=0.0).view(-1, len(W)) @ c).unbind()
     return [0.5 * cost for cost in fetch(*costs)]
+
+
+def _by_halves(W: Tensor, quantized: QuantizedWeight, H: Tensor, forms: QuadraticForms) -> Tensor:
+    chunks = (slice(top, top + _HALVES_ELEMENTS // len(H)) for top in range(0, len(W), _HALVES_ELEMENTS // len(H)))
+    return torch.cat([forms(_errors(W[rows], quantized.rows(rows), H)) for rows in chunks])

@@ -32,22 +32,23 @@ def by_halves(C: Tensor, inner: int) -> bool:
 
 def add_product(C: Float[Tensor, "m n"], A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> None:
     """C += A B by halves, in place. Memory: A's halves, and of 8,192 columns B's halves and the product."""
-    high, low = _halves(A)
+    high, low = split(A)
     left = torch.cat([high, high, low], dim=1)
     for start in range(0, B.shape[1], _COLUMNS):
         columns = slice(start, start + _COLUMNS)
-        high, low = _halves(B[:, columns])
-        C[:, columns] += _product(left, torch.cat([high, low, high]))
+        high, low = split(B[:, columns])
+        C[:, columns] += product(left, torch.cat([high, low, high]))
 
 
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+def split(x: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor]:
+    """bfloat16 high and low."""
     high = x.bfloat16()
     return high, (x - high).bfloat16()
 
 
-def _product(a: BFloat16[Tensor, "m k"], b: BFloat16[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+def product(a: BFloat16[Tensor, "m k"], b: BFloat16[Tensor, "k n"]) -> Float[Tensor, "m n"]:
     """Sums in float32. A CPU has no such call; there, for tests, the halves are widened, which changes no product."""
     if a.is_cuda:
-        product: Tensor = torch.mm(a, b, out_dtype=torch.float32)
-        return product
+        found: Tensor = torch.mm(a, b, out_dtype=torch.float32)
+        return found
     return a.float() @ b.float()

@@ -22,6 +22,7 @@ from lrpq.quant import residual as residual_module
 from lrpq.quant import scale_search as search_module
 from lrpq.quant.descent import descend
 from lrpq.quant.factor import factorize
+from lrpq.quant.forms import QuadraticForms
 from lrpq.quant.gptq import gptq, loss
 from lrpq.quant.grid import Grid
 from lrpq.quant.refit import refit
@@ -121,6 +122,23 @@ def test_a_product_by_halves_keeps_sixteen_digits(device: str, monkeypatch: pyte
     reach = A.double().abs() @ B.double().abs()
     assert ((found.cpu() - exact).abs() <= 2.0**-16 * reach).all()
     assert float(((A.bfloat16().double() @ B.bfloat16().double() + C - exact).abs() / reach).max()) > 2.0**-11
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_costs_by_halves_are_the_forms_of_the_errors(device: str) -> None:
+    """Also where one input outweighs all others, and for errors whose squares float32 cannot hold."""
+    W, H = layer(60, 100, device)
+    X = numbers(300, 100, seed=8).to(device) * torch.logspace(0, 2, 100, device=device)
+    H = H + X.T @ X / len(X)
+    dW = W - gptq(W, factorize(H), [Choice(bits=3, group_size=50)])[0].dequantize()
+    dW[7], dW[9] = 0.0, dW[9] * 1e-25
+    exact = ((dW.double() @ H.double()) * dW.double()).sum(1)
+    found = QuadraticForms(H)(dW)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, exact, rtol=1e-3, atol=0.0)
+    assert float(found.sum()) == pytest.approx(float(exact.sum()), rel=5e-5)
+    plain = ((dW.bfloat16().double() @ H.bfloat16().double()) * dW.double()).sum()
+    assert abs(float(plain / exact.sum()) - 1) > 3e-4
 
 
 @pytest.mark.parametrize("device", DEVICES)
