@@ -109,9 +109,9 @@ def begin(state: WorkerState, job: RefineJob, block: int) -> None:
     if block:
         for shard, tensors in read_waypoint(open_store(job.stream.store), job.folder, STAGE, block, shards).items():
             batches = range(len(sweep.quantized[shard]))
-            sweep.quantized[shard] = [tensors[f"{QUANTIZED}|{i:05d}"].to(stream.device) for i in batches]
+            sweep.quantized[shard] = sweep.row(tensors[f"{QUANTIZED}|{i:05d}"].to(stream.device) for i in batches)
             if sweep.with_shift:
-                sweep.original[shard] = [tensors[f"{ORIGINAL}|{i:05d}"].to(stream.device) for i in batches]
+                sweep.original[shard] = sweep.row(tensors[f"{ORIGINAL}|{i:05d}"].to(stream.device) for i in batches)
     state.held[STAGE] = sweep
     state.held["blocks"] = stream.stream(range(block, stream.num_blocks))
 

@@ -147,7 +147,11 @@ def refinement(options: argparse.Namespace) -> layers.Refinement:
 
 def windows(options: argparse.Namespace) -> blocks.Windows:
     return blocks.Windows(
-        windows=options.windows, length=options.length, shards=options.shards, micro_batch=options.micro_batch
+        windows=options.windows,
+        length=options.length,
+        shards=options.shards,
+        micro_batch=options.micro_batch,
+        low_memory=options.low_memory,
     )
 
 
@@ -184,6 +188,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="tokens a window; 2048, or 16 with --tiny")
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument(
+        "--low-memory", action="store_true", help="of block and memory: what is not at work waits in host memory"
+    )
     parser.add_argument("--group-size", type=int, help="columns that share a scale; 128, or 32 with --tiny")
     parser.add_argument("--without-precision", action="store_true", help="of gptq: leave out the other precisions")
     parser.add_argument(

@@ -38,6 +38,7 @@ class Windows:
     length: int
     shards: int
     micro_batch: int
+    low_memory: bool = False
 
 
 STAGES: Mapping[str, Callable[[Run], StageTimes]] = {"profile": run_profile, "refine": run_refine}
@@ -72,7 +73,7 @@ def _largest(
     device: torch.device,
 ) -> tuple[Windows, StageTimes | None]:
     """Times on all windows, or on as many as fit; what did not fit is a failed row each."""
-    one = Windows(windows=windows.micro_batch, length=windows.length, shards=1, micro_batch=windows.micro_batch)
+    one = replace(windows, windows=windows.micro_batch, shards=1)
     cut = windows
     while True:
         times, error = _attempt(stage, run_of(source, one, device), run_of(source, cut, device), device)
@@ -106,6 +107,7 @@ def run_of(source: RandomSource, windows: Windows, device: torch.device) -> Run:
         device=device,
         shards=windows.shards,
         micro_batch=windows.micro_batch,
+        low_memory=windows.low_memory,
     )
 
 

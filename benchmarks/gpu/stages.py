@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from benchmarks.gpu.measure import now
 from lrpq.compare.memory import peak_memory
 from lrpq.compare.terms import Terms
+from lrpq.model.host_copies import HostCopies
 from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
@@ -36,6 +38,8 @@ class Run:
     device: torch.device
     shards: int
     micro_batch: int
+    low_memory: bool = False
+    """What is not at work waits in host memory."""
 
     @property
     def slices(self) -> Mapping[int, Tensor]:
@@ -44,7 +48,19 @@ class Run:
 
     def stream(self) -> BlockStream:
         """The model in bfloat16."""
-        return BlockStream(self.source, dtype=torch.bfloat16, device=self.device)
+        return BlockStream(self.source, dtype=torch.bfloat16, device=self.device, low_memory=self.low_memory)
+
+    @contextmanager
+    def copies(self) -> Iterator[HostCopies | None]:
+        """What brings tensors to the host and back, in low memory."""
+        if not self.low_memory:
+            yield None
+            return
+        copies = HostCopies(self.device)
+        try:
+            yield copies
+        finally:
+            copies.close()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,7 +92,7 @@ def run_profile(run: Run) -> StageTimes:
         shards.append(Shard(index=index, first_window=first, tokens=tokens))
         first += len(tokens)
     blocks = range(stream.num_blocks)
-    with peak_memory(str(device)) as peak, KeptInputs(memory_bytes=KEPT_BYTES) as kept:
+    with peak_memory(str(device)) as peak, KeptInputs(memory_bytes=KEPT_BYTES) as kept, run.copies() as copies:
         sweep = ProfileSweep(
             stream,
             shards,
@@ -87,6 +103,7 @@ def run_profile(run: Run) -> StageTimes:
             seed=terms.seed,
             micro_batch=run.micro_batch,
             kept=kept,
+            low_memory=copies,
         )
         begun = now(device)
         sweep.embed()
@@ -126,8 +143,15 @@ def run_refine(run: Run, quantizer: Quantizer = to_nearest) -> StageTimes:
     times = StageTimes()
     stream, device = run.stream(), run.device
     slices = run.slices
-    with peak_memory(str(device)) as peak:
-        sweep = RefineSweep(stream, slices, num_shards=run.shards, micro_batch=run.micro_batch, with_shift=True)
+    with peak_memory(str(device)) as peak, run.copies() as copies:
+        sweep = RefineSweep(
+            stream,
+            slices,
+            num_shards=run.shards,
+            micro_batch=run.micro_batch,
+            with_shift=True,
+            low_memory=copies,
+        )
         started = now(device)
         sweep.embed()
         times.outside["embedding"] = now(device) - started

@@ -60,6 +60,7 @@ class BlockStream:
         attention: name of the attention implementation registered with transformers; by default its choice for the
             architecture.
         prefetch: read the next block while this one computes (the device's memory then holds two blocks' weights).
+        low_memory: the next block's weights wait in host memory, where they are not needed on the device yet.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class BlockStream:
         device: torch.device | str = "cpu",
         attention: str | None = None,
         prefetch: bool = True,
+        low_memory: bool = False,
     ) -> None:
         self.source = source
         self.dtype = dtype
         self.device = torch.device(device)
         self.prefetch = prefetch
+        self.low_memory = low_memory
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
         self.architecture, self.family = family_of(source.config)
         self.model: Any = build_skeleton(source.config, dtype=dtype, device=self.device, attention=attention)
@@ -238,13 +241,16 @@ class BlockStream:
             overrides: per block, weights that replace those on disk.
         """
         with ThreadPoolExecutor(max_workers=1) as reader:
-            upcoming: Future[_Moving] | None = None
+            upcoming: Future[_Moving | dict[str, Tensor]] | None = None
+            read: Callable[[int], _Moving | dict[str, Tensor]] = (
+                self._read_block if self.low_memory else self._bring_block
+            )
             try:
                 for position, index in enumerate(order):
-                    weights = self._arrived(upcoming.result() if upcoming is not None else self._read_block(index))
+                    weights = self._arrived(upcoming.result() if upcoming is not None else self._bring_block(index))
                     upcoming = None
                     if self.prefetch and position + 1 < len(order):
-                        upcoming = reader.submit(self._read_block, order[position + 1])
+                        upcoming = reader.submit(read, order[position + 1])
                     with self._with_weights(index, weights, (overrides or {}).get(index, {})) as block:
                         del weights
                         yield index, block
@@ -255,7 +261,7 @@ class BlockStream:
     @contextmanager
     def block(self, index: int, overrides: Overrides | None = None) -> Iterator[nn.Module]:
         """One block with weights in memory for the length of the context."""
-        with self._with_weights(index, self._arrived(self._read_block(index)), overrides or {}) as block:
+        with self._with_weights(index, self._arrived(self._bring_block(index)), overrides or {}) as block:
             yield block
 
     @contextmanager
@@ -317,15 +323,24 @@ class BlockStream:
         bare = name.removeprefix(f"{self.model.base_model_prefix}.")
         return self._stored.get(name) or self._stored.get(bare) or (name,)
 
-    def _read_block(self, index: int) -> _Moving:
-        return self._read(f"{self.block_names[index]}.", self.blocks[index].state_dict())
+    def _bring_block(self, index: int) -> _Moving:
+        return self._brought(self._read(*self._place(index)))
 
-    def _read(self, prefix: str, names: Iterable[str]) -> _Moving:
-        """Tensors by their names without the prefix; on their way to the device."""
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        return dict(self._read(*self._place(index)))
+
+    def _place(self, index: int) -> tuple[str, Iterable[str]]:
+        return f"{self.block_names[index]}.", self.blocks[index].state_dict()
+
+    def _read(self, prefix: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors in host memory by their names without the prefix, one after the other."""
+        return ((name, self.source.read_rows(self.stored(prefix + name))) for name in names)
+
+    def _brought(self, weights: Iterable[tuple[str, Tensor]]) -> _Moving:
+        """Tensors on their way to the device."""
         tensors: dict[str, Tensor] = {}
         arrived: list[Event] = []
-        for name in names:
-            tensor = self.source.read_rows(self.stored(prefix + name))
+        for name, tensor in weights:
             if self._staging is None:
                 tensors[name] = tensor.to(self.device, self.dtype)
                 continue
@@ -334,7 +349,8 @@ class BlockStream:
             arrived.append(self._staging.to_device(tensor, tensors[name], self._staging.now()))
         return _Moving(tensors=tensors, arrived=arrived[-1] if arrived else None)
 
-    def _arrived(self, moving: _Moving) -> dict[str, Tensor]:
+    def _arrived(self, weights: _Moving | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        moving = weights if isinstance(weights, _Moving) else self._brought(weights.items())
         if self._staging is not None and moving.arrived is not None:
             self._staging.wait(moving.arrived)
         return moving.tensors
@@ -356,7 +372,7 @@ class BlockStream:
         try:
             for path in modules:
                 module = self.model.get_submodule(path)
-                _assign(module, self._arrived(self._read(f"{path}.", module.state_dict())))
+                _assign(module, self._arrived(self._brought(self._read(f"{path}.", module.state_dict()))))
             yield
         finally:
             for path in modules:

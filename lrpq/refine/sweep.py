@@ -22,16 +22,19 @@ quantized and runs. The original stream moves on with the block's last site.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lrpq.model.families import Unit
+from lrpq.model.host_copies import HostCopies
 from lrpq.model.host_memory import release_freed_memory
+from lrpq.model.host_tensors import Hold, HostList, Waiting, at_hand, settled
 from lrpq.model.layers import LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.activation_sums import add_sum
@@ -93,13 +96,36 @@ def _added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return None if left is None or right is None else left.add_(right)
 
 
-@dataclass(slots=True)
-class _Known:
-    """What is known of a unit of the block at hand, for one micro-batch of one stream; one of the two at least."""
+def _held(products: SiteProducts, hold: Hold) -> Callable[[], SiteProducts]:
+    """Sums that are not needed at the moment."""
+    xx = hold(products.hessian.xx)
+    shift = None if products.shift is None else hold(products.shift)
+    pull = None if products.pull is None else hold(products.pull)
+    hessian = replace(products.hessian, xx=torch.empty(0))
+    return lambda: SiteProducts(
+        hessian=replace(hessian, xx=xx()),
+        shift=None if shift is None else shift(),
+        pull=None if pull is None else pull(),
+    )
 
-    input: Tensor | None
-    """Of its last layer, until that has run."""
-    output: Tensor | None = None
+
+class _Known:
+    """What is known of a unit of the block at hand, for one micro-batch of one stream."""
+
+    def __init__(self, x: Tensor, hold: Hold) -> None:
+        self._hold = hold
+        self._input: Callable[[], Tensor] | None = hold(x)
+        """Of its last layer, until that has run."""
+        self._output: Callable[[], Tensor] | None = None
+
+    def output(self, last: nn.Module) -> Tensor:
+        """Of its last layer, which runs if it has not yet; its input is then given up."""
+        if self._output is not None:
+            return self._output()
+        assert self._input is not None
+        output: Tensor = last(self._input())
+        self._output, self._input = self._hold(output), None
+        return output
 
 
 class QuantizedActivations(Protocol):
@@ -125,6 +151,7 @@ class RefineSweep:
         with_shift: also carry the original stream and add up D or P.
         activations: of the quantized stream: x~ are then what the layers multiply, and D or P also holds the errors of
             rounding them, this site's among them.
+        low_memory: what is not at work waits in host memory: streams, what is known inside a block, sums.
     """
 
     def __init__(
@@ -136,6 +163,7 @@ class RefineSweep:
         micro_batch: int,
         with_shift: bool,
         activations: QuantizedActivations | None = None,
+        low_memory: HostCopies | None = None,
     ) -> None:
         self.stream = stream
         self.activations = activations
@@ -143,9 +171,11 @@ class RefineSweep:
         self.num_shards = num_shards
         self.micro_batch = micro_batch
         self.with_shift = with_shift
-        self.original: dict[int, list[Tensor]] = {}
+        self._copies = low_memory
+        self._hold: Hold = at_hand if low_memory is None else partial(Waiting.of, copies=low_memory)
+        self.original: dict[int, MutableSequence[Tensor]] = {}
         """Shard -> hidden states of its micro-batches in the original model; empty without ``with_shift``."""
-        self.quantized: dict[int, list[Tensor]] = {}
+        self.quantized: dict[int, MutableSequence[Tensor]] = {}
         """The same behind the quantized prefix."""
         self.on_batch: Callable[[], None] = _nothing
         """Called after every micro-batch of a step."""
@@ -159,9 +189,13 @@ class RefineSweep:
         with self.stream.embedding():
             for shard, tokens in self.shards.items():
                 inputs = [self.stream.embed(batch) for batch in tokens.split(self.micro_batch)]
-                self.quantized[shard] = inputs
+                self.quantized[shard] = self.row(inputs)
                 if self.with_shift:
-                    self.original[shard] = list(inputs)
+                    self.original[shard] = self.row(inputs)
+
+    def row(self, tensors: Iterable[Tensor]) -> MutableSequence[Tensor]:
+        """Hidden states of a shard's micro-batches where they wait for their turn."""
+        return list(tensors) if self._copies is None else HostList(tensors, self._copies)
 
     @torch.no_grad()
     def products(
@@ -185,8 +219,9 @@ class RefineSweep:
         reader = self.stream.local_name(site[0])
         last = site[0].input_site == list(self.stream.sites(block))[-1]
         W = module.get_submodule(reader).weight if self._adds(reader) and self.with_shift else None
-        parts: dict[Node, SiteProducts] = {}
+        parts: dict[Node, Callable[[], SiteProducts]] = {}
         for shard, batches in self.quantized.items():
+            parts = self._aside(parts)
             sums = self._empty(site[0], reader)
             offset = 0
             for position, hidden in enumerate(batches):
@@ -210,10 +245,18 @@ class RefineSweep:
                     del lacking
                 del xq, rq
                 self.on_batch()
-            parts[0, shard] = sums
-            parts = fold(parts, self.num_shards, add_products)
+            parts[0, shard] = partial(_same, sums)
+            del sums
+            parts = fold(parts, self.num_shards, _merged)
         release_freed_memory()  # of the site before: its products, factors and what rounding and polishing took
-        return parts
+        return {node: part() for node, part in parts.items()}
+
+    def _aside(self, parts: Mapping[Node, Callable[[], SiteProducts]]) -> dict[Node, Callable[[], SiteProducts]]:
+        """Sums that wait for others; in low memory those that are on the device go to the host."""
+        if self._copies is None:
+            return dict(parts)
+        hold = partial(settled, copies=self._copies)
+        return {node: _held(part(), hold) if isinstance(part, partial) else part for node, part in parts.items()}
 
     def _lacking(
         self,
@@ -272,7 +315,7 @@ class RefineSweep:
         with _continued(module, self.stream.family.units, self._known.get(place, {})):
             return self.stream.run(module, block, hidden)
 
-    def _advance(self, block: int, module: nn.Module, which: str, streams: dict[int, list[Tensor]]) -> None:
+    def _advance(self, block: int, module: nn.Module, which: str, streams: dict[int, MutableSequence[Tensor]]) -> None:
         for shard, batches in streams.items():
             for position in range(len(batches)):
                 if which == "quantized" or (shard, position) not in self._moved:
@@ -315,7 +358,7 @@ class RefineSweep:
                 break
             if unit.last not in self._known[place]:
                 self._inputs_of(unit.last, block, module, hidden, place)
-            r = r + _output(module, unit.last, self._known[place])
+            r = r + self._known[place][unit.last].output(module.get_submodule(unit.last))
         return x, r.flatten(0, -2)
 
     def _added_to(
@@ -340,9 +383,9 @@ class RefineSweep:
         before = {last: found for last, found in known.items() if last != reader}
         x = self._reached(reader, block, module, hidden, before)
         if any(unit.last == reader for unit in self.stream.family.units):
-            known[reader] = _Known(x)
+            known[reader] = _Known(x, self._hold)
             if place[0] == "original":  # its weights are what they will be
-                _output(module, reader, known)
+                known[reader].output(module.get_submodule(reader))
         return x.flatten(0, -2)
 
     def _reached(self, reader: str, block: int, module: nn.Module, hidden: Tensor, known: dict[str, _Known]) -> Tensor:
@@ -364,14 +407,6 @@ class RefineSweep:
         raise RuntimeError(f"block {block}: its forward never reaches {reader}")
 
 
-def _output(block: nn.Module, last: str, known: Mapping[str, _Known]) -> Tensor:
-    """Output of a unit's last layer, which runs if it has not yet; its input is then given up."""
-    unit = known[last]
-    if unit.output is None:
-        unit.output, unit.input = block.get_submodule(last)(unit.input), None
-    return unit.output
-
-
 @contextmanager
 def _continued(block: nn.Module, units: Sequence[Unit], known: Mapping[str, _Known]) -> Iterator[None]:
     """Inside, a unit whose last layer's input or output is known runs that layer at most; others run as ever."""
@@ -379,7 +414,7 @@ def _continued(block: nn.Module, units: Sequence[Unit], known: Mapping[str, _Kno
 
     def forward(unit: Unit) -> Callable[..., Any]:
         def run(*_: Any, **__: Any) -> Any:
-            output = _output(block, unit.last, known)
+            output = known[unit.last].output(block.get_submodule(unit.last))
             return (output, None) if unit.returns_tuple else output
 
         return run
@@ -394,6 +429,14 @@ def _continued(block: nn.Module, units: Sequence[Unit], known: Mapping[str, _Kno
     finally:
         for module in replaced:
             del module.forward
+
+
+def _same(products: SiteProducts) -> SiteProducts:
+    return products
+
+
+def _merged(left: Callable[[], SiteProducts], right: Callable[[], SiteProducts]) -> Callable[[], SiteProducts]:
+    return partial(_same, add_products(left(), right()))
 
 
 def _nothing() -> None:

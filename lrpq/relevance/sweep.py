@@ -8,16 +8,19 @@ Hessians are then summed on the way forward, and only those windows' inputs are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lrpq.errors import QuantizationError
+from lrpq.model.host_copies import HostCopies
 from lrpq.model.host_memory import release_freed_memory
+from lrpq.model.host_tensors import Hold, HostGroups, HostTensors, settled
 from lrpq.model.kept import KeptInputs
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import HessianSum, accumulate, add, empty_hessian, merge
@@ -124,6 +127,7 @@ class ProfileSweep:
         with_head: also add up what quantizing the head needs, in ``head_sums``.
         for_activations: also find what quantizing activations needs: what their grids are judged by
             (``SiteWeights.squares``), and of the inputs the sums with which Hessians follow a folding of the model.
+        low_memory: what is not at work waits in host memory: hidden states, gradients, sums.
 
     Raises:
         QuantizationError: the head is wanted, and its weight is the embedding's.
@@ -146,6 +150,7 @@ class ProfileSweep:
         kept: KeptInputs,
         with_head: bool = False,
         for_activations: bool = False,
+        low_memory: HostCopies | None = None,
     ) -> None:
         self.stream = stream
         self.head = stream.head_spec if with_head else None
@@ -166,13 +171,16 @@ class ProfileSweep:
         self.head_sums: dict[Node, BlockSums] = {}
         """Of the head, by node of the merge tree; filled by ``seed_gradients``, empty without ``with_head``."""
         self.switch = PassSwitch()
-        self.hidden: dict[tuple[int, int], Tensor] = {}
+        self._copies = low_memory
+        self.hidden: MutableMapping[tuple[int, int], Tensor] = {} if low_memory is None else HostTensors(low_memory)
         """(shard, micro-batch) -> input of the block that comes next in the forward sweep."""
         self.losses: dict[int, tuple[float, int]] = {}
         """Shard -> summed loss of its sampled labels, nats, and their number."""
         self.on_batch: Callable[[], None] = _nothing
         """Called after every micro-batch of a block."""
-        self.upstream: dict[tuple[int, int], Mapping[Pass, Tensor]] = {}
+        self.upstream: MutableMapping[tuple[int, int], Mapping[Pass, Tensor]] = (
+            {} if low_memory is None else HostGroups(low_memory)
+        )
         """(shard, micro-batch) -> gradients at the output of the block that comes next in the backward sweep."""
 
     def batches(self, shard: Shard) -> list[tuple[int, Int[Tensor, "n t"]]]:
@@ -202,9 +210,10 @@ class ProfileSweep:
         num_explained = len(self.explained(shard))
         for position in range(len(self.batches(shard))):
             place = (shard.index, position)
+            hidden = self.hidden[place]
             if position < num_explained and (block, *place) not in self.kept:
-                self.kept.put((block, *place), self.hidden[place])
-            self.hidden[place] = self.stream.run(module, block, self.hidden[place])
+                self.kept.put((block, *place), hidden)
+            self.hidden[place] = self.stream.run(module, block, hidden)
             self.on_batch()
 
     def lacks_inputs(self, block: int) -> bool:
@@ -274,7 +283,7 @@ class ProfileSweep:
             Sums by node of the merge tree (complete subtrees of this worker's shards already merged), and per shard the
             token weights of every site.
         """
-        parts: dict[Node, BlockSums] = {}
+        parts: dict[Node, Callable[[], BlockSums]] = {}
         weights: dict[int, SiteWeights] = {}
         self.kept.expect(
             (index, shard.index, position)
@@ -283,10 +292,17 @@ class ProfileSweep:
             for position in range(len(self.explained(shard)))
         )
         for shard in self.shards:
-            parts[0, shard.index], weights[shard.index] = self._shard_backward(block, module, shard)
-            parts = fold(parts, self.num_shards, add_block_sums)
+            if self._copies is not None:
+                hold = partial(settled, copies=self._copies)
+                parts = {
+                    node: _held(part(), hold) if isinstance(part, partial) else part for node, part in parts.items()
+                }
+            sums, weights[shard.index] = self._shard_backward(block, module, shard)
+            parts[0, shard.index] = partial(_same, sums)
+            del sums
+            parts = fold(parts, self.num_shards, _merged)
         release_freed_memory()
-        return parts, weights
+        return {node: part() for node, part in parts.items()}, weights
 
     def _shard_backward(self, block: int, module: nn.Module, shard: Shard) -> tuple[BlockSums, SiteWeights]:
         specs = self.stream.sites(block)
@@ -352,6 +368,27 @@ class ProfileSweep:
             rows={site: torch.cat([torch.empty(0, dtype=torch.long), *parts]) for site, parts in rows.items()},
             squares={site: torch.cat([torch.empty(0), *parts]) for site, parts in squares.items()},
         )
+
+
+def _held(sums: BlockSums, hold: Hold) -> Callable[[], BlockSums]:
+    """Sums that are not needed at the moment."""
+    xx = {site: hold(H.xx) for site, H in sums.hessians.items()}
+    outputs = {name: [hold(G) for G in chunks] for name, chunks in sums.outputs.items()}
+    empty = torch.empty(0)
+    rest = replace(sums, hessians={site: replace(H, xx=empty) for site, H in sums.hessians.items()}, outputs={})
+    return lambda: replace(
+        rest,
+        hessians={site: replace(H, xx=xx[site]()) for site, H in rest.hessians.items()},
+        outputs={name: [G() for G in chunks] for name, chunks in outputs.items()},
+    )
+
+
+def _same(sums: BlockSums) -> BlockSums:
+    return sums
+
+
+def _merged(left: Callable[[], BlockSums], right: Callable[[], BlockSums]) -> Callable[[], BlockSums]:
+    return partial(_same, add_block_sums(left(), right()))
 
 
 def _nothing() -> None:
