@@ -198,7 +198,7 @@ def train(model: nn.Module, images: Images, test: Images, options: argparse.Name
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
-            shown = progress + 0.04
+            shown = progress + 0.1
     return step.averaged, rows
 
 
