@@ -309,6 +309,8 @@ def _assumptions(shape: ModelShape, asked: Asked, cluster: Cluster, workers: Wor
         texts.append(
             "the rotation, which is folded into the weights on the host whenever they are read, is not counted"
         )
+    if asked.low_memory:
+        texts.append("copies between the GPU and host memory, which low memory makes, take no time")
     if shape.routed_share < 1:
         texts.append(f"experts see {shape.routed_share:.0%} of the tokens each: routing is taken as even")
     if cluster.nodes > 1 or cluster.remote_store:

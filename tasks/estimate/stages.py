@@ -14,6 +14,7 @@ from lrpq.model.layers import Choice, LinearSpec
 from lrpq.plan import kernels
 from lrpq.plan.trace import Traced
 from lrpq.plan.work import NOTHING, Work, matmul, total, work
+from lrpq.refine import quantize
 from lrpq.relevance.head import LABEL_RUN
 from lrpq.shards import assign
 from tasks.estimate.asked import Asked
@@ -280,7 +281,7 @@ class Stages:
                     of_worker[index % self.num_workers] += one
                     quantizing += one
                 waited += max(of_worker, key=lambda found: found.flops)
-                found = self._refine_memory(kind, step, corrected=corrected)
+                found = self._refine_memory(kind, step, corrected=corrected, polish_rounds=polish_rounds)
                 peak = max((peak, found), key=lambda memory: sum(memory.values()))
             streaming += self._step_forward(kind, len(kind.steps), corrected=corrected)
             everything += (streaming * tokens_share + quantizing) * kind.count
@@ -391,20 +392,25 @@ class Stages:
         fitting = self._fitting(spec)
         return min(fitting, key=lambda c: abs(c.bits + 16 / (spec.d_in / c.groups(spec.d_in)) - self.asked.budget_bits))
 
-    def _refine_memory(self, kind: BlockKind, step: Sequence[LinearSpec], *, corrected: bool) -> dict[str, float]:
+    def _refine_memory(
+        self, kind: BlockKind, step: Sequence[LinearSpec], *, corrected: bool, polish_rounds: int
+    ) -> dict[str, float]:
         shape, asked = self.shape, self.asked
         sites = _by_site(step)
         squares = sum(self._sums_bytes(members[0], corrected=corrected) for members in sites.values())
         widest = max(step, key=lambda spec: spec.d_in * max(spec.d_in, spec.d_out))
         square, weights = 4.0 * widest.d_in**2, 4.0 * widest.num_weights
         batch = self.micro_batch * asked.length
-        rows = (2 if corrected else 1) * widest.d_out
+        stacked = corrected and (self.cpu or widest.num_weights < quantize.ALONE_ELEMENTS)
+        rows = (2 if stacked else 1) * widest.d_out
         sweep = 9.0 * widest.d_in * min(kernels.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows)
-        # beside the sums C, normalized, and: its permuted copy and factor; two factors, a copy of one and the solution;
-        # a factor and the column loop
+        # beside the sums C, normalized, and: its permuted copy and factor; two factors, on a CPU a copy of one, and the
+        # solution; a factor and the column loop; or a factor, another C for the polish, and some weights
         factoring = 3 * square + weights
-        solving = 4 * square + 4 * weights if corrected else 0.0
-        rounding = max(factoring, solving, 2 * square + weights * (8 if corrected else 3) + sweep)
+        solving = (4 if self.cpu else 3) * square + 4 * weights if corrected else 0.0
+        looping = 2 * square + weights * ((8 if stacked else 5) if corrected else 3) + sweep
+        polishing = 3 * square + 4 * weights if polish_rounds else 0.0
+        rounding = max(factoring, solving, looping, polishing)
         sets = min(self.levels, 2) if asked.low_memory else self.levels
         summing = sets * squares + batch * widest.d_in * 4.0 * (5 if corrected else 3)
         tokens = self.windows * asked.length
