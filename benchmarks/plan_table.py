@@ -39,7 +39,9 @@ COLUMNS = (
 )
 
 
-def planned(model: str, *, gpus: int = 8, node_memory: str = "2TB", budget: float = 3.25) -> Estimate:
+def planned(
+    model: str, *, gpus: int = 8, node_memory: str = "2TB", budget: float = 3.25, low_memory: bool = False
+) -> Estimate:
     source = DescribedModel(CONFIGS / model)
     config = CompressConfig.model_validate(
         {
@@ -47,6 +49,7 @@ def planned(model: str, *, gpus: int = 8, node_memory: str = "2TB", budget: floa
             "plan": {"budget_bits": budget},
             "output": Path("planned"),
             "store": "s3://planned/store",
+            "cluster": {"low_memory": low_memory},
         }
     )
     kind = known_gpu("h100")

@@ -145,6 +145,7 @@ class Compression:
                 patience=cluster.patience,
                 kept_bytes=cluster.kept_bytes,
                 spill_folder=None if cluster.spill_folder is None else str(cluster.spill_folder),
+                low_memory=cluster.low_memory,
             ) as pool
         ):
             self._say_how_relevance_is_found()

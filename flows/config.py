@@ -338,6 +338,8 @@ class ClusterConfig(Section):
     The rest goes to disk."""
     spill_folder: Path | None = None
     """Folder for that, on a local disk of every machine; the system's temporary folder if not given."""
+    low_memory: Annotated[bool, Flag("--low-memory")] = False
+    """On GPUs, what is not at work waits in host memory: less memory of the GPU, more time, the same result."""
 
 
 def cache_folder() -> Path:

@@ -73,6 +73,7 @@ def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu"
         head_choice=head,
         gradients_every=run.gradients_every,
         label_tokens=GPU_CHUNK_TOKENS if device == "cuda" else CHUNK_TOKENS,
+        low_memory=config.cluster.low_memory and device == "cuda",
     )
 
 

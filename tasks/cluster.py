@@ -56,6 +56,7 @@ class Pool:
         threads: int,
         patience: float = PATIENCE_SECONDS,
         spill_folder: str | None = None,
+        low_memory: bool = False,
     ) -> None:
         self.shape = shape
         self.losses: list[str] = []
@@ -76,6 +77,7 @@ class Pool:
             "threads": threads,
             "kept_bytes": shape.kept_bytes,
             "spill_folder": spill_folder,
+            "low_memory": low_memory,
         }
         for index in range(shape.num_workers):
             self._start(Place(index=index, num_workers=shape.num_workers, epoch=0))

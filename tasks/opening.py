@@ -30,6 +30,7 @@ def open_pool(
     patience: float = PATIENCE_SECONDS,
     kept_bytes: int | None = None,
     spill_folder: str | None = None,
+    low_memory: bool = False,
 ) -> Iterator[Pool]:
     """Connect to a Ray cluster, or start one on this machine for the length of the context.
 
@@ -41,6 +42,7 @@ def open_pool(
         patience: seconds of silence after which a worker may be given up.
         kept_bytes: memory for a worker's kept inputs, None for its share of a quarter of the free memory.
         spill_folder: where the rest of them go, None for the system's temporary folder.
+        low_memory: on GPUs, what is not at work waits in host memory.
     """
     os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
     _keep_stdout_clean()
@@ -70,7 +72,14 @@ def open_pool(
         )
         if kept_bytes is not None:
             shape = replace(shape, kept_bytes=kept_bytes)
-        yield Pool(shape, device=resolved, threads=threads, patience=patience, spill_folder=spill_folder)
+        yield Pool(
+            shape,
+            device=resolved,
+            threads=threads,
+            patience=patience,
+            spill_folder=spill_folder,
+            low_memory=low_memory,
+        )
     finally:
         ray.shutdown()
 

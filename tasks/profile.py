@@ -35,7 +35,7 @@ from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
-from tasks.streams import StreamJob, my_shards, open_stream, shard_slices
+from tasks.streams import StreamJob, my_shards, open_copies, open_stream, shard_slices
 from tasks.waypoints import (
     blocks_with_waypoint,
     is_waypoint,
@@ -162,6 +162,7 @@ def _sweep(state: WorkerState, job: ProfileJob) -> ProfileSweep:
         "micro_batch": job.stream.micro_batch,
         "kept": KeptInputs(memory_bytes=state.kept_bytes, folder=state.spill_folder, may_forget=True),
         "with_head": job.with_head,
+        "low_memory": open_copies(state),
     }
     stream, shards = open_stream(state, job.stream), my_shards(state, job.stream)
     if not job.weighs_tokens:
@@ -182,7 +183,7 @@ def enter_forward(state: WorkerState, job: ProfileJob, block: int) -> tuple[Prof
     if is_waypoint(block, sweep.stream.num_blocks):
         shards: dict[int, dict[str, Tensor]] = {}
         for (shard, batch), hidden in sweep.hidden.items():
-            shards.setdefault(shard, {})[_batch(batch)] = hidden
+            shards.setdefault(shard, {})[_batch(batch)] = hidden.cpu()
         write_waypoint(open_store(job.stream.store), job.folder, FORWARD, block, shards)
     index, module = next(state.held["blocks"])
     if index != block:
@@ -212,7 +213,7 @@ def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
         shard.index: {} for shard in sweep.shards
     }  # of some, no gradients are taken
     for (shard, batch), gradients in sweep.upstream.items():
-        shards[shard].update({_batch(batch, kind): g for kind, g in gradients.items()})
+        shards[shard].update({_batch(batch, kind): g.cpu() for kind, g in gradients.items()})
     losses = {shard: {"nats": nats.hex(), "tokens": str(tokens)} for shard, (nats, tokens) in sweep.losses.items()}
     write_waypoint(open_store(job.stream.store), job.folder, BACKWARD, block, shards, losses)
 
@@ -248,6 +249,7 @@ def end(state: WorkerState) -> dict[str, int]:
     sweep: ProfileSweep = state.held.pop(STAGE)
     kept = {"spilled_bytes": sweep.kept.spilled_bytes, "forgotten_bytes": sweep.kept.forgotten_bytes}
     sweep.kept.close()
+    state.close_copies()
     return kept
 
 

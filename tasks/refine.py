@@ -29,7 +29,7 @@ from tasks.profile import ROWS, read_outputs
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
-from tasks.streams import StreamJob, held_source, my_shards, open_stream, shard_slices
+from tasks.streams import StreamJob, held_source, my_shards, open_copies, open_stream, shard_slices
 from tasks.waypoints import blocks_with_waypoint, read_waypoint, write_waypoint
 from tasks.worker import WorkerState
 
@@ -103,6 +103,7 @@ def begin(state: WorkerState, job: RefineJob, block: int) -> None:
         micro_batch=job.stream.micro_batch,
         with_shift=job.strength > 0,
         activations=None if chosen is None else GridActivations(stream=stream, grids=read_grids(chosen)),
+        low_memory=open_copies(state),
     )
     sweep.on_batch = state.beat
     sweep.embed()  # also where a waypoint follows: it records what blocks are called with
@@ -121,8 +122,8 @@ def keep(state: WorkerState, job: RefineJob, block: int) -> None:
     sweep: RefineSweep = state.held[STAGE]
     shards = {
         shard: {
-            **{f"{QUANTIZED}|{i:05d}": batch for i, batch in enumerate(batches)},
-            **{f"{ORIGINAL}|{i:05d}": batch for i, batch in enumerate(sweep.original.get(shard, ()))},
+            **{f"{QUANTIZED}|{i:05d}": batch.cpu() for i, batch in enumerate(batches)},
+            **{f"{ORIGINAL}|{i:05d}": batch.cpu() for i, batch in enumerate(sweep.original.get(shard, ()))},
         }
         for shard, batches in sweep.quantized.items()
     }
@@ -215,6 +216,7 @@ def end(state: WorkerState) -> None:
     state.held.pop("products", None)
     state.held.pop("pooled", None)
     state.held.pop(STAGE)
+    state.close_copies()
 
 
 def quantize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lrpq.model.host_copies import HostCopies
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
@@ -19,6 +20,8 @@ from tasks.images.stored import read_images
 from tasks.store.opened import open_store
 from tasks.worker import WorkerState
 
+COPIES = "copies"
+"""Under which a worker holds them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -62,7 +65,16 @@ def open_source_of(job: StreamJob) -> ModelSource:
 def open_stream(state: WorkerState, job: StreamJob) -> BlockStream:
     """The model, rotated or folded if it is to be, streamed on this worker's device."""
     source = open_source_of(job)
-    return BlockStream(source, dtype=DTYPES[job.dtype], device=state.device)
+    return BlockStream(source, dtype=DTYPES[job.dtype], device=state.device, low_memory=state.low_memory)
+
+
+def open_copies(state: WorkerState) -> HostCopies | None:
+    """What a sweep brings to the host that is not at work, in low memory on a GPU; ``close_copies`` ends it."""
+    if not state.low_memory or state.device == "cpu":
+        return None
+    copies = HostCopies(torch.device(state.device))
+    state.held[COPIES] = copies
+    return copies
 
 
 def open_reference(

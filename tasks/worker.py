@@ -32,12 +32,21 @@ class WorkerState:
     """What a worker keeps between calls."""
 
     def __init__(
-        self, *, device: str, threads: int, kept_bytes: int, place: Place, spill_folder: str | None = None
+        self,
+        *,
+        device: str,
+        threads: int,
+        kept_bytes: int,
+        place: Place,
+        spill_folder: str | None = None,
+        low_memory: bool = False,
     ) -> None:
         self.device = device
         self.threads = threads
         self.kept_bytes = kept_bytes
         self.spill_folder = None if spill_folder is None else Path(spill_folder)
+        self.low_memory = low_memory
+        """On a GPU, what is not at work waits in host memory."""
         self.place = place
         self.held: dict[str, Any] = {}
         """Stage name -> the stage's own object."""
@@ -98,6 +107,12 @@ class WorkerState:
             step, since = beside
         return Pulse(step=step, seconds=time.monotonic() - since, steps=tuple(steps))
 
+    def close_copies(self) -> None:
+        """End the copies that a stage has opened (tasks.streams.open_copies), if it has."""
+        copies = self.held.pop("copies", None)
+        if copies is not None:
+            copies.close()
+
     def clear(self) -> None:
         """Forget what stages hold; what is on disk goes with it."""
         blocks = self.held.pop("blocks", None)
@@ -107,6 +122,7 @@ class WorkerState:
             kept = getattr(held, "kept", None)
             if kept is not None:
                 kept.close()
+        self.close_copies()
         self.held.clear()
 
 

@@ -54,6 +54,7 @@ def plan(
     dtype: o.Dtype = None,
     threads: o.Threads = None,
     workers: o.Workers = None,
+    low_memory: o.LowMemory = None,
     fast: o.Fast = False,
     config: o.ConfigFile = None,
     as_json: o.AsJson = False,
@@ -92,6 +93,7 @@ def plan(
         "evaluation.control": control,
         "evaluation.enabled": evaluate,
         "cluster.workers": workers,
+        "cluster.low_memory": low_memory,
         "store": store,
     }
     if "output" not in given:

@@ -72,9 +72,9 @@ class Staging:
             tensor: contiguous; it must not be changed, nor its memory be given up, before this returns.
             after: event after which it holds what is to be copied.
         """
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-        memory = _bytes(copy).numpy()
         source = _bytes(tensor)
+        # numpy's: in deterministic mode PyTorch would fill it first, and numpy asks for large pages
+        memory = np.empty(max(1, len(source)), dtype=np.uint8)  # of an empty array torch knows no stride
         for piece in self._pieces(len(source)):
             with self._buffer() as buffer:
                 held = buffer.memory[: piece.stop - piece.start]
@@ -84,7 +84,7 @@ class Staging:
                     buffer.used.record(self._out)
                 buffer.used.synchronize()
                 np.copyto(memory[piece], held.numpy())
-        return copy
+        return torch.from_numpy(memory)[: len(source)].view(tensor.dtype).view(tensor.shape)
 
     def to_device(self, tensor: Tensor, into: Tensor, after: Event) -> Event:
         """Copy a host tensor; returns the event with which the copy is whole.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-_ALONE_ELEMENTS = 2**27
+ALONE_ELEMENTS = 2**27
 """Weights that are swept alone on a GPU: stacked with others they would not be faster, and take twice the memory."""
 
 
@@ -116,7 +116,7 @@ def _round_both(
     W: Tensor, corrected: Tensor, factor: Factor, choice: Choice, grid: Grid, name: str
 ) -> tuple[QuantizedWeight, QuantizedWeight]:
     """Codes of the plain and of the corrected weights, in one sweep but where one of them fills a GPU."""
-    if W.is_cuda and W.numel() >= _ALONE_ELEMENTS:
+    if W.is_cuda and W.numel() >= ALONE_ELEMENTS:
         plain, with_correction = (gptq(T, factor, [choice], grid=grid, name=name)[0] for T in (W, corrected))
     else:
         both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]

@@ -41,6 +41,8 @@ class Asked:
     gradients_every: int = 1
     label_tokens: int = CHUNK_TOKENS
     """Rows of logits at a time."""
+    low_memory: bool = False
+    """On a GPU, what is not at work waits in host memory."""
 
     @property
     def num_shards(self) -> int:

@@ -258,8 +258,9 @@ def _problems(
                 "one micro-batch": f"set micro_batch below {asked.micro_batch}, or shorter windows (--length)",
                 "sums of Hessians": "use more workers: each then holds fewer levels of the merge tree",
                 "hidden states": "use more workers, or shorter or fewer windows",
-                "known inputs of the block": "use more workers, or shorter or fewer windows",
+                "what is known inside the block": "use more workers, or shorter or fewer windows",
             }.get(largest, "use GPUs with more memory")
+            change += "" if asked.low_memory else "; --low-memory takes less"
             found.append(
                 f"{worst.stage}: {gigabytes(worst.device_bytes)} on a GPU of {gigabytes(cluster.device_bytes)}; most "
                 f"of it is {largest} ({gigabytes(worst.parts[largest])}): {change}"
@@ -308,6 +309,8 @@ def _assumptions(shape: ModelShape, asked: Asked, cluster: Cluster, workers: Wor
         texts.append(
             "the rotation, which is folded into the weights on the host whenever they are read, is not counted"
         )
+    if asked.low_memory:
+        texts.append("copies between the GPU and host memory, which low memory makes, take no time")
     if shape.routed_share < 1:
         texts.append(f"experts see {shape.routed_share:.0%} of the tokens each: routing is taken as even")
     if cluster.nodes > 1 or cluster.remote_store:

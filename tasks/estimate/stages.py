@@ -14,6 +14,7 @@ from lrpq.model.layers import Choice, LinearSpec
 from lrpq.plan import kernels
 from lrpq.plan.trace import Traced
 from lrpq.plan.work import NOTHING, Work, matmul, total, work
+from lrpq.refine import quantize
 from lrpq.relevance.head import LABEL_RUN
 from lrpq.shards import assign
 from tasks.estimate.asked import Asked
@@ -124,30 +125,43 @@ class Stages:
         batch = self.micro_batch * asked.length
         backward = max(kind.calibration.backward.peak_bytes for kind in shape.kinds)
         accumulating = 8.0 * batch * widest
-        sums = self.levels * self.set_bytes
+        at_work = self._at_work(tokens)
+        sums, computing = self.levels * self.set_bytes, backward + accumulating
+        if asked.low_memory:  # one set while a micro-batch computes, two while they are merged
+            sums = self.set_bytes if computing > self.set_bytes else min(self.levels, 2) * self.set_bytes
+            computing = computing if computing > self.set_bytes else 0.0
         at_block = {
-            "weights of two blocks": 2.0 * self.block_bytes,
-            "gradients between blocks": passes * state * explained,
-            "one micro-batch": backward + accumulating,
+            "weights of two blocks": self._blocks_at_once(2) * self.block_bytes,
+            "gradients between blocks": passes * state * min(explained, at_work),
+            "one micro-batch": computing,
             "sums of Hessians": float(sums),
         }
         at_labels = {
             "head": float(shape.head_bytes),
             "logits": shape.labels.peak_bytes,
-            "hidden states": (1 + passes * explained) * state,
+            "hidden states": (1 + passes * explained) * state * at_work,
         }
-        embedding = {"embeddings": float(shape.embedding_bytes), "hidden states": 2 * state}
+        embedding = {"embeddings": float(shape.embedding_bytes), "hidden states": 2 * state * at_work}
+        waiting = {"gradients and hidden states": (1 + passes * explained) * state} if asked.low_memory else {}
         worst = max((at_block, at_labels, embedding), key=lambda found: sum(found.values()))
         merged = {"sums on their way to the store": 2.0 * self.set_bytes + self._writing(shape)}
         return Load(
             work=one * (asked.num_windows / self.windows) + self._labels(asked.tokens * explained) + merging + storing,
             busiest=one + labels + merging * (1 / self.num_workers) + storing * (1 / self.num_workers) + reading,
             tensors=worst,
-            host={"kept block inputs": in_memory, **merged},
+            host={"kept block inputs": in_memory, **waiting, **merged},
             spilled_bytes=max(kept - in_memory, 0.0),
             network_bytes=float(self.active * sum(kind.sums_bytes * kind.count for kind in shape.kinds)),
             steps=2 * shape.num_blocks + 1,
         )
+
+    def _at_work(self, tokens: float) -> float:
+        """Share of the streams that is on the device: in low memory two micro-batches of them."""
+        return min(1.0, 2 * self.micro_batch * self.asked.length / max(tokens, 1)) if self.asked.low_memory else 1.0
+
+    def _blocks_at_once(self, number: int) -> float:
+        """Blocks' weights on the device: in low memory the next one's wait."""
+        return float(number - 1 if self.asked.low_memory else number)
 
     def _writing(self, shape: ModelShape) -> float:
         """Row groups while the widest matrix is written."""
@@ -267,7 +281,7 @@ class Stages:
                     of_worker[index % self.num_workers] += one
                     quantizing += one
                 waited += max(of_worker, key=lambda found: found.flops)
-                found = self._refine_memory(kind, step, corrected=corrected)
+                found = self._refine_memory(kind, step, corrected=corrected, polish_rounds=polish_rounds)
                 peak = max((peak, found), key=lambda memory: sum(memory.values()))
             streaming += self._step_forward(kind, len(kind.steps), corrected=corrected)
             everything += (streaming * tokens_share + quantizing) * kind.count
@@ -276,6 +290,10 @@ class Stages:
         readers = [members[0] for kind in shape.blocks() for members in kind.sites().values()]
         sums = [self._sums_bytes(spec, corrected=corrected) for spec in readers]
         weights = {"token weights": 4.0 * asked.tokens * max(len(k.sites()) for k in shape.kinds)} if weighted else {}
+        if asked.low_memory:
+            weights["streams, and what is known inside a block"] = max(
+                self._streams_bytes(kind, step, corrected=corrected) for kind in shape.kinds for step in kind.steps
+            )
         return Load(
             work=everything,
             busiest=busiest,
@@ -374,35 +392,47 @@ class Stages:
         fitting = self._fitting(spec)
         return min(fitting, key=lambda c: abs(c.bits + 16 / (spec.d_in / c.groups(spec.d_in)) - self.asked.budget_bits))
 
-    def _refine_memory(self, kind: BlockKind, step: Sequence[LinearSpec], *, corrected: bool) -> dict[str, float]:
+    def _refine_memory(
+        self, kind: BlockKind, step: Sequence[LinearSpec], *, corrected: bool, polish_rounds: int
+    ) -> dict[str, float]:
         shape, asked = self.shape, self.asked
         sites = _by_site(step)
         squares = sum(self._sums_bytes(members[0], corrected=corrected) for members in sites.values())
         widest = max(step, key=lambda spec: spec.d_in * max(spec.d_in, spec.d_out))
         square, weights = 4.0 * widest.d_in**2, 4.0 * widest.num_weights
-        tokens = self.windows * asked.length
-        streams = 2 if corrected else 1
-        known = tokens * shape.itemsize * self._known_width(kind, step, streams)
         batch = self.micro_batch * asked.length
-        rows = (2 if corrected else 1) * widest.d_out
+        stacked = corrected and (self.cpu or widest.num_weights < quantize.ALONE_ELEMENTS)
+        rows = (2 if stacked else 1) * widest.d_out
         sweep = 9.0 * widest.d_in * min(kernels.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows)
-        # beside the sums C, normalized, and: its permuted copy and factor; two factors, a copy of one and the solution;
-        # a factor and the column loop
+        # beside the sums C, normalized, and: its permuted copy and factor; two factors, on a CPU a copy of one, and the
+        # solution; a factor and the column loop; or a factor, another C for the polish, and some weights
         factoring = 3 * square + weights
-        solving = 4 * square + 4 * weights if corrected else 0.0
-        rounding = max(factoring, solving, 2 * square + weights * (8 if corrected else 3) + sweep)
-        summing = self.levels * squares + batch * widest.d_in * 4.0 * (5 if corrected else 3)
-        state = tokens * shape.hidden * shape.itemsize * streams
+        solving = (4 if self.cpu else 3) * square + 4 * weights if corrected else 0.0
+        looping = 2 * square + weights * ((8 if stacked else 5) if corrected else 3) + sweep
+        polishing = 3 * square + 4 * weights if polish_rounds else 0.0
+        rounding = max(factoring, solving, looping, polishing)
+        sets = min(self.levels, 2) if asked.low_memory else self.levels
+        summing = sets * squares + batch * widest.d_in * 4.0 * (5 if corrected else 3)
+        tokens = self.windows * asked.length
+        at_work = self._at_work(tokens)
+        state = tokens * shape.hidden * shape.itemsize * (2 if corrected else 1)
+        known = self._streams_bytes(kind, step, corrected=corrected) - state
         return {
-            "weights of two blocks, and the block quantized": 3.0 * self.block_bytes,
-            "hidden states": float(state),
-            "what is known inside the block": float(known),
+            "weights of two blocks, and the block quantized": self._blocks_at_once(3) * self.block_bytes,
+            "hidden states": state * at_work,
+            "what is known inside the block": known * at_work,
             **(
                 {"rounding one layer": rounding + squares}
                 if rounding + squares > summing
                 else {"sums C and D": summing}
             ),
         }
+
+    def _streams_bytes(self, kind: BlockKind, step: Sequence[LinearSpec], *, corrected: bool) -> float:
+        """Hidden states, and what is known inside the block."""
+        streams = 2 if corrected else 1
+        width = self.shape.hidden * streams + self._known_width(kind, step, streams)
+        return float(self.windows * self.asked.length * self.shape.itemsize * width)
 
     def _known_width(self, kind: BlockKind, step: Sequence[LinearSpec], streams: int) -> int:
         """Numbers a token of all streams that are known inside the block when a step's sums are taken.

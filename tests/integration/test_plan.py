@@ -149,6 +149,16 @@ def test_more_of_everything_takes_more() -> None:
     assert many.workers == 8
 
 
+def test_low_memory_takes_less_of_a_gpu_and_more_of_the_host() -> None:
+    plain, low = (planned("llama-3-70b", gpus=1, low_memory=low_memory) for low_memory in (False, True))
+    assert low.seconds == plain.seconds  # copies are not priced
+    for name in ("profile", "refine"):
+        before, after = (next(s for s in found.stages if s.stage == name) for found in (plain, low))
+        assert before.device_bytes < 60e9
+        assert after.device_bytes < 24e9 < before.device_bytes
+        assert after.host_bytes > before.host_bytes + 10e9
+
+
 def test_what_does_not_fit_is_said() -> None:
     small = planned("llama-3-70b", node_memory="160GB")
     (problem,) = small.problems

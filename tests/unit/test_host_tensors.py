@@ -21,6 +21,8 @@ from lrpq.relevance.composite import Relevance
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, merge_block_sums
 from lrpq.shards import Node, root, split
+from tasks.streams import open_copies
+from tasks.worker import Place, WorkerState
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, SHARDS, LAYERS = 10, 6, 5, 2
@@ -176,3 +178,23 @@ def test_nothing_of_a_refinement_is_left_on_the_device_between_its_steps(source:
             known = [unit for units in sweep._known.values() for unit in units.values()]
             assert not any(isinstance(x, Tensor) for unit in known for x in vars(unit).values())
     copies.close()
+
+
+def test_a_worker_opens_copies_in_low_memory_and_ends_them() -> None:
+    place = Place(index=0, num_workers=1, epoch=0)
+    state = WorkerState(device="cpu:0", threads=1, kept_bytes=0, place=place, low_memory=True)
+    copies = open_copies(state)
+    assert copies is not None
+    assert torch.equal(copies.start(value(3)).result(), value(3))
+    state.close_copies()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        copies.start(value(3))
+    again = open_copies(state)
+    state.clear()  # as where a stage fails
+    assert again is not None
+    with pytest.raises(RuntimeError, match="shutdown"):
+        again.start(value(3))
+    for device, low_memory in (("cpu", True), ("cpu:0", False)):  # a CPU's memory is the host's
+        assert (
+            open_copies(WorkerState(device=device, threads=1, kept_bytes=0, place=place, low_memory=low_memory)) is None
+        )
