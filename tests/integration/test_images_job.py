@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lrpq.compare.vision import QuantizedClassifier, quantize_classifier, unifor
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.relevance.patches import patch_relevance
+from tasks.cluster import Pool
 from tasks.images.draw import draw
 from tasks.images.heat import beside, stacked
 from tasks.images.sources import parse_image_source
@@ -268,8 +270,19 @@ def test_weights_alone_load_with_transformers(job: Job, model: Path, images: Pat
     assert found["evaluation"]["lrpq"]["kl_nats"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.02)
 
 
+@pytest.fixture(scope="module")
+def mortal(job: Job) -> Iterator[Pool]:
+    """Workers beside the session's, on the same Ray."""
+    pool = own_pool()
+    yield pool
+    for worker in list(pool.workers):
+        pool._drop(worker, "the tests are done")
+
+
 @pytest.mark.parametrize(("stage", "after"), [("profile", 4), ("activations", 0)])
-def test_a_killed_worker_costs_no_byte(job: Job, manifest: dict[str, Any], stage: str, after: int) -> None:
+def test_a_killed_worker_costs_no_byte(
+    job: Job, mortal: Pool, manifest: dict[str, Any], stage: str, after: int
+) -> None:
     """In the backward sweep that grids and weights share, and in the search of grids."""
     store = job.folder / f"store-{stage}"
     later = STAGES[STAGES.index(stage) :]
@@ -284,11 +297,8 @@ def test_a_killed_worker_costs_no_byte(job: Job, manifest: dict[str, Any], stage
             }
         )
     )
-    pool = own_pool()
-    progress = Striking(pool, stage, after, signal.SIGKILL)
-    found = run_compress(config, progress, pool=pool)
-    for worker in list(pool.workers):
-        pool._drop(worker, "the test is done")
+    progress = Striking(mortal, stage, after, signal.SIGKILL)
+    found = run_compress(config, progress, pool=mortal)
     assert progress.struck
     assert stage not in progress.reused
     assert any(text.startswith(f"{stage}: a worker was lost") for text in found["warnings"])
