@@ -279,11 +279,13 @@ def mortal(job: Job) -> Iterator[Pool]:
         pool._drop(worker, "the tests are done")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "after"), [("profile", 4), ("activations", 0)])
 def test_a_killed_worker_costs_no_byte(
     job: Job, mortal: Pool, manifest: dict[str, Any], stage: str, after: int
 ) -> None:
-    """In the backward sweep that grids and weights share, and in the search of grids."""
+    """Buys: a worker process that is killed in the backward sweep that grids and weights share, and in the search of
+    grids, which no language model has."""
     store = job.folder / f"store-{stage}"
     later = STAGES[STAGES.index(stage) :]
     shutil.copytree(job.folder / "store", store, ignore=lambda _, names: [name for name in names if name in later])
