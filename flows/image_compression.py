@@ -125,11 +125,14 @@ class ImageCompression(Compression):
     def _search_grids(self, pool: Pool, job: activations.ActivationsJob) -> None:
         run = self.run_state
         parts = activations.shares(activations.missing_blocks(job, self.stream.num_blocks), len(pool))
+        losses = len(pool.losses)
         with run.timed(activations.STAGE, len(parts), "share"):
             ends = pool.map(activations.search, [(job, blocks) for blocks in parts])
             for _ in parts:
                 run.step(activations.STAGE, lambda: next(ends))
                 run.advance(activations.STAGE)
+        for loss in pool.losses[losses:]:
+            run.warn(f"{activations.STAGE}: a worker was lost ({loss}); others did its part")
 
     def _take(self, chosen: ChosenGrids) -> None:
         """Go on with the folded model."""

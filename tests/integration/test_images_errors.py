@@ -83,6 +83,7 @@ FEW = ("--calibration-images", "8", "--held-out-windows", "2")
         (["--fast"], "with --images: is for language models"),
         (["--activations", "3,4"], "3, 4 have no middle width"),
         (["--activations", "9"], "9 is not one of"),
+        (["--heat-maps", "-1"], "--heat-maps: expected"),
         (["--activations", "4", "--group-size", "64"], "one scale a row"),
         (["--activations", "4", "--dtype", "bfloat16"], "folded in float32"),
     ],
@@ -103,6 +104,7 @@ def test_budgets_that_do_not_go_with_images(refused: Any) -> None:
         (["--activations", "4"], "--activations: is for image classifiers; give their images with --images"),
         (["--evaluation-images", "8"], "--evaluation-images: is for image classifiers"),
         (["--top1"], "--top1: is for image classifiers"),
+        (["--heat-maps", "2"], "--heat-maps: is for image classifiers"),
     ],
 )
 def test_settings_that_need_images(refused: Any, option: list[str], expected: str) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,17 @@ import pytest
 import torch
 from image_folders import write_images, write_processor
 from PIL import Image
-from pipeline_case import Job, snapshot, start_pool, start_server, stored_bits
+from pipeline_case import Job, contents, snapshot, start_pool, start_server, stored_bits
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterTags
-from tiny_images import train_classifier
+from test_main_job_killed import Striking, own_pool
+from tiny_images import train_classifier, write_classifier
 from transformers import AutoModelForImageClassification
 
 from flows import cli
-from lrpq.checkpoint.activations import grid_document
+from flows.compress import run_compress
+from flows.config import CompressConfig
+from lrpq.checkpoint.activations import TABLE, grid_document
 from lrpq.classifier import load_classifier, read_classifier
 from lrpq.compare.recipes import DEFAULT
 from lrpq.compare.terms import Terms
@@ -28,16 +34,21 @@ from lrpq.compare.vision import QuantizedClassifier, quantize_classifier, unifor
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.relevance.patches import patch_relevance
+from tasks.cluster import Pool
 from tasks.images.draw import draw
 from tasks.images.heat import beside, stacked
 from tasks.images.sources import parse_image_source
 from tasks.store.opened import open_store
 
 CALIBRATION, HELD_OUT, MEASURED = 64, 32, 200
+SWIN_CALIBRATION = 32
+"""A micro-batch in each of eight shards: token weights have a floor that is a micro-batch's mean."""
 WIDTHS = (3, 4, 5)
 MICRO_BATCH = 4
 MIXED = ("--activations", "3,4,5", "--held-out-windows", "0")
 """Without the guard: which of two good models is better on a few images would be left to chance."""
+
+STAGES = ["profile", "activations", "candidates", "refine"]
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +268,80 @@ def test_weights_alone_load_with_transformers(job: Job, model: Path, images: Pat
         q = loaded(pixel_values=drawn.pixels).logits
     p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     assert found["evaluation"]["lrpq"]["kl_nats"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def mortal(job: Job) -> Iterator[Pool]:
+    """Workers beside the session's, on the same Ray."""
+    pool = own_pool()
+    yield pool
+    for worker in list(pool.workers):
+        pool._drop(worker, "the tests are done")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "after"), [("profile", 4), ("activations", 0)])
+def test_a_killed_worker_costs_no_byte(
+    job: Job, mortal: Pool, manifest: dict[str, Any], stage: str, after: int
+) -> None:
+    """Buys: a worker process that is killed in the backward sweep that grids and weights share, and in the search of
+    grids, which no language model has."""
+    store = job.folder / f"store-{stage}"
+    later = STAGES[STAGES.index(stage) :]
+    shutil.copytree(job.folder / "store", store, ignore=lambda _, names: [name for name in names if name in later])
+    config = CompressConfig.model_validate_json(
+        json.dumps(
+            {
+                **manifest["configuration"],
+                "evaluation": {"enabled": False},
+                "output": str(job.folder / f"killed-{stage}"),
+                "store": str(store),
+            }
+        )
+    )
+    progress = Striking(mortal, stage, after, signal.SIGKILL)
+    found = run_compress(config, progress, pool=mortal)
+    assert progress.struck
+    assert stage not in progress.reused
+    assert any(text.startswith(f"{stage}: a worker was lost") for text in found["warnings"])
+    names = ("*.safetensors", "config.json", TABLE, "heat-maps/*")
+    assert contents(job.folder / f"killed-{stage}", names) == contents(job.folder / "mixed", names)
+
+
+def test_merged_stages_go_through_the_job(job: Job, images: Path) -> None:
+    """A Swin, whose merging of patches is a block that is folded too; code for code as in one process."""
+    model = write_processor(write_classifier(job.folder / "swin", "swin"))
+    found = run(
+        job,
+        [
+            *command(job, model, images, "swin-out", *MIXED, "--no-evaluate", "--heat-maps", "2"),
+            *("--calibration-images", str(SWIN_CALIBRATION)),
+        ],
+    )
+    source = open_source(model)
+    drawn = draw(
+        parse_image_source(str(images)), model, source.config, skip=0, count=SWIN_CALIBRATION, seed=0, labelled=False
+    )
+    expected = quantize_classifier(
+        source,
+        drawn.pixels,
+        weight_bits=WIDTHS,
+        average_bits=4,
+        activation_bits=WIDTHS,
+        recipe=DEFAULT,
+        folded=job.folder / "swin-folded",
+        terms=Terms(dtype=torch.float32, micro_batch=MICRO_BATCH),
+    )
+    stored = read_classifier(job.folder / "swin-out")
+    assert any(name.endswith("reduction") for name in stored.codes)
+    assert stored.codes.keys() == expected.codes.keys()
+    for name, codes in expected.codes.items():
+        assert codes.choice == stored.codes[name].choice
+        assert torch.equal(codes.codes, stored.codes[name].codes), name
+    for ours, theirs in zip(stored.grids, expected.grids, strict=True):
+        assert {place: grid_document(grid) for place, grid in ours.items()} == {
+            place: grid_document(grid) for place, grid in theirs.items()
+        }
+    assert len(found["heat_maps"]["images"]) == 2
+    with Image.open(job.folder / "swin-out" / found["heat_maps"]["images"][0]["file"]) as shown:
+        assert shown.size == (2 * 224 + 8, 224)
