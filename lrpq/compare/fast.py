@@ -22,7 +22,7 @@ from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import gptq
 from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import storage_bits
-from lrpq.quant.sampled_cost import sampled_costs
+from lrpq.quant.sampled_cost import DEFAULT_ROWS, sampled_costs
 from lrpq.relevance.partial import PartialSweep
 from lrpq.relevance.sweep import BlockSums, Shard, merge_block_sums
 from lrpq.shards import root, split
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 GRADIENTS_EVERY = 8
 """Of how many windows one has its gradients taken."""
-COST_ROWS = 16
-"""Rows of a layer that its costs are found from."""
 KEPT_BYTES = 8 << 30
 """Host memory for kept block inputs, and as much for Hessians and factors, before they spill to disk."""
 
@@ -55,7 +53,7 @@ def fast_codes(
     plan: Callable[[Sequence[CostRow]], Plan],
     *,
     gradients_every: int = GRADIENTS_EVERY,
-    cost_rows: int = COST_ROWS,
+    cost_rows: int = DEFAULT_ROWS,
 ) -> Stitched:
     """Find what every module would cost at every choice that fits, plan, and quantize it at its choice.
 

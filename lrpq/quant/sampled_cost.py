@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+DEFAULT_ROWS = 16
+"""Of a layer. SmolLM2, 8,192 tokens: a plan from 16, 32 and 64 rows a layer costs 1.0, .6 and .3% more than one from
+all rows at 3.25 bits, .8, .6 and .3% at 4.25; one from a closed form (R_kk^2 times a twelfth of the squared scale, as
+if round-off were uniform) 6 and 7%."""
+
 
 def sampled_costs(
     weights: Sequence[Float[Tensor, "d_out d_in"]],
@@ -38,7 +43,7 @@ def sampled_costs(
     choices: Sequence[Choice],
     H: Float[Tensor, "d_in d_in"],
     *,
-    num_rows: int,
+    num_rows: int = DEFAULT_ROWS,
     grid: Grid = Grid.SYMMETRIC,
     name: str = "layer",
 ) -> list[list[float]]:

@@ -118,8 +118,9 @@ def test_what_is_planned_is_what_runs(request: pytest.FixtureRequest, tmp_path: 
         "control",
         "evaluate",
     }:
-        # rows that stop moving drop out of the polish: the plan is an upper bound there
-        assert counted[name] * 0.99 <= stages[name].flops <= counted[name] * 1.1, name
+        # rows that stop moving drop out of the polish, rows drawn twice are quantized once: the plan is an upper bound
+        most = 1.2 if fast and name == "candidates" else 1.1
+        assert counted[name] * 0.99 <= stages[name].flops <= counted[name] * most, name
     files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
     assert found.store_objects == len(files)
     stored = sum(path.stat().st_size for path in files)
