@@ -46,7 +46,7 @@ MAX_SEED = 2**63 - 1  # what torch.Generator takes
 FAST: Mapping[str, Any] = {
     "run.relevance": "fisher",
     "run.gradients_every": 8,
-    "run.candidates.cost_rows": 16,
+    "run.candidates.cost_rows": 32,
     "plan.refine": "stitch",
 }
 """What ``--fast`` stands for, where the options themselves are not given."""
