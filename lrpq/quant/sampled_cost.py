@@ -64,7 +64,7 @@ def sampled_costs(
     parts, factors = [], []
     for W, c in zip(weights, curvature, strict=True):
         c = c.to(W.device).double()
-        rows, times = draw_rows(c * W.square().sum(1, dtype=torch.float64), num_rows)
+        rows, times = draw_rows(c * torch.linalg.vector_norm(W, dim=1).double().square(), num_rows)
         parts.append(W[rows])
         factors.append(0.5 * c[rows] * times)
     drawn = torch.cat(parts)
