@@ -67,7 +67,7 @@ def config_of(model: Path, folder: Path, *, fast: bool = False) -> CompressConfi
                 "shards": 4,
                 "micro_batch": 2,
                 **settings.get("run", {}),
-                "candidates": {"bits": [3, 4], "group_sizes": [32], **settings.get("run", {}).get("candidates", {})},
+                "candidates": {"bits": [3, 4], "group_sizes": [32], **({"cost_rows": 8} if fast else {})},
             },
             "plan": {"budget_bits": 3.75, **settings.get("plan", {})},
             "evaluation": {"num_windows": 2, "length": 32},
