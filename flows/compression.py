@@ -14,7 +14,7 @@ import torch
 from flows import artifacts, guard, jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.config import CompressConfig, RunConfig, default_run_id
-from flows.guard import Contender, Windows, guarded, measure_held_out
+from flows.guard import UNIFORM, Contender, Windows, guarded, measure_held_out
 from flows.jobs import JobContext
 from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
 from flows.planning import Planner, Plans
@@ -24,6 +24,7 @@ from flows.rotation import rotated, rotated_fingerprint, rotation_json, rotation
 from flows.run import Run
 from flows.search import Search
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
+from flows.stitching import Stitching
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.checkpoint.formats import CheckpointFormat
@@ -37,7 +38,7 @@ from lrpq.model.streaming import BlockStream
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.passes import has_rule_table
 from lrpq.relevance.rules import Pass
-from tasks import allocate, assemble, evaluate
+from tasks import allocate, assemble, evaluate, stitch
 from tasks.artifacts import StageFolder
 from tasks.assemble import AssembleJob
 from tasks.candidates import CandidatesJob
@@ -219,6 +220,7 @@ class Compression:
             stream=self.stream,
             planner=self.planner,
             candidates=prepared.candidates,
+            stitching=self._stitching(pool, prepared),
             head=None if self.head is None else prepared.candidates,
             held_out=self.windows.held_out,
         )
@@ -235,8 +237,9 @@ class Compression:
         refined: RefineJob | None = None
         if wanted.refine == "sequential":
             refined = jobs.refine_job(self.context, prepared.profile, plans.ours)
-        ours = Contender(codes=prepared.candidates if refined is None else refined.folder, plan=plans.ours)
-        uniform = None if plans.uniform is None else Contender(codes=prepared.candidates, plan=plans.uniform)
+        stitching = self._stitching(pool, prepared)
+        ours = stitching.named(plans.ours) if refined is None else Contender(codes=refined.folder, plan=plans.ours)
+        uniform = None if plans.uniform is None else stitching.named(plans.uniform)
         head = None if self.head is None else prepared.candidates
         keys = [self._content_key(c, head=head) for c in (ours, uniform) if c is not None]
         if all(self._written(key) is None for key in keys):  # what is wrong with the output shows here, not later
@@ -253,6 +256,8 @@ class Compression:
                 "experts_pooled": counts["experts_pooled"],
                 "experts_without_tokens": counts["experts_without_tokens"],
             }
+        else:
+            stitching.made(plans.ours, label=stitch.STAGE)
         compared, kept = self._guarded(pool, prepared, ours, uniform, head=head)
         if kept is uniform:  # what the refinement met is not of the codes that are written
             degraded = count_degradations(rows)
@@ -287,6 +292,9 @@ class Compression:
         write_manifest_file(self.config.output / MANIFEST, manifest)
         return manifest
 
+    def _stitching(self, pool: Pool, prepared: Prepared) -> Stitching:
+        return Stitching(context=self.context, pool=pool, stream=self.stream, candidates=prepared.candidates)
+
     def _guarded(
         self,
         pool: Pool,
@@ -299,6 +307,7 @@ class Compression:
         """See ``guarded``."""
 
         def measure(contenders: Mapping[str, Contender]) -> Mapping[str, dict[str, Any]]:
+            self._stitching(pool, prepared).made(contenders[UNIFORM].plan, label=UNIFORM)
             return self._on_held_out(pool, prepared, contenders, head=head)
 
         wanted = self.config.run.calibration.held_out != 0

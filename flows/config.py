@@ -44,7 +44,12 @@ MAX_HEAT_MAPS = 256
 MAX_SEED = 2**63 - 1  # what torch.Generator takes
 
 
-FAST: Mapping[str, Any] = {"run.relevance": "fisher", "run.gradients_every": 8, "plan.refine": "stitch"}
+FAST: Mapping[str, Any] = {
+    "run.relevance": "fisher",
+    "run.gradients_every": 8,
+    "run.candidates.cost_rows": 32,
+    "plan.refine": "stitch",
+}
 """What ``--fast`` stands for, where the options themselves are not given."""
 
 
@@ -141,6 +146,9 @@ class CandidateConfig(Section):
     grid: Literal["signed", "symmetric"] = "signed"
     """signed lets a scale be negative, so that the extra negative code serves the side that needs it: the same
     bytes, less error; symmetric keeps every scale positive."""
+    cost_rows: Annotated[Positive | None, Flag("--cost-rows")] = None
+    """Rows of a layer that are quantized at every choice to find what it would cost; codes are then made of the choices
+    that a plan takes. None quantizes all rows and keeps the codes of all choices."""
     quantize_head: Annotated[int | None, Flag("--quantize-head")] = None
     """Code width of the language-model head (bits per weight), counted in the budget; left as it is if not given.
     Untied heads only, with --target transformers."""

@@ -72,6 +72,7 @@ def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu"
         control=measured.control,
         head_choice=head,
         gradients_every=run.gradients_every,
+        cost_rows=run.candidates.cost_rows,
         label_tokens=GPU_CHUNK_TOKENS if device == "cuda" else CHUNK_TOKENS,
         low_memory=config.cluster.low_memory and device == "cuda",
     )

@@ -14,13 +14,14 @@ from flows.run import Run
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.model.layers import Choice, LinearSpec
-from tasks import activations, candidates, heat_maps, profile, refine
+from tasks import activations, candidates, heat_maps, profile, refine, stitch
 from tasks.activations import ActivationsJob
 from tasks.candidates import CandidatesJob
 from tasks.chosen_grids import ChosenGrids
 from tasks.heat_maps import HeatMapsJob
 from tasks.profile import ProfileJob
 from tasks.refine import RefineJob
+from tasks.stitch import StitchJob
 from tasks.streams import StreamJob
 
 
@@ -133,11 +134,13 @@ def candidates_job(context: JobContext, profile: ProfileJob, *, head: LinearSpec
     """Depends on the profile, on the choices, and on that of the head where it is quantized."""
     config = context.config.run.candidates
     choices = asked_choices(config)
-    parameters = {"choices": [str(c) for c in choices], "damping": config.damping, "grid": config.grid}
+    parameters: dict[str, Any] = {"choices": [str(c) for c in choices], "damping": config.damping, "grid": config.grid}
     head_choice: Choice | None = None
     if head is not None and config.quantize_head is not None:
         head_choice = fixed_choice(config.quantize_head, config.group_sizes, head.d_in)
         parameters["head"] = str(head_choice)
+    if config.cost_rows is not None:
+        parameters["cost_rows"] = config.cost_rows
     return CandidatesJob(
         profile=profile,
         folder=context.run.folder(
@@ -150,6 +153,21 @@ def candidates_job(context: JobContext, profile: ProfileJob, *, head: LinearSpec
         damping=config.damping,
         grid=config.grid,
         head=head_choice,
+        cost_rows=config.cost_rows,
+    )
+
+
+def stitch_job(context: JobContext, candidates: CandidatesJob, plan: Plan) -> StitchJob:
+    """Depends on the candidates, which have costs alone, and on the plan's choices."""
+    return StitchJob(
+        candidates=candidates,
+        folder=context.run.folder(
+            stitch.STAGE,
+            inputs={"candidates": candidates.folder.key},
+            parameters={"choices": choices_json(plan.choices)},
+            code=["tasks.stitch"],
+        ),
+        choices=plan.choices,
     )
 
 

@@ -15,6 +15,7 @@ OF_TEXT = (
     "run.calibration.num_windows",
     "run.calibration.length",
     "run.calibration.text_column",
+    "run.candidates.cost_rows",
     "run.candidates.quantize_head",
     "run.candidates.quantize_embeddings",
     "run.gradients_every",

@@ -13,7 +13,9 @@ from flows.guard import OURS, Contender, measure_held_out
 from flows.jobs import JobContext
 from flows.planning import Planner
 from flows.stages import run_refine
+from flows.stitching import Stitching
 from lrpq.allocate.accuracy import smallest_budget
+from lrpq.allocate.plan import Plan
 from lrpq.model.streaming import BlockStream
 from tasks.candidates import CandidatesJob
 from tasks.cluster import Pool
@@ -31,6 +33,7 @@ class Search:
     stream: BlockStream
     planner: Planner
     candidates: CandidatesJob
+    stitching: Stitching
     head: CandidatesJob | None
     held_out: HeldOut
 
@@ -48,19 +51,22 @@ class Search:
         sizes = [[option.storage_bits for option in group.options] for group in problem.groups]
         lowest, highest = (_rounded_up(sum(map(end, sizes)) / problem.num_weights) for end in (min, max))
 
-        def contender(bits: float) -> Contender:
+        def solved(bits: float) -> Plan:
             self.planner.set_budget(_rounded_up(bits))
-            return Contender(codes=self.candidates, plan=self.planner.solved(costs))
+            return self.planner.solved(costs)
 
         def quick(budgets: Sequence[float]) -> list[float]:
             label = f"search from {budgets[0]:.2f} to {budgets[-1]:.2f} bits"
             names = [f"{_rounded_up(bits):.{DIGITS}f}" for bits in budgets]  # budgets too close to tell apart are one
-            contenders = {name: contender(float(name)) for name in names}
+            plans = {name: solved(float(name)) for name in names}
+            contenders = {
+                name: self.stitching.made(plan, label=f"stitch at {name} bits") for name, plan in plans.items()
+            }
             found = dict(zip(contenders, self._measured(contenders, label), strict=True))
             return [found[name] for name in names]
 
         def real(bits: float) -> float:
-            plan = contender(bits).plan
+            plan = solved(bits)
             job = jobs.refine_job(self.context, self.candidates.profile, plan)
             run_refine(self.context.run, self.pool, job, self.stream, label=f"refine at {bits:.{DIGITS}f} bits")
             kept = {OURS: Contender(codes=job.folder, plan=plan)}

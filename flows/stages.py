@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -17,13 +17,14 @@ from lrpq.model.layers import HEAD, LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.starved import Evidence
 from lrpq.refine.routed import POOLED
-from tasks import candidates, evaluate, profile, profile_inputs, refine
+from tasks import candidates, evaluate, profile, profile_inputs, refine, stitch
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
 from tasks.cluster import Pool
 from tasks.evaluate import EvaluateJob
 from tasks.profile import ProfileJob
 from tasks.refine import RefineJob
+from tasks.stitch import StitchJob
 from tasks.waypoints import is_waypoint
 
 BLOCKS_IN_FLIGHT = 2
@@ -134,34 +135,56 @@ def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_b
 
 
 def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream) -> list[dict[str, Any]]:
-    """Every module at every choice; returns the cost rows."""
+    """What every module would cost at every choice; returns the cost rows."""
     label = candidates.STAGE
     specs = _sites(stream, job)
     sites = {block: list(found) for block, found in specs.items()}
     if run.stored(job.folder, label) is None:
         missing = list(candidates.missing_sites(job, sites))
-        losses = len(pool.losses)
-        with run.timed(label, len(missing), "site"):
-            ends = pool.map(
-                candidates.quantize_site, [(job, block, site, specs[block][site]) for block, site in missing]
-            )
-            left = {block: sum(b == block for b, _ in missing) for block in sites}
-
-            def wait_for(block: int) -> None:
-                while left[block]:
-                    position, _ = next(ends)
-                    left[missing[position][0]] -= 1
-                    run.advance(label, f"block {missing[position][0]}, {missing[position][1]}")
-
-            for block in sites:
-                place = "head" if block == stream.num_blocks else f"block {block}"
-                run.step(f"candidates · {place}", partial(wait_for, block))
-        for loss in pool.losses[losses:]:
-            run.warn(f"{label}: a worker was lost ({loss}); others did its part")
+        _each_site(run, pool, candidates.quantize_site, job, specs, missing, label=label)
         rows = candidates.read_costs(job, sites)
         run.finish(job.folder, label, count_degradations(rows))
         return rows
     return candidates.read_costs(job, sites)
+
+
+def run_stitch(run: Run, pool: Pool, job: StitchJob, stream: BlockStream, *, label: str) -> None:
+    """Codes of a plan, all layers on the original inputs. Modules already in the store are not redone."""
+    if run.stored(job.folder, label) is not None:
+        return
+    specs = {block: stream.sites(block) for block in range(stream.num_blocks)}
+    missing = list(stitch.missing_sites(job, specs))
+    _each_site(run, pool, stitch.quantize_site, job, specs, missing, label=label)
+    run.finish(job.folder, label, {})
+
+
+def _each_site(
+    run: Run,
+    pool: Pool,
+    function: Callable[..., Any],
+    job: CandidatesJob | StitchJob,
+    specs: Mapping[int, Mapping[str, tuple[LinearSpec, ...]]],
+    missing: Sequence[tuple[int, str]],
+    *,
+    label: str,
+) -> None:
+    """Call a worker's function on every missing site; one task run a block."""
+    losses = len(pool.losses)
+    with run.timed(label, len(missing), "site"):
+        ends = pool.map(function, [(job, block, site, specs[block][site]) for block, site in missing])
+        left = {block: sum(b == block for b, _ in missing) for block in specs}
+
+        def wait_for(block: int) -> None:
+            while left[block]:
+                position, _ = next(ends)
+                left[missing[position][0]] -= 1
+                run.advance(label, f"block {missing[position][0]}, {missing[position][1]}")
+
+        for block, sites in specs.items():
+            place = "head" if HEAD in sites else f"block {block}"
+            run.step(f"{label} · {place}", partial(wait_for, block))
+    for loss in pool.losses[losses:]:
+        run.warn(f"{label}: a worker was lost ({loss}); others did its part")
 
 
 def count_degradations(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Candidates: every module at every choice of (bits, group size), and what each would cost."""
+"""Candidates: what every module would cost at every choice of (bits, group size), and its codes where they are kept."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 
 from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import HEAD, Choice, LinearSpec
-from lrpq.quant.factor import factorize
+from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import gptq, predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum, normalized
 from lrpq.quant.packing import pack, storage_bits, unpack
+from lrpq.quant.sampled_cost import sampled_costs
 from lrpq.quant.starved import Evidence, hessian_of_expert, is_starved
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.weights import has_relevance
@@ -53,52 +54,118 @@ class CandidatesJob:
     """``signed`` or ``symmetric``, see quant/grid.py."""
     head: Choice | None = None
     """The head's one choice; None leaves it as it is."""
+    cost_rows: int | None = None
+    """Rows of a layer that its costs are found from, without codes (but for the head's one choice); None quantizes all
+    rows at every choice, and stores the codes."""
+
+    def keeps_codes(self, site: str) -> bool:
+        """Whether the codes of a site's candidates are stored."""
+        return self.cost_rows is None or site == HEAD
 
 
 def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str, specs: tuple[LinearSpec, ...]) -> bool:
-    """Quantize the modules of one site at every choice that fits and store codes and costs.
+    """Find the costs of one site's modules at every choice that fits and store them, behind codes where they are kept.
 
     Returns:
-        Whether anything was computed: False if the site's costs (written last) and codes are in the store already.
+        Whether anything was computed: False if all is in the store already.
     """
     store = open_store(job.profile.stream.store)
-    costs_key, codes_key = _keys(job, block, site)
-    if store.exists(costs_key) and store.exists(codes_key):
+    if all(store.exists(key) for key in _keys(job, block, site)):
         return False
-    device = torch.device(state.device)
-    label = specs[0].name if specs[0].routed else specs[0].fused_group
-    source = held_source(state, job.profile.stream)
-    sums, evidence = _hessian(job, block, site, specs[0])
-    H = normalized(replace(sums, xx=sums.xx.to(device)), name=label)
-    del sums
-    curvature = read_curvature(job.profile, block, [spec.name for spec in specs])
-    factor = factorize(H, damping=job.damping, name=label)
-    choices = _choices(job, specs[0])
-    tensors: dict[str, torch.Tensor] = {}
-    rows: list[dict[str, Any]] = []
-    for spec in specs:
-        W = source.read_rows(spec.stored).to(device, torch.float32)
-        candidates = gptq(W, factor, choices, grid=Grid(job.grid), name=spec.name)
-        costs = predicted_cost(W, candidates, H, curvature[spec.name].to(device))
-        for candidate, cost in zip(candidates, costs, strict=True):
-            tensors |= {f"{spec.name}|{candidate.choice}|{k}": v.cpu() for k, v in pack(candidate).items()}
-            rows.append(
-                {
-                    "name": spec.name,
-                    "block": block,
-                    "bits": candidate.choice.bits,
-                    "group_size": candidate.choice.group_size,
-                    "storage_bits": storage_bits(spec.d_out, spec.d_in, candidate.choice),
-                    "cost_nats": float(cost),
-                    "damping_steps": factor.num_damping_steps,
-                    "dead_inputs": factor.num_dead,
-                    "evidence": evidence.value,
-                }
-            )
-        state.beat()
-    write_tensors(store, codes_key, tensors, {})
+    problem = site_problem(state, job, block, site, specs)
+    found = (_quantized if job.keeps_codes(site) else _sampled)(state, job, problem, specs)
+    if found.codes:
+        write_tensors(store, job.folder.site("codes", block, site, "safetensors"), found.codes, {})
+    rows = [
+        {
+            "name": spec.name,
+            "block": block,
+            "bits": choice.bits,
+            "group_size": choice.group_size,
+            "storage_bits": storage_bits(spec.d_out, spec.d_in, choice),
+            "cost_nats": cost,
+            "damping_steps": problem.factor.num_damping_steps,
+            "dead_inputs": problem.factor.num_dead,
+            "evidence": problem.evidence.value,
+        }
+        for spec, costs in zip(specs, found.costs, strict=True)
+        for choice, cost in zip(problem.choices, costs, strict=True)
+    ]
+    costs_key = job.folder.site("costs", block, site, "parquet")
     write_table(store, costs_key, pa.Table.from_pylist(rows), units=COST_UNITS, kind="costs")
     return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteProblem:
+    """What the layers of a site are quantized by, on the worker's device."""
+
+    H: torch.Tensor
+    factor: Factor
+    evidence: Evidence
+    choices: list[Choice]
+    """Those that fit."""
+
+
+def site_problem(
+    state: WorkerState, job: CandidatesJob, block: int, site: str, specs: tuple[LinearSpec, ...]
+) -> SiteProblem:
+    """Read a site's Hessian and factor it."""
+    label = specs[0].name if specs[0].routed else specs[0].fused_group
+    sums, evidence = _hessian(job, block, site, specs[0])
+    H = normalized(replace(sums, xx=sums.xx.to(state.device)), name=label)
+    del sums
+    return SiteProblem(
+        H=H,
+        factor=factorize(H, damping=job.damping, name=label),
+        evidence=evidence,
+        choices=_choices(job, specs[0]),
+    )
+
+
+def read_weight(state: WorkerState, job: CandidatesJob, spec: LinearSpec) -> torch.Tensor:
+    """A layer's weights [d_out, d_in], float32, on the worker's device."""
+    return held_source(state, job.profile.stream).read_rows(spec.stored).to(state.device, torch.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    costs: list[list[float]]
+    """By layer and choice, nats a token."""
+    codes: dict[str, torch.Tensor]
+    """Packed, as they are stored."""
+
+
+def _quantized(state: WorkerState, job: CandidatesJob, problem: SiteProblem, specs: tuple[LinearSpec, ...]) -> _Found:
+    """All rows at every choice."""
+    curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs])
+    codes: dict[str, torch.Tensor] = {}
+    costs: list[list[float]] = []
+    for spec in specs:
+        W = read_weight(state, job, spec)
+        candidates = gptq(W, problem.factor, problem.choices, grid=Grid(job.grid), name=spec.name)
+        costs.append(predicted_cost(W, candidates, problem.H, curvature[spec.name].to(W.device)))
+        for candidate in candidates:
+            codes |= {f"{spec.name}|{candidate.choice}|{k}": v.cpu() for k, v in pack(candidate).items()}
+        state.beat()
+    return _Found(costs=costs, codes=codes)
+
+
+def _sampled(state: WorkerState, job: CandidatesJob, problem: SiteProblem, specs: tuple[LinearSpec, ...]) -> _Found:
+    """Some rows at every choice."""
+    assert job.cost_rows is not None
+    curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs])
+    costs = sampled_costs(
+        [read_weight(state, job, spec) for spec in specs],
+        [curvature[spec.name] for spec in specs],
+        problem.factor,
+        problem.choices,
+        problem.H,
+        num_rows=job.cost_rows,
+        grid=Grid(job.grid),
+        name=specs[0].name,
+    )
+    return _Found(costs=costs, codes={})
 
 
 def _choices(job: CandidatesJob, spec: LinearSpec) -> list[Choice]:
@@ -150,6 +217,7 @@ def missing_sites(job: CandidatesJob, sites: Mapping[int, list[str]]) -> Iterato
                 yield block, site
 
 
-def _keys(job: CandidatesJob, block: int, site: str) -> tuple[str, str]:
-    """Costs and codes of a site."""
-    return job.folder.site("costs", block, site, "parquet"), job.folder.site("codes", block, site, "safetensors")
+def _keys(job: CandidatesJob, block: int, site: str) -> tuple[str, ...]:
+    """Costs and, where they are kept, codes of a site."""
+    costs = job.folder.site("costs", block, site, "parquet")
+    return (costs, job.folder.site("codes", block, site, "safetensors")) if job.keeps_codes(site) else (costs,)

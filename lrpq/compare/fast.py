@@ -1,27 +1,30 @@
-"""`lrpq compress --fast` in one process: gradients on every n-th window, plain Hessians, candidates stitched.
+"""`lrpq compress --fast` in one process: gradients on every n-th window, plain Hessians, costs from some rows, and GPTQ
+on the original inputs at the choices that the plan takes.
 
-A block is quantized at every choice as soon as its Hessians are summed, on the way forward; what is kept of its losses
-is a number a row and choice, which the curvature found on the way back turns into costs.
+Cost in forward passes F: (1 + 2 / n) F; besides, what uniform GPTQ has too, Hessians, their factors and one column loop
+a layer, and the column loops of a few rows at every choice. What is kept of a site until its codes are made is its
+Hessian on the way forward, from the way back on its factor: d_in^2 numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
+from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
-from lrpq.compare.codes import on_host
+from lrpq.compare.codes import Codes, on_host
 from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import LinearSpec
-from lrpq.quant.factor import factorize
-from lrpq.quant.gptq import gptq, loss
-from lrpq.quant.grid import QuantizedWeight
+from lrpq.model.streaming import BlockStream
+from lrpq.quant.factor import Factor, factorize
+from lrpq.quant.gptq import gptq
 from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import storage_bits
+from lrpq.quant.sampled_cost import DEFAULT_ROWS, sampled_costs
 from lrpq.relevance.partial import PartialSweep
-from lrpq.relevance.sweep import Shard, merge_block_sums
+from lrpq.relevance.sweep import BlockSums, Shard, merge_block_sums
 from lrpq.shards import root, split
 
 if TYPE_CHECKING:
@@ -33,26 +36,71 @@ if TYPE_CHECKING:
 GRADIENTS_EVERY = 8
 """Of how many windows one has its gradients taken."""
 KEPT_BYTES = 8 << 30
-"""Host memory for kept block inputs before they spill to disk."""
+"""Host memory for kept block inputs, and as much for Hessians and factors, before they spill to disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stitchable:
-    """Candidates of every module with their costs."""
+class Stitched:
+    """A plan with its codes."""
 
-    rows: list[CostRow]
-    candidates: dict[str, list[QuantizedWeight]]
-    """Module -> by GPTQ on the original inputs, on the host, in the order of its rows."""
+    plan: Plan
+    codes: Codes
+    """By GPTQ on the original inputs, on the host."""
 
 
-def fast_candidates(bench: Workbench, *, gradients_every: int = GRADIENTS_EVERY) -> Stitchable:
-    """Quantize every module at every choice that fits, and find what each costs; nats."""
-    terms, tokens = bench.terms, bench.tokens
-    stream = bench.stream()
-    spans = split(len(tokens), terms.shards)
-    losses: dict[str, Float[Tensor, "choices d_out"]] = {}
-    candidates: dict[str, list[QuantizedWeight]] = {}
+def fast_codes(
+    bench: Workbench,
+    plan: Callable[[Sequence[CostRow]], Plan],
+    *,
+    gradients_every: int = GRADIENTS_EVERY,
+    cost_rows: int = DEFAULT_ROWS,
+) -> Stitched:
+    """Find what every module would cost at every choice that fits, plan, and quantize it at its choice.
+
+    Args:
+        bench: model, tokens and terms.
+        plan: from costs in nats to choices.
+        gradients_every: of how many windows one has its gradients taken.
+        cost_rows: rows of a layer that its costs are found from.
+    """
+    stream, terms = bench.stream(), bench.terms
     rows: list[CostRow] = []
+    factors: dict[_Place, Factor] = {}
+    with KeptInputs(memory_bytes=KEPT_BYTES) as squares:
+        for block, sums in _curvature(bench, stream, squares, gradients_every):
+            for place, specs in _places(stream, block):
+                H = squares.take(place)
+                factor = factorize(H, damping=terms.damping, name=specs[0].name)
+                rows += _costs(bench, stream, specs, factor, H, sums, cost_rows)
+                squares.put(place, factor.R)
+                factors[place] = replace(factor, R=H.new_empty(0, 0))
+        found = plan(rows)
+        codes: Codes = {}
+        for place, specs in (each for block in range(stream.num_blocks) for each in _places(stream, block)):
+            factor = replace(factors.pop(place), R=squares.take(place))
+            for spec in specs:
+                choice = found.choices[spec.name]
+                if choice is not None:
+                    made = gptq(stream.weight(spec), factor, [choice], grid=terms.grid, name=spec.name)
+                    codes[spec.name] = on_host(made[0])
+    return Stitched(plan=found, codes=codes)
+
+
+_Place = tuple[int, int]
+"""A block, and which of its sites."""
+
+
+def _places(stream: BlockStream, block: int) -> Iterator[tuple[_Place, tuple[LinearSpec, ...]]]:
+    for number, specs in enumerate(stream.sites(block).values()):
+        yield (block, number), specs
+
+
+def _curvature(
+    bench: Workbench, stream: BlockStream, squares: KeptInputs, gradients_every: int
+) -> Iterator[tuple[int, BlockSums]]:
+    """Sums of the blocks' squared gradients, last block first; before the first of them all Hessians are kept."""
+    terms, tokens = bench.terms, bench.tokens
+    spans = split(len(tokens), terms.shards)
     with KeptInputs(memory_bytes=KEPT_BYTES) as kept:
         sweep = PartialSweep(
             stream,
@@ -65,33 +113,43 @@ def fast_candidates(bench: Workbench, *, gradients_every: int = GRADIENTS_EVERY)
         )
         sweep.embed()
         for block, module in stream.stream(range(stream.num_blocks)):
-            parts = sweep.forward_summing(block, module)
-            hessians = root(parts, terms.shards, merge_block_sums).hessians
-            for site, specs in stream.sites(block).items():
-                H = normalized(hessians[site], name=specs[0].name)
-                factor = factorize(H, damping=terms.damping, name=specs[0].name)
-                for spec in specs:
-                    W = stream.weight(spec)
-                    found = gptq(W, factor, bench.fitting(spec), grid=terms.grid, name=spec.name)
-                    losses[spec.name] = torch.stack([loss(W, q.dequantize(W.dtype), H) for q in found])
-                    candidates[spec.name] = [on_host(q) for q in found]
+            hessians = root(sweep.forward_summing(block, module), terms.shards, merge_block_sums).hessians
+            for place, specs in _places(stream, block):
+                squares.put(place, normalized(hessians[specs[0].input_site], name=specs[0].name))
         sweep.seed_gradients()
         for block, module in stream.stream(range(stream.num_blocks - 1, -1, -1)):
             parts, _ = sweep.backward(block, module)
-            sums = root(parts, terms.shards, merge_block_sums)
-            for spec in stream.block_specs(block):
-                c = sums.curvature[spec.name].to(stream.device) / sums.num_explained
-                rows += _rows(spec, candidates[spec.name], (0.5 * losses.pop(spec.name) @ c).tolist())
-    return Stitchable(rows=rows, candidates=candidates)
+            yield block, root(parts, terms.shards, merge_block_sums)
 
 
-def _rows(spec: LinearSpec, candidates: list[QuantizedWeight], costs: list[float]) -> list[CostRow]:
+def _costs(
+    bench: Workbench,
+    stream: BlockStream,
+    specs: Sequence[LinearSpec],
+    factor: Factor,
+    H: Float[Tensor, "d_in d_in"],
+    sums: BlockSums,
+    num_rows: int,
+) -> list[CostRow]:
+    """Rows of the layers of a site."""
+    choices = bench.fitting(specs[0])
+    costs = sampled_costs(
+        [stream.weight(spec) for spec in specs],
+        [sums.curvature[spec.name] / sums.num_explained for spec in specs],
+        factor,
+        choices,
+        H,
+        num_rows=num_rows,
+        grid=bench.terms.grid,
+        name=specs[0].name,
+    )
     return [
         CostRow(
             module=spec,
-            choice=q.choice,
-            storage_bits=storage_bits(spec.d_out, spec.d_in, q.choice),
+            choice=choice,
+            storage_bits=storage_bits(spec.d_out, spec.d_in, choice),
             cost_nats=cost,
         )
-        for q, cost in zip(candidates, costs, strict=True)
+        for spec, of_layer in zip(specs, costs, strict=True)
+        for choice, cost in zip(choices, of_layer, strict=True)
     ]

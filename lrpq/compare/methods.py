@@ -81,7 +81,7 @@ def _methods() -> dict[str, Method]:
         ),
         "fast": Method(
             axis=Axis.WHOLE,
-            source="this project, `compress --fast`: Fisher costs from every 8th window, plain GPTQ, stitched",
+            source="this project, `compress --fast`: Fisher costs from every 8th window and some rows, plain GPTQ",
             recipe=FAST,
         ),
         "gptq-in-order": Method(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
 from lrpq.checkpoint.plan import planned_size
 from lrpq.compare import allocation
 from lrpq.compare import planned as searching
-from lrpq.compare.codes import stitched
-from lrpq.compare.fast import fast_candidates
+from lrpq.compare.fast import fast_codes
 from lrpq.compare.methods import EQUAL_LOSS, NOISE, ONE_AT_A_TIME
 from lrpq.compare.planned import COOPQ, SWAPS, Planned
 from lrpq.compare.recipes import DEFAULT, FAST, Recipe
@@ -62,9 +62,8 @@ class Prepared:
         ours = self.gathered.costs[DEFAULT.allocation]
         match recipe.allocation:
             case FAST.allocation:
-                found = fast_candidates(self.bench)
-                plan = allocation.by_costs(found.rows, budget_bits=budget)
-                return Planned(plan=plan, codes=stitched(found.candidates, plan))
+                found = fast_codes(self.bench, partial(allocation.by_costs, budget_bits=budget))
+                return Planned(plan=found.plan, codes=found.codes)
             case searching.REESTIMATED:
                 first = self.plan(DEFAULT.allocation, budget)
                 return searching.reestimated(self.bench, self.gathered, recipe, first, budget)

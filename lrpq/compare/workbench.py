@@ -228,6 +228,8 @@ class Workbench:
                         W=W,
                         candidates=gptq(W, factor, self.fitting(spec), grid=self.terms.grid, name=spec.name),
                         rounded=self._rounded(spec, W) if with_rounded else (),
+                        factor=factor,
+                        grid=self.terms.grid,
                         hessians=hessians,
                         curvature=curvature[spec.name],
                         trace=float(sums.trace) / evidence.num_tokens,

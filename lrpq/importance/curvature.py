@@ -11,6 +11,7 @@ from torch import Tensor
 from lrpq.importance.evidence import Costs, ModuleEvidence
 from lrpq.quant.gptq import predicted_cost
 from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.sampled_cost import sampled_costs
 from lrpq.relevance.rules import Pass
 
 if TYPE_CHECKING:
@@ -23,6 +24,23 @@ def pipeline(weighting: str) -> Costs:
     1/2 sum_j c_j dW_j H dW_j^T (docs/methods.md, section 1).
     """
     return _curvature(Pass.FISHER, weighting)
+
+
+def sampled(weighting: str) -> Costs:
+    """The same from GPTQ on a few rows of each module (lrpq.quant.sampled_cost); nats."""
+
+    def costs(evidence: ModuleEvidence) -> list[float]:
+        return sampled_costs(
+            [evidence.W],
+            [evidence.curvature[Pass.FISHER]],
+            evidence.factor,
+            [q.choice for q in evidence.candidates],
+            evidence.hessians[weighting],
+            grid=evidence.grid,
+            name=evidence.spec.name,
+        )[0]
+
+    return costs
 
 
 def fisher(evidence: ModuleEvidence) -> list[float]:

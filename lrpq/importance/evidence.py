@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lrpq.model.layers import LinearSpec
-from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.factor import Factor
+from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.relevance.rules import Pass
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ class ModuleEvidence:
     """By GPTQ on the run's Hessian, one for each choice."""
     rounded: Sequence[QuantizedWeight]
     """By rounding to the nearest, for the same choices; empty where no measure asked for them."""
+    factor: Factor
+    """Of the run's Hessian."""
+    grid: Grid
+    """Of the candidates."""
     hessians: Mapping[str, Float[Tensor, "d_in d_in"]]
     """Name of a token weighting -> H of the module's site, fp32."""
     curvature: Mapping[Pass, Float[Tensor, " d_out"]]

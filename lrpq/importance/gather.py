@@ -23,7 +23,7 @@ from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import LinearSpec
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian
-from lrpq.relevance.attribute import block_backward
+from lrpq.relevance.attribute import block_backward, sum_over_tokens
 from lrpq.relevance.head import IGNORED_LABEL
 from lrpq.relevance.outputs import Outputs, add_outputs, empty_outputs, merge_outputs
 from lrpq.relevance.passes import widen
@@ -251,7 +251,7 @@ def _add(
     changes: Float[Tensor, "choices d_out d_in"] | None,
 ) -> None:
     squares = g.square()
-    total = squares.sum(0, dtype=torch.float64)
+    total = sum_over_tokens(squares)
     sums.squares[running] += total
     if running is Pass.LRP:
         sums.relevance += (widen(y) * g).abs().sum(dtype=torch.float64)

@@ -36,6 +36,12 @@ MEASURES: Mapping[str, Measure] = {
         passes=frozenset({Pass.LRP}),
         weighting="blend",
     ),
+    "sampled": Measure(
+        source="as lrpq, from a few rows of every layer (`compress --cost-rows`)",
+        costs=curvature.sampled("blend"),
+        passes=frozenset({Pass.LRP}),
+        weighting="blend",
+    ),
     "fisher": Measure(
         source="Fisher curvature, Fisher-weighted Hessian (GuidedQuant, arXiv:2505.07004)",
         costs=curvature.fisher,

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
+_RUN = 32
+"""Tokens whose squared gradients are summed in fp32."""
 Observer = Callable[[str, Pass, Tensor, Tensor, Tensor], None]
 """Called in every pass for every listed layer with its name, the pass, its input [tokens, d_in], its output and the
 gradient at its output [tokens, d_out], all in the model's dtype and detached; a layer held constant is not reported."""
@@ -156,7 +158,7 @@ class _Recorder:
             squares = widen(flat).square()
             self.token_sums[name, running] = squares.sum(dim=-1)
             if running is Pass.FISHER:
-                self.channel_sums[name] = squares.sum(dim=0, dtype=torch.float64)
+                self.channel_sums[name] = sum_over_tokens(squares)
         if self.observer is not None and seen is not None:
             self.observer(name, running, *seen, flat)
 
@@ -167,6 +169,17 @@ class _Recorder:
             token_sums={running: self.token_sums.get((name, running), constant) for running in passes},
             channel_sums=self.channel_sums[name],
         )
+
+
+def sum_over_tokens(squares: Float[Tensor, "tokens d_out"]) -> Float[Tensor, "columns=d_out"]:
+    """Column sums of squares, fp64.
+
+    Runs of 32 tokens are summed in their own dtype first, which loses less than 2^-18 of a sum of fp32 squares: a CPU
+    sums columns of fp32 numbers into fp64 at a seventh of the speed.
+    """
+    whole = len(squares) // _RUN * _RUN
+    runs = squares[:whole].reshape(whole // _RUN, _RUN, squares.shape[1]).sum(dim=1)
+    return torch.cat([runs, squares[whole:]]).double().sum(dim=0)
 
 
 @contextmanager

@@ -39,6 +39,8 @@ class Asked:
     control: bool
     head_choice: Choice | None = None
     gradients_every: int = 1
+    cost_rows: int | None = None
+    """Rows of a layer that its costs are found from; None quantizes all at every choice."""
     label_tokens: int = CHUNK_TOKENS
     """Rows of logits at a time."""
     low_memory: bool = False

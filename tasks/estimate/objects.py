@@ -72,7 +72,11 @@ def stored(shape: ModelShape, asked: Asked) -> dict[str, Stored]:
     )
     if asked.sequential:
         found["refine"] = _manifest(shape) + refined
+    elif asked.cost_rows is not None:
+        found["stitch"] = _manifest(shape) + refined
     if asked.held_out_windows:
+        if asked.cost_rows is not None:
+            found["uniform"] = _manifest(shape) + refined
         found["guard"] = _manifest(shape, times=2)
     if asked.evaluated_windows:
         if asked.control:
@@ -110,7 +114,9 @@ def _profile(kind: BlockKind, shape: ModelShape, asked: Asked) -> Stored:
 
 
 def _candidates(kind: BlockKind, asked: Asked) -> Stored:
-    """Every choice of every layer, an object a site, and a table of costs beside it."""
-    codes = sum(codes_bytes(spec, c) for spec in kind.specs for c in asked.choices if c.fits(spec.d_in))
+    """A table of costs a site; beside it the codes of all choices, an object a site, where they are kept."""
     sites = len(kind.sites())
+    if asked.cost_rows is not None:
+        return Stored(num_bytes=sites * 1.5 * TABLE_BYTES, num_objects=sites)
+    codes = sum(codes_bytes(spec, c) for spec in kind.specs for c in asked.choices if c.fits(spec.d_in))
     return Stored(num_bytes=codes + sites * 1.5 * TABLE_BYTES, num_objects=2 * sites)

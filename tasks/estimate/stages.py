@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -87,11 +87,15 @@ class Stages:
         """Stage -> load, in the order in which they run."""
         asked = self.asked
         found = {"profile": self.profile(), "candidates": self.candidates()}
+        if asked.cost_rows is not None and not asked.sequential:
+            found["stitch"] = self.stitch()
         if asked.sequential:
             found["refine"] = self.refine(
                 corrected=asked.corrected, polish_rounds=asked.polish_rounds, weighted=asked.weighs_tokens
             )
         if asked.held_out_windows:
+            if asked.cost_rows is not None:
+                found["uniform"] = self.stitch()
             found["guard"] = self.score(asked.held_out_windows, asked.length, variants=2, held_out=True)
         found["assemble"] = self.assemble()
         if asked.evaluated_windows:
@@ -203,19 +207,38 @@ class Stages:
     # --- candidates --------------------------------------------------------------------------------------------------
 
     def candidates(self) -> Load:
-        """Every layer at every choice, a site at a time on the next idle worker."""
+        """Every layer, or some of its rows, at every choice."""
+        return self._over_sites(self._rounded)
+
+    def stitch(self) -> Load:
+        """Every layer at one choice, from the stored Hessians."""
+        return self._over_sites(
+            lambda spec: _Rounded(rows=spec.d_out, choices=[self.refined_choice(spec)], costs=False, codes=True)
+        )
+
+    def _rounded(self, spec: LinearSpec) -> _Rounded:
+        rows = self.asked.cost_rows
+        choices = self._fitting(spec)
+        if rows is None:
+            return _Rounded(rows=spec.d_out, choices=choices, costs=True, codes=True)
+        return _Rounded(rows=min(rows, spec.d_out), choices=choices, costs=True, codes=False)
+
+    def _over_sites(self, rounded: Callable[[LinearSpec], _Rounded]) -> Load:
+        """Some rounding of every layer, a site at a time on the next idle worker."""
         shape = self.shape
-        everything, largest, num_sites = NOTHING, NOTHING, 0
+        everything, largest, num_sites, codes = NOTHING, NOTHING, 0, 0.0
         peak: dict[str, float] = {}
         for kind in shape.kinds:
             for members in kind.sites().values():
-                one = self._site(members)
+                found = [rounded(spec) for spec in members]
+                one = self._site(members, found)
                 everything += one * kind.count
                 num_sites += kind.count
                 if one.flops > largest.flops:
                     largest = one
-                found = self._site_memory(members)
-                peak = max((peak, found), key=lambda memory: sum(memory.values()))
+                memory = self._site_memory(members, found)
+                peak = max((peak, memory), key=lambda memory: sum(memory.values()))
+                codes = max(codes, _codes_of_site(members, found))
         rounds = ceil(num_sites / self.num_workers) / num_sites
         busiest = everything * max(rounds, 1 / self.num_workers)
         return Load(
@@ -223,7 +246,7 @@ class Stages:
             busiest=busiest if busiest.flops > largest.flops else largest,
             tensors=peak,
             host={
-                "codes of a site": max(self._site_codes(m) for k in shape.kinds for m in k.sites().values()),
+                "codes of a site": codes,
                 "row groups of a Hessian": self._writing(shape),
             },
             steps=shape.num_blocks,
@@ -232,34 +255,34 @@ class Stages:
     def _fitting(self, spec: LinearSpec) -> list[Choice]:
         return [choice for choice in self.asked.choices if choice.fits(spec.d_in)]
 
-    def _site_codes(self, members: Sequence[LinearSpec]) -> float:
-        return sum(codes_bytes(spec, choice) for spec in members for choice in self._fitting(spec))
-
-    def _site(self, members: Sequence[LinearSpec]) -> Work:
+    def _site(self, members: Sequence[LinearSpec], rounded: Sequence[_Rounded]) -> Work:
         d_in = members[0].d_in
         parts = [kernels.normalized(d_in), kernels.factorize(d_in), work(matrix_read=hessian_bytes(d_in))]
-        for spec in members:
-            choices = self._fitting(spec)
-            parts.append(kernels.quantize(spec.d_out, d_in, choices, kind=self.asked.grid, cpu=self.cpu))
-            parts.append(kernels.predicted_cost(spec.d_out, d_in, len(choices)))
-            parts.append(work(pack=spec.num_weights * len(choices), disk_read=spec.num_weights * self.shape.itemsize))
-        return total(parts) + work(store_write=self._site_codes(members))
+        for spec, how in zip(members, rounded, strict=True):
+            num = len(how.choices)
+            parts.append(kernels.quantize(how.rows, d_in, how.choices, kind=self.asked.grid, cpu=self.cpu))
+            if how.costs:
+                parts.append(kernels.predicted_cost(how.rows, d_in, num))
+            parts.append(work(disk_read=spec.num_weights * self.shape.itemsize))
+            if how.codes:
+                parts.append(work(pack=spec.num_weights * num))
+        return total(parts) + work(store_write=_codes_of_site(members, rounded))
 
-    def _site_memory(self, members: Sequence[LinearSpec]) -> dict[str, float]:
+    def _site_memory(self, members: Sequence[LinearSpec], rounded: Sequence[_Rounded]) -> dict[str, float]:
         d_in = members[0].d_in
-        widest = max(members, key=lambda spec: spec.d_out)
-        num = len(self._fitting(widest))
+        widest = max(rounded, key=lambda how: how.rows)
+        num = len(widest.choices)
         square = 4.0 * d_in * d_in
         rows = kernels.rows_at_once(d_in, num, cpu=self.cpu)
-        sweep = 9.0 * d_in * num * min(rows, widest.d_out)
-        weights = widest.num_weights
+        sweep = 9.0 * d_in * num * min(rows, widest.rows)
+        weights = widest.rows * d_in
         # the column loop: W, its transpose, codes of all choices, one sweep; or the factorisation: four squares
         looping = 3 * square + (4 + 4 + 4 + num) * weights + sweep
         factoring = 4 * square
         return {
             "Hessian and factor": 3 * square if looping > factoring else factoring,
             "weights, codes and the column loop": looping - 3 * square if looping > factoring else 0.0,
-            **({} if not self.cpu else {"candidates of the site": self._site_codes(members)}),
+            **({} if not self.cpu else {"candidates of the site": _codes_of_site(members, rounded)}),
         }
 
     # --- refine ------------------------------------------------------------------------------------------------------
@@ -523,6 +546,28 @@ class Stages:
             fixed_seconds=2 * LOAD_SECONDS,
             steps=1,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rounded:
+    """How much of a layer is quantized, and what of it is kept."""
+
+    rows: int
+    choices: Sequence[Choice]
+    costs: bool
+    """Whether its error is found too."""
+    codes: bool
+    """Whether its codes are stored."""
+
+
+def _codes_of_site(members: Sequence[LinearSpec], rounded: Sequence[_Rounded]) -> float:
+    """Bytes."""
+    return sum(
+        codes_bytes(spec, choice)
+        for spec, how in zip(members, rounded, strict=True)
+        if how.codes
+        for choice in how.choices
+    )
 
 
 def _by_site(step: Sequence[LinearSpec]) -> dict[str, list[LinearSpec]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipeline_case import Job, start_pool, start_server, write_model
 
-from flows.config import PlanConfig, RunConfig
+from flows.config import FAST, PlanConfig, RunConfig
 from lrpq.checkpoint.stored import StoredCheckpoint
 from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import CONTROL, DEFAULT
@@ -16,6 +16,7 @@ from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Workbench
 from lrpq.model.source import open_source
 from lrpq.quant.grid import Grid
+from lrpq.quant.sampled_cost import DEFAULT_ROWS
 from tasks.calibration.stored import read_windows
 from tasks.resources import CPU_WINDOWS
 from tasks.store.opened import open_store
@@ -39,6 +40,7 @@ def test_terms_and_recipe_are_the_defaults_of_compress() -> None:
     assert (DEFAULT.weighting, DEFAULT.polish_rounds) == (run.relevance, plan.polish)
     assert DEFAULT.row_blocks == plan.row_blocks
     assert (DEFAULT.correction, DEFAULT.correction_damping) == (plan.correction, plan.correction_damping)
+    assert FAST["run.candidates.cost_rows"] == DEFAULT_ROWS
 
 
 def test_the_codes_are_those_of_the_pipeline(job: Job) -> None:

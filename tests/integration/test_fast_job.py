@@ -64,10 +64,10 @@ def compress(
             "run": {
                 "model": str(model),
                 "calibration": {"source": "pydoc:calibrate", "num_windows": 10, "length": 32},
-                "candidates": {"bits": [2, 3, 4], "group_sizes": [32]},
                 "shards": 4,
                 "micro_batch": 2,
                 **settings["run"],
+                "candidates": {"bits": [2, 3, 4], "group_sizes": [32], **settings["run"]["candidates"]},
             },
             "plan": {"budget_bits": BUDGET, "refine": refine},
             "evaluation": {"enabled": False},
@@ -93,6 +93,11 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     manifest = compress(model, folder)
     assert manifest["configuration"]["run"]["gradients_every"] == FAST["run.gradients_every"]
     assert "refine" not in manifest["seconds"]
+    assert manifest["guard"]["kept"] == "lrpq"
+    assert {"stitch", "uniform"} <= set(manifest["seconds"])
+    candidates = [path.name for path in (folder / "store").glob("*/candidates/*/*")]
+    assert not any(name.startswith("codes") for name in candidates)
+    assert any(name.startswith("costs") for name in candidates)
     return folder
 
 

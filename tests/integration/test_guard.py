@@ -92,6 +92,30 @@ def test_a_worse_plan_is_not_what_the_user_gets(
     assert again["computed_nothing"]
 
 
+def test_with_costs_from_some_rows_codes_are_made_when_they_are_wanted(
+    job: Job, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan's, those of the plans that a search measures, and the uniform ones, which a bad plan falls back to."""
+    asked: dict[str, Any] = {"evaluation__control": False, "plan__refine": "stitch", "run__candidates__cost_rows": 16}
+    found = job(model, "sampled", plan__max_kl=1.0, **asked)
+    assert found["guard"]["lrpq"]["kl_nats"] == found["budget"]["search"]["kl_nats"] <= 1.0
+    again = job(model, "sampled", plan__max_kl=1.0, **asked)
+    assert again["computed_nothing"]
+    assert not list((job.folder / "store").glob(f"{found['run_id']}/candidates/*/codes*"))
+    solve = flows.planning.allocate.solve
+
+    def all_narrow(problem: Any, *, solver: str) -> Plan:
+        plan = solve(problem, solver=solver)
+        return replace(plan, choices=dict.fromkeys(plan.choices, Choice(bits=2, group_size=64)))
+
+    monkeypatch.setattr(flows.planning.allocate, "solve", all_narrow)
+    worse = job(model, "sampled-worse", plan__budget_bits=3.25, **asked)
+    assert {"profile", "candidates"} <= set(worse["reused"])
+    assert worse["guard"]["kept"] == "uniform"
+    assert {m["bits"] for m in worse["modules"]} == {3}
+    assert worse["degraded"]["kept_uniform"] == 1
+
+
 def test_it_can_be_switched_off_and_says_when_it_cannot_work(job: Job, model: Path) -> None:
     off = job(model, "off", evaluation__control=False, run__calibration__held_out=0)
     assert off["guard"] == {}

@@ -64,12 +64,12 @@ def config_of(model: Path, folder: Path, *, fast: bool = False) -> CompressConfi
             "run": {
                 "model": str(model),
                 "calibration": {"source": "pydoc:calibrate", "num_windows": 4, "length": 32},
-                "candidates": {"bits": [3, 4], "group_sizes": [32]},
                 "shards": 4,
                 "micro_batch": 2,
                 **settings.get("run", {}),
+                "candidates": {"bits": [3, 4], "group_sizes": [32], **({"cost_rows": 8} if fast else {})},
             },
-            "plan": {"budget_bits": 3.5, **settings.get("plan", {})},
+            "plan": {"budget_bits": 3.75, **settings.get("plan", {})},
             "evaluation": {"num_windows": 2, "length": 32},
             "cluster": {"workers": 1, "device": "cpu"},
             "output": folder / "output",
@@ -106,10 +106,21 @@ def test_what_is_planned_is_what_runs(request: pytest.FixtureRequest, tmp_path: 
             torch.set_num_threads(threads)
     stages = {stage.stage: stage for stage in found.stages}
     assert ("refine" in stages) == ("refine" in counted) == (not fast)
+    assert ("stitch" in stages) == ("stitch" in counted) == ("uniform" in stages) == ("uniform" in counted) == fast
     assert manifest["configuration"]["run"]["gradients_every"] == (8 if fast else 1)
-    for name in stages.keys() & {"profile", "candidates", "refine", "guard", "control", "evaluate"}:
-        # rows that stop moving drop out of the polish: the plan is an upper bound there
-        assert counted[name] * 0.99 <= stages[name].flops <= counted[name] * 1.1, name
+    for name in stages.keys() & {
+        "profile",
+        "candidates",
+        "stitch",
+        "refine",
+        "uniform",
+        "guard",
+        "control",
+        "evaluate",
+    }:
+        # rows that stop moving drop out of the polish, rows drawn twice are quantized once: the plan is an upper bound
+        most = 1.2 if fast and name == "candidates" else 1.1
+        assert counted[name] * 0.99 <= stages[name].flops <= counted[name] * most, name
     files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
     assert found.store_objects == len(files)
     stored = sum(path.stat().st_size for path in files)

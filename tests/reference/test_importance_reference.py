@@ -149,6 +149,15 @@ def test_measures_rank_differently_and_none_is_constant(gathered: Gathered) -> N
     assert len(set(gathered.scores["lim"].values())) == LAYERS
 
 
+def test_costs_from_some_rows_are_near_those_of_all(gathered: Gathered) -> None:
+    """Each of its own layer and choice; and they are from some rows, or they would be equal."""
+    whole = {(row.module.name, row.choice): row.cost_nats for row in gathered.costs["lrpq"]}
+    ratios = [row.cost_nats / whole[row.module.name, row.choice] for row in gathered.costs["sampled"]]
+    assert len(ratios) == len(whole)
+    assert all(0.6 < ratio < 1.6 for ratio in ratios)
+    assert sum(abs(ratio - 1) > 1e-3 for ratio in ratios) > len(ratios) / 2
+
+
 def test_costs_fall_with_bits(gathered: Gathered) -> None:
     for name, rows in gathered.costs.items():
         for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from tiny_models import write_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lrpq.compare.fast import fast_candidates
+from lrpq.allocate.plan import Plan
+from lrpq.allocate.problem import CostRow
+from lrpq.compare import allocation
+from lrpq.compare.fast import Stitched, fast_codes
 from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Workbench
 from lrpq.model.kept import KeptInputs
@@ -182,17 +186,37 @@ def test_inputs_are_those_of_a_profile_without_weights(name: str, tmp_path: Path
 
 
 def test_costs_of_the_fast_method_are_its_formula(folder: Path) -> None:
-    """1/2 sum_j c_j dW_j H dW_j^T in float64, of every candidate."""
+    """1/2 sum_j c_j dW_j H dW_j^T in float64, of the codes that its plans take, at the one width and at the other."""
     terms = Terms(bits=(2, 3), group_sizes=(32,), dtype=torch.float32, shards=NUM_SHARDS, micro_batch=2, seed=SEED)
     bench = Workbench(ModelSource(folder), TOKENS, terms)
-    made = fast_candidates(bench, gradients_every=EVERY)
     inputs, gradients, _ = reference(folder)
     stream = bench.stream()
-    assert {row.module.name for row in made.rows} == {spec.name for spec in stream.specs}
-    for row in made.rows:
+    seen: list[CostRow] = []
+    for budget in (2.5, 3.5):
+
+        def plan(rows: Sequence[CostRow], budget: float = budget) -> Plan:
+            seen[:] = rows
+            return allocation.by_costs(rows, budget_bits=budget)
+
+        made = fast_codes(bench, plan, gradients_every=EVERY, cost_rows=10**6)
+        assert {row.module.name for row in seen} == {spec.name for spec in stream.specs} == set(made.codes)
+        _check_costs(seen, made, stream, inputs, gradients)
+
+
+def _check_costs(
+    rows: Sequence[CostRow],
+    made: Stitched,
+    stream: BlockStream,
+    inputs: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+) -> None:
+    for row in rows:
+        if made.plan.choices[row.module.name] != row.choice:
+            continue
         x = inputs[row.module.name].flatten(0, 1)
         c = gradients[row.module.name][list(EXPLAINED)].flatten(0, 1).square().mean(0)
-        (q,) = (q for q in made.candidates[row.module.name] if q.choice == row.choice)
+        q = made.codes[row.module.name]
+        assert q.choice == row.choice
         dW = stream.weight(row.module).double() - q.dequantize(torch.float64)
         wanted = 0.5 * float(((x @ dW.T).square().mean(0) * c).sum())
         assert row.cost_nats == pytest.approx(wanted, rel=1e-3)

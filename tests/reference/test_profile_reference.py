@@ -17,6 +17,7 @@ from lrpq.model.kept import KeptInputs
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import normalized
+from lrpq.relevance.attribute import sum_over_tokens
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.head import sequence_generator
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, SiteWeights, merge_block_sums
@@ -291,3 +292,13 @@ def test_inputs_spilled_to_disk_give_the_same_bytes(folder: Path, memory_bytes: 
     all_bytes = LAYERS * WINDOWS * LENGTH * 64 * 4
     assert all_bytes - memory_bytes <= spilled.spilled_bytes <= all_bytes
     assert spilled.bytes() == held.bytes()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 31, 32, 100])
+def test_sums_over_tokens_keep_what_fp64_has(tokens: int) -> None:
+    random = torch.Generator().manual_seed(tokens)
+    squares = (torch.randn(tokens, 5, generator=random) * torch.randn(tokens, 1, generator=random).exp()).square()
+    found, exact = sum_over_tokens(squares), squares.double().sum(0)
+    assert found.dtype is torch.float64
+    assert torch.allclose(found, exact, rtol=2.0**-18, atol=0.0)
+    assert torch.allclose(sum_over_tokens(squares.double()), exact, rtol=1e-14, atol=0.0)

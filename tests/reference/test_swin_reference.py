@@ -20,6 +20,8 @@ from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import LinearSpec
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
+from lrpq.quant.factor import factorize
+from lrpq.quant.grid import Grid
 from lrpq.quant.hessian import normalized
 from lrpq.refine.sweep import RefineSweep, merge_products
 from lrpq.relevance.composite import Relevance
@@ -144,6 +146,8 @@ def evidence_of(spec: LinearSpec) -> ModuleEvidence:
         W=torch.ones(1, 1),
         candidates=(),
         rounded=(),
+        factor=factorize(torch.ones(1, 1)),
+        grid=Grid.SIGNED,
         hessians={},
         curvature={},
         trace=0.0,
