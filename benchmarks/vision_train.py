@@ -66,7 +66,7 @@ MODELS: Mapping[str, Callable[..., Any]] = {
     "deit-tiny": lambda **labels: DeiTForImageClassification(DeiTConfig(**_PLAIN, **labels)),
     "swin-tiny": lambda **labels: SwinForImageClassification(SwinConfig(**_SWIN, **labels)),
 }
-WARM_UP = 0.05
+WARM_UP = 0.1
 """Share of the time in which the learning rate rises."""
 SMOOTHING = 0.1
 AVERAGE_DECAY = 0.999
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=7.5, help="of training, evaluation in it; loading is not")
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=5e-4, help="highest learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
