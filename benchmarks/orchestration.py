@@ -197,6 +197,7 @@ def compare(model: Path, windows: int, length: int, budget: float, output: Path 
     """The pipeline, the plain calls, and the pipeline again."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as workers do
     with tempfile.TemporaryDirectory() as folder:
         config = CompressConfig.model_validate(
             {

@@ -8,7 +8,18 @@ from tasks.store.manifest import list_runs as stored_runs
 from tasks.store.manifest import read_manifest, read_run
 from tasks.store.opened import open_store
 
-STAGES = ("calibrate", "profile", "activations", "candidates", "allocate", "stitch", "refine", "guard", "evaluate")
+STAGES = (
+    "calibrate",
+    "heat-maps",
+    "profile",
+    "activations",
+    "candidates",
+    "allocate",
+    "stitch",
+    "refine",
+    "guard",
+    "evaluate",
+)
 
 
 def list_runs(store: str) -> list[dict[str, Any]]:

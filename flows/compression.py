@@ -13,7 +13,7 @@ import torch
 
 from flows import artifacts, guard, jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
-from flows.config import CompressConfig, RunConfig, default_run_id
+from flows.config import CompressConfig, RunConfig, default_run_id, read_configuration
 from flows.guard import UNIFORM, Contender, Windows, guarded, measure_held_out
 from flows.jobs import JobContext
 from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
@@ -97,7 +97,7 @@ class Compression:
         self.planner = Planner(config, self.source, self.specs)
         self.run_id = config.run_id or default_run_id(config.run)
         store = open_store(config.store)
-        claim_run(store, self.run_id, json.loads(config.run.model_dump_json()))
+        claim_run(store, self.run_id, json.loads(config.run.model_dump_json()), as_read=read_configuration)
         mark_start(store, self.run_id)
         device = resolve_device(config.cluster.device)
         self.run_state = Run(

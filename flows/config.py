@@ -8,6 +8,7 @@ Types are strict: the text "3" is no number, and neither is true; a list passes 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flows.kinds import check_kind
 from lrpq.allocate.budget import UNQUANTIZED_BITS, BudgetBits, parse_bytes
@@ -42,15 +43,6 @@ RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 SLUG_CHARS = 55  # leaves room for "-" and 8 digits in a run id
 MAX_HEAT_MAPS = 256
 MAX_SEED = 2**63 - 1  # what torch.Generator takes
-
-
-FAST: Mapping[str, Any] = {
-    "run.relevance": "fisher",
-    "run.gradients_every": 8,
-    "run.candidates.cost_rows": 32,
-    "plan.refine": "stitch",
-}
-"""What ``--fast`` stands for, where the options themselves are not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +257,7 @@ class PlanConfig(Section):
     """How the bits are allocated."""
     refine: Annotated[Literal["sequential", "stitch"], Flag("--refine")] = "sequential"
     """sequential: quantize again behind the quantized prefix; stitch: the stored candidates (seconds, lower
-    quality)."""
+    quality; with --cost-rows they are made for the plan)."""
     correction: Share = 0.5
     """Strength a of the weight correction before quantizing (share; 0 is none)."""
     correction_damping: Annotated[float, Field(gt=0, le=10)] = 0.1
@@ -457,6 +449,18 @@ def check_run_id(run_id: str) -> str:
             "such as smollm2-wiki"
         )
     return run_id
+
+
+def read_configuration(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored run's configuration as this version understands it: fields that came later have their defaults.
+
+    One that this version does not understand is left as it is.
+    """
+    try:
+        run = RunConfig.model_validate_json(json.dumps(stored))
+    except ValidationError:
+        return stored
+    return dict(json.loads(run.model_dump_json()))
 
 
 def default_run_id(run: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ SHOWN = 8
 """Images in Prefect's picture at most."""
 NAME_CHARS = 40
 """Of a class, in a file's name."""
+PICTURE = re.compile(r"\.?\d{3}(-[a-z0-9-]*)?\.png(\.[0-9a-f]{32})?")
+"""A picture, or what a killed run left of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,15 @@ class HeatReport:
         return {"relevance": self.relevance, "images": images}
 
     def write(self, output: Path) -> None:
-        """Write every picture that is not there already, each in one step."""
+        """Write every picture that is not there already, each in one step; those of other runs are removed.
+
+        Raises:
+            OSError: a picture cannot be written.
+        """
+        named = {Path(entry["file"]).name for entry in self.document["images"]}
+        for left in (output / FOLDER).glob("*.png*"):
+            if PICTURE.fullmatch(left.name) and left.name not in named:
+                left.unlink()
         for entry, picture in zip(self.document["images"], self._pictures(len(self.found.pixels)), strict=True):
             path, written = output / entry["file"], png(picture)
             if path.is_file() and path.read_bytes() == written:

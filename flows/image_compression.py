@@ -99,8 +99,12 @@ class ImageCompression(Compression):
 
     def _report(self) -> None:
         """Heat maps."""
-        if self.heat is not None:
+        if self.heat is None:
+            return
+        try:
             self.heat.write(self.config.output)
+        except OSError as error:  # the checkpoint is there, and its evaluation worth more than pictures
+            self.run_state.warn(f"heat maps were not written: {error}")
 
     def _profile(self, pool: Pool, job: ProfileJob) -> None:
         """Where activations are quantized, the profile is what their grids were found by."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from flows.presets import FAST
 from lrpq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def check_kind(config: CompressConfig) -> None:
         return
     for path in _changed(config, OF_TEXT):
         instead = INSTEAD.get(path)
+        implied = " (--fast implies it)" if path in FAST else ""
         raise ConfigError(
-            f"{_option(config, path)} with --images: is for language models"
+            f"{_option(config, path)}{implied} with --images: is for language models"
             + (f"; an image classifier takes {instead}" if instead else "; leave it out")
         )
     if config.run.images.activations and config.plan.budget_bytes is not None:

@@ -72,6 +72,8 @@ class Search:
             kept = {OURS: Contender(codes=job.folder, plan=plan)}
             return self._measured(kept, f"measure at {bits:.{DIGITS}f} bits")[0]
 
+        if self.context.config.run.candidates.cost_rows is not None:
+            self.context.run.warn("costs are those of some rows: each plan that --max-kl measures is quantized first")
         sequential = self.context.config.plan.refine == "sequential"
         found = smallest_budget(quick, real if sequential else None, lowest=lowest, highest=highest, max_kl=max_kl)
         self.planner.set_budget(_rounded_up(found.bits))

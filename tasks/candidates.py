@@ -156,14 +156,14 @@ def _sampled(state: WorkerState, job: CandidatesJob, problem: SiteProblem, specs
     assert job.cost_rows is not None
     curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs])
     costs = sampled_costs(
-        [read_weight(state, job, spec) for spec in specs],
+        (read_weight(state, job, spec) for spec in specs),
         [curvature[spec.name] for spec in specs],
         problem.factor,
         problem.choices,
         problem.H,
         num_rows=job.cost_rows,
         grid=Grid(job.grid),
-        name=specs[0].name,
+        name=" + ".join(spec.name for spec in specs),
     )
     return _Found(costs=costs, codes={})
 

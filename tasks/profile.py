@@ -373,7 +373,11 @@ def _write_for_activations(
     in_order = [weights[i].squares for i in sorted(weights)]
     squares = {site: torch.cat([part[site] for part in in_order]) for site in in_order[0]}
     write_tensors(store, job.folder.block(SQUARES, block, "safetensors"), squares, {})
-    sums = {site: h.x.cpu() for site, h in merged.hessians.items() if h.x is not None}
+    sums: dict[str, Tensor] = {}
+    for site, hessian in merged.hessians.items():
+        if hessian.x is None:
+            raise RuntimeError(f"block {block}, {site}: the sum of the inputs was not kept")
+        sums[site] = hessian.x.cpu()
     write_tensors(store, job.folder.block(INPUTS, block, "safetensors"), sums, {})
 
 

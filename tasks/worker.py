@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,15 @@ class WorkerState:
     def clear(self) -> None:
         """Forget what stages hold; what is on disk goes with it."""
         blocks = self.held.pop("blocks", None)
-        if blocks is not None:
-            blocks.close()
-        for held in self.held.values():
-            kept = getattr(held, "kept", None)
-            if kept is not None:
-                kept.close()
-        self.close_copies()
-        self.held.clear()
+        with ExitStack() as stack:  # each of them, also where another fails
+            if blocks is not None:
+                stack.callback(blocks.close)
+            stack.callback(self.held.clear)
+            stack.callback(self.close_copies)
+            for held in self.held.values():
+                kept = getattr(held, "kept", None)
+                if kept is not None:
+                    stack.callback(kept.close)
 
 
 class Worker:
@@ -136,6 +138,7 @@ class Worker:
         import torch
 
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
         send_tensors_by_buffer()
         self.state = WorkerState(**settings)
         self.state.beat()

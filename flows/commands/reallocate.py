@@ -35,12 +35,14 @@ def reallocate(
     workers: o.Workers = None,
     device: o.Device = None,
     address: o.Address = None,
+    low_memory: o.LowMemory = None,
     overwrite: o.Overwrite = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Give RUN another budget.
 
-    --refine stitch takes seconds; sequential, the default, is better.
+    --refine stitch takes seconds where candidates are stored (not after --cost-rows, which --fast implies); sequential,
+    the default, is better.
     """
     from flows.config import ClusterConfig, EvaluationConfig, PlanConfig, check_run_id, default_store
     from flows.config_file import absolute_store, checked
@@ -69,6 +71,7 @@ def reallocate(
             "cluster.workers": workers,
             "cluster.device": device,
             "cluster.address": address,
+            "cluster.low_memory": low_memory,
         }
     )
     sections = {name: given.get(name, {}) for name in ("plan", "evaluation", "cluster")}

@@ -134,14 +134,14 @@ def _costs(
     """Rows of the layers of a site."""
     choices = bench.fitting(specs[0])
     costs = sampled_costs(
-        [stream.weight(spec) for spec in specs],
+        (stream.weight(spec) for spec in specs),
         [sums.curvature[spec.name] / sums.num_explained for spec in specs],
         factor,
         choices,
         H,
         num_rows=num_rows,
         grid=bench.terms.grid,
-        name=specs[0].name,
+        name=" + ".join(spec.name for spec in specs),
     )
     return [
         CostRow(

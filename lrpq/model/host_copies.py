@@ -45,8 +45,8 @@ class HostCopies:
 
     def start(self, tensor: Tensor) -> Future[Tensor]:
         """To the host: a tensor that must not be changed any more; waits where many copies are under way."""
-        self._room.acquire()
         tensor = tensor.contiguous()
+        self._room.acquire()
         try:
             copy = self._threads.submit(self._staging.to_host, tensor, self._staging.now())
         except BaseException:

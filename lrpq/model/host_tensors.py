@@ -92,9 +92,14 @@ class HostTensors(MutableMapping[Key, Tensor], Generic[Key]):
 
     def _drop(self) -> None:
         """What comes early is not wanted; its memory may be given up when it has arrived."""
-        if self._ahead is not None:
-            self.copies.arrived(self._ahead[1])
-            self._ahead = None
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self.copies.arrived(ahead[1])
+
+    def clear(self) -> None:
+        """Forget all, without bringing any of them back."""
+        self._drop()
+        self._waiting.clear()
 
 
 Name = TypeVar("Name", bound=Hashable)
@@ -127,6 +132,11 @@ class HostGroups(MutableMapping[Key, Mapping[Name, Tensor]], Generic[Key, Name])
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def clear(self) -> None:
+        """Forget all, without bringing any of them back."""
+        self._names.clear()
+        self._tensors.clear()
 
 
 class HostList(MutableSequence[Tensor]):

@@ -256,7 +256,9 @@ class BlockStream:
                         yield index, block
             finally:
                 if upcoming is not None and upcoming.exception() is None:  # not wanted any more
-                    self._arrived(upcoming.result())
+                    unwanted = upcoming.result()
+                    if isinstance(unwanted, _Moving):
+                        self._arrived(unwanted)
 
     @contextmanager
     def block(self, index: int, overrides: Overrides | None = None) -> Iterator[nn.Module]:
@@ -338,16 +340,19 @@ class BlockStream:
 
     def _brought(self, weights: Iterable[tuple[str, Tensor]]) -> _Moving:
         """Tensors on their way to the device."""
-        tensors: dict[str, Tensor] = {}
-        arrived: list[Event] = []
-        for name, tensor in weights:
-            if self._staging is None:
-                tensors[name] = tensor.to(self.device, self.dtype)
-                continue
-            tensor = tensor.to(self.dtype).contiguous()
-            tensors[name] = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
-            arrived.append(self._staging.to_device(tensor, tensors[name], self._staging.now()))
-        return _Moving(tensors=tensors, arrived=arrived[-1] if arrived else None)
+        if self._staging is None:
+            return _Moving(tensors={name: x.to(self.device, self.dtype) for name, x in weights}, arrived=None)
+        host = {name: x.to(self.dtype).contiguous() for name, x in weights}
+        tensors = {name: torch.empty(x.shape, dtype=self.dtype, device=self.device) for name, x in host.items()}
+        ready = self._staging.now()  # once for all: what the device is asked to do meanwhile need not be waited for
+        arrived: Event | None = None
+        try:
+            for name, x in host.items():
+                arrived = self._staging.to_device(x, tensors[name], ready)
+        except BaseException:
+            self._staging.finish()  # the memory may only be given up when nothing is written to it any more
+            raise
+        return _Moving(tensors=tensors, arrived=arrived)
 
     def _arrived(self, weights: _Moving | Mapping[str, Tensor]) -> dict[str, Tensor]:
         moving = weights if isinstance(weights, _Moving) else self._brought(weights.items())

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+_CHANNELS = 2048
 MIN_GPU_ROWS = 2048
 """Of blocks into which a symmetric product is cut: thinner ones leave most of a GPU idle."""
 
@@ -54,5 +55,6 @@ def token_squares(g: Float[Tensor, "tokens d"]) -> Float[Tensor, "rows=tokens"]:
 
 
 def channel_squares(g: Float[Tensor, "tokens d"]) -> Float[Tensor, "columns=d"]:
-    """Sum over tokens of the squares of each channel, bfloat16 on a GPU, in fp64 and without a copy in it."""
-    return torch.linalg.vector_norm(g, dim=0, dtype=torch.float64).square_()
+    """Sum over tokens of the squares of each channel, bfloat16 on a GPU, in fp64; some are copied at a time."""
+    norms = [torch.linalg.vector_norm(part, dim=0, dtype=torch.float64) for part in g.split(_CHANNELS, dim=1)]
+    return torch.cat(norms).square_()

@@ -24,7 +24,7 @@ _BLOCKS = 8
 
 
 class QuadraticForms:
-    """dW_j H dW_j^T. Holds some 3.4 times as many bfloat16 numbers as H has.
+    """dW_j H dW_j^T. Holds 1.7 times as many bfloat16 numbers as H has.
 
     Args:
         H: float32, symmetric.

@@ -120,7 +120,10 @@ def merge(a: HessianSum, b: HessianSum) -> HessianSum:
 def add(a: HessianSum, b: HessianSum) -> HessianSum:
     """The same sum in the memory of ``a``, which nobody else may hold."""
     return HessianSum(
-        xx=a.xx.add_(b.xx), weight_sum=a.weight_sum + b.weight_sum, num_tokens=a.num_tokens + b.num_tokens
+        xx=a.xx.add_(b.xx),
+        weight_sum=a.weight_sum + b.weight_sum,
+        num_tokens=a.num_tokens + b.num_tokens,
+        x=None if a.x is None or b.x is None else a.x + b.x,
     )
 
 

@@ -16,7 +16,7 @@ Cost of a site with n layers, r rows each, k choices: GPTQ on n r rows at k choi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,8 +36,8 @@ at 3.25 bits, .8, .6 and .3% at 4.25 (docs/methods.md, section 4)."""
 
 
 def sampled_costs(
-    weights: Sequence[Float[Tensor, "d_out d_in"]],
-    curvature: Sequence[Float[Tensor, "rows=d_out"]],
+    weights: Iterable[Float[Tensor, "d_out d_in"]],
+    curvature: Iterable[Float[Tensor, "rows=d_out"]],
     factor: Factor,
     choices: Sequence[Choice],
     H: Float[Tensor, "d_in d_in"],
@@ -49,14 +49,14 @@ def sampled_costs(
     """An estimate of ``predicted_cost`` of the candidates that GPTQ would make; nats a token, by layer and choice.
 
     Args:
-        weights: of the layers that read one input, in the dtype of the factor.
+        weights: of the layers that read one input, in the dtype of the factor; one is held at a time.
         curvature: c of their rows.
         factor: of H.
         choices: bits and group sizes.
         H: undamped.
         num_rows: drawn of every layer, some perhaps more than once; a layer of no more rows is quantized whole.
         grid: of the codes.
-        name: for errors.
+        name: for errors, of the layers together.
 
     Raises:
         QuantizationError: as ``gptq``.
@@ -64,7 +64,8 @@ def sampled_costs(
     parts, factors = [], []
     for W, c in zip(weights, curvature, strict=True):
         c = c.to(W.device).double()
-        rows, times = draw_rows(c * torch.linalg.vector_norm(W, dim=1).double().square(), num_rows)
+        foreseen = c * torch.linalg.vector_norm(W, dim=1).double().square()
+        rows, times = (x.to(W.device) for x in draw_rows(foreseen.cpu(), num_rows))
         parts.append(W[rows])
         factors.append(0.5 * c[rows] * times)
     drawn = torch.cat(parts)
@@ -80,7 +81,8 @@ def draw_rows(
     """Indices of some rows, rising, and how many rows each stands for: sum_j x_j ~ sum of times x_j over the drawn.
 
     That is exact for x in proportion to ``foreseen``, and for every x where there are no more than ``number`` rows or
-    nothing is foreseen for any of them: then all are drawn.
+    nothing is foreseen for any of them: then all are drawn. On the host: the running sum of floats has no deterministic
+    kernel on GPUs.
     """
     total = foreseen.cumsum(0)
     if number >= len(foreseen) or not total[-1] > 0:

@@ -16,6 +16,9 @@ from tasks.estimate.objects import EMPTY, Stored, stored
 from tasks.estimate.stages import MAPPED, Load, Stages
 from tasks.resources import WorkerShape, object_store_bytes, worker_shape
 
+SPARED = ("profile", "refine", "control")
+"""Stages that take less of a GPU with --low-memory."""
+
 ASSEMBLE = "assemble"
 """The stage that one worker does alone."""
 STEP_SECONDS = 0.12
@@ -260,7 +263,7 @@ def _problems(
                 "hidden states": "use more workers, or shorter or fewer windows",
                 "what is known inside the block": "use more workers, or shorter or fewer windows",
             }.get(largest, "use GPUs with more memory")
-            change += "" if asked.low_memory else "; --low-memory takes less"
+            change += "; --low-memory takes less" if worst.stage in SPARED and not asked.low_memory else ""
             found.append(
                 f"{worst.stage}: {gigabytes(worst.device_bytes)} on a GPU of {gigabytes(cluster.device_bytes)}; most "
                 f"of it is {largest} ({gigabytes(worst.parts[largest])}): {change}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import BinaryIO
@@ -92,10 +92,22 @@ def read_manifest(store: ObjectStore, key: str) -> StageManifest:
         return _stage_manifest(parse_document(file.read(), _STAGE, key=key))
 
 
-def claim_run(store: ObjectStore, run_id: str, configuration: Mapping[str, JSON]) -> None:
+def claim_run(
+    store: ObjectStore,
+    run_id: str,
+    configuration: Mapping[str, JSON],
+    *,
+    as_read: Callable[[dict[str, JSON]], dict[str, JSON]] = lambda stored: stored,
+) -> None:
     """Make ``run_id`` stand for this configuration, or check that it does.
 
     Numbers are compared by value (3 and 3.0 are the same), everything else exactly.
+
+    Args:
+        store: where runs are.
+        run_id: of the run.
+        configuration: that it stands for.
+        as_read: how a stored configuration is understood; an earlier version's lacks what came later.
 
     Raises:
         RunMismatch: the run has another configuration; the message names every field that differs.
@@ -105,7 +117,7 @@ def claim_run(store: ObjectStore, run_id: str, configuration: Mapping[str, JSON]
     asked = plain_json(configuration, where="configuration")
     if _publish(store, key, document_bytes(_RUN, configuration, key=key)):
         return
-    differences = _differences(read_run(store, run_id), asked)
+    differences = _differences(as_read(read_run(store, run_id)), asked)
     if differences:
         raise RunMismatch(
             f"run {run_id} in {store.url} has another configuration: {'; '.join(differences)}; "

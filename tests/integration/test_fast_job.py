@@ -12,7 +12,8 @@ from pipeline_case import contents, start_pool, start_server, write_model
 from benchmarks.plan import InlinePool, Stages
 from flows.commands.options import nested
 from flows.compress import run_compress
-from flows.config import FAST, CompressConfig
+from flows.config import CompressConfig
+from flows.presets import FAST
 from lrpq.checkpoint.stored import StoredCheckpoint
 from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import FAST as FAST_RECIPE

@@ -16,8 +16,9 @@ from benchmarks.plan import InlinePool, Stages, counter
 from benchmarks.plan_table import CONFIGS, MODELS, planned, row
 from flows.cli import run
 from flows.commands.options import nested, presets
-from flows.config import FAST, CompressConfig
+from flows.config import CompressConfig
 from flows.estimating import asked_of
+from flows.presets import FAST
 from lrpq.errors import ConfigError, ModelError
 from lrpq.model.described import DescribedModel, resolve_description
 from lrpq.model.safetensors_source import ModelSource

@@ -1,5 +1,7 @@
 """GPTQ, the correction and the Hessian sums against plain float64 implementations written differently."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lrpq.quant.grid import Grid, code_range
 from lrpq.quant.hessian import (
     HessianSum,
     accumulate,
+    add,
     damped_cholesky,
     empty_hessian,
     merge,
@@ -192,6 +195,26 @@ def test_merging_in_the_fixed_tree_gives_the_same_bytes() -> None:
     for other in parts[1:]:
         left_to_right = merge(left_to_right, other)
     assert not torch.equal(left_to_right.xx, merge_tree(parts).xx)
+
+
+def test_a_sum_in_place_is_the_sum_in_new_memory() -> None:
+    """In every field, also those that only some sums have."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (
+        accumulate(
+            empty_hessian(6, with_first=True),
+            torch.randn(9, 6, generator=generator),
+            torch.rand(9, generator=generator),
+        )
+        for _ in range(2)
+    )
+    merged, memory = merge(a, b), a.xx
+    found = add(a, b)
+    assert found.xx is memory
+    for field in fields(HessianSum):
+        ours, theirs = getattr(found, field.name), getattr(merged, field.name)
+        assert torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs, field.name
+    assert found.x is not None
 
 
 def test_damped_cholesky() -> None:

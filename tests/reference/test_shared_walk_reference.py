@@ -24,10 +24,14 @@ from lrpq.errors import QuantizationError
 from lrpq.importance.asked import asked_by
 from lrpq.importance.gather import BlockEvidence
 from lrpq.importance.registry import MEASURES
+from lrpq.model.kept import KeptInputs
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.hessian import accumulate, empty_hessian, mirror, normalized
+from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian, mirror, normalized
+from lrpq.relevance.composite import Relevance
 from lrpq.relevance.rules import Pass
+from lrpq.relevance.sweep import ProfileSweep, Shard, merge_block_sums
+from lrpq.shards import root
 from lrpq.transform.folded import FoldedSource
 
 TERMS = Terms(dtype=torch.float64, micro_batch=3, shards=2)
@@ -142,6 +146,44 @@ def test_a_sum_that_was_not_gathered_is_asked_for(walked: object) -> None:
     folding = w.foldings[0, "qkv"]
     with pytest.raises(QuantizationError, match="need the sum of the inputs"):
         folding.of_hessian(accumulate(empty_hessian(32), torch.ones(2, 32), torch.ones(2)))
+
+
+def test_shards_of_one_worker_keep_the_sums_of_the_inputs(tmp_path: Path) -> None:
+    """A worker merges the shards it has in place; the sum of the inputs is among what is merged."""
+    stream = BlockStream(open_source(write_classifier(tmp_path / "model", "vit")), dtype=torch.float32)
+    pixels = images(4, "vit").float()
+
+    def profiled(num_shards: int) -> Mapping[str, HessianSum]:
+        parts = pixels.split(len(pixels) // num_shards)
+        shards = [Shard(index=i, first_window=i * len(part), tokens=part) for i, part in enumerate(parts)]
+        with KeptInputs(memory_bytes=1 << 30) as kept:
+            sweep = ProfileSweep(
+                stream,
+                shards,
+                num_shards=num_shards,
+                relevance=Relevance.FISHER,
+                floor=0.0,
+                power=0.0,
+                seed=0,
+                micro_batch=1,
+                kept=kept,
+                for_activations=True,
+            )
+            sweep.embed()
+            for block, module in stream.stream(range(stream.num_blocks)):
+                sweep.forward(block, module)
+            sweep.seed_gradients()
+            last = stream.num_blocks - 1
+            with stream.block(last) as module:
+                nodes, _ = sweep.backward(last, module)
+        return root(nodes, num_shards, merge_block_sums).hessians
+
+    whole, shared = profiled(1), profiled(4)
+    for site, expected in whole.items():
+        found = shared[site].x
+        assert expected.x is not None
+        assert found is not None, site
+        assert torch.allclose(found, expected.x, rtol=1e-5, atol=1e-6 * float(expected.x.abs().max()))
 
 
 def test_the_folded_bench_measures_without_a_walk(walked: object, monkeypatch: pytest.MonkeyPatch) -> None:

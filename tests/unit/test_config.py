@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from flows.config import (
-    FAST,
     CalibrationConfig,
     CandidateConfig,
     CompressConfig,
@@ -20,6 +19,7 @@ from flows.config import (
     evaluation_source,
 )
 from flows.config_file import checked, fields_of, flag_of, load_config
+from flows.presets import FAST
 from lrpq.errors import BudgetError, ConfigError
 
 MINIMAL = '[run]\nmodel = "org/Model-1B"\n[plan]\nbudget_bits = 3.25\n'

@@ -271,3 +271,18 @@ def test_runs_are_the_folders_with_a_configuration(store: ObjectStore) -> None:
     store.publish("other/stage/run.json", writing(b"{}"))
     store.publish("run.json", writing(b"{}"))
     assert list_runs(store) == ["a", "b"]
+
+
+def test_a_run_of_an_earlier_version_is_compared_as_this_one_reads_it(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    claim_run(store, "old", {"model": "m", "bits": [2, 3]})
+    asked: dict[str, JSON] = {"model": "m", "bits": [2, 3], "rows": None}
+
+    def as_read(stored: dict[str, JSON]) -> dict[str, JSON]:
+        return {"rows": None, **stored}
+
+    with pytest.raises(RunMismatch, match="rows"):
+        claim_run(store, "old", asked)
+    claim_run(store, "old", asked, as_read=as_read)
+    with pytest.raises(RunMismatch, match="rows"):
+        claim_run(store, "old", {**asked, "rows": 3}, as_read=as_read)
