@@ -40,6 +40,18 @@ RESTARTS = 5
 """Of a server that ends while it is needed; a run goes on without one, but nobody sees how far it is."""
 
 PRIVATE: Mapping[str, str] = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+FOR_DEPLOYMENTS = (
+    "CANCELLATION_CLEANUP",
+    "CLEANUP_RECONCILER",
+    "FOREMAN",
+    "LATE_RUNS",
+    "PAUSE_EXPIRATIONS",
+    "REPOSSESSOR",
+    "SCHEDULER",
+    "TRIGGERS",
+)
+"""Services that look through the database every few seconds, for deployments, workers and automations. A server that is
+there for one run has none of them to serve, and those in the user's database are not its business."""
 
 
 def quiet_prefect() -> None:
@@ -49,12 +61,15 @@ def quiet_prefect() -> None:
 
 
 @contextmanager
-def prefect_api() -> Iterator[str]:
+def prefect_api(*, deployments: bool = False) -> Iterator[str]:
     """Yield the URL of a Prefect API that answers; flows run inside use it.
 
     If PREFECT_API_URL is set (in the environment or a profile), that is the one. Otherwise a server is
     started; it ends with the context, on exceptions and Ctrl-C too, and if this process is killed
     (server_guard). Its runs stay in Prefect's own database: ``prefect server start`` shows them later.
+
+    Args:
+        deployments: a server that is started also serves those (``FOR_DEPLOYMENTS``).
 
     Raises:
         ConfigError: the configured server does not answer, or none could be started (its log is named).
@@ -69,7 +84,7 @@ def prefect_api() -> Iterator[str]:
             _check_configured(str(configured))
             yield str(configured)
             return
-        url = stack.enter_context(_own_server(cache_folder() / "logs"))
+        url = stack.enter_context(_own_server(cache_folder() / "logs", deployments=deployments))
         # The environment is for processes started inside, the settings for this one.
         stack.enter_context(_environment({"PREFECT_API_URL": url, **_direct()}))
         # A heartbeat tells a server that others ask of a flow run that it lives, and takes up to a second to end with
@@ -80,11 +95,11 @@ def prefect_api() -> Iterator[str]:
 
 
 @contextmanager
-def _own_server(log_folder: Path) -> Iterator[str]:
+def _own_server(log_folder: Path, *, deployments: bool) -> Iterator[str]:
     log = _new_log(log_folder)
     for attempt in range(1, ATTEMPTS + 1):
         port = _free_port()
-        server = _Server(port, log)
+        server = _Server(port, log, deployments=deployments)
         try:
             if _wait_until_healthy(server.guard, port, log):
                 with server.watched():
@@ -100,10 +115,11 @@ def _own_server(log_folder: Path) -> Iterator[str]:
 class _Server:
     """A server of ours; one that is ended from outside is started again on its port, with its database."""
 
-    def __init__(self, port: int, log: Path) -> None:
+    def __init__(self, port: int, log: Path, *, deployments: bool) -> None:
         self.port = port
         self.log = log
-        self.guard = _start(port, log)
+        self.deployments = deployments
+        self.guard = _start(port, log, deployments=deployments)
         self._closing = threading.Event()
 
     @contextmanager
@@ -129,10 +145,11 @@ class _Server:
             if self._closing.is_set():
                 return
             _stop(self.guard)
-            self.guard = _start(self.port, self.log)
+            self.guard = _start(self.port, self.log, deployments=self.deployments)
 
 
-def _start(port: int, log: Path) -> subprocess.Popen[bytes]:
+def _start(port: int, log: Path, *, deployments: bool) -> subprocess.Popen[bytes]:
+    left_out = {} if deployments else {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in FOR_DEPLOYMENTS}
     server = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)]
     # -I: the guard needs nothing from the current folder or the user's site-packages
     command = [sys.executable, "-I", server_guard.__file__, *server]
@@ -143,7 +160,7 @@ def _start(port: int, log: Path) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **PRIVATE},
+            env={**left_out, **os.environ, **PRIVATE},
         )
 
 

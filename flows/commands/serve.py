@@ -29,7 +29,7 @@ def serve(
     if cron is not None and config is None:
         raise ConfigError("--cron needs a configuration to run with: give --config FILE")
     asked = [] if config is None else [load_config(config, {})]
-    with resumable(), prefect_api() as url:
+    with resumable(), prefect_api(deployments=True) as url:
         from flows.deployments import serve_forever
 
         typer.echo(f"serving compress-deployed on {url}; Ctrl-C ends it", err=True)

@@ -87,6 +87,11 @@ class KeptInputs:
     def __contains__(self, key: Key) -> bool:
         return key in self._places
 
+    @property
+    def count(self) -> int:
+        """Tensors that have not been taken."""
+        return len(self._places)
+
     def put(self, key: Key, tensor: Tensor) -> None:
         """Keep a tensor; it must not be changed afterwards. Those of a GPU are all of the same one.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import server_guard
+from flows import prefect_server, server_guard
 
 ENDED_SECONDS = 30.0
 
@@ -201,3 +201,14 @@ def test_guard_refuses_to_share_a_group(start: Callable[..., subprocess.Popen[st
     _, errors = guard.communicate(timeout=ENDED_SECONDS)
     assert guard.returncode == 1
     assert "session of its own" in errors
+
+
+def test_services_for_deployments_are_called_as_prefect_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings.models.server.services import ServerServicesSettings
+
+    for name in prefect_server.FOR_DEPLOYMENTS:
+        assert getattr(ServerServicesSettings(), name.lower()).enabled
+        monkeypatch.setenv(f"PREFECT_SERVER_SERVICES_{name}_ENABLED", "false")
+        assert not getattr(ServerServicesSettings(), name.lower()).enabled
+    assert ServerServicesSettings().task_run_recorder.enabled
+    assert ServerServicesSettings().event_persister.enabled
