@@ -174,7 +174,7 @@ def train(model: nn.Module, images: Images, test: Images, options: argparse.Name
     count = len(images.labels) // options.batch
     started = time.monotonic()
     rows: list[Any] = []
-    epoch, progress, shown = 0, 0.0, 0.0
+    epoch, progress, shown, loss = 0, 0.0, 0.0, math.inf
     while progress < 1:
         order = torch.randperm(len(images.labels), device=device)[: count * options.batch].view(count, -1)
         mixing = mixings(count, SIZE, host, chance=options.mixing).to(device)
@@ -185,7 +185,7 @@ def train(model: nn.Module, images: Images, test: Images, options: argparse.Name
                 break
             step(index, share, outside, learning_rate(progress, options.rate))
             taken += 1
-        loss = float(step.loss) / max(taken, 1)  # waits for the device
+        loss = float(step.loss) / taken if taken else loss  # waits for the device
         step.loss.zero_()
         epoch += bool(taken)
         if progress >= 1 or progress >= shown:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lrpq.quant.activation_sums import split
 from lrpq.quant.grid import power_of_two
-from lrpq.quant.halves import product, split
+from lrpq.quant.halves import product
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lrpq.kernels.threads import usable
+from lrpq.quant.activation_sums import split
 
 if TYPE_CHECKING:
     from jaxtyping import BFloat16, Float
@@ -38,12 +39,6 @@ def add_product(C: Float[Tensor, "m n"], A: Float[Tensor, "m k"], B: Float[Tenso
         columns = slice(start, start + _COLUMNS)
         high, low = split(B[:, columns])
         C[:, columns] += product(left, torch.cat([high, low, high]))
-
-
-def split(x: Float[Tensor, "m n"]) -> tuple[Tensor, Tensor]:
-    """bfloat16 high and low."""
-    high = x.bfloat16()
-    return high, (x - high).bfloat16()
 
 
 def product(a: BFloat16[Tensor, "m k"], b: BFloat16[Tensor, "k n"]) -> Float[Tensor, "m n"]:
