@@ -21,7 +21,7 @@ Patch embedding and classifier are not quantized. Rows differ in one thing from 
     operations  lrpq, but MP by directional costs and with bit operations as the budget, all widths in one program
     rebuilt     lrpq, and each block's codes, scales and activation steps learnt on the error of its outputs
 
-The last table has the seconds that quantizing takes, of a row's first seed; scoring is not in them.
+The tables are those of benchmarks/vision_table.py; the seconds are those of quantizing, scoring is not in them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.vision_images import Images, load_images, normalize
+from benchmarks.vision_table import gathered, report
 from lrpq.activations.calibrate import Means
 from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
 from lrpq.compare.terms import Terms
@@ -165,33 +165,16 @@ def main() -> None:
     images = load_images(arguments.data / "train.npz")
     test = load_images(arguments.data / "test.npz", first=arguments.test_images)
     results: list[dict[str, object]] = []
-    cells: dict[tuple[str, str], list[float]] = {}
-    seconds: dict[tuple[str, str], float] = {}
     for text, widths in columns.items():
         for row in arguments.rows:
             for seed in arguments.seeds:
                 found = measure(source, row, widths, draw(images, arguments.images, seed), test, seed, arguments.device)
-                drop = 100 * (found["original_top1"] - found["top1"])
-                cells.setdefault((row, text), []).append(drop)
-                seconds.setdefault((row, text), found["seconds"])
                 results.append({"row": row, "column": text, "seed": seed, **found})
                 print(json.dumps(results[-1]), flush=True)
                 if arguments.json:
                     arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    original = 100 * float(str(results[0]["original_top1"]))
-    print(f"\ntop-1 drop in points from {original:.2f}% on {len(test.labels):,} images; ", end="")
-    print(f"{arguments.images} images to calibrate on; mean and spread of {len(arguments.seeds)} seeds")
-    print(f"| row | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for row in arguments.rows:
-        shown = [
-            f"{statistics.fmean(cells[row, text]):.2f}"
-            + (f" ± {statistics.stdev(cells[row, text]):.2f}" if len(arguments.seeds) > 1 else "")
-            for text in columns
-        ]
-        print(f"| {row} | {' | '.join(shown)} |")
-    print(f"\nseconds\n| row | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for row in arguments.rows:
-        print(f"| {row} | {' | '.join(f'{seconds[row, text]:.1f}' for text in columns)} |")
+    print(f"\n{len(test.labels):,} test images, {arguments.images} to calibrate on", end="")
+    report(gathered(results), "lrpq")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ Cells = Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]
 """(row, column) -> seed -> result."""
 
 
-def read(files: Iterable[Path]) -> Cells:
+def gathered(results: Iterable[Mapping[str, Any]]) -> Cells:
     """A cell that was measured twice has its last result."""
     cells: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
-    for file in files:
-        for result in json.loads(file.read_text(encoding="utf-8")):
-            cells.setdefault((result["row"], result["column"]), {})[result["seed"]] = result
+    for result in results:
+        cells.setdefault((result["row"], result["column"]), {})[result["seed"]] = result
     return cells
 
 
@@ -70,7 +69,11 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--base", default="lrpq", help="row that others are compared with")
     options = parser.parse_args()
-    cells = read(options.files)
+    report(gathered(r for file in options.files for r in json.loads(file.read_text(encoding="utf-8"))), options.base)
+
+
+def report(cells: Cells, base: str) -> None:
+    """Print all tables."""
     first = next(iter(next(iter(cells.values())).values()))
     table(
         f"drop of top-1 from {100 * first['original_top1']:.2f}%, points",
@@ -82,12 +85,12 @@ def main() -> None:
     print("\n| paired difference of | points of drop | ln KL | seeds |\n|---|---|---|---|")
     columns = list(dict.fromkeys(column for _, column in cells))
     for row, column in cells:
-        if row != options.base:
-            paired(cells, (row, column), (options.base, column))
+        if row != base:
+            paired(cells, (row, column), (base, column))
     for column in columns:
         if column.startswith("MP"):
             for row in dict.fromkeys(row for row, _ in cells):
-                paired(cells, (row, column), (options.base, f"W{column[2:]}A{column[2:]}"))
+                paired(cells, (row, column), (base, f"W{column[2:]}A{column[2:]}"))
 
 
 if __name__ == "__main__":
