@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lrpq.model.host_memory import release_freed_memory
+from tasks.store.host_threads import set_host_threads
 from tasks.tensor_transport import send_tensors_by_buffer
 from tasks.watch import Pulse
 
@@ -41,9 +42,12 @@ class WorkerState:
         place: Place,
         spill_folder: str | None = None,
         low_memory: bool = False,
+        host_threads: int = 1,
     ) -> None:
         self.device = device
         self.threads = threads
+        self.host_threads = host_threads
+        """Threads that move bytes (tasks.store.host_threads)."""
         self.kept_bytes = kept_bytes
         self.spill_folder = None if spill_folder is None else Path(spill_folder)
         self.low_memory = low_memory
@@ -78,6 +82,7 @@ class WorkerState:
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function of a stage; its end is a sign of life too."""
         self._step, self._since = function.__qualname__, time.monotonic()
+        set_host_threads(self.host_threads)
         if function.__module__ != self._stage:  # what the stage before has freed need not lie beside this one's
             release_freed_memory()
             self._stage = function.__module__
@@ -91,6 +96,7 @@ class WorkerState:
         """Run a function in a thread beside ``run``; its end is a sign of life of its own."""
         started = time.monotonic()
         self._beside = function.__qualname__, started
+        set_host_threads(self.host_threads)
         try:
             return function(self, *arguments)
         finally:
