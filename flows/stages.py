@@ -91,7 +91,8 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
                 done = pool.each_refs(profile.pass_backward, job, block)
             else:
                 parts = pool.each_refs(profile.backward, job, block)
-                done = [pool.submit_beside(block % len(pool), profile.store_block, job, block, *parts)]
+                storer = profile.storing_worker(block, len(pool))
+                done = [pool.submit_beside(storer, profile.store_block, job, block, *parts)]
             if is_waypoint(block, num_blocks):
                 done += pool.each_refs(profile.keep_gradients, job, block)
             storing.append((block, done))
@@ -270,21 +271,44 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
         new: dict[str, Any] = {}
         loads = [0] * len(pool)  # weights of this step that each worker quantizes
         for site, readers in groupby(layers, key=lambda spec: spec.input_site):
-            parts = pool.each_refs(refine.take, site) if missing else []
+            places: dict[LinearSpec, int] = {}
             for spec in readers:
                 worker = loads.index(min(loads))  # k and v are often narrow: together no more than q
                 if spec.name in missing:
-                    others = pooled if spec.routed and spec.kind == GATE_UP else []
-                    new[spec.name] = pool.submit(worker, refine.quantize, job, spec, len(parts), *parts, *others)
+                    places[spec] = worker
                     loads[worker] += spec.d_out * spec.d_in
                 elif job.choices[spec.name] is not None:
                     new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
+            new |= _quantize_site(pool, job, site, places, pooled) if missing else {}
         quantized += new.values()
     advanced = pool.each_refs(refine.advance, block, *quantized)
     if is_waypoint(block + 1, stream.num_blocks):
         advanced += pool.each_refs(refine.keep, job, block + 1)
     pool.get(summed)  # what went wrong there is the cause of what goes wrong later
     pool.get(advanced)
+
+
+def _quantize_site(
+    pool: Pool, job: RefineJob, site: str, places: Mapping[LinearSpec, int], pooled: Sequence[Any]
+) -> dict[str, Any]:
+    """Quantize layers of one site, each on its worker: it takes its own sums as they are, the others' through Ray,
+    which are sent only where somebody else needs them."""
+    workers = set(places.values())
+    parts = {
+        index: pool.submit(index, refine.take, site, index in workers)
+        for index in range(len(pool))
+        if index not in workers or len(workers) > 1  # of the one that quantizes nobody else needs them
+    }
+    left = Counter(places.values())
+    found: dict[str, Any] = {}
+    for spec, worker in places.items():
+        left[worker] -= 1
+        others = [part for index, part in parts.items() if index != worker]
+        experts = pooled if spec.routed and spec.kind == GATE_UP else []
+        found[spec.name] = pool.submit(
+            worker, refine.quantize, job, spec, len(others), left[worker] > 0, *others, *experts
+        )
+    return found
 
 
 def run_evaluate(run: Run, pool: Pool, job: EvaluateJob, folder: StageFolder) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from lrpq.quant.starved import Evidence, hessian_of_expert, is_starved
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.weights import has_relevance
 from tasks.artifacts import StageFolder
+from tasks.device_copies import to_device, to_host
 from tasks.profile import ProfileJob, read_curvature, read_hessian
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
@@ -113,7 +114,7 @@ def site_problem(
     """Read a site's Hessian and factor it."""
     label = specs[0].name if specs[0].routed else specs[0].fused_group
     sums, evidence = _hessian(job, block, site, specs[0])
-    H = normalized(replace(sums, xx=sums.xx.to(state.device)), name=label)
+    H = normalized(replace(sums, xx=to_device(sums.xx, state.device)), name=label)
     del sums
     return SiteProblem(
         H=H,
@@ -146,7 +147,7 @@ def _quantized(state: WorkerState, job: CandidatesJob, problem: SiteProblem, spe
         candidates = gptq(W, problem.factor, problem.choices, grid=Grid(job.grid), name=spec.name)
         costs.append(predicted_cost(W, candidates, problem.H, curvature[spec.name].to(W.device)))
         for candidate in candidates:
-            codes |= {f"{spec.name}|{candidate.choice}|{k}": v.cpu() for k, v in pack(candidate).items()}
+            codes |= {f"{spec.name}|{candidate.choice}|{k}": to_host(v) for k, v in pack(candidate).items()}
         state.beat()
     return _Found(costs=costs, codes=codes)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +30,7 @@ from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_blo
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.chosen_grids import folding_at
+from tasks.device_copies import added, to_host
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric, write_symmetric
@@ -46,6 +47,8 @@ from tasks.waypoints import (
 from tasks.worker import WorkerState
 
 STAGE = "profile"
+PARTS = "parts"
+"""Under which a worker keeps its sums of blocks that it stores."""
 ROWS = ".rows"
 """Ending of the name under which an expert's token indices lie beside its token weights."""
 BLOCK_OBJECTS = (
@@ -140,6 +143,7 @@ def _name(kind: tuple[str, str], block: int) -> tuple[str, int, str]:
 
 def begin(state: WorkerState, job: ProfileJob, start: Position) -> None:
     """Open the model and bring this worker's shards to where the profile begins or goes on."""
+    state.held[PARTS] = {}  # an attempt before this one may have left some
     sweep = _sweep(state, job)
     stream = sweep.stream
     sweep.on_batch = state.beat
@@ -203,7 +207,7 @@ def take_head(state: WorkerState) -> dict[Node, BlockSums]:
     """Sums of the head for this worker's shards, and forget them."""
     sweep: ProfileSweep = state.held[STAGE]
     found, sweep.head_sums = sweep.head_sums, {}
-    return {node: on_host(sums) for node, sums in found.items()}
+    return {node: on_host(sums, to_host) for node, sums in found.items()}
 
 
 def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
@@ -226,21 +230,41 @@ def losses(job: ProfileJob, *, num_blocks: int) -> tuple[float, int]:
     return nats, sum(int(found[shard]["tokens"]) for shard in shards)
 
 
-def backward(state: WorkerState, job: ProfileJob, block: int) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
-    """One block of the backward sweep; see ProfileSweep.backward. Sums are in host memory: others' are merged there."""
+Part = tuple[dict[Node, BlockSums], dict[int, SiteWeights]]
+"""What one worker finds of a block."""
+
+
+def backward(state: WorkerState, job: ProfileJob, block: int) -> Part | None:
+    """One block of the backward sweep; see ProfileSweep.backward. Sums are in host memory: others' are merged there.
+
+    The worker that stores the block keeps its own until then, and returns none.
+    """
+    sums, weights = _backward(state, job, block)
+    part = {node: on_host(found, to_host) for node, found in sums.items()}, weights
+    if storing_worker(block, state.num_workers) != state.index:
+        return part
+    state.held.setdefault(PARTS, {})[block] = part
+    return None
+
+
+def storing_worker(block: int, num_workers: int) -> int:
+    """Whose sums of a block are merged with those of the others and stored by it."""
+    return block % num_workers
+
+
+def _backward(state: WorkerState, job: ProfileJob, block: int) -> Part:
     sweep: ProfileSweep = state.held[STAGE]
     if sweep.lacks_inputs(block):
         _repeat_forward(job, sweep, block)
     index, module = next(state.held["blocks"])
     if index != block:
         raise RuntimeError(f"backward sweep is at block {index}, asked for {block}")
-    sums, weights = sweep.backward(block, module)
-    return {node: on_host(found) for node, found in sums.items()}, weights
+    return sweep.backward(block, module)
 
 
 def pass_backward(state: WorkerState, job: ProfileJob, block: int) -> None:
     """As ``backward``, where only the gradients are missing: the block's sums are stored already."""
-    backward(state, job, block)
+    _backward(state, job, block)
 
 
 def end(state: WorkerState) -> dict[str, int]:
@@ -249,6 +273,7 @@ def end(state: WorkerState) -> dict[str, int]:
     sweep: ProfileSweep = state.held.pop(STAGE)
     kept = {"spilled_bytes": sweep.kept.spilled_bytes, "forgotten_bytes": sweep.kept.forgotten_bytes}
     sweep.kept.close()
+    state.held.pop(PARTS)
     state.close_copies()
     return kept
 
@@ -304,7 +329,7 @@ def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
 
 def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) -> dict[str, float]:
     """Merge the workers' sums of a block and store them: curvature and scores, and where tokens are weighed Hessians,
-    token weights and outputs (profile_inputs.py stores plain Hessians).
+    token weights and outputs (profile_inputs.py stores plain Hessians). ``parts`` has those that are not kept here.
 
     Returns:
         Module name -> output curvature summed over its outputs, nats per unit of output squared.
@@ -312,10 +337,11 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
     store = open_store(job.stream.store)
     nodes: dict[Node, BlockSums] = {}
     weights: dict[int, SiteWeights] = {}
-    for sums, shard_weights in parts:
+    held: dict[int, Part] = state.held.get(PARTS, {})
+    for sums, shard_weights in (part for part in (held.pop(block, None), *parts) if part is not None):
         nodes |= sums
         weights |= shard_weights
-    merged = root(nodes, job.stream.num_shards, merge_block_sums)
+    merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
     curvature = _write_curvature(store, job, block, merged)
     tokens: dict[str, Tensor] = {}
     if job.weighs_tokens:
@@ -335,7 +361,7 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
         units=SCORE_UNITS,
         kind="scores",
     )
-    del parts, nodes, merged
+    del parts, nodes, merged, sums, shard_weights
     release_freed_memory()  # of this thread too, which the allocator keeps apart
     return {name: float(c.sum()) for name, c in curvature.items()}
 
@@ -349,7 +375,7 @@ def store_head(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Nod
     nodes: dict[Node, BlockSums] = {}
     for sums in parts:
         nodes |= sums
-    merged = root(nodes, job.stream.num_shards, merge_block_sums)
+    merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
     write_hessians(open_store(job.stream.store), job, block, merged)
     curvature = _write_curvature(open_store(job.stream.store), job, block, merged)
     return {name: float(c.sum()) for name, c in curvature.items()}

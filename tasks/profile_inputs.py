@@ -7,9 +7,12 @@ before it.
 
 from __future__ import annotations
 
+from functools import partial
+
 from lrpq.relevance.partial import PartialSweep
 from lrpq.relevance.sweep import BlockSums, merge_block_sums, on_host
 from lrpq.shards import Node, root
+from tasks.device_copies import added, to_host
 from tasks.profile import ProfileJob, enter_forward, write_hessians
 from tasks.store.opened import open_store
 from tasks.worker import WorkerState
@@ -20,7 +23,7 @@ def forward(state: WorkerState, job: ProfileJob, block: int) -> dict[Node, Block
     sweep, module = enter_forward(state, job, block)
     if not isinstance(sweep, PartialSweep):
         raise RuntimeError("the sweep takes gradients of all windows: its Hessians are summed on the way back")
-    return {node: on_host(sums) for node, sums in sweep.forward_summing(block, module).items()}
+    return {node: on_host(sums, to_host) for node, sums in sweep.forward_summing(block, module).items()}
 
 
 def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Node, BlockSums]) -> None:
@@ -29,4 +32,4 @@ def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: dict[N
     for sums in parts:
         nodes |= sums
     store = open_store(job.stream.store)
-    write_hessians(store, job, block, root(nodes, job.stream.num_shards, merge_block_sums))
+    write_hessians(store, job, block, root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added)))

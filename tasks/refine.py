@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from lrpq.quant.packing import pack, unpack
 from lrpq.quant.starved import Evidence, hessian_of_expert
 from lrpq.refine.quantize import Refined, quantize_refined
 from lrpq.refine.routed import dense_weights, routed_products
-from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products, on_device
+from lrpq.refine.sweep import RefineSweep, SiteProducts, copied, merge_products
 from lrpq.relevance.outputs import Outputs
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.chosen_grids import read_grids
+from tasks.device_copies import to_device, to_host
 from tasks.profile import ROWS, read_outputs
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
@@ -196,8 +198,8 @@ def products(
     )
 
 
-def take(state: WorkerState, site: str, *, keep: bool = False) -> dict[Node, SiteProducts]:
-    """Sums of one site, and forget them."""
+def take(state: WorkerState, site: str, keep: bool = False) -> dict[Node, SiteProducts]:
+    """Sums of one site, and forget them, unless this worker still quantizes with them."""
     held: dict[str, dict[Node, SiteProducts]] = state.held["products"]
     return held.get(site, {}) if keep else held.pop(site, {})
 
@@ -220,21 +222,22 @@ def end(state: WorkerState) -> None:
 
 
 def quantize(
-    state: WorkerState, job: RefineJob, spec: LinearSpec, num_parts: int, *parts: Any
+    state: WorkerState, job: RefineJob, spec: LinearSpec, num_parts: int, keep: bool, *parts: Any
 ) -> tuple[str, QuantizedWeight]:
     """Quantize one module from the workers' sums of its site and store its codes.
 
     Args:
-        state: the worker.
+        state: the worker, whose own sums of the site have not left its device.
         job: the stage.
         spec: the module.
-        num_parts: how many of ``parts`` are sums of its own site.
+        num_parts: how many of ``parts`` are sums of its own site, by other workers.
+        keep: whether this worker needs its own sums again, for another module.
         parts: these, then those of all experts of the block where the module is an expert.
     """
     choice = job.choices[spec.name]
     if choice is None:
         raise RuntimeError(f"module {spec.name} is not quantized")
-    merged = _merged(parts[:num_parts], job, state.device)
+    merged = _merged([take(state, spec.input_site, keep), *parts[:num_parts]], job, state.device)
     evidence = Evidence.OWN
     if spec.routed:
         pooled = _merged(parts[num_parts:], job, state.device).hessian if len(parts) > num_parts else None
@@ -255,7 +258,8 @@ def quantize(
         name=spec.name,
     )
     write_refined(open_store(job.stream.store), job.folder, spec.name, refined, evidence)
-    return spec.name, _on(refined.weight, "cpu")
+    codes, scales = to_host(refined.weight.codes), to_host(refined.weight.scales)
+    return spec.name, QuantizedWeight(codes=codes, scales=scales, choice=choice)
 
 
 def _outputs(job: RefineJob, spec: LinearSpec) -> Outputs | None:
@@ -269,7 +273,7 @@ def _merged(parts: Sequence[dict[Node, SiteProducts]], job: RefineJob, device: s
     """Sum of all workers' parts on the device that goes on with it: one core takes seconds where a GPU takes none."""
     nodes: dict[Node, SiteProducts] = {}
     for part in parts:
-        nodes |= {node: on_device(sums, device) for node, sums in part.items()}
+        nodes |= {node: copied(sums, partial(to_device, device=device)) for node, sums in part.items()}
     return root(nodes, job.stream.num_shards, merge_products)
 
 
@@ -290,7 +294,7 @@ def write_refined(
     write_tensors(
         store,
         folder.module(name),
-        {k: v.cpu() for k, v in pack(refined.weight).items()},
+        {k: to_host(v) for k, v in pack(refined.weight).items()},
         {"bits": str(choice.bits), "group_size": str(choice.group_size), **counts},
     )
 
@@ -322,5 +326,6 @@ def _dense(sweep: RefineSweep, quantized: tuple[tuple[str, QuantizedWeight], ...
     return {name: _on(weight, sweep.stream.device).dequantize(sweep.stream.dtype) for name, weight in quantized}
 
 
-def _on(weight: QuantizedWeight, device: torch.device | str) -> QuantizedWeight:
-    return QuantizedWeight(codes=weight.codes.to(device), scales=weight.scales.to(device), choice=weight.choice)
+def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    codes, scales = to_device(weight.codes, device), to_device(weight.scales, device)
+    return QuantizedWeight(codes=codes, scales=scales, choice=weight.choice)
