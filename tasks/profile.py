@@ -37,6 +37,7 @@ from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
 from tasks.streams import StreamJob, my_shards, open_copies, open_stream, shard_slices
+from tasks.upper_triangle import packed, unpacked
 from tasks.waypoints import (
     blocks_with_waypoint,
     is_waypoint,
@@ -187,7 +188,7 @@ def enter_forward(state: WorkerState, job: ProfileJob, block: int) -> tuple[Prof
     if is_waypoint(block, sweep.stream.num_blocks):
         shards: dict[int, dict[str, Tensor]] = {}
         for (shard, batch), hidden in sweep.hidden.items():
-            shards.setdefault(shard, {})[_batch(batch)] = hidden.cpu()
+            shards.setdefault(shard, {})[_batch(batch)] = to_host(hidden)
         write_waypoint(open_store(job.stream.store), job.folder, FORWARD, block, shards)
     index, module = next(state.held["blocks"])
     if index != block:
@@ -217,7 +218,7 @@ def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
         shard.index: {} for shard in sweep.shards
     }  # of some, no gradients are taken
     for (shard, batch), gradients in sweep.upstream.items():
-        shards[shard].update({_batch(batch, kind): g.cpu() for kind, g in gradients.items()})
+        shards[shard].update({_batch(batch, kind): to_host(g) for kind, g in gradients.items()})
     losses = {shard: {"nats": nats.hex(), "tokens": str(tokens)} for shard, (nats, tokens) in sweep.losses.items()}
     write_waypoint(open_store(job.stream.store), job.folder, BACKWARD, block, shards, losses)
 
@@ -240,11 +241,25 @@ def backward(state: WorkerState, job: ProfileJob, block: int) -> Part | None:
     The worker that stores the block keeps its own until then, and returns none.
     """
     sums, weights = _backward(state, job, block)
-    part = {node: on_host(found, to_host) for node, found in sums.items()}, weights
     if storing_worker(block, state.num_workers) != state.index:
-        return part
-    state.held.setdefault(PARTS, {})[block] = part
+        return {node: sent_sums(found) for node, found in sums.items()}, weights
+    kept = {node: on_host(found, to_host) for node, found in sums.items()}
+    state.held.setdefault(PARTS, {})[block] = kept, weights
     return None
+
+
+def sent_sums(sums: BlockSums) -> BlockSums:
+    """A worker's sums for another one: in host memory, of matrices the upper triangles."""
+    return on_host(sums, lambda values: to_host(packed(values) if values.ndim == 2 else values))
+
+
+def received_sums(sums: BlockSums) -> BlockSums:
+    """What ``sent_sums`` was given, in host memory."""
+    return replace(
+        sums,
+        hessians={site: replace(H, xx=unpacked(H.xx)) for site, H in sums.hessians.items()},
+        outputs={name: [unpacked(G) for G in chunks] for name, chunks in sums.outputs.items()},
+    )
 
 
 def storing_worker(block: int, num_workers: int) -> int:
@@ -338,8 +353,10 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
     nodes: dict[Node, BlockSums] = {}
     weights: dict[int, SiteWeights] = {}
     held: dict[int, Part] = state.held.get(PARTS, {})
-    for sums, shard_weights in (part for part in (held.pop(block, None), *parts) if part is not None):
-        nodes |= sums
+    if block in held:
+        nodes, weights = held.pop(block)
+    for sums, shard_weights in (part for part in parts if part is not None):
+        nodes |= {node: received_sums(found) for node, found in sums.items()}
         weights |= shard_weights
     merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
     curvature = _write_curvature(store, job, block, merged)
@@ -361,7 +378,7 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
         units=SCORE_UNITS,
         kind="scores",
     )
-    del parts, nodes, merged, sums, shard_weights
+    del parts, nodes, merged
     release_freed_memory()  # of this thread too, which the allocator keeps apart
     return {name: float(c.sum()) for name, c in curvature.items()}
 

@@ -5,8 +5,8 @@ With no token weights and no correction this is plain sequential GPTQ: the contr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
 from tasks.streams import StreamJob, held_source, my_shards, open_copies, open_stream, shard_slices
+from tasks.upper_triangle import packed, unpacked
 from tasks.waypoints import blocks_with_waypoint, read_waypoint, write_waypoint
 from tasks.worker import WorkerState
 
@@ -124,8 +125,8 @@ def keep(state: WorkerState, job: RefineJob, block: int) -> None:
     sweep: RefineSweep = state.held[STAGE]
     shards = {
         shard: {
-            **{f"{QUANTIZED}|{i:05d}": batch.cpu() for i, batch in enumerate(batches)},
-            **{f"{ORIGINAL}|{i:05d}": batch.cpu() for i, batch in enumerate(sweep.original.get(shard, ()))},
+            **{f"{QUANTIZED}|{i:05d}": to_host(batch) for i, batch in enumerate(batches)},
+            **{f"{ORIGINAL}|{i:05d}": to_host(batch) for i, batch in enumerate(sweep.original.get(shard, ()))},
         }
         for shard, batches in sweep.quantized.items()
     }
@@ -199,9 +200,18 @@ def products(
 
 
 def take(state: WorkerState, site: str, keep: bool = False) -> dict[Node, SiteProducts]:
-    """Sums of one site, and forget them, unless this worker still quantizes with them."""
+    """Sums of one site for other workers: of the Hessian's the upper triangle, packed. They are forgotten, unless this
+    worker still quantizes with them."""
+    return {node: _with_hessian(sums, packed) for node, sums in _own(state, site, keep=keep).items()}
+
+
+def _own(state: WorkerState, site: str, *, keep: bool) -> dict[Node, SiteProducts]:
     held: dict[str, dict[Node, SiteProducts]] = state.held["products"]
     return held.get(site, {}) if keep else held.pop(site, {})
+
+
+def _with_hessian(sums: SiteProducts, change: Callable[[Tensor], Tensor]) -> SiteProducts:
+    return replace(sums, hessian=replace(sums.hessian, xx=change(sums.hessian.xx)))
 
 
 def advance(state: WorkerState, block: int, *quantized: tuple[str, QuantizedWeight]) -> None:
@@ -237,7 +247,7 @@ def quantize(
     choice = job.choices[spec.name]
     if choice is None:
         raise RuntimeError(f"module {spec.name} is not quantized")
-    merged = _merged([take(state, spec.input_site, keep), *parts[:num_parts]], job, state.device)
+    merged = _merged(parts[:num_parts], job, state.device, own=_own(state, spec.input_site, keep=keep))
     evidence = Evidence.OWN
     if spec.routed:
         pooled = _merged(parts[num_parts:], job, state.device).hessian if len(parts) > num_parts else None
@@ -269,11 +279,19 @@ def _outputs(job: RefineJob, spec: LinearSpec) -> Outputs | None:
     return read_outputs(open_store(job.stream.store), job.token_weights, spec)
 
 
-def _merged(parts: Sequence[dict[Node, SiteProducts]], job: RefineJob, device: str) -> SiteProducts:
-    """Sum of all workers' parts on the device that goes on with it: one core takes seconds where a GPU takes none."""
-    nodes: dict[Node, SiteProducts] = {}
+def _merged(
+    parts: Sequence[dict[Node, SiteProducts]],
+    job: RefineJob,
+    device: str,
+    *,
+    own: Mapping[Node, SiteProducts] | None = None,
+) -> SiteProducts:
+    """Sum of what other workers have sent, and of a worker's own, on the device that goes on with it: one core takes
+    seconds where a GPU takes none."""
+    to_this = partial(to_device, device=device)
+    nodes = {node: copied(sums, to_this) for node, sums in (own or {}).items()}
     for part in parts:
-        nodes |= {node: copied(sums, partial(to_device, device=device)) for node, sums in part.items()}
+        nodes |= {node: _with_hessian(copied(sums, to_this), unpacked) for node, sums in part.items()}
     return root(nodes, job.stream.num_shards, merge_products)
 
 

@@ -158,7 +158,8 @@ def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tenso
             shape = parquet.metadata.row_group(offset)
             if shape.num_rows != len(group) or shape.total_byte_size > _MAX_GROUP_BYTES:
                 raise ValueError(f"row group {offset} does not fit matrix {name!r}")
-        matrix = torch.zeros(width, width, dtype=torch.float32)
+        # numpy's zeros: PyTorch's are written by one thread, these are pages that are touched with their tiles
+        matrix = torch.from_numpy(np.zeros((width, width), dtype=np.float32))
         if host_threads() == 1:
             with closing(_read_ahead(parquet, range(first, first + len(groups)))) as tables:
                 for group, table in zip(groups, tables, strict=True):
