@@ -3,8 +3,8 @@
 One row a tile of 256 x 256, in the order (0,0), (0,1), ..., (1,1), ...; edge tiles and the lower half of the
 tiles on the diagonal are zeros. A row group holds tiles of one matrix only, so a reader of one matrix reads
 nothing else. Every tile has its own checksum; the names, widths and scalars of all matrices are in the
-metadata, under the checksum of schema.py. Memory beyond the matrix itself: some row groups (docs/log.md),
-whatever its width.
+metadata, under the checksum of schema.py. Memory beyond the matrix itself: some row groups (docs/log.md) for
+every thread of host_threads.py, whatever its width.
 """
 
 from __future__ import annotations
