@@ -91,7 +91,8 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
                 done = pool.each_refs(profile.pass_backward, job, block)
             else:
                 parts = pool.each_refs(profile.backward, job, block)
-                done = [pool.submit_beside(block % len(pool), profile.store_block, job, block, *parts)]
+                storer = profile.storing_worker(block, len(pool))
+                done = [pool.submit_beside(storer, profile.store_block, job, block, *parts)]
             if is_waypoint(block, num_blocks):
                 done += pool.each_refs(profile.keep_gradients, job, block)
             storing.append((block, done))
@@ -250,17 +251,23 @@ def _refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, label: st
         if first == stream.num_blocks:
             return
         pool.each(refine.begin, job, first)
+        storing: list[Any] = []
         for block in range(first, stream.num_blocks):
-            run.step(f"{label} · block {block}", partial(_refine_block, run, pool, job, stream, block))
+            stored = run.step(f"{label} · block {block}", partial(_refine_block, run, pool, job, stream, block))
+            pool.get(storing)  # of the block before: so much may wait in memory
+            storing = stored
             run.advance(label, f"block {block}")
+        pool.get(storing)
         pool.each(refine.end)
 
 
-def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, block: int) -> None:
+def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, block: int) -> list[Any]:
+    """Quantize a block and move the streams behind it; returns references to what is being stored."""
     pool.each(refine.enter, job, block)  # waits: a block that cannot be read is an error here, not a later one
     quantized: list[Any] = []
     pooled: list[Any] = []
     summed: list[Any] = []
+    storing: list[Any] = []
     for layers in stream.steps(block):
         members = [spec for spec in layers if job.choices[spec.name] is not None]
         missing = {spec.name for spec in members if not run.store.exists(job.folder.module(spec.name))}
@@ -271,21 +278,49 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
         new: dict[str, Any] = {}
         loads = [0] * len(pool)  # weights of this step that each worker quantizes
         for site, readers in groupby(layers, key=lambda spec: spec.input_site):
-            parts = pool.each_refs(refine.take, site) if missing else []
+            places: dict[LinearSpec, int] = {}
             for spec in readers:
                 worker = loads.index(min(loads))  # k and v are often narrow: together no more than q
                 if spec.name in missing:
-                    others = pooled if spec.routed and spec.kind == GATE_UP else []
-                    new[spec.name] = pool.submit(worker, refine.quantize, job, spec, len(parts), *parts, *others)
+                    places[spec] = worker
                     loads[worker] += spec.d_out * spec.d_in
                 elif job.choices[spec.name] is not None:
                     new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
+            made = _quantize_site(pool, job, site, places, pooled) if missing else {}
+            storing += [
+                pool.submit_beside(worker, refine.store_module, job, made[spec.name]) for spec, worker in places.items()
+            ]
+            new |= made
         quantized += new.values()
     advanced = pool.each_refs(refine.advance, block, *quantized)
     if is_waypoint(block + 1, stream.num_blocks):
         advanced += pool.each_refs(refine.keep, job, block + 1)
     pool.get(summed)  # what went wrong there is the cause of what goes wrong later
     pool.get(advanced)
+    return storing
+
+
+def _quantize_site(
+    pool: Pool, job: RefineJob, site: str, places: Mapping[LinearSpec, int], pooled: Sequence[Any]
+) -> dict[str, Any]:
+    """Quantize layers of one site, each on its worker: it takes its own sums as they are, the others' through Ray,
+    which are sent only where somebody else needs them."""
+    workers = set(places.values())
+    parts = {
+        index: pool.submit(index, refine.take, site, index in workers)
+        for index in range(len(pool))
+        if index not in workers or len(workers) > 1  # of the one that quantizes nobody else needs them
+    }
+    left = Counter(places.values())
+    found: dict[str, Any] = {}
+    for spec, worker in places.items():
+        left[worker] -= 1
+        others = [part for index, part in parts.items() if index != worker]
+        experts = pooled if spec.routed and spec.kind == GATE_UP else []
+        found[spec.name] = pool.submit(
+            worker, refine.quantize, job, spec, len(others), left[worker] > 0, *others, *experts
+        )
+    return found
 
 
 def run_evaluate(run: Run, pool: Pool, job: EvaluateJob, folder: StageFolder) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from lrpq.quant.starved import Evidence, hessian_of_expert, is_starved
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.weights import has_relevance
 from tasks.artifacts import StageFolder
+from tasks.device_copies import to_device, to_host
 from tasks.profile import ProfileJob, read_curvature, read_hessian
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
@@ -133,7 +134,7 @@ class SiteProblem:
 def site_problem(state: WorkerState, job: CandidatesJob, sums: SiteSums, specs: tuple[LinearSpec, ...]) -> SiteProblem:
     """Factor a site's Hessian, on the worker's device."""
     label = specs[0].name if specs[0].routed else specs[0].fused_group
-    H = normalized(replace(sums.hessian, xx=sums.hessian.xx.to(state.device)), name=label)
+    H = normalized(replace(sums.hessian, xx=to_device(sums.hessian.xx, state.device)), name=label)
     return SiteProblem(
         H=H,
         factor=factorize(H, damping=job.damping, name=label),
@@ -165,7 +166,7 @@ def _quantized(state: WorkerState, job: CandidatesJob, problem: SiteProblem, spe
         candidates = gptq(W, problem.factor, problem.choices, grid=Grid(job.grid), name=spec.name)
         costs.append(predicted_cost(W, candidates, problem.H, curvature[spec.name].to(W.device)))
         for candidate in candidates:
-            codes |= {f"{spec.name}|{candidate.choice}|{k}": v.cpu() for k, v in pack(candidate).items()}
+            codes |= {f"{spec.name}|{candidate.choice}|{k}": to_host(v) for k, v in pack(candidate).items()}
         state.beat()
     return _Found(costs=costs, codes=codes)
 

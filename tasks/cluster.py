@@ -78,6 +78,7 @@ class Pool:
             "kept_bytes": shape.kept_bytes,
             "spill_folder": spill_folder,
             "low_memory": low_memory,
+            "host_threads": shape.host_threads,
         }
         for index in range(shape.num_workers):
             self._start(Place(index=index, num_workers=shape.num_workers, epoch=0))

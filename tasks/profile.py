@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import pyarrow as pa
@@ -30,12 +30,14 @@ from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_blo
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.chosen_grids import folding_at
+from tasks.device_copies import added, to_host
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
 from tasks.streams import StreamJob, my_shards, open_copies, open_stream, shard_slices
+from tasks.upper_triangle import packed, unpacked
 from tasks.waypoints import (
     blocks_with_waypoint,
     is_waypoint,
@@ -46,6 +48,8 @@ from tasks.waypoints import (
 from tasks.worker import WorkerState
 
 STAGE = "profile"
+PARTS = "parts"
+"""Under which a worker keeps its sums of blocks that it stores."""
 ROWS = ".rows"
 """Ending of the name under which an expert's token indices lie beside its token weights."""
 BLOCK_OBJECTS = (
@@ -140,6 +144,7 @@ def _name(kind: tuple[str, str], block: int) -> tuple[str, int, str]:
 
 def begin(state: WorkerState, job: ProfileJob, start: Position) -> None:
     """Open the model and bring this worker's shards to where the profile begins or goes on."""
+    state.held[PARTS] = {}  # an attempt before this one may have left some
     sweep = _sweep(state, job)
     stream = sweep.stream
     sweep.on_batch = state.beat
@@ -183,7 +188,7 @@ def enter_forward(state: WorkerState, job: ProfileJob, block: int) -> tuple[Prof
     if is_waypoint(block, sweep.stream.num_blocks):
         shards: dict[int, dict[str, Tensor]] = {}
         for (shard, batch), hidden in sweep.hidden.items():
-            shards.setdefault(shard, {})[_batch(batch)] = hidden.cpu()
+            shards.setdefault(shard, {})[_batch(batch)] = to_host(hidden)
         write_waypoint(open_store(job.stream.store), job.folder, FORWARD, block, shards)
     index, module = next(state.held["blocks"])
     if index != block:
@@ -203,7 +208,7 @@ def take_head(state: WorkerState) -> dict[Node, BlockSums]:
     """Sums of the head for this worker's shards, and forget them."""
     sweep: ProfileSweep = state.held[STAGE]
     found, sweep.head_sums = sweep.head_sums, {}
-    return {node: on_host(sums) for node, sums in found.items()}
+    return {node: on_host(sums, to_host) for node, sums in found.items()}
 
 
 def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
@@ -213,7 +218,7 @@ def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
         shard.index: {} for shard in sweep.shards
     }  # of some, no gradients are taken
     for (shard, batch), gradients in sweep.upstream.items():
-        shards[shard].update({_batch(batch, kind): g.cpu() for kind, g in gradients.items()})
+        shards[shard].update({_batch(batch, kind): to_host(g) for kind, g in gradients.items()})
     losses = {shard: {"nats": nats.hex(), "tokens": str(tokens)} for shard, (nats, tokens) in sweep.losses.items()}
     write_waypoint(open_store(job.stream.store), job.folder, BACKWARD, block, shards, losses)
 
@@ -226,21 +231,55 @@ def losses(job: ProfileJob, *, num_blocks: int) -> tuple[float, int]:
     return nats, sum(int(found[shard]["tokens"]) for shard in shards)
 
 
-def backward(state: WorkerState, job: ProfileJob, block: int) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
-    """One block of the backward sweep; see ProfileSweep.backward. Sums are in host memory: others' are merged there."""
+Part = tuple[dict[Node, BlockSums], dict[int, SiteWeights]]
+"""What one worker finds of a block."""
+
+
+def backward(state: WorkerState, job: ProfileJob, block: int) -> Part | None:
+    """One block of the backward sweep; see ProfileSweep.backward. Sums are in host memory: others' are merged there.
+
+    The worker that stores the block keeps its own until then, and returns none.
+    """
+    sums, weights = _backward(state, job, block)
+    if storing_worker(block, state.num_workers) != state.index:
+        return {node: sent_sums(found) for node, found in sums.items()}, weights
+    kept = {node: on_host(found, to_host) for node, found in sums.items()}
+    state.held.setdefault(PARTS, {})[block] = kept, weights
+    return None
+
+
+def sent_sums(sums: BlockSums) -> BlockSums:
+    """A worker's sums for another one: in host memory, of matrices the upper triangles."""
+    return on_host(sums, lambda values: to_host(packed(values) if values.ndim == 2 else values))
+
+
+def received_sums(sums: BlockSums) -> BlockSums:
+    """What ``sent_sums`` was given, in host memory."""
+    return replace(
+        sums,
+        hessians={site: replace(H, xx=unpacked(H.xx)) for site, H in sums.hessians.items()},
+        outputs={name: [unpacked(G) for G in chunks] for name, chunks in sums.outputs.items()},
+    )
+
+
+def storing_worker(block: int, num_workers: int) -> int:
+    """Whose sums of a block are merged with those of the others and stored by it."""
+    return block % num_workers
+
+
+def _backward(state: WorkerState, job: ProfileJob, block: int) -> Part:
     sweep: ProfileSweep = state.held[STAGE]
     if sweep.lacks_inputs(block):
         _repeat_forward(job, sweep, block)
     index, module = next(state.held["blocks"])
     if index != block:
         raise RuntimeError(f"backward sweep is at block {index}, asked for {block}")
-    sums, weights = sweep.backward(block, module)
-    return {node: on_host(found) for node, found in sums.items()}, weights
+    return sweep.backward(block, module)
 
 
 def pass_backward(state: WorkerState, job: ProfileJob, block: int) -> None:
     """As ``backward``, where only the gradients are missing: the block's sums are stored already."""
-    backward(state, job, block)
+    _backward(state, job, block)
 
 
 def end(state: WorkerState) -> dict[str, int]:
@@ -249,6 +288,7 @@ def end(state: WorkerState) -> dict[str, int]:
     sweep: ProfileSweep = state.held.pop(STAGE)
     kept = {"spilled_bytes": sweep.kept.spilled_bytes, "forgotten_bytes": sweep.kept.forgotten_bytes}
     sweep.kept.close()
+    state.held.pop(PARTS)
     state.close_copies()
     return kept
 
@@ -304,7 +344,7 @@ def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
 
 def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) -> dict[str, float]:
     """Merge the workers' sums of a block and store them: curvature and scores, and where tokens are weighed Hessians,
-    token weights and outputs (profile_inputs.py stores plain Hessians).
+    token weights and outputs (profile_inputs.py stores plain Hessians). ``parts`` has those that are not kept here.
 
     Returns:
         Module name -> output curvature summed over its outputs, nats per unit of output squared.
@@ -312,10 +352,13 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
     store = open_store(job.stream.store)
     nodes: dict[Node, BlockSums] = {}
     weights: dict[int, SiteWeights] = {}
-    for sums, shard_weights in parts:
-        nodes |= sums
+    held: dict[int, Part] = state.held.get(PARTS, {})
+    if block in held:
+        nodes, weights = held.pop(block)
+    for sums, shard_weights in (part for part in parts if part is not None):
+        nodes |= {node: received_sums(found) for node, found in sums.items()}
         weights |= shard_weights
-    merged = root(nodes, job.stream.num_shards, merge_block_sums)
+    merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
     curvature = _write_curvature(store, job, block, merged)
     tokens: dict[str, Tensor] = {}
     if job.weighs_tokens:
@@ -349,7 +392,7 @@ def store_head(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Nod
     nodes: dict[Node, BlockSums] = {}
     for sums in parts:
         nodes |= sums
-    merged = root(nodes, job.stream.num_shards, merge_block_sums)
+    merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
     write_hessians(open_store(job.stream.store), job, block, merged)
     curvature = _write_curvature(open_store(job.stream.store), job, block, merged)
     return {name: float(c.sum()) for name, c in curvature.items()}

@@ -7,10 +7,13 @@ before it.
 
 from __future__ import annotations
 
+from functools import partial
+
 from lrpq.relevance.partial import PartialSweep
-from lrpq.relevance.sweep import BlockSums, merge_block_sums, on_host
+from lrpq.relevance.sweep import BlockSums, merge_block_sums
 from lrpq.shards import Node, root
-from tasks.profile import ProfileJob, enter_forward, write_hessians
+from tasks.device_copies import added
+from tasks.profile import ProfileJob, enter_forward, received_sums, sent_sums, write_hessians
 from tasks.store.opened import open_store
 from tasks.worker import WorkerState
 
@@ -20,13 +23,13 @@ def forward(state: WorkerState, job: ProfileJob, block: int) -> dict[Node, Block
     sweep, module = enter_forward(state, job, block)
     if not isinstance(sweep, PartialSweep):
         raise RuntimeError("the sweep takes gradients of all windows: its Hessians are summed on the way back")
-    return {node: on_host(sums) for node, sums in sweep.forward_summing(block, module).items()}
+    return {node: sent_sums(sums) for node, sums in sweep.forward_summing(block, module).items()}
 
 
 def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Node, BlockSums]) -> None:
     """Merge the workers' sums of a block's inputs and store them."""
     nodes: dict[Node, BlockSums] = {}
     for sums in parts:
-        nodes |= sums
+        nodes |= {node: received_sums(found) for node, found in sums.items()}
     store = open_store(job.stream.store)
-    write_hessians(store, job, block, root(nodes, job.stream.num_shards, merge_block_sums))
+    write_hessians(store, job, block, root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added)))

@@ -5,8 +5,9 @@ With no token weights and no correction this is plain sequential GPTQ: the contr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +21,18 @@ from lrpq.quant.packing import pack, unpack
 from lrpq.quant.starved import Evidence, hessian_of_expert
 from lrpq.refine.quantize import Refined, quantize_refined
 from lrpq.refine.routed import dense_weights, routed_products
-from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products, on_device
+from lrpq.refine.sweep import RefineSweep, SiteProducts, copied, merge_products
 from lrpq.relevance.outputs import Outputs
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.chosen_grids import read_grids
+from tasks.device_copies import to_device, to_host
 from tasks.profile import ROWS, read_outputs
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
 from tasks.streams import StreamJob, held_source, my_shards, open_copies, open_stream, shard_slices
+from tasks.upper_triangle import packed, unpacked
 from tasks.waypoints import blocks_with_waypoint, read_waypoint, write_waypoint
 from tasks.worker import WorkerState
 
@@ -122,8 +125,8 @@ def keep(state: WorkerState, job: RefineJob, block: int) -> None:
     sweep: RefineSweep = state.held[STAGE]
     shards = {
         shard: {
-            **{f"{QUANTIZED}|{i:05d}": batch.cpu() for i, batch in enumerate(batches)},
-            **{f"{ORIGINAL}|{i:05d}": batch.cpu() for i, batch in enumerate(sweep.original.get(shard, ()))},
+            **{f"{QUANTIZED}|{i:05d}": to_host(batch) for i, batch in enumerate(batches)},
+            **{f"{ORIGINAL}|{i:05d}": to_host(batch) for i, batch in enumerate(sweep.original.get(shard, ()))},
         }
         for shard, batches in sweep.quantized.items()
     }
@@ -145,6 +148,16 @@ def enter(state: WorkerState, job: RefineJob, block: int) -> None:
             open_store(job.stream.store), job.token_weights.block("token-weights", block, "safetensors")
         )
         state.held["weights"] = shard_weights(stored, sweep.shards, job.stream)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedModule:
+    """A module's codes in host memory, as they go from worker to worker."""
+
+    name: str
+    weight: QuantizedWeight
+    counts: Mapping[str, str]
+    """How it went (``COUNTS``), to be stored; empty for one that is stored."""
 
 
 def shard_weights(
@@ -170,9 +183,7 @@ def _mean_of_experts(stored: Mapping[str, Tensor], *, kind: str) -> float:
     return float(weights.mean()) if weights.numel() else 1.0
 
 
-def products(
-    state: WorkerState, block: int, step: tuple[LinearSpec, ...], *before: tuple[str, QuantizedWeight]
-) -> None:
+def products(state: WorkerState, block: int, step: tuple[LinearSpec, ...], *before: QuantizedModule) -> None:
     """Sums of a step's sites for this worker's shards, kept until they are taken.
 
     Args:
@@ -196,13 +207,22 @@ def products(
     )
 
 
-def take(state: WorkerState, site: str, *, keep: bool = False) -> dict[Node, SiteProducts]:
-    """Sums of one site, and forget them."""
+def take(state: WorkerState, site: str, keep: bool = False) -> dict[Node, SiteProducts]:
+    """Sums of one site for other workers: of the Hessian's the upper triangle, packed. They are forgotten, unless this
+    worker still quantizes with them."""
+    return {node: _with_hessian(sums, packed) for node, sums in _own(state, site, keep=keep).items()}
+
+
+def _own(state: WorkerState, site: str, *, keep: bool) -> dict[Node, SiteProducts]:
     held: dict[str, dict[Node, SiteProducts]] = state.held["products"]
     return held.get(site, {}) if keep else held.pop(site, {})
 
 
-def advance(state: WorkerState, block: int, *quantized: tuple[str, QuantizedWeight]) -> None:
+def _with_hessian(sums: SiteProducts, change: Callable[[Tensor], Tensor]) -> SiteProducts:
+    return replace(sums, hessian=replace(sums.hessian, xx=change(sums.hessian.xx)))
+
+
+def advance(state: WorkerState, block: int, *quantized: QuantizedModule) -> None:
     """Move the streams behind the block."""
     sweep: RefineSweep = state.held[STAGE]
     sweep.advance(block, state.held["module"], _dense(sweep, quantized))
@@ -220,21 +240,22 @@ def end(state: WorkerState) -> None:
 
 
 def quantize(
-    state: WorkerState, job: RefineJob, spec: LinearSpec, num_parts: int, *parts: Any
-) -> tuple[str, QuantizedWeight]:
-    """Quantize one module from the workers' sums of its site and store its codes.
+    state: WorkerState, job: RefineJob, spec: LinearSpec, num_parts: int, keep: bool, *parts: Any
+) -> QuantizedModule:
+    """Quantize one module from the workers' sums of its site; ``store_module`` stores it, beside what comes next.
 
     Args:
-        state: the worker.
+        state: the worker, whose own sums of the site have not left its device.
         job: the stage.
         spec: the module.
-        num_parts: how many of ``parts`` are sums of its own site.
+        num_parts: how many of ``parts`` are sums of its own site, by other workers.
+        keep: whether this worker needs its own sums again, for another module.
         parts: these, then those of all experts of the block where the module is an expert.
     """
     choice = job.choices[spec.name]
     if choice is None:
         raise RuntimeError(f"module {spec.name} is not quantized")
-    merged = _merged(parts[:num_parts], job, state.device)
+    merged = _merged(parts[:num_parts], job, state.device, own=_own(state, spec.input_site, keep=keep))
     evidence = Evidence.OWN
     if spec.routed:
         pooled = _merged(parts[num_parts:], job, state.device).hessian if len(parts) > num_parts else None
@@ -254,8 +275,20 @@ def quantize(
         grid=Grid(job.grid),
         name=spec.name,
     )
-    write_refined(open_store(job.stream.store), job.folder, spec.name, refined, evidence)
-    return spec.name, _on(refined.weight, "cpu")
+    codes, scales = to_host(refined.weight.codes), to_host(refined.weight.scales)
+    weight = QuantizedWeight(codes=codes, scales=scales, choice=choice)
+    return QuantizedModule(name=spec.name, weight=weight, counts=_counts(refined, evidence))
+
+
+def store_module(state: WorkerState, job: RefineJob, module: QuantizedModule) -> None:
+    """Store a module's codes with how it went."""
+    weight = module.weight
+    write_tensors(
+        open_store(job.stream.store),
+        job.folder.module(module.name),
+        pack(weight),
+        {"bits": str(weight.choice.bits), "group_size": str(weight.choice.group_size), **module.counts},
+    )
 
 
 def _outputs(job: RefineJob, spec: LinearSpec) -> Outputs | None:
@@ -265,19 +298,25 @@ def _outputs(job: RefineJob, spec: LinearSpec) -> Outputs | None:
     return read_outputs(open_store(job.stream.store), job.token_weights, spec)
 
 
-def _merged(parts: Sequence[dict[Node, SiteProducts]], job: RefineJob, device: str) -> SiteProducts:
-    """Sum of all workers' parts on the device that goes on with it: one core takes seconds where a GPU takes none."""
-    nodes: dict[Node, SiteProducts] = {}
+def _merged(
+    parts: Sequence[dict[Node, SiteProducts]],
+    job: RefineJob,
+    device: str,
+    *,
+    own: Mapping[Node, SiteProducts] | None = None,
+) -> SiteProducts:
+    """Sum of what other workers have sent, and of a worker's own, on the device that goes on with it: one core takes
+    seconds where a GPU takes none."""
+    to_this = partial(to_device, device=device)
+    nodes = {node: copied(sums, to_this) for node, sums in (own or {}).items()}
     for part in parts:
-        nodes |= {node: on_device(sums, device) for node, sums in part.items()}
+        nodes |= {node: _with_hessian(copied(sums, to_this), unpacked) for node, sums in part.items()}
     return root(nodes, job.stream.num_shards, merge_products)
 
 
-def write_refined(
-    store: ObjectStore, folder: StageFolder, name: str, refined: Refined, evidence: Evidence = Evidence.OWN
-) -> None:
-    """Store one module's codes with how it went."""
-    counts = {
+def _counts(refined: Refined, evidence: Evidence) -> dict[str, str]:
+    """How it went, as the store has it."""
+    return {
         "rejected_rows": str(refined.rejected_rows),
         "rows": str(refined.rows),
         "damping_steps": str(refined.damping_steps),
@@ -286,13 +325,6 @@ def write_refined(
         "experts_pooled": str(int(evidence is Evidence.POOLED)),
         "experts_without_tokens": str(int(evidence is Evidence.NONE)),
     }
-    choice = refined.weight.choice
-    write_tensors(
-        store,
-        folder.module(name),
-        {k: v.cpu() for k, v in pack(refined.weight).items()},
-        {"bits": str(choice.bits), "group_size": str(choice.group_size), **counts},
-    )
 
 
 def read_refined(store: ObjectStore, folder: StageFolder, name: str, choice: Choice) -> QuantizedWeight:
@@ -309,18 +341,20 @@ def read_counts(store: ObjectStore, folder: StageFolder, specs: Sequence[LinearS
     return counts
 
 
-def load_refined(state: WorkerState, job: RefineJob, spec: LinearSpec) -> tuple[str, QuantizedWeight]:
+def load_refined(state: WorkerState, job: RefineJob, spec: LinearSpec) -> QuantizedModule:
     """Codes of a module refined before this run was interrupted."""
     choice = job.choices[spec.name]
     if choice is None:
         raise RuntimeError(f"module {spec.name} is not quantized")
-    return spec.name, read_refined(open_store(job.stream.store), job.folder, spec.name, choice)
+    weight = read_refined(open_store(job.stream.store), job.folder, spec.name, choice)
+    return QuantizedModule(name=spec.name, weight=weight, counts={})
 
 
-def _dense(sweep: RefineSweep, quantized: tuple[tuple[str, QuantizedWeight], ...]) -> dict[str, torch.Tensor]:
+def _dense(sweep: RefineSweep, quantized: Sequence[QuantizedModule]) -> dict[str, torch.Tensor]:
     """Weights on the sweep's device, made there: one core of a host takes seconds for a large block."""
-    return {name: _on(weight, sweep.stream.device).dequantize(sweep.stream.dtype) for name, weight in quantized}
+    return {q.name: _on(q.weight, sweep.stream.device).dequantize(sweep.stream.dtype) for q in quantized}
 
 
-def _on(weight: QuantizedWeight, device: torch.device | str) -> QuantizedWeight:
-    return QuantizedWeight(codes=weight.codes.to(device), scales=weight.scales.to(device), choice=weight.choice)
+def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    codes, scales = to_device(weight.codes, device), to_device(weight.scales, device)
+    return QuantizedWeight(codes=codes, scales=scales, choice=weight.choice)

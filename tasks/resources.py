@@ -9,6 +9,8 @@ CPU_WINDOWS = 4
 GPU_TOKENS = 1 << 14
 GPU_ELEMENTS = 1 << 26
 """Of one micro-batch's hidden states, at most."""
+HOST_THREADS = 8
+"""Of a GPU's worker, at most: each holds some 60 MB while it compresses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,9 @@ class WorkerShape:
     num_gpus: float
     kept_bytes: int
     """Memory a worker may fill with kept block inputs before it spills to disk."""
+    host_threads: int = 1
+    """Threads that move a worker's bytes (tasks.store.host_threads); they change no result. Those of a GPU's worker use
+    its share of the cores, of which its computations need one; they reserve none, because they are seldom at work."""
 
 
 def worker_shape(
@@ -40,14 +45,20 @@ def worker_shape(
         available = max(int(cluster_gpus), 1)
         workers = available if requested is None else requested
         share = 1.0 / max(ceil(workers / available), 1)  # whole workers fit on every GPU
+        host_threads = max(1, min(HOST_THREADS, int(cluster_cpus // max(workers, available))))
         cpus = min(float(threads), cluster_cpus / workers)
     else:
         available = max(int(cluster_cpus // threads), 1)
         workers = available if requested is None else requested
         share = 0.0
+        host_threads = 1
         cpus = min(float(threads), cluster_cpus / workers)
     return WorkerShape(
-        num_workers=workers, num_cpus=cpus, num_gpus=share, kept_bytes=max(free_bytes // 4 // workers, 1 << 28)
+        num_workers=workers,
+        num_cpus=cpus,
+        num_gpus=share,
+        kept_bytes=max(free_bytes // 4 // workers, 1 << 28),
+        host_threads=host_threads,
     )
 
 

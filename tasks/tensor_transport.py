@@ -17,6 +17,8 @@ import ray
 import torch
 from torch import Tensor
 
+from tasks.device_copies import to_host
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -32,7 +34,7 @@ def send_tensors_by_buffer() -> None:
 
 def sent(tensor: Tensor) -> Parts:
     """What goes into the object store: a view of a contiguous tensor in host memory, a copy of any other."""
-    values = tensor.detach().cpu().contiguous()
+    values = to_host(tensor.detach()).contiguous()
     dtype = str(values.dtype).removeprefix("torch.")
     return values.reshape(-1).view(torch.uint8).numpy(), dtype, tuple(values.shape)
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 
 from torch import Tensor
 
 from lrpq.errors import StoreError, WaypointGone
 from tasks.artifacts import StageFolder
+from tasks.store.host_threads import in_order
 from tasks.store.objects import ObjectStore
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
 
@@ -38,9 +41,13 @@ def write_waypoint(
     shards: Mapping[int, Mapping[str, Tensor]],
     metadata: Mapping[int, Mapping[str, str]] | None = None,
 ) -> None:
-    """Store some shards' state in front of a block."""
-    for shard, tensors in shards.items():
-        write_tensors(store, _key(folder, kind, block, shard), tensors, (metadata or {}).get(shard, {}))
+    """Store some shards' state in front of a block, as many at once as there are threads that move bytes."""
+    writes = (
+        partial(write_tensors, store, _key(folder, kind, block, shard), tensors, (metadata or {}).get(shard, {}))
+        for shard, tensors in shards.items()
+    )
+    with closing(in_order(writes)) as written:
+        deque(written, maxlen=0)
 
 
 def read_waypoint(

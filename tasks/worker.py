@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lrpq.model.host_memory import release_freed_memory
+from tasks.store.host_threads import set_host_threads
 from tasks.tensor_transport import send_tensors_by_buffer
 from tasks.watch import Pulse
 
@@ -54,9 +55,12 @@ class WorkerState:
         place: Place,
         spill_folder: str | None = None,
         low_memory: bool = False,
+        host_threads: int = 1,
     ) -> None:
         self.device = device
         self.threads = threads
+        self.host_threads = host_threads
+        """Threads that move bytes (tasks.store.host_threads)."""
         self.kept_bytes = kept_bytes
         self.spill_folder = None if spill_folder is None else Path(spill_folder)
         self.low_memory = low_memory
@@ -105,6 +109,7 @@ class WorkerState:
 
     def _run(self, function: Callable[..., Any], *arguments: Any, beside: bool) -> Any:
         thread = threading.get_ident()
+        set_host_threads(self.host_threads)
         self._under_way[thread] = _UnderWay(step=function.__qualname__, since=time.monotonic(), beside=beside)
         try:
             return function(self, *arguments)

@@ -6,13 +6,14 @@ Profile, candidates and refinement run as `lrpq compress` runs them (flows/stage
 own), but for Prefect, whose task runs around calls are left out. Every run has a pool, Ray included, and an empty
 store of its own; before it is measured, its workers compress a micro-batch of the same shape for each of them, so that
 kernels are compiled and Triton's cache is filled. With --model a checkpoint on text of --text; with --blocks a model of
-that many blocks of 70B's shape with random weights, made in --folder, on random tokens. On a machine without GPUs
-(--device cpu --hidden 64) the same on toy shapes, with workers of one core.
+that many blocks of 70B's shape (--shape smollm2: of SmolLM2's, 30 blocks) with random weights, made in --folder, on
+random tokens. On a machine without GPUs (--device cpu --hidden 64) the same on toy shapes, with workers of one core.
 
 Of every stage: seconds, memory in tensors at its peak (torch.cuda.max_memory_allocated on every worker), seconds that
 workers spent moving bytes (store, model, kept inputs, sums for other workers and from them), and waiting: the stage's
 seconds less those in calls, which includes Ray's copies into and out of its shared memory. Moving waits for the device
-first. Then whether both runs stored the same bytes. A case that fails says so, and the exit status is 1.
+first. Then whether both runs stored the same bytes. A case that fails says so, and the exit status is 1. What is known
+of a stage is printed, and written to --json, when it is done: a run that is cut off leaves that.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,57 +37,65 @@ from ray.exceptions import RayError
 
 from benchmarks.gpu.model import random_tokens
 from benchmarks.two_gpus import ledger
-from benchmarks.two_gpus.block import HIDDEN, write_blocks
+from benchmarks.two_gpus.block import HIDDEN, shape_named, write_blocks
 from benchmarks.two_gpus.objects import compare
-from benchmarks.two_gpus.stages import STAGES, Case, Done, as_json, run_stages
-from benchmarks.two_gpus.table import call_table, stage_table, verdict
+from benchmarks.two_gpus.stages import STAGES, Case, Done, Stage, as_json, run_stages
+from benchmarks.two_gpus.table import call_table, stage_line, stage_table, verdict
 from flows.calibrate import load_for
+from flows.config import BIT_WIDTHS
 from lrpq.errors import LrpqError
 from tasks.opening import open_pool, resolve_device
 
 
-def measure(case: Case, counts: Sequence[int], folder: Path, *, warm: bool, kept_bytes: int | None) -> dict[str, Any]:
-    """One case with every number of workers; prints the tables."""
+def measure(
+    case: Case, folder: Path, options: argparse.Namespace, found: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """One case with every number of workers; of every stage a line is printed and ``found`` saved when it is done."""
+    counts: Sequence[int] = options.workers
     windows, length = case.tokens.shape
     print(f"\n## {case.name}: {windows} x {length} tokens, {case.budget_bits:g} bits, {case.device}\n", flush=True)
+    found |= {"case": case.name, "windows": windows, "length": length, "shards": case.shards}
+    found |= {"micro_batch": case.micro_batch, "group_sizes": case.group_sizes, "bits": case.bits}
+    found |= {"warming_seconds": [], "runs": []}
     runs: list[Done] = []
-    warming: list[float] = []
-    devices: list[str] = []
     for number, count in enumerate(counts):
-        with open_pool(device=case.device, workers=count, threads=1, kept_bytes=kept_bytes) as pool:
-            devices = pool.each(ledger.device_name)
+        with open_pool(device=case.device, workers=count, threads=1, kept_bytes=options.kept_bytes) as pool:
+            found["devices"] = pool.each(ledger.device_name)
+            found["host_threads"] = pool.shape.host_threads
             began = time.perf_counter()
-            if warm:
-                run_stages(case.warming(count), pool, folder / f"warming-{number}")
+            if not options.cold:
+                run_stages(case.warming(count), pool, folder / f"warming-{number}", partial(say, "  warm-up: "))
                 shutil.rmtree(folder / f"warming-{number}")
-            warming.append(time.perf_counter() - began)
-            runs.append(run_stages(case, pool, folder / f"run-{number}"))
-        seconds = ", ".join(f"{name} {stage.seconds:.1f} s" for name, stage in runs[-1].stages.items())
-        print(f"{count} workers on {', '.join(devices)}: {seconds}; warm-up {warming[-1]:.1f} s", flush=True)
+            found["warming_seconds"].append(time.perf_counter() - began)
+            print(f"warm-up of {count} workers: {found['warming_seconds'][-1]:.1f} s", flush=True)
+            stages: dict[str, Any] = {}
+            found["runs"].append(stages)
+
+            def note(name: str, stage: Stage, stages: dict[str, Any] = stages) -> None:
+                say("", name, stage)
+                stages[name] = as_json(stage)
+                save()
+
+            runs.append(run_stages(case, pool, folder / f"run-{number}", note))
         for loss in runs[-1].losses:
             print(f"LOST a worker: {loss}; the times are not those of an undisturbed run", flush=True)
+    print(f"\n{', '.join(found['devices'])}; {found['host_threads']} threads move bytes")
     print("\n" + "\n".join(stage_table(runs)) + "\n", flush=True)
     for name in case.stages:
         print("\n".join(call_table(runs, name)) + "\n", flush=True)
-    found: dict[str, Any] = {
-        "case": case.name,
-        "windows": windows,
-        "length": length,
-        "shards": case.shards,
-        "micro_batch": case.micro_batch,
-        "group_sizes": case.group_sizes,
-        "devices": devices,
-        "warming_seconds": warming,
-        "runs": [as_json(run) for run in runs],
-    }
     for other in range(1, len(runs)):
         compared = {name: compare(runs[0], runs[other], name) for name in case.stages}
         print(f"{counts[other]} workers against {counts[0]}:")
         print("\n".join(verdict(compared)), flush=True)
         found.setdefault("different", []).append({name: c.different for name, c in compared.items()})
+        save()
     for number in range(len(counts)):
         shutil.rmtree(folder / f"run-{number}")
-    return found
+
+
+def say(before: str, name: str, stage: Stage) -> None:
+    """Print a stage's line."""
+    print(before + stage_line(name, stage), flush=True)
 
 
 def of_model(options: argparse.Namespace, folder: Path) -> Case:
@@ -106,6 +116,7 @@ def of_model(options: argparse.Namespace, folder: Path) -> Case:
         budget_bits=options.budget,
         shards=min(8, len(found.tokens)),
         group_sizes=options.group_sizes,
+        bits=options.bits,
         stages=options.stages,
     )
 
@@ -114,18 +125,20 @@ def of_blocks(options: argparse.Namespace, folder: Path) -> Case:
     """Random blocks on random tokens."""
     device = torch.device(options.device)
     length = options.block_length
-    model = write_blocks(folder / "model", hidden=options.hidden, blocks=options.blocks, length=length, device=device)
+    shape = shape_named(options.shape, hidden=options.hidden)
+    model = write_blocks(folder / "model", shape, blocks=options.blocks, length=length, device=device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    name = f"{options.blocks} random {'block' if options.blocks == 1 else 'blocks'} of 70B's shape"
+    name = f"{options.blocks} random {'block' if options.blocks == 1 else 'blocks'} of {options.shape}'s shape"
     return Case(
-        name=name if options.hidden == HIDDEN else f"{name}, {options.hidden} wide",
+        name=f"{name}, {shape.hidden} wide",
         model=model,
         tokens=random_tokens(options.block_windows, length),
         device=options.device,
         budget_bits=options.budget,
         shards=min(8, options.block_windows),
         group_sizes=options.group_sizes,
+        bits=options.bits,
         stages=options.stages,
     )
 
@@ -144,11 +157,13 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=0)
     parser.add_argument("--block-windows", type=int, default=128)
     parser.add_argument("--block-length", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=HIDDEN, help="width of the blocks")
+    parser.add_argument("--shape", choices=("70B", "smollm2"), default="70B", help="of the blocks")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="width of blocks in the proportions of 70B")
     parser.add_argument("--budget", type=float, default=3.25)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=numbers, default=(1, 2))
     parser.add_argument("--group-sizes", type=numbers, default=(64, -1), help="of the candidates")
+    parser.add_argument("--bits", type=numbers, default=BIT_WIDTHS, help="of the candidates")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage")
     parser.add_argument("--cold", action="store_true", help="no warm-up")
     parser.add_argument("--kept-bytes", type=int, help="as kept_bytes in [cluster]")
@@ -163,25 +178,24 @@ def main() -> int:
     failed = False
     document: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "cases": []}
     document["cores"] = len(os.sched_getaffinity(0))
+
+    def save() -> None:
+        if options.json is not None:
+            options.json.write_text(json.dumps(document, indent=1))
+
     if options.folder is not None:
         options.folder.mkdir(parents=True, exist_ok=True)
     for make in cases:
         with tempfile.TemporaryDirectory(dir=options.folder, prefix="lrpq-two-") as folder:
+            found: dict[str, Any] = {}
+            document["cases"].append(found)
             try:
-                found = measure(
-                    make(options, Path(folder)),
-                    options.workers,
-                    Path(folder),
-                    warm=not options.cold,
-                    kept_bytes=options.kept_bytes,
-                )
+                measure(make(options, Path(folder)), Path(folder), options, found, save)
             except (LrpqError, OSError, RuntimeError, ValueError, RayError):
                 failed = True
-                print(f"{make.__name__} FAILED\n{traceback.format_exc()}", flush=True)
-                continue
-        document["cases"].append(found)
-        if options.json is not None:
-            options.json.write_text(json.dumps(document, indent=1))
+                found["failed"] = traceback.format_exc()
+                print(f"{make.__name__} FAILED\n{found['failed']}", flush=True)
+        save()
     return int(failed)
 
 

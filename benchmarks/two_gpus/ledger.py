@@ -27,8 +27,9 @@ MOVES = {
     "store, read": ("tasks.store.symmetric:read_symmetric", "tasks.store.tensors:read_tensors"),
     "model, read": ("lrpq.model.safetensors_source:ModelSource.read",),
     "kept inputs": ("lrpq.model.kept:KeptInputs.put", "lrpq.model.kept:KeptInputs.take"),
-    "device to host, for others": ("tasks.tensor_transport:sent",),
-    "host to device, from others": ("lrpq.refine.sweep:on_device",),
+    "device to host": ("tasks.tensor_transport:sent", "tasks.device_copies:to_host"),
+    "host to device": ("tasks.device_copies:to_device",),
+    "added on the host": ("tasks.device_copies:added",),
 }
 """What moves bytes: label -> functions, as ``module:function`` or ``module:Class.method``."""
 

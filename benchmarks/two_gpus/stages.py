@@ -15,7 +15,7 @@ from benchmarks.two_gpus import ledger
 from benchmarks.two_gpus.ledger import Ledger
 from flows import jobs
 from flows.calibrate import StoredWindows
-from flows.config import CompressConfig
+from flows.config import BIT_WIDTHS, CompressConfig
 from flows.jobs import JobContext
 from flows.planning import Planner
 from flows.progress import PlainProgress
@@ -50,6 +50,8 @@ class Case:
     shards: int = 8
     group_sizes: tuple[int, ...] = (64, -1)
     """Of the candidates; lrpq's own."""
+    bits: tuple[int, ...] = BIT_WIDTHS
+    """Of the candidates."""
     stages: tuple[str, ...] = STAGES
     """The first ones of all."""
 
@@ -86,15 +88,15 @@ class Done:
     """Workers that were lost on the way; their time is in the stages."""
 
 
-def run_stages(case: Case, pool: Pool, folder: Path) -> Done:
-    """Profile, candidates, plan and refinement on an empty store in ``folder``."""
+def run_stages(case: Case, pool: Pool, folder: Path, note: Callable[[str, Stage], None] | None = None) -> Done:
+    """Profile, candidates, plan and refinement on an empty store in ``folder``; ``note`` is told of each stage."""
     config = CompressConfig.model_validate(
         {
             "run": {
                 "model": str(case.model),
                 "calibration": {"held_out": 0},
                 "shards": case.shards,
-                "candidates": {"group_sizes": case.group_sizes},
+                "candidates": {"group_sizes": case.group_sizes, "bits": case.bits},
             },
             "plan": {"budget_bits": case.budget_bits},
             "evaluation": {"enabled": False},
@@ -131,6 +133,8 @@ def run_stages(case: Case, pool: Pool, folder: Path) -> Done:
         found = action()
         seconds = time.perf_counter() - began
         stages[name] = Stage(seconds=seconds, ended=time.time(), workers=pool.each(ledger.finish))
+        if note is not None:
+            note(name, stages[name])
         return found
 
     measured("profile", lambda: run_profile(run, pool, profile, num_blocks=stream.num_blocks))
@@ -152,9 +156,6 @@ def _plain(name: str, action: Callable[[], Any]) -> Any:
     return action()
 
 
-def as_json(done: Done) -> dict[str, Any]:
+def as_json(stage: Stage) -> dict[str, Any]:
     """Seconds and ledgers."""
-    return {
-        name: {"seconds": stage.seconds, "ended": stage.ended, "workers": [asdict(w) for w in stage.workers]}
-        for name, stage in done.stages.items()
-    }
+    return {"seconds": stage.seconds, "ended": stage.ended, "workers": [asdict(worker) for worker in stage.workers]}

@@ -27,6 +27,15 @@ def stage_table(runs: Sequence[Done]) -> Iterator[str]:
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
+def stage_line(name: str, stage: Stage) -> str:
+    """A stage in one line, for as long as there is no other run to compare it with."""
+    peaks = ", ".join(f"{worker.peak_bytes / GIGA:.2f}" for worker in stage.workers)
+    return (
+        f"{name}, {len(stage.workers)} workers: {stage.seconds:.2f} s; of each {_each(_moved(stage))} s moving bytes, "
+        f"{_each(_waiting(stage))} s waiting; {peaks} GB"
+    )
+
+
 def call_table(runs: Sequence[Done], name: str) -> Iterator[str]:
     """Where a stage's time went: calls, what moved bytes, waiting; seconds by worker."""
     yield f"| {name}: | " + " | ".join(f"with {len(run.stages[name].workers)}, s each" for run in runs) + " |"

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 BUFFERS = 8
 BUFFER_BYTES = 32 << 20
@@ -65,16 +68,18 @@ class Staging:
         """What the calling thread's stream is given from here on is done after the event; nobody waits for it here."""
         event.wait(self._module.current_stream(self.device))
 
-    def to_host(self, tensor: Tensor, after: Event) -> Tensor:
+    def to_host(self, tensor: Tensor, after: Event, *, memory: NDArray[np.uint8] | None = None) -> Tensor:
         """A copy in ordinary host memory, when this returns.
 
         Args:
             tensor: contiguous; it must not be changed, nor its memory be given up, before this returns.
             after: event after which it holds what is to be copied.
+            memory: where to, as many bytes; by default new memory.
         """
         source = _bytes(tensor)
-        # numpy's: in deterministic mode PyTorch would fill it first, and numpy asks for large pages
-        memory = np.empty(max(1, len(source)), dtype=np.uint8)  # of an empty array torch knows no stride
+        if memory is None:
+            # numpy's: in deterministic mode PyTorch would fill it first, and numpy asks for large pages
+            memory = np.empty(max(1, len(source)), dtype=np.uint8)  # of an empty array torch knows no stride
         for piece in self._pieces(len(source)):
             with self._buffer() as buffer:
                 held = buffer.memory[: piece.stop - piece.start]

@@ -61,12 +61,12 @@ class SiteProducts:
     """P (float32), of a site whose one layer adds to the hidden states."""
 
 
-def on_device(sums: SiteProducts, device: torch.device | str) -> SiteProducts:
-    """The same on a device."""
+def copied(sums: SiteProducts, copy: Callable[[Tensor], Tensor]) -> SiteProducts:
+    """The same where ``copy`` brings a tensor, such as another device."""
     return SiteProducts(
-        hessian=replace(sums.hessian, xx=sums.hessian.xx.to(device)),
-        shift=None if sums.shift is None else sums.shift.to(device),
-        pull=None if sums.pull is None else sums.pull.to(device),
+        hessian=replace(sums.hessian, xx=copy(sums.hessian.xx)),
+        shift=None if sums.shift is None else copy(sums.shift),
+        pull=None if sums.pull is None else copy(sums.pull),
     )
 
 

@@ -53,23 +53,25 @@ class BlockSums:
     """Those of them that have gradients."""
 
 
-def on_host(sums: BlockSums) -> BlockSums:
-    """The same in host memory."""
+def on_host(sums: BlockSums, copy: Callable[[Tensor], Tensor] = Tensor.cpu) -> BlockSums:
+    """The same in host memory, where ``copy`` brings a tensor."""
     return replace(
         sums,
         hessians={
-            site: replace(H, xx=H.xx.cpu(), x=None if H.x is None else H.x.cpu()) for site, H in sums.hessians.items()
+            site: replace(H, xx=copy(H.xx), x=None if H.x is None else copy(H.x)) for site, H in sums.hessians.items()
         },
-        outputs={name: [G.cpu() for G in chunks] for name, chunks in sums.outputs.items()},
+        outputs={name: [copy(G) for G in chunks] for name, chunks in sums.outputs.items()},
     )
 
 
-def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
-    """Sum of two disjoint sets of shards."""
+def merge_block_sums(
+    left: BlockSums, right: BlockSums, *, plus: Callable[[Tensor, Tensor], Tensor] = torch.add
+) -> BlockSums:
+    """Sum of two disjoint sets of shards, in new memory; ``plus`` adds two tensors."""
     return BlockSums(
-        hessians={site: merge(left.hessians[site], right.hessians[site]) for site in left.hessians},
+        hessians={site: merge(left.hessians[site], right.hessians[site], plus=plus) for site in left.hessians},
         curvature={name: left.curvature[name] + right.curvature[name] for name in left.curvature},
-        outputs={name: merge_outputs(left.outputs[name], right.outputs[name]) for name in left.outputs},
+        outputs={name: merge_outputs(left.outputs[name], right.outputs[name], plus=plus) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
         num_explained=left.num_explained + right.num_explained,
     )

@@ -3,8 +3,8 @@
 One row a tile of 256 x 256, in the order (0,0), (0,1), ..., (1,1), ...; edge tiles and the lower half of the
 tiles on the diagonal are zeros. A row group holds tiles of one matrix only, so a reader of one matrix reads
 nothing else. Every tile has its own checksum; the names, widths and scalars of all matrices are in the
-metadata, under the checksum of schema.py. Memory beyond the matrix itself: some row groups (docs/log.md),
-whatever its width.
+metadata, under the checksum of schema.py. Memory beyond the matrix itself: some row groups (docs/log.md) for
+every thread of host_threads.py, whatever its width.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -26,7 +28,9 @@ from torch import Tensor
 
 from lrpq.errors import StoreError
 from tasks.store.documents import canonical_text, plain_json
+from tasks.store.host_threads import host_threads, in_order
 from tasks.store.objects import ObjectStore
+from tasks.store.row_groups import write_row_groups
 from tasks.store.schema import described, metadata_of, opened, parquet_file, sealed, verify
 
 if TYPE_CHECKING:
@@ -105,13 +109,19 @@ def write_symmetric(
     schema = sealed(_SCHEMA, metadata)
 
     def write(file: BinaryIO) -> None:
-        with pq.ParquetWriter(file, schema, **_WRITER) as writer:
-            for name, width in widths.items():
-                matrix = matrices[name]
-                for group in _groups(width):
-                    writer.write_table(_group_table(schema, name, matrix, group), row_group_size=len(group))
+        write_row_groups(file, schema, _tables(schema, matrices, widths), _WRITER)
 
     store.publish(key, write)
+
+
+def _tables(
+    schema: pa.Schema, matrices: Mapping[str, Tensor], widths: Mapping[str, int]
+) -> Iterator[Callable[[], pa.Table]]:
+    """The row groups of all matrices, each made when it is called."""
+    for name, width in widths.items():
+        matrix = matrices[name]
+        for group in _groups(width):
+            yield partial(_group_table, schema, name, matrix, group)
 
 
 def symmetric_index(store: ObjectStore, key: str) -> SymmetricIndex:
@@ -148,11 +158,36 @@ def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tenso
             shape = parquet.metadata.row_group(offset)
             if shape.num_rows != len(group) or shape.total_byte_size > _MAX_GROUP_BYTES:
                 raise ValueError(f"row group {offset} does not fit matrix {name!r}")
-        matrix = torch.zeros(width, width, dtype=torch.float32)
-        with closing(_read_ahead(parquet, range(first, first + len(groups)))) as tables:
-            for group, table in zip(groups, tables, strict=True):
-                _place_group(table, name, group, matrix.numpy())
+        # numpy's zeros: PyTorch's are written by one thread, these are pages that are touched with their tiles
+        matrix = torch.from_numpy(np.zeros((width, width), dtype=np.float32))
+        if host_threads() == 1:
+            with closing(_read_ahead(parquet, range(first, first + len(groups)))) as tables:
+                for group, table in zip(groups, tables, strict=True):
+                    _place_group(table, name, group, matrix.numpy())
+        else:
+            _read_by_threads(store, key, name, dict(enumerate(groups, first)), matrix.numpy())
         return matrix, dict(index.scalars[name])
+
+
+def _read_by_threads(
+    store: ObjectStore, key: str, name: str, groups: Mapping[int, list[tuple[int, int]]], matrix: NDArray[np.float32]
+) -> None:
+    """Row groups by number, each thread with the object opened for itself; their tiles lie nowhere twice."""
+    free: SimpleQueue[pq.ParquetFile] = SimpleQueue()
+
+    def place(number: int) -> None:
+        parquet = free.get()
+        try:
+            _place_group(parquet.read_row_group(number, use_threads=False), name, groups[number], matrix)
+        finally:
+            free.put(parquet)
+
+    with ExitStack() as files:
+        for _ in range(host_threads()):
+            free.put(parquet_file(files.enter_context(store.open(key))))
+        with closing(in_order(partial(place, number) for number in groups)) as done:
+            for _ in done:
+                pass
 
 
 def _read_ahead(parquet: pq.ParquetFile, groups: range) -> Generator[pa.Table, None, None]:

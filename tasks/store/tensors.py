@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, cast
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 import lrpq
 from lrpq.errors import StoreError
 from tasks.store.documents import JSON, SCHEMA_VERSION, canonical_text, check_written_as, parse_object, sha256_text
+from tasks.store.host_threads import in_order
 from tasks.store.objects import ObjectStore
 from tasks.store.schema import opened
 from tasks.store.symmetric import SymmetricIndex, read_symmetric, symmetric_index, write_symmetric
@@ -99,7 +102,12 @@ def read_tensors(store: ObjectStore, key: str, names: Iterable[str] | None = Non
         if missing := [name for name in wanted if name not in entries]:
             raise StoreError(f"{key} in {store.url} has no tensor {missing[0]!r}: it has {_some(sorted(entries))}")
         digests = _metadata(header)
-        return {name: _read(file, start, name, entries[name], digests.get(f"sha256:{name}")) for name in wanted}
+        calls = (
+            _verified(name, entries[name], _raw_bytes(file, start, name, entries[name]), digests.get(f"sha256:{name}"))
+            for name in wanted
+        )
+        with closing(in_order(calls)) as tensors:
+            return dict(zip(wanted, tensors, strict=True))
 
 
 def read_metadata(store: ObjectStore, key: str) -> dict[str, str]:
@@ -121,7 +129,8 @@ def _header(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ours = {"lrpq.schema": str(SCHEMA_VERSION), "lrpq.key": key, "lrpq.creator": f"lrpq {lrpq.__version__}"}
     full = {**metadata, **ours}
     offset = 0
-    for name in _order(tensors):
+    order = _order(tensors)
+    for name in order:
         tensor = tensors[name]
         if tensor.dtype not in _NAMES or tensor.layout != torch.strided or tensor.is_meta or name == _METADATA:
             raise StoreError(f"cannot write {key}: safetensors holds no {tensor.layout} {tensor.dtype} named {name!r}")
@@ -131,8 +140,9 @@ def _header(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
-        full[f"sha256:{name}"] = hashlib.sha256(_raw(tensor)).hexdigest()
         offset = end
+    with closing(in_order(partial(_digest, tensors[name]) for name in order)) as digests:
+        full |= {f"sha256:{name}": digest for name, digest in zip(order, digests, strict=True)}
     header[_METADATA] = dict(full)
     header[_METADATA] = {**full, _DIGEST: sha256_text(canonical_text(header))}
     return header
@@ -141,6 +151,10 @@ def _header(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:
     # Wide dtypes first, so that every tensor is aligned to its own element size.
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(_raw(tensor)).hexdigest()
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -208,16 +222,25 @@ def _check_layout(entries: Mapping[str, _Entry], num_bytes: int) -> None:
         raise ValueError(f"it holds {num_bytes} bytes of tensors, expected {at}")
 
 
-def _read(file: BinaryIO, start: int, name: str, entry: _Entry, digest: str | None) -> Tensor:
+def _raw_bytes(file: BinaryIO, start: int, name: str, entry: _Entry) -> bytearray:
     file.seek(start + entry.begin)
     raw = bytearray(entry.end - entry.begin)
     if cast(io.BufferedIOBase, file).readinto(raw) != len(raw):
         raise ValueError(f"it ends inside tensor {name!r}")
-    if hashlib.sha256(raw).hexdigest() != digest:
-        raise ValueError(f"the checksum of tensor {name!r} does not fit its bytes")
-    if not raw:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    return torch.frombuffer(raw, dtype=entry.dtype).reshape(entry.shape)
+    return raw
+
+
+def _verified(name: str, entry: _Entry, raw: bytearray, digest: str | None) -> Callable[[], Tensor]:
+    """Gives the tensor of these bytes when it is called, unless they are not those that were written."""
+
+    def tensor() -> Tensor:
+        if hashlib.sha256(raw).hexdigest() != digest:
+            raise ValueError(f"the checksum of tensor {name!r} does not fit its bytes")
+        if not raw:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.frombuffer(raw, dtype=entry.dtype).reshape(entry.shape)
+
+    return tensor
 
 
 def _some(names: list[str]) -> str:

@@ -9,7 +9,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from .thrift import BINARY, DOUBLE, FALSE, I32, I64, INTEGERS, LIST, SET, STRUCT, TRUE, Struct, decode, encode, field
+from tasks.store.thrift import (
+    BINARY,
+    DOUBLE,
+    FALSE,
+    I32,
+    I64,
+    INTEGERS,
+    LIST,
+    SET,
+    STRUCT,
+    TRUE,
+    Struct,
+    decode,
+    encode,
+    field,
+)
 
 MAGIC = b"PAR1"
 ROW_GROUPS, KEY_VALUES, COLUMNS, META = 4, 5, 1, 3

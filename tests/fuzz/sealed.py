@@ -10,10 +10,11 @@ import random
 
 import pyarrow.parquet as pq
 
+from tasks.store import thrift
 from tasks.store.documents import canonical_text, sha256_text
 from tasks.store.schema import sealed
 
-from . import parquet, thrift
+from . import parquet
 from .values import Pairs, dumped, mutate_value
 
 DIGEST = "lrpq.sha256"

@@ -22,13 +22,14 @@ from lrpq.errors import CalibrationError, CheckpointError, ConfigError, ModelErr
 from lrpq.model.safetensors_source import ModelSource
 from tasks.calibration.sources import ParquetSource
 from tasks.calibration.token_rows import token_column
+from tasks.store import thrift
 from tasks.store.documents import SCHEMA_VERSION, canonical_text, parse_document, sha256_text
 from tasks.store.schema import sealed
 from tasks.store.symmetric import read_symmetric, symmetric_index
 from tasks.store.tables import read_table, units_of
 from tasks.store.tensors import read_tensors
 
-from . import artefacts, parquet, thrift
+from . import artefacts, parquet
 from .readers import READERS_BY_NAME
 
 DEEP = "[" * 100_000 + "]" * 100_000

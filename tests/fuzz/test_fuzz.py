@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tasks.store.thrift import decode, encode
+
 from . import parquet
 from .broken import READERS as BROKEN
 from .child import load_corpus, mutated
 from .readers import READERS
 from .run import ROOT, Fuzzer, open_fuzzer
-from .thrift import decode, encode
 
 CASES = 200
 SHORT_TIMEOUT = 1.5

@@ -39,6 +39,23 @@ def test_shape(changes: dict[str, Any], workers: int, cpus: float, gpus: float) 
     assert (found.num_workers, found.num_cpus, found.num_gpus) == (workers, cpus, gpus)
 
 
+@pytest.mark.parametrize(
+    ("changes", "threads"),
+    [
+        ({}, 1),
+        ({"threads": 4}, 1),  # a CPU's worker computes on its cores
+        ({"device": "cuda", "cluster_gpus": 1.0}, 8),
+        ({"device": "cuda", "cluster_gpus": 2.0}, 4),
+        ({"device": "cuda", "cluster_gpus": 2.0, "requested": 1}, 4),  # the other GPU's cores are left alone
+        ({"device": "cuda", "cluster_gpus": 2.0, "requested": 4}, 2),
+        ({"device": "cuda", "cluster_gpus": 2.0, "cluster_cpus": 64.0}, 8),
+        ({"device": "cuda", "cluster_gpus": 8.0, "cluster_cpus": 4.0}, 1),
+    ],
+)
+def test_a_gpus_worker_moves_bytes_with_its_share_of_the_cores(changes: dict[str, Any], threads: int) -> None:
+    assert shape(**changes).host_threads == threads
+
+
 @given(
     device=st.sampled_from(["cpu", "cuda"]),
     requested=st.none() | st.integers(1, 64),

@@ -1,0 +1,91 @@
+"""Tensors of a GPU brought to host memory and back, and added up there, by the threads that move bytes.
+
+Most of a copy to fresh memory is the first touch of its pages, which several threads do faster than one; the sums of
+one block of a 70B model are 5 GB. On one thread, and of small tensors, these are PyTorch's copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrpq.model.staging import BUFFER_BYTES, Staging
+from tasks.store.host_threads import host_threads, in_order
+
+SMALL_BYTES = 8 << 20
+"""Up to which one copy is fast enough."""
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """The tensor in host memory: itself if it is there."""
+    if tensor.device.type == "cpu" or tensor.nbytes <= SMALL_BYTES or host_threads() == 1:
+        return tensor.cpu()
+    return copied_to_host(tensor, _staging(tensor.device))
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device: itself if it is there."""
+    device = torch.device(device)
+    if device.type == "cpu" or tensor.device.type != "cpu" or tensor.nbytes <= SMALL_BYTES or host_threads() == 1:
+        return tensor.to(device)
+    device = torch.device(device.type, torch.cuda.current_device()) if device.index is None else device
+    return copied_to_device(tensor, _staging(device))
+
+
+def copied_to_host(tensor: Tensor, staging: Staging, *, piece_bytes: int = BUFFER_BYTES) -> Tensor:
+    """A copy in host memory, made in pieces by all threads."""
+    source = tensor.detach().contiguous()
+    flat = source.view(-1).view(torch.uint8)
+    memory = np.empty(max(1, len(flat)), dtype=np.uint8)  # of an empty array torch knows no stride
+    after = staging.now()
+    _all(
+        partial(staging.to_host, flat[piece], after, memory=memory[piece]) for piece in _pieces(len(flat), piece_bytes)
+    )
+    return torch.from_numpy(memory)[: len(flat)].view(tensor.dtype).view(tensor.shape)
+
+
+def copied_to_device(tensor: Tensor, staging: Staging, *, piece_bytes: int = BUFFER_BYTES) -> Tensor:
+    """A copy on the device of ``staging``, made in pieces by all threads; later operations of the caller's find it."""
+    source = tensor.detach().contiguous()
+    flat = source.view(-1).view(torch.uint8)
+    found = torch.empty(source.shape, dtype=source.dtype, device=staging.device)
+    into = found.view(-1).view(torch.uint8)
+    after = staging.now()
+    _all(partial(staging.to_device, flat[p], into[p], after) for p in _pieces(len(flat), piece_bytes))
+    staging.finish()
+    return found
+
+
+def added(left: Tensor, right: Tensor, *, piece_bytes: int = BUFFER_BYTES) -> Tensor:
+    """``left + right`` of two tensors in new memory; bits are PyTorch's: IEEE 754 leaves an addition no choice."""
+    same = left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+    in_pieces = same and left.device.type == "cpu" and left.dtype in (torch.float32, torch.float64)
+    if not in_pieces or left.nbytes <= piece_bytes or host_threads() == 1:
+        return left + right
+    a, b = left.contiguous().view(-1), right.contiguous().view(-1)
+    total = torch.from_numpy(np.empty(left.numel(), dtype=str(left.dtype).removeprefix("torch.")))
+    step = piece_bytes // left.element_size()
+    _all(partial(torch.add, a[piece], b[piece], out=total[piece]) for piece in _pieces(left.numel(), step))
+    return total.view(left.shape)
+
+
+def _all(calls: Iterator[Callable[[], Any]]) -> None:
+    with closing(in_order(calls)) as results:
+        for _ in results:
+            pass
+
+
+def _pieces(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(size, start + step)) for start in range(0, size, step))
+
+
+@cache
+def _staging(device: torch.device) -> Staging:
+    """Page-locked buffers of this process, 256 MB a device, made when they are first needed."""
+    return Staging(device)

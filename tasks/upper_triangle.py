@@ -1,0 +1,79 @@
+"""Upper triangles of square matrices as they travel between workers: rows from the diagonal on, a strip at a time.
+
+Sums of products of inputs with themselves are symmetric: only their upper triangles are added up, stored and read
+(lrpq.quant.hessian.mirror, tasks.store.symmetric), and those of one block of a 70B model are 5 GB as squares.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import closing
+from functools import partial
+from math import isqrt
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tasks.store.host_threads import in_order
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+STRIP = 512
+"""Rows of a strip, which begins with the first one's diagonal: 2% more than the triangle at a width of 28,672."""
+
+
+def packed(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " packed"]:
+    """The strips one after the other, on the matrix's device; a copy."""
+    width = len(matrix)
+    return torch.cat([matrix[rows, rows.start :].reshape(-1) for rows in _strips(width)])
+
+
+def unpacked(values: Float[Tensor, " packed"]) -> Float[Tensor, "d d"]:
+    """The matrix, on the device of ``values``, with zeros below the strips."""
+    width = _width(values.numel())
+    matrix = zeros(width, values)
+    start = 0
+    calls = []
+    for rows in _strips(width):
+        above = matrix[rows, rows.start :]
+        calls.append(partial(above.copy_, values[start : start + above.numel()].view(above.shape)))
+        start += above.numel()
+    if matrix.device.type == "cpu":
+        with closing(in_order(calls)) as copies:
+            deque(copies, maxlen=0)
+    else:
+        deque((call() for call in calls), maxlen=0)
+    return matrix
+
+
+def zeros(width: int, like: Tensor) -> Float[Tensor, "d d"]:
+    """Zeros of the dtype and on the device of a tensor; in host memory pages that nobody touches are none."""
+    if like.device.type != "cpu":
+        return like.new_zeros(width, width)
+    return torch.from_numpy(np.zeros((width, width), dtype=str(like.dtype).removeprefix("torch.")))
+
+
+def _strips(width: int) -> list[slice]:
+    return [slice(start, min(start + STRIP, width)) for start in range(0, width, STRIP)]
+
+
+def _numel(width: int) -> int:
+    return sum((rows.stop - rows.start) * (width - rows.start) for rows in _strips(width))
+
+
+def _width(numel: int) -> int:
+    """Of the matrix of so many packed values, which is more than half of its values and no more than all.
+
+    Raises:
+        ValueError: there is none.
+    """
+    low, high = isqrt(numel), isqrt(2 * numel) + 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if _numel(middle) < numel else (low, middle)
+    if _numel(low) != numel:
+        raise ValueError(f"{numel} values are no upper triangle in strips of {STRIP} rows")
+    return low
