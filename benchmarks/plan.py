@@ -103,7 +103,9 @@ class InlinePool:
     def get(self, references: Sequence[Any]) -> list[Any]:
         return list(references)
 
-    def map(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def map(
+        self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]], *, overlap: bool = False
+    ) -> Iterator[tuple[int, Any]]:
         for position, arguments in enumerate(items):
             yield position, function(self.state, *arguments)
 

@@ -172,7 +172,8 @@ def _each_site(
     """Call a worker's function on every missing site; one task run a block."""
     losses = len(pool.losses)
     with run.timed(label, len(missing), "site"):
-        ends = pool.map(function, [(job, block, site, specs[block][site]) for block, site in missing])
+        items = [(job, block, site, specs[block][site]) for block, site in missing]
+        ends = pool.map(function, items, overlap=True)
         left = {block: sum(b == block for b, _ in missing) for block in specs}
 
         def wait_for(block: int) -> None:

@@ -73,14 +73,26 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
     store = open_store(job.profile.stream.store)
     if all(store.exists(key) for key in _keys(job, block, site)):
         return False
-    problem = site_problem(state, job, block, site, specs)
-    found = (_quantized if job.keeps_codes(site) else _sampled)(state, job, problem, specs)
+    sums = site_sums(job, block, site, specs[0])
+    with state.computing:
+        problem = site_problem(state, job, sums, specs)
+        del sums  # what is factored is another matrix
+        found = (_quantized if job.keeps_codes(site) else _sampled)(state, job, problem, specs)
+        rows = _rows(problem, specs, found.costs)
+        del problem
     if found.codes:
         write_tensors(store, job.folder.site("codes", block, site, "safetensors"), found.codes, {})
-    rows = [
+    costs_key = job.folder.site("costs", block, site, "parquet")
+    write_table(store, costs_key, pa.Table.from_pylist(rows), units=COST_UNITS, kind="costs")
+    return True
+
+
+def _rows(problem: SiteProblem, specs: tuple[LinearSpec, ...], costs: list[list[float]]) -> list[dict[str, Any]]:
+    """A site's costs, with the columns of ``COST_UNITS``."""
+    return [
         {
             "name": spec.name,
-            "block": block,
+            "block": spec.block,
             "bits": choice.bits,
             "group_size": choice.group_size,
             "storage_bits": storage_bits(spec.d_out, spec.d_in, choice),
@@ -89,12 +101,23 @@ def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str,
             "dead_inputs": problem.factor.num_dead,
             "evidence": problem.evidence.value,
         }
-        for spec, costs in zip(specs, found.costs, strict=True)
-        for choice, cost in zip(problem.choices, costs, strict=True)
+        for spec, of_layer in zip(specs, costs, strict=True)
+        for choice, cost in zip(problem.choices, of_layer, strict=True)
     ]
-    costs_key = job.folder.site("costs", block, site, "parquet")
-    write_table(store, costs_key, pa.Table.from_pylist(rows), units=COST_UNITS, kind="costs")
-    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteSums:
+    """A site's Hessian as the store has it, on the host."""
+
+    hessian: HessianSum
+    evidence: Evidence
+
+
+def site_sums(job: CandidatesJob, block: int, site: str, spec: LinearSpec) -> SiteSums:
+    """Read a site's Hessian; ``spec`` is its first layer."""
+    hessian, evidence = _hessian(job, block, site, spec)
+    return SiteSums(hessian=hessian, evidence=evidence)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,18 +131,14 @@ class SiteProblem:
     """Those that fit."""
 
 
-def site_problem(
-    state: WorkerState, job: CandidatesJob, block: int, site: str, specs: tuple[LinearSpec, ...]
-) -> SiteProblem:
-    """Read a site's Hessian and factor it."""
+def site_problem(state: WorkerState, job: CandidatesJob, sums: SiteSums, specs: tuple[LinearSpec, ...]) -> SiteProblem:
+    """Factor a site's Hessian, on the worker's device."""
     label = specs[0].name if specs[0].routed else specs[0].fused_group
-    sums, evidence = _hessian(job, block, site, specs[0])
-    H = normalized(replace(sums, xx=to_device(sums.xx, state.device)), name=label)
-    del sums
+    H = normalized(replace(sums.hessian, xx=to_device(sums.hessian.xx, state.device)), name=label)
     return SiteProblem(
         H=H,
         factor=factorize(H, damping=job.damping, name=label),
-        evidence=evidence,
+        evidence=sums.evidence,
         choices=_choices(job, specs[0]),
     )
 

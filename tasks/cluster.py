@@ -35,7 +35,7 @@ SOME_START_SECONDS = 60.0
 MAX_DEATHS = 3
 """Workers that one item of ``map`` may cost before it is the item's fault."""
 AT_ONCE = 2
-"""Items of ``map`` a worker has under way: one computes, one waits."""
+"""Items of ``map`` a worker has under way: one computes, one waits, or reads and stores where they overlap."""
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -69,7 +69,7 @@ class Pool:
         environment = {**QUIET, **{k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}}
         if device == "cuda":
             environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matrix products
-        self._actor = ray.remote(concurrency_groups={"pulse": 1, "beside": 1})(Worker).options(
+        self._actor = ray.remote(concurrency_groups={"pulse": 1, "beside": 1, "overlapped": AT_ONCE})(Worker).options(
             num_cpus=shape.num_cpus, num_gpus=shape.num_gpus, runtime_env={"env_vars": environment}
         )
         self._settings = {
@@ -122,11 +122,19 @@ class Pool:
                 self._give_up_overdue()
         return [found[reference] for reference in references]
 
-    def map(self, function: Callable[..., T], items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, T]]:
+    def map(
+        self, function: Callable[..., T], items: Sequence[tuple[Any, ...]], *, overlap: bool = False
+    ) -> Iterator[tuple[int, T]]:
         """Run a function over items, each on the next idle worker; yields (position, result) as they end.
 
         At most two items a worker are under way: memory stays bounded whatever the number of items. What a lost worker
         had under way is run again by others.
+
+        Args:
+            function: run with the worker's state and an item.
+            items: arguments of each call.
+            overlap: a worker runs two items at a time, one of which computes (``state.computing``) while the other
+                reads or stores.
 
         Raises:
             ClusterError: an item was under way on three workers that were lost, or no worker is left.
@@ -141,7 +149,10 @@ class Pool:
                 for worker in ready:
                     if todo and sum(owner == worker for _, owner in running.values()) < AT_ONCE:
                         position = todo.popleft()
-                        running[worker.call.remote(self._epoch, function, *items[position])] = (position, worker)
+                        running[self._item(worker, overlap).remote(self._epoch, function, *items[position])] = (
+                            position,
+                            worker,
+                        )
 
         def repeat(worker: Any) -> None:
             under_way = sorted(position for position, owner in running.values() if owner == worker)
@@ -177,6 +188,11 @@ class Pool:
                 del running[reference]
                 fill()
                 yield position, value
+
+    @staticmethod
+    def _item(worker: Any, overlap: bool) -> Any:
+        """The method that runs an item of ``map``."""
+        return worker.overlapped.options(concurrency_group="overlapped") if overlap else worker.call
 
     def renew(self) -> None:
         """Replace the workers that are gone and give everyone a new place; afterwards no worker holds anything.

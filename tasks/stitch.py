@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.quant.gptq import gptq
 from lrpq.quant.grid import Grid
 from lrpq.quant.packing import pack
 from tasks.artifacts import StageFolder
-from tasks.candidates import CandidatesJob, read_weight, site_problem
+from tasks.candidates import CandidatesJob, SiteProblem, read_weight, site_problem, site_sums
 from tasks.store.opened import open_store
 from tasks.store.tensors import write_tensors
 from tasks.worker import WorkerState
@@ -42,21 +44,32 @@ def quantize_site(state: WorkerState, job: StitchJob, block: int, site: str, spe
     missing = job.missing(specs)
     if not missing:
         return
+    sums = site_sums(job.candidates, block, site, missing[0])
+    with state.computing:
+        problem = site_problem(state, job.candidates, sums, missing)
+        del sums  # what is factored is another matrix
+        packed = {spec.name: _packed(state, job, problem, spec) for spec in missing}
+        del problem
     store = open_store(job.candidates.profile.stream.store)
-    problem = site_problem(state, job.candidates, block, site, missing)
     for spec in missing:
-        W = read_weight(state, job.candidates, spec)
-        choice = job.choices[spec.name]
-        if choice is None:
-            raise RuntimeError(f"module {spec.name} is not quantized")
-        (weight,) = gptq(W, problem.factor, [choice], grid=Grid(job.candidates.grid), name=spec.name)
-        write_tensors(
-            store,
-            job.folder.module(spec.name),
-            {k: v.cpu() for k, v in pack(weight).items()},
-            {"bits": str(choice.bits), "group_size": str(choice.group_size)},
-        )
-        state.beat()
+        choice = _choice(job, spec)
+        metadata = {"bits": str(choice.bits), "group_size": str(choice.group_size)}
+        write_tensors(store, job.folder.module(spec.name), packed.pop(spec.name), metadata)
+
+
+def _packed(state: WorkerState, job: StitchJob, problem: SiteProblem, spec: LinearSpec) -> dict[str, Tensor]:
+    """Codes of one module at its choice, as they are stored."""
+    W = read_weight(state, job.candidates, spec)
+    (weight,) = gptq(W, problem.factor, [_choice(job, spec)], grid=Grid(job.candidates.grid), name=spec.name)
+    state.beat()
+    return {k: v.cpu() for k, v in pack(weight).items()}
+
+
+def _choice(job: StitchJob, spec: LinearSpec) -> Choice:
+    choice = job.choices[spec.name]
+    if choice is None:
+        raise RuntimeError(f"module {spec.name} is not quantized")
+    return choice
 
 
 def missing_sites(

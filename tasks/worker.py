@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -30,6 +31,18 @@ class StaleCall(Exception):  # never seen by a user: the driver has given up its
     """The call was made before the pool changed."""
 
 
+@dataclass(slots=True, kw_only=True)
+class _UnderWay:
+    """A call that a thread runs."""
+
+    step: str
+    """Name of its function."""
+    since: float
+    """When it began, or last finished something."""
+    beside: bool
+    """Whether it only stores what others have computed."""
+
+
 class WorkerState:
     """What a worker keeps between calls."""
 
@@ -55,13 +68,14 @@ class WorkerState:
         self.place = place
         self.held: dict[str, Any] = {}
         """Stage name -> the stage's own object."""
+        self.computing = threading.Lock()
+        """Held by a call that overlaps with others (Pool.map) while it computes: they read and store meanwhile."""
         self._stage = ""
         """Module of the function that ran last."""
-        self._step = ""
-        self._since = time.monotonic()
+        self._under_way: dict[int, _UnderWay] = {}
+        """By thread."""
+        self._idle_since = time.monotonic()
         self._steps: list[tuple[str, float]] = []
-        self._beside: tuple[str, float] | None = None
-        """Function that runs beside, and since when."""
 
     @property
     def index(self) -> int:
@@ -74,45 +88,48 @@ class WorkerState:
         return self.place.num_workers
 
     def beat(self) -> None:
-        """Something is finished: a micro-batch, a module."""
+        """The call that this thread runs has finished something: a micro-batch, a module."""
         now = time.monotonic()
-        self._steps.append((self._step, now - self._since))
-        self._since = now
+        call = self._under_way.get(threading.get_ident())
+        if call is not None:
+            self._steps.append((call.step, now - call.since))
+            call.since = now
+        self._idle_since = now
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function of a stage; its end is a sign of life too."""
-        self._step, self._since = function.__qualname__, time.monotonic()
-        set_host_threads(self.host_threads)
         if function.__module__ != self._stage:  # what the stage before has freed need not lie beside this one's
             release_freed_memory()
             self._stage = function.__module__
+        return self._run(function, *arguments, beside=False)
+
+    def run_beside(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in a thread beside ``run``; its end is a sign of life of its own."""
+        return self._run(function, *arguments, beside=True)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any, beside: bool) -> Any:
+        thread = threading.get_ident()
+        set_host_threads(self.host_threads)
+        self._under_way[thread] = _UnderWay(step=function.__qualname__, since=time.monotonic(), beside=beside)
         try:
             return function(self, *arguments)
         finally:
             self.beat()
-            self._step = ""
-
-    def run_beside(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a function in a thread beside ``run``; its end is a sign of life of its own."""
-        started = time.monotonic()
-        self._beside = function.__qualname__, started
-        set_host_threads(self.host_threads)
-        try:
-            return function(self, *arguments)
-        finally:
-            self._steps.append((function.__qualname__, time.monotonic() - started))
-            self._beside = None
+            del self._under_way[thread]
 
     def pulse(self) -> Pulse:
         """What was finished since the last time; asked from another thread.
 
-        Of a worker that runs nothing itself, what runs beside is its step.
+        Of several calls under way, the one that finished something longest ago is the worker's step; what runs beside
+        is it only where nothing else runs.
         """
         steps, self._steps = self._steps, []
-        step, since, beside = self._step, self._since, self._beside
-        if not step and beside is not None:
-            step, since = beside
-        return Pulse(step=step, seconds=time.monotonic() - since, steps=tuple(steps))
+        now, calls = time.monotonic(), list(self._under_way.values())
+        calls = [call for call in calls if not call.beside] or calls
+        if not calls:
+            return Pulse(step="", seconds=now - self._idle_since, steps=tuple(steps))
+        oldest = min(calls, key=lambda call: call.since)
+        return Pulse(step=oldest.step, seconds=now - oldest.since, steps=tuple(steps))
 
     def close_copies(self) -> None:
         """End the copies that a stage has opened (tasks.streams.open_copies), if it has."""
@@ -123,7 +140,7 @@ class WorkerState:
     def clear(self) -> None:
         """Forget what stages hold; what is on disk goes with it."""
         blocks = self.held.pop("blocks", None)
-        with ExitStack() as stack:  # each of them, also where another fails
+        with self.computing, ExitStack() as stack:  # each of them, also where another fails
             if blocks is not None:
                 stack.callback(blocks.close)
             stack.callback(self.held.clear)
@@ -137,7 +154,8 @@ class WorkerState:
 class Worker:
     """Body of the actor.
 
-    ``call`` and ``clear`` run one at a time; ``beside`` in a second thread, ``pulse`` and ``move`` in a third.
+    ``call`` and ``clear`` run one at a time; ``overlapped`` in two threads of its own, ``beside`` in another, ``pulse``
+    and ``move`` in the last.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -152,23 +170,26 @@ class Worker:
 
     def call(self, epoch: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function of a stage, unless the pool has changed since it was asked for."""
+        self._begin(epoch)
+        return self.state.run(function, *arguments)
+
+    def overlapped(self, epoch: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """As ``call``, two at a time: for functions that compute, and touch what is held, under ``state.computing``."""
+        self._begin(epoch)
+        return self.state.run(function, *arguments)
+
+    def beside(self, epoch: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """As ``call``, in a thread beside it: for functions that store what they are given and touch nothing held."""
+        self._begin(epoch)
+        return self.state.run_beside(function, *arguments)
+
+    def _begin(self, epoch: int) -> None:
         import torch
 
         if epoch != self.state.place.epoch:
             raise StaleCall
         if torch.get_num_threads() != self._threads:  # a setting of the thread, which is not that of __init__
             torch.set_num_threads(self._threads)
-        return self.state.run(function, *arguments)
-
-    def beside(self, epoch: int, function: Callable[..., Any], *arguments: Any) -> Any:
-        """As ``call``, in a thread beside it: for functions that store what they are given and touch nothing held."""
-        import torch
-
-        if epoch != self.state.place.epoch:
-            raise StaleCall
-        if torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
-        return self.state.run_beside(function, *arguments)
 
     def clear(self) -> None:
         """Forget what stages hold."""

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextvars import copy_context
 from functools import partial
@@ -145,6 +146,24 @@ def test_a_stage_that_ends_every_worker_is_given_up(job: Job) -> None:
         list(pool.map(_suicide, [()]))
     for worker in list(pool.workers):
         pool._drop(worker, "done")
+
+
+def test_items_that_overlap_meet_where_they_read_and_compute_one_at_a_time(job: Job) -> None:
+    """Two items can only end if both are under way at once."""
+    pool = own_pool(workers=1)
+    assert sorted(pool.map(_meet_and_compute, [(7,), (8,)], overlap=True)) == [(0, 7), (1, 8)]
+    for worker in list(pool.workers):
+        pool._drop(worker, "done")
+
+
+def _meet_and_compute(state: WorkerState, number: int) -> int:
+    state.held.setdefault("meeting", threading.Barrier(2)).wait(60)
+    with state.computing:
+        assert "computing" not in state.held
+        state.held["computing"] = number
+        time.sleep(0.1)
+        assert state.held.pop("computing") == number
+    return number
 
 
 def _suicide(state: WorkerState) -> None:
