@@ -1,7 +1,7 @@
 """What a worker does with its time: calls of the stages, and what of them goes into moving bytes.
 
 Runs on workers, which know nothing of it: functions are replaced in their modules for as long as the process lives.
-Only the moving of bytes waits for the device first, so that computation that is still under way is not counted as it.
+Only copies to and from the device wait for it first, so that computation still under way is not counted as copying.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ MOVES = {
     "added on the host": ("tasks.device_copies:added",),
 }
 """What moves bytes: label -> functions, as ``module:function`` or ``module:Class.method``."""
+OF_DEVICE = ("kept inputs", "device to host", "host to device")
+"""Those of them that would wait for the device."""
 
 
 @dataclass
@@ -49,16 +51,14 @@ class Ledger:
     """Of device memory, in tensors."""
     reserved_bytes: int = 0
     """Of device memory, taken from the driver."""
-
-    @property
-    def busy(self) -> float:
-        """Seconds in calls."""
-        return sum(seconds for _, seconds, _ in self.calls.values())
+    busy: float = 0.0
+    """Seconds in which a call was under way; candidates have two at a time."""
 
 
-_state: dict[str, Any] = {}
-"""Of this process: its ledger, and the thread in which something runs beside."""
+_state: dict[str, Any] = {"under_way": 0, "since": 0.0}
+"""Of this process: its ledger, and of calls how many are under way and since when one is."""
 _inside = threading.local()
+_lock = threading.Lock()
 
 
 def start(state: WorkerState) -> None:
@@ -102,13 +102,22 @@ def _noted(which: str, run: Callable[..., Any]) -> Callable[..., Any]:
             return run(function, *arguments)
         began = time.perf_counter()
         _inside.beside = which == "beside"
+        with _lock:
+            if which == "calls":
+                _state["since"] = _state["since"] if _state["under_way"] else began
+                _state["under_way"] += 1
         try:
             return run(function, *arguments)
         finally:
-            entry = getattr(_state["ledger"], which).setdefault(function.__name__, [0.0, 0.0, 0.0])
-            entry[0] += 1
-            entry[1] += time.perf_counter() - began
-            entry[2] = time.time()
+            with _lock:
+                ledger: Ledger = _state["ledger"]
+                entry = getattr(ledger, which).setdefault(function.__name__, [0.0, 0.0, 0.0])
+                entry[0] += 1
+                entry[1] += time.perf_counter() - began
+                entry[2] = time.time()
+                if which == "calls":
+                    _state["under_way"] -= 1
+                    ledger.busy += 0.0 if _state["under_way"] else time.perf_counter() - _state["since"]
             _inside.beside = False
 
     return call
@@ -120,7 +129,7 @@ def _timed(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(_inside, "moving", False):  # counted already
             return function(*arguments, **options)
         beside = getattr(_inside, "beside", False)
-        if torch.cuda.is_available() and not beside:
+        if label in OF_DEVICE and torch.cuda.is_available() and not beside:
             torch.cuda.synchronize()
         _inside.moving = True
         began = time.perf_counter()

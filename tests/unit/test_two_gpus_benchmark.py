@@ -60,10 +60,10 @@ def test_a_difference_is_named_and_measured(tmp_path: Path) -> None:
 
 def test_waiting_is_what_workers_did_not_spend_in_calls() -> None:
     workers = [
-        Ledger(calls={"backward": [3, 4.0, 0.0]}, moved={"kept inputs": 0.5}, peak_bytes=3_000_000_000),
-        Ledger(calls={"backward": [3, 3.0, 0.0], "end": [1, 0.5, 0.0]}, peak_bytes=2_000_000_000),
+        Ledger(calls={"backward": [3, 4.0, 0.0]}, moved={"kept inputs": 0.5}, peak_bytes=3_000_000_000, busy=4.0),
+        Ledger(calls={"backward": [3, 3.0, 0.0], "end": [1, 0.5, 0.0]}, peak_bytes=2_000_000_000, busy=3.5),
     ]
-    alone = Stage(seconds=9.0, ended=0.0, workers=[Ledger(calls={"backward": [6, 8.0, 0.0]})])
+    alone = Stage(seconds=9.0, ended=0.0, workers=[Ledger(calls={"backward": [6, 8.0, 0.0]}, busy=8.0)])
     both = Stage(seconds=5.0, ended=0.0, workers=workers)
     runs = [Done(store=None, stages={"profile": s}, folders={}, losses=[]) for s in (alone, both)]  # type: ignore[arg-type]
     row = list(stage_table(runs))[2]
