@@ -16,7 +16,9 @@ Patch embedding and classifier are not quantized. Rows differ in one thing from 
     gptq        weights by uniform GPTQ, sequential, activation order: the control
     weights     weights by lrpq's whole recipe; MP by its curvature costs
     lrpq        and rounded behind quantized activations, whose errors the correction makes up for
-    score       lrpq, but MP by a ranking of relevance (LRP-QViT's contribution score) on two widths
+    score       lrpq, but MP of the weights by a ranking of relevance (LRP-QViT's contribution score) on two widths
+    program     lrpq, but MP by LRP-QViT's integer program on contribution scores, of weights and activations
+    paper       LRP-QViT whole: clipped channels, logarithmic softmax, nearest rounding, MP by its integer program
     averages    lrpq, but MP by directional costs
     operations  lrpq, but MP by directional costs and with bit operations as the budget, all widths in one program
     rebuilt     lrpq, and each block's codes, scales and activation steps learnt on the error of its outputs
@@ -78,6 +80,13 @@ ROWS: Mapping[str, Row] = {
     "weights": Row(behind=Behind.WEIGHTS),
     "lrpq": Row(),
     "score": Row(recipe=replace(DEFAULT, allocation="relevance-magnitude")),
+    "program": Row(budget=WidthBudget.CONTRIBUTION),
+    "paper": Row(
+        means=Means.CLIPPED | Means.CHANNELS | Means.LOGARITHMIC,
+        recipe=NEAREST,
+        behind=Behind.WEIGHTS,
+        budget=WidthBudget.CONTRIBUTION,
+    ),
     "averages": Row(budget=WidthBudget.AVERAGES),
     "operations": Row(budget=WidthBudget.OPERATIONS),
     "rebuilt": Row(reconstruct=Reconstruction()),

@@ -105,9 +105,12 @@ def budget_line(budget: Mapping[str, Any]) -> str:
 def guard_line(guard: Mapping[str, Any]) -> str:
     """Say what the result was held against before it was written."""
     windows, unit = ("images", "an image") if guard.get("of") == "images" else ("windows", "a token")
+    error = guard["lrpq"].get("difference_standard_error")
+    difference = guard["lrpq"]["kl_nats"] - guard["uniform"]["kl_nats"]
+    paired = "" if error is None else f" (difference {difference:+.4f} +- {error:.4f})"
     return (
         f"held-out calibration {windows} ({guard['windows']}): KL {guard['lrpq']['kl_nats']:.4f} nats {unit}, uniform "
-        f"{guard['uniform_choice']} {guard['uniform']['kl_nats']:.4f}; written: {guard['kept']}"
+        f"{guard['uniform_choice']} {guard['uniform']['kl_nats']:.4f}{paired}; written: {guard['kept']}"
     )
 
 

@@ -95,7 +95,7 @@ class CalibrationConfig(Section):
     held_out: Annotated[int | None, Field(ge=0), Flag("--held-out-windows")] = None
     """Further windows of the same text that nothing is calibrated on: the result must be no worse on them than the
     uniform candidate, or that is what is written; 0 skips it; an eighth of the calibration windows, at most 16, if not
-    given (of images, half as many as are calibrated on)."""
+    given (of images, half as many as are calibrated on, and worse is by more than two standard errors)."""
     text_column: Annotated[str | None, Flag("--text-column")] = None
     """Column that holds the text of a hub or Parquet source; found by itself if not given."""
 

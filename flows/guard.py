@@ -2,6 +2,10 @@
 
 Otherwise the uniform candidate is what the user gets, and is told so. The comparison is made on windows that nothing
 was calibrated on, before anything is written.
+
+A window of text has hundreds of predictions, an image one, and of a model that is sure of its training images a few
+hold nearly all of the divergence. So a result on images counts as worse where it is by more than `ERRORS` standard
+errors of the paired difference.
 """
 
 from __future__ import annotations
@@ -25,6 +29,12 @@ from tasks.streams import StreamJob
 
 STAGE = "guard"
 OURS, UNIFORM = "lrpq", "uniform"
+ERRORS = 2.0
+"""Where k of n images hold all of a difference, in equal parts, it is some sqrt(k) of its standard errors: what one or
+two images say is chance, and five are heard."""
+DIFFERENCE_ERROR = "difference_standard_error"
+"""Of images, in the result's scores: standard error of its paired difference to the uniform candidate, nats an image;
+None with one image."""
 
 
 class Windows(Enum):
@@ -96,7 +106,7 @@ def guarded(
         run.warn("the result is not guarded: no uniform plan is possible under this budget")
         return {}, ours
     scores = measure({OURS: ours, UNIFORM: uniform})
-    kept = OURS if scores[OURS]["kl_nats"] <= scores[UNIFORM]["kl_nats"] else UNIFORM
+    kept = better(scores, of)
     choice = next(str(c) for c in uniform.plan.choices.values() if c is not None)
     found = {"windows": held_out.num_windows, "uniform_choice": choice, "kept": kept, **scores}
     if of is Windows.IMAGES:
@@ -108,6 +118,12 @@ def guarded(
         f"{of.unit} and uniform {choice} one of {scores[UNIFORM]['kl_nats']:.4f}: uniform is what is written"
     )
     return found, uniform
+
+
+def better(scores: Mapping[str, Mapping[str, Any]], of: Windows) -> str:
+    """Which of the two is kept: ours, unless it is worse."""
+    margin = ERRORS * (scores[OURS][DIFFERENCE_ERROR] or 0.0) if of is Windows.IMAGES else 0.0
+    return OURS if scores[OURS]["kl_nats"] <= scores[UNIFORM]["kl_nats"] + margin else UNIFORM
 
 
 def measure_held_out(

@@ -176,7 +176,7 @@ class ImageCompression(Compression):
         choices = {name: choices_json(contender.plan.choices) for name, contender in contenders.items()}
         folder = self.run_state.folder(guard.STAGE, inputs=inputs, parameters=choices, code=["tasks.image_scores"])
         job = self._scoring(held_out.key, held_out.num_windows, variants)
-        return self._scores(pool, job, folder, guard.STAGE, labelled=False)
+        return self._scores(pool, job, folder, guard.STAGE, labelled=False, paired=(guard.OURS, guard.UNIFORM))
 
     def _planned_size(self, quantized: Mapping[str, Choice]) -> dict[str, Any]:
         grids = checkpoint_activations(self.specs, self.context.activations, quantized)
@@ -255,9 +255,17 @@ class ImageCompression(Compression):
         )
 
     def _scores(
-        self, pool: Pool, job: ScoreImagesJob, folder: StageFolder, label: str, *, labelled: bool
+        self,
+        pool: Pool,
+        job: ScoreImagesJob,
+        folder: StageFolder,
+        label: str,
+        *,
+        labelled: bool,
+        paired: tuple[str, str] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Summaries by variant; a stage of the run."""
+        """Summaries by variant, that of the first of ``paired`` with the error of its difference to the second; a stage
+        of the run."""
         run = self.run_state
         done = run.stored(folder, label)
         if done is None:
@@ -266,10 +274,12 @@ class ImageCompression(Compression):
                 with run.timed(label, 1, "pass"):
                     parts = run.step(label, lambda: pool.each(image_scores.score, job))
                     run.advance(label)
-                return {
-                    name: asdict(image_scores.summarize(rows, labelled=labelled))
-                    for name, rows in image_scores.merged(parts).items()
-                }
+                rows = image_scores.merged(parts)
+                found = {name: asdict(image_scores.summarize(rows[name], labelled=labelled)) for name in rows}
+                if paired is not None:
+                    ours, theirs = paired
+                    found[ours][guard.DIFFERENCE_ERROR] = image_scores.paired_error(rows[ours], rows[theirs])
+                return found
 
             done = run.finish(folder, label, {"scores": run.survive(pool, label, attempt)})
         return {name: dict(found) for name, found in done["scores"].items()}

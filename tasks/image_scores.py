@@ -146,11 +146,22 @@ def summarize(rows: Sequence[tuple[bool, bool, float]], *, labelled: bool) -> Im
     """Means over images, with the standard error of the KL divergence."""
     n = len(rows)
     kl = [row[2] for row in rows]
-    mean = math.fsum(kl) / n
-    deviation = math.sqrt(math.fsum((k - mean) ** 2 for k in kl) / (n - 1)) if n > 1 else None
     return ImageSummary(
         top1=sum(row[0] for row in rows) / n if labelled else None,
         agreement=sum(row[1] for row in rows) / n,
-        kl_nats=mean,
-        kl_standard_error=None if deviation is None else deviation / math.sqrt(n),
+        kl_nats=math.fsum(kl) / n,
+        kl_standard_error=_standard_error(kl),
     )
+
+
+def paired_error(ours: Sequence[tuple[bool, bool, float]], theirs: Sequence[tuple[bool, bool, float]]) -> float | None:
+    """Standard error of the mean difference of two variants' KL divergences on the same images; None with one."""
+    return _standard_error([a[2] - b[2] for a, b in zip(ours, theirs, strict=True)])
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    n = len(values)
+    if n == 1:
+        return None
+    mean = math.fsum(values) / n
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)

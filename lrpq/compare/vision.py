@@ -28,8 +28,9 @@ from lrpq.activations.apply import GridActivations, quantized_block
 from lrpq.activations.calibrate import BlockGrids, Calibration, Means, calibrate
 from lrpq.activations.folding import fold_plan
 from lrpq.allocate.plan import Plan
+from lrpq.compare import contribution
 from lrpq.compare.prepared import Prepared, asked_of
-from lrpq.compare.recipes import Recipe
+from lrpq.compare.recipes import DEFAULT, Recipe
 from lrpq.compare.shared_walk import FoldedBench, SharedWalk
 from lrpq.compare.terms import Terms
 from lrpq.compare.vision_widths import WidthBudget, allocate_together, middle_width
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 PER_ROW = -1
+COSTED_TOGETHER = (WidthBudget.AVERAGES, WidthBudget.OPERATIONS)
+"""Budgets whose costs are taken of weights and activations at once, in a model folded for the middle width."""
 
 
 class Behind(Enum):
@@ -127,22 +130,32 @@ def quantize_classifier(
     shared = replace(shared, bits=tuple(weight_bits), group_sizes=(PER_ROW,))
     stream = BlockStream(source, dtype=shared.dtype, device=shared.device)
     budget_bits = uniform_bits(stream.specs, average_bits)
+    by_contribution = budget is WidthBudget.CONTRIBUTION
+    if by_contribution and not activation_bits:
+        raise ConfigError("contribution scores choose the widths of activations too; give widths for them")
+    scores: contribution.Scores = {}
     found: Calibration | None = None
     walk: SharedWalk | None = None
     widths: Mapping[tuple[int, str], int] = {}
     if activation_bits:
-        if Means.JUDGED_BY_OUTPUT in means:
-            walk = SharedWalk(Workbench(source, images, shared), asked_of([recipe], [budget_bits]))
+        judged = Means.JUDGED_BY_OUTPUT in means
+        if judged or by_contribution:
+            recipes = [recipe, replace(recipe, allocation=contribution.MEASURE)] if by_contribution else [recipe]
+            walk = SharedWalk(Workbench(source, images, shared), asked_of(recipes, [budget_bits]))
         found = calibrate(
             stream,
             images,
             widths=activation_bits,
             means=means,
-            token_weights=None if walk is None else walk.squares,
+            token_weights=walk.squares if walk is not None and judged else None,
             micro_batch=shared.micro_batch,
         )
-        mixed = len(activation_bits) > 1 and budget is WidthBudget.APART
-        widths = allocate_widths(found, average_bits=middle) if mixed else found.uniform(middle)
+        widths = found.uniform(middle)
+        if len(activation_bits) > 1 and budget is WidthBudget.APART:
+            widths = allocate_widths(found, average_bits=middle)
+        elif by_contribution and walk is not None:
+            scores = contribution.contributions(walk.evidence)
+            widths = contribution.activation_widths(found, stream, scores, average_bits=middle)
 
     def folded_bench(folder: Path) -> Workbench:
         """Of the model folded for the widths that are chosen by now; itself where nothing is folded."""
@@ -156,10 +169,15 @@ def quantize_classifier(
             return Workbench(model, images, shared)
         return FoldedBench(model, images, shared, walk=walk, foldings=foldings)
 
-    if budget is WidthBudget.APART:
+    if budget not in COSTED_TOGETHER:
         bench = folded_bench(folded)
         prepared = Prepared(bench, [recipe], [budget_bits])
-        plan, gathered = prepared.plan(recipe.allocation, budget_bits), prepared.gathered
+        gathered = prepared.gathered
+        if by_contribution:
+            rows = gathered.costs[DEFAULT.allocation]
+            plan = contribution.weight_widths(rows, scores, budget_bits=budget_bits)
+        else:
+            plan = prepared.plan(recipe.allocation, budget_bits)
     else:
         with TemporaryDirectory(prefix="lrpq-folded-") as scratch:
             allocated = allocate_together(

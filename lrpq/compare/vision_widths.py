@@ -35,6 +35,8 @@ class WidthBudget(Enum):
     """Weights and activations each their average; directional costs."""
     OPERATIONS = "operations"
     """All widths in one program, with no more bit operations than the averages everywhere; directional costs."""
+    CONTRIBUTION = "contribution"
+    """Weights and activations each their average, by LRP-QViT's contribution scores instead of costs (contribution)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ def allocate_together(
         bench: the model, folded for the middle width everywhere, and the widths of its weights.
         calibration: of the model before it was folded; None where activations stay as they are.
         recipe: how codes are made.
-        budget: other than APART.
+        budget: AVERAGES or OPERATIONS.
         average_bits: of weights, in bit operations.
         budget_bits: of weights, all-in.
         middle: width of activations that is their average.

@@ -253,6 +253,7 @@ def test_weights_alone_load_with_transformers(job: Job, model: Path, images: Pat
     assert found["evaluation"]["images"] == 20
     assert "activations" not in found
     assert found["guard"]["windows"] == HELD_OUT
+    assert found["guard"]["lrpq"]["difference_standard_error"] > 0
     loaded = AutoModelForImageClassification.from_pretrained(job.folder / "weights").eval()
     drawn = draw(
         parse_image_source(str(flat)),

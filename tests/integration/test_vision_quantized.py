@@ -18,6 +18,7 @@ from lrpq.activations.grids import quantized
 from lrpq.activations.operations import operations
 from lrpq.checkpoint.activations import grid_document
 from lrpq.classifier import load_classifier, write_classifier
+from lrpq.compare.contribution import MEASURE, contributions
 from lrpq.compare.prepared import asked_of
 from lrpq.compare.recipes import CONTROL, DEFAULT, Recipe, Rounding
 from lrpq.compare.shared_walk import SharedWalk
@@ -189,6 +190,33 @@ def test_a_ranking_is_not_given_a_budget_of_operations(folder: Path, tmp_path: P
         quantize(folder, tmp_path, (3, 4, 5), (4,), ranked, budget=WidthBudget.OPERATIONS)
     with pytest.raises(ConfigError, match="give widths for the activations too"):
         quantize(folder, tmp_path, (3, 4, 5), (), budget=WidthBudget.OPERATIONS)
+
+
+def test_contribution_scores_choose_all_widths_within_both_averages(
+    folder: Path, stream: BlockStream, tmp_path: Path
+) -> None:
+    """LRP-QViT's MP4: weights and activations of 3 to 5 bits, the layers of most relevance at the widest."""
+    made = quantize(folder, tmp_path, (3, 4, 5), (3, 4, 5), budget=WidthBudget.CONTRIBUTION)
+    assert made.plan is not None
+    assert made.plan.average_bits <= uniform_bits(stream.specs, 4)
+    asked = asked_of([replace(DEFAULT, allocation=MEASURE)], [4.0])
+    scores = contributions(SharedWalk(Workbench(stream.source, CALIBRATION, TERMS), asked).evidence)
+    assert sum(scores.values()) == pytest.approx(1)
+    bits = {name: choice.bits for name, choice in made.plan.choices.items() if choice is not None}
+    density = {spec.name: scores[spec.name] / spec.num_weights for spec in stream.specs}
+    ranked = sorted(density, key=lambda name: -density[name])
+    assert bits[ranked[0]] == 5
+    assert bits[ranked[-1]] == 3
+    places = calibrate(stream, CALIBRATION, widths=[4], means=Means.NONE).places
+    total = sum(place.num_values for place in places.values())
+    assert 3.5 * total < sum(width * places[key].num_values for key, width in made.widths.items()) <= 4 * total
+    assert set(made.widths.values()) == {3, 4, 5} or set(made.widths.values()) == {3, 5}
+    for block in range(
+        stream.num_blocks
+    ):  # both factors of pattern times values are as relevant, the pattern is larger
+        assert made.widths[block, "value"] >= made.widths[block, "pattern"]
+    with pytest.raises(ConfigError, match="choose the widths of activations too"):
+        quantize(folder, tmp_path / "weights", (3, 4, 5), (), budget=WidthBudget.CONTRIBUTION)
 
 
 def test_mixed_activations_average_to_the_width(folder: Path, stream: BlockStream, tmp_path: Path) -> None:
