@@ -156,8 +156,10 @@ class QuantizedModule:
 
     name: str
     weight: QuantizedWeight
+    packed: Mapping[str, Tensor]
+    """The same as it is stored; empty for a module that is stored."""
     counts: Mapping[str, str]
-    """How it went (``COUNTS``), to be stored; empty for one that is stored."""
+    """How it went (``COUNTS``), to be stored; empty for a module that is stored."""
 
 
 def shard_weights(
@@ -275,9 +277,10 @@ def quantize(
         grid=Grid(job.grid),
         name=spec.name,
     )
+    packed = {k: to_host(v) for k, v in pack(refined.weight).items()}  # here: a core takes seconds for a large layer
     codes, scales = to_host(refined.weight.codes), to_host(refined.weight.scales)
     weight = QuantizedWeight(codes=codes, scales=scales, choice=choice)
-    return QuantizedModule(name=spec.name, weight=weight, counts=_counts(refined, evidence))
+    return QuantizedModule(name=spec.name, weight=weight, packed=packed, counts=_counts(refined, evidence))
 
 
 def store_module(state: WorkerState, job: RefineJob, module: QuantizedModule) -> None:
@@ -286,7 +289,7 @@ def store_module(state: WorkerState, job: RefineJob, module: QuantizedModule) ->
     write_tensors(
         open_store(job.stream.store),
         job.folder.module(module.name),
-        pack(weight),
+        module.packed,
         {"bits": str(weight.choice.bits), "group_size": str(weight.choice.group_size), **module.counts},
     )
 
@@ -347,7 +350,7 @@ def load_refined(state: WorkerState, job: RefineJob, spec: LinearSpec) -> Quanti
     if choice is None:
         raise RuntimeError(f"module {spec.name} is not quantized")
     weight = read_refined(open_store(job.stream.store), job.folder, spec.name, choice)
-    return QuantizedModule(name=spec.name, weight=weight, counts={})
+    return QuantizedModule(name=spec.name, weight=weight, packed={}, counts={})
 
 
 def _dense(sweep: RefineSweep, quantized: Sequence[QuantizedModule]) -> dict[str, torch.Tensor]:
