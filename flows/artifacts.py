@@ -27,7 +27,14 @@ from prefect.artifacts import (
 from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 
-from flows.closing import activations_line, budget_line, guard_line, rotation_line, shown_bytes
+from flows.closing import (
+    activations_line,
+    budget_line,
+    guard_line,
+    reconstruction_line,
+    rotation_line,
+    shown_bytes,
+)
 from flows.progress import Progress, shown_seconds
 
 UPDATE_SECONDS = 2.0
@@ -142,6 +149,8 @@ def result_text(manifest: Mapping[str, Any]) -> str:
     measured = manifest.get("evaluation")
     if manifest.get("activations"):
         lines += [activations_line(manifest["activations"]), ""]
+    if manifest.get("reconstruction"):
+        lines += [reconstruction_line(manifest["reconstruction"]), ""]
     if measured:
         images = "images" in measured
         lines.append("| | top-1 | KL, nats an image |" if images else "| | perplexity | KL, nats a token |")

@@ -17,6 +17,7 @@ STAGES = (
     "allocate",
     "stitch",
     "refine",
+    "rebuild",
     "guard",
     "evaluate",
 )

@@ -26,6 +26,7 @@ DEGRADATIONS: Mapping[str, str] = {
     "refine_damping_steps": "times the damping was raised tenfold in the refinement",
     "correction_rejected": "corrections made a block worse and were left out",
     "correction_rejected_rows": "rows of weights were left uncorrected, for the correction made them worse",
+    "reconstruction_diverged": "blocks stopped being rebuilt early, for their gradients were not finite",
     "modules_with_rows_alone": "modules were rounded row by row, for making up for each other made the rows worse",
 }
 """Counter of the manifest -> what it counts; others are shown by their names."""
@@ -67,6 +68,8 @@ def _closing(manifest: Mapping[str, Any]) -> list[RenderableType]:
     if modules := manifest.get("modules"):
         parts.append(bits_table(modules, kept=manifest.get("kept_16bit", ())))
     parts.append(quality_table(manifest.get("evaluation", {}), sizes=manifest.get("bytes", {})))
+    if rebuilt := manifest.get("reconstruction"):
+        parts.append(Text(reconstruction_line(rebuilt)))
     if guard := manifest.get("guard"):
         parts.append(Text(guard_line(guard)))
     if seconds := manifest.get("seconds"):
@@ -112,6 +115,16 @@ def guard_line(guard: Mapping[str, Any]) -> str:
         f"held-out calibration {windows} ({guard['windows']}): KL {guard['lrpq']['kl_nats']:.4f} nats {unit}, uniform "
         f"{guard['uniform_choice']} {guard['uniform']['kl_nats']:.4f}{paired}; written: {guard['kept']}"
     )
+
+
+def reconstruction_line(rebuilt: Mapping[str, Any]) -> str:
+    """Say how many blocks were rebuilt, and what became of the errors of these."""
+    changed = [block for block in rebuilt["blocks"] if block["changed"]]
+    text = f"reconstruction: {rebuilt['changed']} of {rebuilt['num_blocks']} blocks changed"
+    if changed:
+        before, after = (sum(float(block[when]) for block in changed) for when in ("before", "after"))
+        text += f", their held-out errors {before:.4g} -> {after:.4g} nats an image in all"
+    return text
 
 
 def activations_line(activations: Mapping[str, Any]) -> str:

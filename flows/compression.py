@@ -241,6 +241,7 @@ class Compression:
         ours = stitching.named(plans.ours) if refined is None else Contender(codes=refined.folder, plan=plans.ours)
         uniform = None if plans.uniform is None else stitching.named(plans.uniform)
         head = None if self.head is None else prepared.candidates
+        ours = self._to_rebuild(prepared, ours)
         keys = [self._content_key(c, head=head) for c in (ours, uniform) if c is not None]
         if all(self._written(key) is None for key in keys):  # what is wrong with the output shows here, not later
             check_output(self.config.output, overwrite=self.config.overwrite)
@@ -258,6 +259,9 @@ class Compression:
             }
         else:
             stitching.made(plans.ours, label=stitch.STAGE)
+        rebuilt = self._rebuild(pool)
+        if rebuilt is not None:
+            degraded["reconstruction_diverged"] = rebuilt["diverged"]
         compared, kept = self._guarded(pool, prepared, ours, uniform, head=head)
         if kept is uniform:  # what the refinement met is not of the codes that are written
             degraded = count_degradations(rows)
@@ -275,10 +279,12 @@ class Compression:
         )
         manifest |= self.description()
         manifest["guard"] = compared
+        if rebuilt is not None:
+            manifest["reconstruction"] = {**rebuilt, "written": kept is ours}
         manifest["budget"] |= {"search": self.searched}
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
-        manifest["size"] = self._planned_size(quantized)
+        manifest["size"] = self._planned_size(codes, quantized)
         reached = self._assemble(pool, codes, quantized, manifest, key, head=head)
         manifest["verified"] = reached["verified"]
         self._report()
@@ -325,7 +331,15 @@ class Compression:
             self.run_state, pool, prepared.stream_job, held_out, contenders, head=head, label=guard.STAGE
         )
 
-    def _planned_size(self, quantized: Mapping[str, Choice]) -> dict[str, Any]:
+    def _to_rebuild(self, prepared: Prepared, start: Contender) -> Contender:
+        """Say where the codes will be that reconstruction makes of these; the same where nothing is rebuilt."""
+        return start
+
+    def _rebuild(self, pool: Pool) -> Mapping[str, Any] | None:
+        """Make them; what the manifest says of it. None: a language model, which has no reconstruction."""
+        return None
+
+    def _planned_size(self, codes: StageFolder | CandidatesJob, quantized: Mapping[str, Choice]) -> dict[str, Any]:
         """Size of the checkpoint."""
         written_as = CheckpointFormat(self.planner.wanted.format)
         size = planned_size(self.source, quantized, specs=self.specs, format=written_as)

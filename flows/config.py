@@ -258,6 +258,9 @@ class PlanConfig(Section):
     refine: Annotated[Literal["sequential", "stitch"], Flag("--refine")] = "sequential"
     """sequential: quantize again behind the quantized prefix; stitch: the stored candidates (seconds, lower
     quality; with --cost-rows they are made for the plan)."""
+    reconstruct: Annotated[bool, Flag("--reconstruct")] = False
+    """Of an image classifier: learn codes, scales and activation steps of each block on the error of its outputs, and
+    keep them where that falls on calibration images that were held out of it; takes minutes."""
     correction: Share = 0.5
     """Strength a of the weight correction before quantizing (share; 0 is none)."""
     correction_damping: Annotated[float, Field(gt=0, le=10)] = 0.1

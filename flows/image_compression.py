@@ -21,6 +21,7 @@ from flows.guard import Contender, Windows
 from flows.heat_maps import HeatReport, run_heat_maps
 from flows.images import MeasuredImages, calibration_images, evaluation_images
 from flows.planning import Planner
+from flows.reconstruction import run_rebuild, with_rebuilt_grids
 from flows.result import choices_json, model_bytes
 from flows.stages import run_refine
 from lrpq.activations.allocate import allocate_widths
@@ -33,6 +34,8 @@ from lrpq.model.inputs import image_shape
 from lrpq.model.layers import Choice
 from lrpq.model.streaming import BlockStream
 from lrpq.relevance.patches import special_tokens
+from lrpq.tune.options import Reconstruction
+from lrpq.tune.reconstruct import divided
 from tasks import activations, assemble_classifier, image_scores
 from tasks.artifacts import StageFolder
 from tasks.assemble_classifier import AssembleClassifierJob, checkpoint_activations
@@ -42,6 +45,7 @@ from tasks.cluster import Pool
 from tasks.evaluate import STAGE as EVALUATE
 from tasks.image_scores import ClassifierCheckpoint, ClassifierVariant, ScoreImagesJob, StoredClassifierCodes
 from tasks.profile import ProfileJob
+from tasks.rebuild import RebuildJob
 from tasks.streams import DTYPES, StreamJob
 
 
@@ -70,6 +74,8 @@ class ImageCompression(Compression):
         self.windows = calibration_images(run, config, **about)
         self.images: MeasuredImages | None = evaluation_images(run, config, **about)
         self.check_plan()
+        if self.planner.wanted.reconstruct:  # too few images show now, not after the work
+            divided(self.windows.num_windows, Reconstruction())
         self._explain(pool)
         self.calibration: Calibration | None = None
         if not config.run.images.activations:
@@ -169,7 +175,9 @@ class ImageCompression(Compression):
         held_out = self.windows.held_out
         assert held_out is not None
         variants = {
-            name: StoredClassifierCodes(stream=prepared.stream_job, folder=c.codes, choices=c.plan.choices)
+            name: StoredClassifierCodes(
+                stream=with_rebuilt_grids(prepared.stream_job, c.codes), folder=c.codes, choices=c.plan.choices
+            )
             for name, c in contenders.items()
         }
         inputs = {"images": held_out.digest, **{name: contender.key for name, contender in contenders.items()}}
@@ -178,8 +186,20 @@ class ImageCompression(Compression):
         job = self._scoring(held_out.key, held_out.num_windows, variants)
         return self._scores(pool, job, folder, guard.STAGE, labelled=False, paired=(guard.OURS, guard.UNIFORM))
 
-    def _planned_size(self, quantized: Mapping[str, Choice]) -> dict[str, Any]:
-        grids = checkpoint_activations(self.specs, self.context.activations, quantized)
+    def _to_rebuild(self, prepared: Prepared, start: Contender) -> Contender:
+        self.rebuild_job: RebuildJob | None = None
+        if not self.planner.wanted.reconstruct:
+            return start
+        self.rebuild_job = jobs.rebuild_job(self.context, prepared.stream_job, start)
+        return replace(start, codes=self.rebuild_job.folder)
+
+    def _rebuild(self, pool: Pool) -> Mapping[str, Any] | None:
+        job = self.rebuild_job
+        return None if job is None else run_rebuild(self.run_state, pool, job, self.stream.num_blocks)
+
+    def _planned_size(self, codes: StageFolder | CandidatesJob, quantized: Mapping[str, Choice]) -> dict[str, Any]:
+        chosen = with_rebuilt_grids(jobs.stream_job(self.context, self.windows), codes).activations
+        grids = checkpoint_activations(self.specs, chosen, quantized)
         size = planned_size(self.source, quantized, specs=self.specs, activations=grids)
         return {**asdict(size), "average_bits": size.quantized_bits / size.num_quantized_weights}
 
@@ -197,7 +217,7 @@ class ImageCompression(Compression):
         head: CandidatesJob | None,
     ) -> Call:
         job = AssembleClassifierJob(
-            stream=jobs.stream_job(self.context, self.windows),
+            stream=with_rebuilt_grids(jobs.stream_job(self.context, self.windows), codes),
             output=str(self.config.output.absolute()),
             overwrite=self.config.overwrite,
             codes=codes,

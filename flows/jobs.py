@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flows.calibrate import StoredWindows
 from flows.config import CandidateConfig, CompressConfig
+from flows.guard import Contender
 from flows.result import choices_json
 from flows.rotation import rotation_of
 from flows.run import Run
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.model.layers import Choice, LinearSpec
-from tasks import activations, candidates, heat_maps, profile, refine, stitch
+from lrpq.tune.options import Reconstruction
+from tasks import activations, candidates, heat_maps, profile, rebuild, refine, stitch
 from tasks.activations import ActivationsJob
 from tasks.candidates import CandidatesJob
 from tasks.chosen_grids import ChosenGrids
 from tasks.heat_maps import HeatMapsJob
 from tasks.profile import ProfileJob
+from tasks.rebuild import RebuildJob
 from tasks.refine import RefineJob
 from tasks.stitch import StitchJob
 from tasks.streams import StreamJob
@@ -206,6 +209,30 @@ def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJo
         polish_rounds=wanted.polish,
         row_blocks=row_blocks,
         grid=candidate.grid,
+    )
+
+
+def rebuild_job(context: JobContext, stream: StreamJob, start: Contender) -> RebuildJob:
+    """Depends on the codes that it begins with, and by them on the model, the images and the grids."""
+    options, seed = Reconstruction(), context.config.run.seed
+    return RebuildJob(
+        stream=stream,
+        folder=context.run.folder(
+            rebuild.STAGE,
+            inputs={"codes": start.key, **_activations(stream)},
+            parameters={
+                "choices": choices_json(start.plan.choices),
+                "options": asdict(options),
+                "seed": seed,
+                "dtype": context.dtype,
+                "micro_batch": stream.micro_batch,
+            },
+            code=["tasks.rebuild"],
+        ),
+        codes=start.codes,
+        choices=start.plan.choices,
+        options=options,
+        seed=seed,
     )
 
 

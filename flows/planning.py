@@ -18,7 +18,7 @@ from lrpq.model.safetensors_source import ModelSource
 from tasks import allocate
 
 STAGE = "allocate"
-REFINEMENT = {"refine", "correction", "correction_damping", "polish", "row_blocks"}
+REFINEMENT = {"refine", "reconstruct", "correction", "correction_damping", "polish", "row_blocks"}
 """Fields of the plan that the allocation does not depend on."""
 
 

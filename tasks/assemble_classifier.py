@@ -15,11 +15,9 @@ from lrpq.classifier import ClassifierProof, verify_classifier, write_classifier
 from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.quant.grid import QuantizedWeight
-from tasks.artifacts import StageFolder
-from tasks.candidates import CandidatesJob, read_candidate
 from tasks.chosen_grids import ChosenGrids, read_grids
-from tasks.refine import read_refined
 from tasks.store.opened import open_store
+from tasks.stored_codes import CodesFrom, read_codes
 from tasks.streams import StreamJob, open_source_of
 from tasks.worker import WorkerState
 
@@ -32,7 +30,7 @@ class AssembleClassifierJob:
     """The model, with the grids of its activations."""
     output: str
     overwrite: bool
-    codes: StageFolder | CandidatesJob
+    codes: CodesFrom
     choices: Mapping[str, Choice]
     """Quantized modules only."""
     specs: tuple[LinearSpec, ...]
@@ -53,11 +51,7 @@ def assemble(state: WorkerState, job: AssembleClassifierJob) -> dict[str, Any]:
     def load(name: str) -> QuantizedWeight | None:
         state.beat()
         choice = job.choices.get(name)
-        if choice is None:
-            return None
-        if isinstance(job.codes, CandidatesJob):
-            return read_candidate(store, job.codes, by_name[name], choice)
-        return read_refined(store, job.codes, name, choice)
+        return None if choice is None else read_codes(store, job.codes, by_name[name], choice)
 
     def prove(folder: Path) -> None:
         proof.append(

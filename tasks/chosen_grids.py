@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lrpq.activations.calibrate import BlockGrids, Calibration, Candidate, Place
 from lrpq.activations.folding import Folding, fold_plan
-from lrpq.activations.grids import ActivationGrid, LogarithmicGrid, UniformGrid
+from lrpq.activations.grids import UniformGrid
 from lrpq.errors import StoreError
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
@@ -24,6 +24,7 @@ from tasks.artifacts import StageFolder
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
+from tasks.stored_grids import grid_of, grid_tensors, read_block_grids
 
 KIND, ENDING = "grids", "safetensors"
 
@@ -37,11 +38,14 @@ class ChosenGrids:
     widths: tuple[tuple[int, str, int], ...]
     """Block, site or point, bits."""
     num_blocks: int
+    rebuilt: StageFolder | None = None
+    """Stage whose grids, of the same widths, take the place of these; what is folded stays."""
 
     @property
     def digest(self) -> str:
         """Names the grids."""
-        return hashlib.sha256(json.dumps([self.folder.key, self.widths]).encode()).hexdigest()
+        rebuilt = [] if self.rebuilt is None else [self.rebuilt.key]
+        return hashlib.sha256(json.dumps([self.folder.key, self.widths, *rebuilt]).encode()).hexdigest()
 
     def by_place(self) -> dict[tuple[int, str], int]:
         """(block, site or point) -> bits."""
@@ -58,7 +62,21 @@ def chosen_grids(
 
 def read_grids(chosen: ChosenGrids) -> tuple[BlockGrids, ...]:
     """By block, for the folded model."""
-    return _calibration(chosen).grids(chosen.by_place())
+    rebuilt = chosen.rebuilt
+    if rebuilt is None:
+        return _calibration(chosen).grids(chosen.by_place())
+    store = open_store(chosen.store)
+    return tuple(read_block_grids(store, rebuilt_key(rebuilt, block)) for block in range(chosen.num_blocks))
+
+
+def rebuilt_with(chosen: ChosenGrids, folder: StageFolder) -> ChosenGrids:
+    """The same folds, with the grids of a stage that has rebuilt the blocks."""
+    return replace(chosen, rebuilt=folder)
+
+
+def rebuilt_key(folder: StageFolder, block: int) -> str:
+    """Key of a rebuilt block's grids."""
+    return folder.block(KIND, block, ENDING)
 
 
 def folding_at(chosen: ChosenGrids, block: int, site: str) -> Folding | None:
@@ -117,14 +135,7 @@ def read_block(store: ObjectStore, folder: StageFolder, block: int) -> dict[tupl
 
 def _tensors(candidate: Candidate) -> dict[str, Tensor]:
     """A candidate's numbers, exactly."""
-    grid = candidate.grid
-    found = {"cost": torch.tensor(candidate.cost, dtype=torch.float64)}
-    if isinstance(grid, LogarithmicGrid):
-        found["largest"] = torch.tensor(grid.scale, dtype=torch.float64)
-        found["steps"] = torch.tensor(grid.steps_per_octave)
-    else:
-        assert isinstance(grid, UniformGrid)
-        found |= {"scale": grid.scale, "offset": grid.offset}
+    found = {"cost": torch.tensor(candidate.cost, dtype=torch.float64), **grid_tensors(candidate.grid)}
     if candidate.folding is not None:
         found |= {"ratio": candidate.folding.ratio, "before": candidate.folding.before}
     return found
@@ -132,16 +143,11 @@ def _tensors(candidate: Candidate) -> dict[str, Tensor]:
 
 def _candidate(tensors: Mapping[str, Tensor], prefix: str, width: int, key: str) -> Candidate:
     found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    grid: ActivationGrid
     folding: Folding | None = None
     try:
-        if "largest" in found:
-            grid = LogarithmicGrid(bits=width, scale=float(found["largest"]), steps_per_octave=int(found["steps"]))
-        else:
-            uniform = UniformGrid(bits=width, scale=found["scale"], offset=found["offset"])
-            grid = uniform
-            if "ratio" in found:
-                folding = Folding(ratio=found["ratio"], before=found["before"], grid=uniform)
+        grid = grid_of(found, bits=width)
+        if isinstance(grid, UniformGrid) and "ratio" in found:
+            folding = Folding(ratio=found["ratio"], before=found["before"], grid=grid)
         return Candidate(grid=grid, folding=folding, cost=float(found["cost"]))
     except KeyError as error:
         raise StoreError(f"{key}: lacks {prefix}{error.args[0]}; delete it, and it is made again") from error

@@ -17,17 +17,14 @@ from torch import nn
 from lrpq.activations.apply import quantized_block
 from lrpq.classifier import read_classifier
 from lrpq.evaluate.classification import ImageScores, Variant, score_images
-from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.layers import Choice
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
-from lrpq.quant.grid import QuantizedWeight
 from lrpq.shards import assign
-from tasks.artifacts import StageFolder
-from tasks.candidates import CandidatesJob, read_candidate
 from tasks.chosen_grids import read_grids
 from tasks.images.stored import read_images, read_labels
-from tasks.refine import read_refined
 from tasks.store.opened import open_store
+from tasks.stored_codes import CodesFrom, read_codes
 from tasks.streams import DTYPES, StreamJob, open_stream
 from tasks.worker import WorkerState
 
@@ -37,11 +34,11 @@ BATCH = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredClassifierCodes:
-    """A variant whose codes lie in the store: refined ones, or candidates."""
+    """A variant whose codes lie in the store."""
 
     stream: StreamJob
     """The model that they are of, folded where activations are quantized."""
-    folder: StageFolder | CandidatesJob
+    folder: CodesFrom
     choices: Mapping[str, Choice | None]
 
 
@@ -110,14 +107,13 @@ def _variant(state: WorkerState, variant: ClassifierVariant, dtype: torch.dtype)
     chosen = variant.stream.activations
     grids = ({},) * stream.num_blocks if chosen is None else read_grids(chosen)
 
-    def codes(spec: LinearSpec, choice: Choice) -> QuantizedWeight:
-        if isinstance(variant.folder, CandidatesJob):
-            return read_candidate(store, variant.folder, spec, choice)
-        return read_refined(store, variant.folder, spec.name, choice)
-
     def of_block(index: int, block: nn.Module) -> AbstractContextManager[None]:
         specs = stream.block_specs(index)
-        found = {spec.name: codes(spec, c) for spec in specs if (c := variant.choices[spec.name]) is not None}
+        found = {
+            spec.name: read_codes(store, variant.folder, spec, choice)
+            for spec in specs
+            if (choice := variant.choices[spec.name]) is not None
+        }
         return quantized_block(stream, index, block, grids[index], found)
 
     return stream, _beating(state, of_block)

@@ -13,7 +13,7 @@ tails: of an image that the model is sure of, nearly every draw gives nothing, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,7 @@ class ProbeSweep(ProfileSweep):
                 )
                 (gradient,) = torch.autograd.grad(logits, leaf, drawn.to(logits))
                 self.upstream[shard.index, position] = {Pass.FISHER: gradient}
+                self.on_batch()
         return 0.0, len(shard.tokens)
 
     def output_gradients(self) -> Float[Tensor, "n t h"]:
@@ -68,6 +69,7 @@ class ProbeSweep(ProfileSweep):
                 output = self.stream.run(module, block, leaf)
             (gradient,) = torch.autograd.grad(output, leaf, upstream)
             self.upstream[shard.index, position] = {Pass.FISHER: gradient}
+            self.on_batch()
 
 
 @contextmanager
@@ -80,6 +82,7 @@ def probed(
     seed: int,
     micro_batch: int,
     kept_bytes: int = 8 << 30,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[ProbeSweep]:
     """A sweep behind its forward half, ready to walk back; block inputs are kept for the length of the context.
 
@@ -91,6 +94,7 @@ def probed(
         seed: of all draws.
         micro_batch: images computed at once.
         kept_bytes: host memory for block inputs before they spill to disk.
+        on_batch: called whenever the sweep has run a micro-batch.
 
     Raises:
         ModelError: not an image classifier.
@@ -110,6 +114,7 @@ def probed(
             micro_batch=micro_batch,
             kept=kept,
         )
+        made.on_batch = on_batch
         made.embed()
         for block, module in stream.stream(range(stream.num_blocks)):
             made.forward(block, module)

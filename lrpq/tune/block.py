@@ -71,6 +71,7 @@ class BlockTraining:
     options: how.
     seed: of the order of images and of drops.
     micro_batch: images computed at once where nothing is trained.
+    on_step: called after every step, and every micro-batch of a check.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class BlockTraining:
         *,
         seed: int,
         micro_batch: int,
+        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.stream, self.block, self.module = stream, block, module
+        self.on_step = on_step
         self.start, self.case, self.options = start, case, options
         self.micro_batch = micro_batch
         tensors = module.state_dict()
@@ -128,6 +131,7 @@ class BlockTraining:
         due = {round(options.steps * (i + 1) / options.checks) for i in range(options.checks)}
         for step in range(options.steps):
             self._step(rate_factor(step, options.steps, warm_up=options.tuning.warm_up))
+            self.on_step()
             if step + 1 in due:
                 yield step + 1
 
@@ -173,4 +177,5 @@ class BlockTraining:
             for part in torch.split(images, self.micro_batch):
                 output = self.stream.run(self.module, self.block, self.case.inputs[part])
                 total += len(part) * float(self.case.error(output - self.case.target[part], part))
+                self.on_step()
         return total / len(images)

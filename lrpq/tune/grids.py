@@ -24,9 +24,6 @@ from lrpq.tune.parameters import LARGEST_FACTOR, SMALLEST_FACTOR
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-_WHOLE = 1e-3
-"""Distance from a whole number of steps up to which an offset is one, in steps."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridState:
@@ -68,10 +65,10 @@ def grid_state(grid: ActivationGrid) -> GridState:
 
 
 def _moved(start: UniformGrid, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Step and offset. An offset that is a whole number of steps remains one, so that zero remains a value."""
-    steps = start.offset / start.scale
-    whole = (steps - steps.round()).abs() < _WHOLE
-    return start.scale * (1 + shift), torch.where(whole, start.offset * (1 + shift), start.offset)
+    """Step and offset. An offset that is a whole number of steps remains one, so that zero remains a value: to the bit,
+    or the grid could not be stored as a step and a zero point (lrpq.checkpoint.activations)."""
+    scale, steps = start.scale * (1 + shift), (start.offset / start.scale).round()
+    return scale, torch.where(steps * start.scale == start.offset, steps * scale, start.offset)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ divergence of the predictions fall; they may have served to find the codes it st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from lrpq.tune.objective import BlockError, block_error
 from lrpq.tune.options import Reconstruction
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,20 @@ class BlockOutcome:
         return self.step > 0
 
 
+def divided(num_images: int, options: Reconstruction) -> tuple[Int[Tensor, "images=l"], Int[Tensor, "images=k"]]:
+    """Images that are held out, and those that blocks are trained on.
+
+    Raises:
+        CalibrationError: too few for both.
+    """
+    stride = round(1 / options.held_out)
+    index = torch.arange(num_images)
+    held_out, training = index[index % stride == stride - 1], index[index % stride != stride - 1]
+    if not len(held_out) or not len(training):
+        raise CalibrationError(f"reconstruction holds out one of {stride} images, and there are {num_images}")
+    return held_out, training
+
+
 class Rebuilder:
     """Called with each block in turn, as lrpq.compare.workbench.Rebuild.
 
@@ -71,6 +85,7 @@ class Rebuilder:
         seed: of gradients, order of images and drops.
         micro_batch: images computed at once where nothing is trained.
         kept: where gradients at the blocks' outputs are kept until they are needed.
+        on_step: called whenever a step or a micro-batch is done.
 
     Raises:
         ModelError: not an image classifier.
@@ -87,21 +102,20 @@ class Rebuilder:
         seed: int,
         micro_batch: int,
         kept: KeptInputs,
+        on_step: Callable[[], None] = lambda: None,
     ) -> None:
-        stride = round(1 / options.held_out)
-        index = torch.arange(len(images))
-        self.held_out, self.training = index[index % stride == stride - 1], index[index % stride != stride - 1]
-        if not len(self.held_out) or not len(self.training):
-            raise CalibrationError(f"reconstruction holds out one of {stride} images, and there are {len(images)}")
+        self.held_out, self.training = divided(len(images), options)
         self.stream, self.options, self.seed = stream, options, seed
-        self.micro_batch = micro_batch
+        self.micro_batch, self.on_step = micro_batch, on_step
         self.grids: list[BlockGrids] = list(grids)
         """By block; those of blocks that were rebuilt are the new ones."""
         self.outcomes: list[BlockOutcome] = []
         self.gradients = kept
         """(block, draw) -> g at the block's output [n, t, h], until the block is rebuilt."""
         for draw in range(options.draws):
-            with probed(ProbeSweep, stream, images, draw=draw, seed=seed, micro_batch=micro_batch) as sweep:
+            with probed(
+                ProbeSweep, stream, images, draw=draw, seed=seed, micro_batch=micro_batch, on_batch=on_step
+            ) as sweep:
                 for block, module in stream.stream(range(stream.num_blocks - 1, -1, -1)):
                     self.gradients.put((block, draw), sweep.output_gradients())
                     sweep.pass_through(block, module)
@@ -130,6 +144,7 @@ class Rebuilder:
             self.options,
             seed=self.seed,
             micro_batch=self.micro_batch,
+            on_step=self.on_step,
         )
         best = start = training.check(0)
         diverged = None
@@ -155,10 +170,20 @@ class Rebuilder:
                 diverged=diverged,
             )
         )
-        self.grids[block] = best.made.grids
-        self.quantized = self._outputs(block, module, best.made, self.quantized)
-        self.original = target
+        self._advance(block, module, best.made, target)
         return best.made.codes
+
+    @torch.no_grad()
+    def pass_by(self, block: int, module: nn.Module, made: Start) -> None:
+        """Go on behind a block that was rebuilt earlier, with what was made of it then; it has no outcome here."""
+        for draw in range(self.options.draws):
+            self.gradients.take((block, draw))
+        self._advance(block, module, made, self.run(block, module, self.original))
+
+    def _advance(self, block: int, module: nn.Module, made: Start, target: Tensor) -> None:
+        self.grids[block] = made.grids
+        self.quantized = self._outputs(block, module, made, self.quantized)
+        self.original = target
 
     def _outputs(self, block: int, module: nn.Module, made: Start, hidden: Tensor) -> Float[Tensor, "n t h"]:
         with quantized_block(self.stream, block, module, made.grids, made.codes):
@@ -184,4 +209,8 @@ class Rebuilder:
 
     def run(self, block: int, module: nn.Module, hidden: Float[Tensor, "n t h"]) -> Float[Tensor, "n t h"]:
         """Forward of a block, some images at a time."""
-        return torch.cat([self.stream.run(module, block, part) for part in hidden.split(self.micro_batch)])
+        outputs = []
+        for part in hidden.split(self.micro_batch):
+            outputs.append(self.stream.run(module, block, part))
+            self.on_step()
+        return torch.cat(outputs)

@@ -271,6 +271,79 @@ def test_weights_alone_load_with_transformers(job: Job, model: Path, images: Pat
     assert found["evaluation"]["lrpq"]["kl_nats"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.02)
 
 
+def narrow(job: Job, model: Path, images: Path, output: str, *more: str) -> list[str]:
+    """Stitched candidates of 3 bits, on whose errors there is something to gain; ``manifest`` has stored them."""
+    bits = uniform_bits(BlockStream(open_source(model), dtype=torch.float32).specs, 3)
+    return [
+        *command(job, model, images, output, *MIXED, "--refine", "stitch", "--no-control", *more),
+        *("--budget", repr(bits)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def stitched(job: Job, model: Path, images: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    return run(job, narrow(job, model, images, "stitched"))
+
+
+@pytest.fixture(scope="module")
+def rebuilt(job: Job, model: Path, images: Path, stitched: dict[str, Any]) -> dict[str, Any]:
+    return run(job, narrow(job, model, images, "rebuilt", "--reconstruct"))
+
+
+def test_rebuilt_blocks_lose_no_more_and_are_what_is_written(
+    job: Job, model: Path, images: Path, stitched: dict[str, Any], rebuilt: dict[str, Any]
+) -> None:
+    """On images that nothing has seen; logits of the loader are those that were measured."""
+    assert "reconstruction" not in stitched
+    assert {"candidates", "activations", "profile"} < set(rebuilt["reused"])
+    assert rebuilt["seconds"]["rebuild"] > 0
+    found = rebuilt["reconstruction"]
+    assert found["written"]
+    assert found["num_blocks"] == len(found["blocks"]) == 2
+    assert found["changed"] == sum(block["changed"] for block in found["blocks"]) > 0
+    assert rebuilt["degraded"]["reconstruction_diverged"] == found["diverged"] == 0
+    assert all(block["after"] <= block["before"] for block in found["blocks"])
+    assert rebuilt["evaluation"]["lrpq"]["kl_nats"] <= stitched["evaluation"]["lrpq"]["kl_nats"]
+    ours, plain = read_classifier(job.folder / "rebuilt"), read_classifier(job.folder / "stitched")
+    assert {name: codes.choice for name, codes in ours.codes.items()} == {
+        name: codes.choice for name, codes in plain.codes.items()
+    }
+    moved = [name for name, codes in ours.codes.items() if not torch.equal(codes.codes, plain.codes[name].codes)]
+    changed = [block["block"] for block in found["blocks"] if block["changed"]]
+    specs = BlockStream(open_source(model), dtype=torch.float32).specs
+    assert {spec.block for spec in specs if spec.name in moved} == set(changed)
+    grids = [
+        [{place: grid_document(grid) for place, grid in block.items()} for block in stored.grids]
+        for stored in (ours, plain)
+    ]
+    assert [block for block in range(2) if grids[0][block] != grids[1][block]] == changed
+    drawn = draw(
+        parse_image_source(str(images)),
+        model,
+        open_source(model).config,
+        skip=CALIBRATION,
+        count=MEASURED,
+        seed=0,
+        labelled=True,
+    )
+    with torch.no_grad():
+        p = AutoModelForImageClassification.from_pretrained(model).eval()(pixel_values=drawn.pixels).logits
+        q = load_classifier(job.folder / "rebuilt")(pixel_values=drawn.pixels).logits
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    assert rebuilt["evaluation"]["lrpq"]["kl_nats"] == pytest.approx(kl, rel=0.05)
+
+
+def test_what_was_rebuilt_is_found_again(job: Job, model: Path, images: Path, rebuilt: dict[str, Any]) -> None:
+    before = snapshot(job.folder / "store")
+    again = run(job, narrow(job, model, images, "rebuilt", "--reconstruct"))
+    assert again["computed_nothing"]
+    assert "rebuild" in again["reused"]
+    assert again["reconstruction"] == rebuilt["reconstruction"]
+    assert again["evaluation"] == rebuilt["evaluation"]
+    assert snapshot(job.folder / "store") == before
+
+
 @pytest.fixture(scope="module")
 def mortal(job: Job) -> Iterator[Pool]:
     """Workers beside the session's, on the same Ray."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lrpq.activations.calibrate import BlockGrids, Means, calibrate
 from lrpq.activations.grids import ActivationGrid, LogarithmicGrid, UniformGrid, between, quantized
+from lrpq.checkpoint.activations import zero_point
 from lrpq.compare.recipes import CONTROL, Recipe, Rounding
 from lrpq.compare.terms import Terms
 from lrpq.compare.vision import Behind, QuantizedClassifier, quantize_classifier
@@ -77,6 +78,7 @@ def test_grids_in_training_compute_what_is_stored_and_have_lsqs_gradient() -> No
             assert not bool((quantized(torch.zeros(1).double(), stored) == 0).any())
         else:  # a zero point that stays a whole number
             assert bool((quantized(torch.zeros(1).double(), stored) == 0).all())
+            assert zero_point(stored) == zero_point(grid) is not None  # so it is stored as the start is
             at_step = at_step + torch.where(inside, 0.0, zero)
         assert float(shift_gradient) == pytest.approx(float((at_step * grid.scale).sum()), rel=1e-5)
         torch.testing.assert_close(x_gradient, inside.double())

@@ -1,0 +1,64 @@
+"""Reconstruction of an image classifier's blocks behind their codes: the stage, and what is said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from flows.run import Run
+from lrpq.tune.reconstruct import BlockOutcome
+from tasks import rebuild
+from tasks.artifacts import StageFolder
+from tasks.chosen_grids import rebuilt_with
+from tasks.cluster import Pool
+from tasks.rebuild import RebuildJob
+from tasks.stored_codes import CodesFrom
+from tasks.streams import StreamJob
+
+
+def run_rebuild(run: Run, pool: Pool, job: RebuildJob, num_blocks: int) -> Mapping[str, Any]:
+    """Walk the blocks; returns what the manifest says of it. Blocks already in the store are not redone."""
+    label = rebuild.STAGE
+    done = run.stored(job.folder, label)
+    if done is None:
+        run.survive(pool, label, lambda: _rebuild(run, pool, job, num_blocks))
+        found = reconstruction_json(rebuild.read_outcomes(job, range(num_blocks)))
+        done = run.finish(job.folder, label, {"reconstruction": found})
+    reconstruction: Mapping[str, Any] = done["reconstruction"]
+    return reconstruction
+
+
+def _rebuild(run: Run, pool: Pool, job: RebuildJob, num_blocks: int) -> None:
+    """The walk, from where the store says that it was left."""
+    label, first = rebuild.STAGE, rebuild.num_complete(job, num_blocks)
+    with run.timed(label, num_blocks - first):
+        if first == num_blocks:
+            return
+        run.step(f"{label} · gradients", lambda: pool.get([pool.submit(0, rebuild.begin, job, first)]))
+        for block in range(first, num_blocks):
+            run.step(f"{label} · block {block}", partial(_block, pool, job, block))
+            run.advance(label, f"block {block}")
+        pool.get([pool.submit(0, rebuild.end)])
+
+
+def _block(pool: Pool, job: RebuildJob, block: int) -> None:
+    pool.get([pool.submit(0, rebuild.rebuild, job, block)])
+
+
+def reconstruction_json(outcomes: Sequence[BlockOutcome]) -> dict[str, Any]:
+    """Counts of the outcomes, and every one of them."""
+    return {
+        "num_blocks": len(outcomes),
+        "changed": sum(outcome.accepted for outcome in outcomes),
+        "diverged": sum(outcome.diverged is not None for outcome in outcomes),
+        "blocks": [{**asdict(outcome), "changed": outcome.accepted} for outcome in outcomes],
+    }
+
+
+def with_rebuilt_grids(stream: StreamJob, codes: CodesFrom) -> StreamJob:
+    """The model with the grids that go with codes: where blocks were rebuilt, those that were learnt with the codes."""
+    if stream.activations is None or not isinstance(codes, StageFolder) or codes.stage != rebuild.STAGE:
+        return stream
+    return replace(stream, activations=rebuilt_with(stream.activations, codes))
