@@ -124,6 +124,11 @@ def reconstruction_line(rebuilt: Mapping[str, Any]) -> str:
     if changed:
         before, after = (sum(float(block[when]) for block in changed) for when in ("before", "after"))
         text += f", their held-out errors {before:.4g} -> {after:.4g} nats an image in all"
+    scores = rebuilt.get("held_out")
+    if changed and scores is not None:
+        kept = "kept" if rebuilt["helps"] else "left out"
+        both = f"KL {scores['rounded']['kl_nats']:.4g} -> {scores['rebuilt']['kl_nats']:.4g} on held-out images"
+        text += f"; {both}: {kept}"
     return text
 
 

@@ -241,8 +241,8 @@ class Compression:
         ours = stitching.named(plans.ours) if refined is None else Contender(codes=refined.folder, plan=plans.ours)
         uniform = None if plans.uniform is None else stitching.named(plans.uniform)
         head = None if self.head is None else prepared.candidates
-        ours = self._to_rebuild(prepared, ours)
-        keys = [self._content_key(c, head=head) for c in (ours, uniform) if c is not None]
+        rebuilt = self._to_rebuild(prepared, ours)
+        keys = [self._content_key(c, head=head) for c in (ours, rebuilt, uniform) if c is not None]
         if all(self._written(key) is None for key in keys):  # what is wrong with the output shows here, not later
             check_output(self.config.output, overwrite=self.config.overwrite)
         degraded = count_degradations(rows)
@@ -259,9 +259,10 @@ class Compression:
             }
         else:
             stitching.made(plans.ours, label=stitch.STAGE)
-        rebuilt = self._rebuild(pool)
+        reconstruction: Mapping[str, Any] | None = None
         if rebuilt is not None:
-            degraded["reconstruction_diverged"] = rebuilt["diverged"]
+            ours, reconstruction = self._rebuilt(pool, prepared, ours, rebuilt)
+            degraded["reconstruction_diverged"] = reconstruction["diverged"]
         compared, kept = self._guarded(pool, prepared, ours, uniform, head=head)
         if kept is uniform:  # what the refinement met is not of the codes that are written
             degraded = count_degradations(rows)
@@ -279,8 +280,8 @@ class Compression:
         )
         manifest |= self.description()
         manifest["guard"] = compared
-        if rebuilt is not None:
-            manifest["reconstruction"] = {**rebuilt, "written": kept is ours}
+        if reconstruction is not None:
+            manifest["reconstruction"] = {**reconstruction, "written": kept is rebuilt}
         manifest["budget"] |= {"search": self.searched}
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
@@ -331,13 +332,15 @@ class Compression:
             self.run_state, pool, prepared.stream_job, held_out, contenders, head=head, label=guard.STAGE
         )
 
-    def _to_rebuild(self, prepared: Prepared, start: Contender) -> Contender:
-        """Say where the codes will be that reconstruction makes of these; the same where nothing is rebuilt."""
-        return start
-
-    def _rebuild(self, pool: Pool) -> Mapping[str, Any] | None:
-        """Make them; what the manifest says of it. None: a language model, which has no reconstruction."""
+    def _to_rebuild(self, prepared: Prepared, start: Contender) -> Contender | None:
+        """Say where the codes will be that reconstruction makes of these; None where nothing is rebuilt."""
         return None
+
+    def _rebuilt(
+        self, pool: Pool, prepared: Prepared, start: Contender, rebuilt: Contender
+    ) -> tuple[Contender, Mapping[str, Any]]:
+        """Make them; the better of both, and what the manifest says of it."""
+        raise NotImplementedError("a language model has no reconstruction")
 
     def _planned_size(self, codes: StageFolder | CandidatesJob, quantized: Mapping[str, Choice]) -> dict[str, Any]:
         """Size of the checkpoint."""

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from flows import guard, jobs
+from flows import guard, jobs, reconstruction
 from flows.compression import Call, Compression, Prepared
 from flows.guard import Contender, Windows
 from flows.heat_maps import HeatReport, run_heat_maps
 from flows.images import MeasuredImages, calibration_images, evaluation_images
 from flows.planning import Planner
-from flows.reconstruction import run_rebuild, with_rebuilt_grids
+from flows.reconstruction import AS_ROUNDED, CHECK, REBUILT, run_rebuild, with_rebuilt_grids
 from flows.result import choices_json, model_bytes
 from flows.stages import run_refine
 from lrpq.activations.allocate import allocate_widths
@@ -29,7 +29,7 @@ from lrpq.activations.calibrate import Calibration
 from lrpq.allocate.plan import Plan
 from lrpq.checkpoint.activations import TABLE
 from lrpq.checkpoint.plan import planned_size
-from lrpq.errors import ModelError
+from lrpq.errors import ConfigError, ModelError
 from lrpq.model.inputs import image_shape
 from lrpq.model.layers import Choice
 from lrpq.model.streaming import BlockStream
@@ -76,6 +76,11 @@ class ImageCompression(Compression):
         self.check_plan()
         if self.planner.wanted.reconstruct:  # too few images show now, not after the work
             divided(self.windows.num_windows, Reconstruction())
+            if self.windows.held_out is None:
+                raise ConfigError(
+                    "--reconstruct is kept only where it helps on images that nothing was calibrated on, and none are "
+                    "held out; leave --held-out-windows away, or give more --calibration-images"
+                )
         self._explain(pool)
         self.calibration: Calibration | None = None
         if not config.run.images.activations:
@@ -172,6 +177,18 @@ class ImageCompression(Compression):
     def _on_held_out(
         self, pool: Pool, prepared: Prepared, contenders: Mapping[str, Contender], *, head: CandidatesJob | None
     ) -> Mapping[str, dict[str, Any]]:
+        return self._compared(pool, prepared, contenders, paired=(guard.OURS, guard.UNIFORM), label=guard.STAGE)
+
+    def _compared(
+        self,
+        pool: Pool,
+        prepared: Prepared,
+        contenders: Mapping[str, Contender],
+        *,
+        paired: tuple[str, str],
+        label: str,
+    ) -> Mapping[str, dict[str, Any]]:
+        """Scores on the held-out images, which there are."""
         held_out = self.windows.held_out
         assert held_out is not None
         variants = {
@@ -184,18 +201,27 @@ class ImageCompression(Compression):
         choices = {name: choices_json(contender.plan.choices) for name, contender in contenders.items()}
         folder = self.run_state.folder(guard.STAGE, inputs=inputs, parameters=choices, code=["tasks.image_scores"])
         job = self._scoring(held_out.key, held_out.num_windows, variants)
-        return self._scores(pool, job, folder, guard.STAGE, labelled=False, paired=(guard.OURS, guard.UNIFORM))
+        return self._scores(pool, job, folder, label, labelled=False, paired=paired)
 
-    def _to_rebuild(self, prepared: Prepared, start: Contender) -> Contender:
-        self.rebuild_job: RebuildJob | None = None
+    def _to_rebuild(self, prepared: Prepared, start: Contender) -> Contender | None:
         if not self.planner.wanted.reconstruct:
-            return start
-        self.rebuild_job = jobs.rebuild_job(self.context, prepared.stream_job, start)
+            return None
+        self.rebuild_job: RebuildJob = jobs.rebuild_job(self.context, prepared.stream_job, start)
         return replace(start, codes=self.rebuild_job.folder)
 
-    def _rebuild(self, pool: Pool) -> Mapping[str, Any] | None:
-        job = self.rebuild_job
-        return None if job is None else run_rebuild(self.run_state, pool, job, self.stream.num_blocks)
+    def _rebuilt(
+        self, pool: Pool, prepared: Prepared, start: Contender, rebuilt: Contender
+    ) -> tuple[Contender, Mapping[str, Any]]:
+        outcome = run_rebuild(self.run_state, pool, self.rebuild_job, self.stream.num_blocks)
+        contenders = {REBUILT: rebuilt, AS_ROUNDED: start}
+        scores = self._compared(pool, prepared, contenders, paired=(REBUILT, AS_ROUNDED), label=CHECK)
+        helps = reconstruction.helps(scores)
+        if not helps and outcome["changed"]:
+            self.run_state.warn(
+                f"rebuilt blocks have a KL of {scores[REBUILT]['kl_nats']:.4f} nats an image on the held-out images, "
+                f"as they were rounded {scores[AS_ROUNDED]['kl_nats']:.4f}: they are left as they were rounded"
+            )
+        return rebuilt if helps else start, {**outcome, "helps": helps, "held_out": scores}
 
     def _planned_size(self, codes: StageFolder | CandidatesJob, quantized: Mapping[str, Choice]) -> dict[str, Any]:
         chosen = with_rebuilt_grids(jobs.stream_job(self.context, self.windows), codes).activations

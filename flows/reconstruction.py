@@ -17,6 +17,10 @@ from tasks.rebuild import RebuildJob
 from tasks.stored_codes import CodesFrom
 from tasks.streams import StreamJob
 
+REBUILT, AS_ROUNDED = "rebuilt", "rounded"
+CHECK = "rebuild, checked"
+"""What the comparison of both on held-out images is called."""
+
 
 def run_rebuild(run: Run, pool: Pool, job: RebuildJob, num_blocks: int) -> Mapping[str, Any]:
     """Walk the blocks; returns what the manifest says of it. Blocks already in the store are not redone."""
@@ -45,6 +49,11 @@ def _rebuild(run: Run, pool: Pool, job: RebuildJob, num_blocks: int) -> None:
 
 def _block(pool: Pool, job: RebuildJob, block: int) -> None:
     pool.get([pool.submit(0, rebuild.rebuild, job, block)])
+
+
+def helps(scores: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the rebuilt blocks are kept: on images that nothing was calibrated on, they are better in the mean."""
+    return bool(scores[REBUILT]["kl_nats"] < scores[AS_ROUNDED]["kl_nats"])
 
 
 def reconstruction_json(outcomes: Sequence[BlockOutcome]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from test_main_job_killed import Striking, own_pool
 from tiny_images import train_classifier, write_classifier
 from transformers import AutoModelForImageClassification
 
-from flows import cli
+from flows import cli, reconstruction
 from flows.compress import run_compress
 from flows.config import CompressConfig
 from lrpq.checkpoint.activations import TABLE, grid_document
@@ -275,8 +275,8 @@ def narrow(job: Job, model: Path, images: Path, output: str, *more: str) -> list
     """Stitched candidates of 3 bits, on whose errors there is something to gain; ``manifest`` has stored them."""
     bits = uniform_bits(BlockStream(open_source(model), dtype=torch.float32).specs, 3)
     return [
-        *command(job, model, images, output, *MIXED, "--refine", "stitch", "--no-control", *more),
-        *("--budget", repr(bits)),
+        *command(job, model, images, output, *MIXED[:2], "--refine", "stitch", "--no-control", *more),
+        *("--held-out-windows", str(HELD_OUT), "--budget", repr(bits)),
     ]
 
 
@@ -287,7 +287,10 @@ def stitched(job: Job, model: Path, images: Path, manifest: dict[str, Any]) -> d
 
 @pytest.fixture(scope="module")
 def rebuilt(job: Job, model: Path, images: Path, stitched: dict[str, Any]) -> dict[str, Any]:
-    return run(job, narrow(job, model, images, "rebuilt", "--reconstruct"))
+    """Written whether it helps or not: what is written is looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruction, "helps", lambda scores: True)
+        return run(job, narrow(job, model, images, "rebuilt", "--reconstruct"))
 
 
 def test_rebuilt_blocks_are_what_is_written(
@@ -321,7 +324,7 @@ def test_rebuilt_blocks_are_what_is_written(
         parse_image_source(str(images)),
         model,
         open_source(model).config,
-        skip=CALIBRATION,
+        skip=CALIBRATION + HELD_OUT,
         count=MEASURED,
         seed=0,
         labelled=True,
@@ -334,7 +337,23 @@ def test_rebuilt_blocks_are_what_is_written(
     assert rebuilt["evaluation"]["lrpq"]["kl_nats"] == pytest.approx(kl, rel=0.05)
 
 
-def test_what_was_rebuilt_is_found_again(job: Job, model: Path, images: Path, rebuilt: dict[str, Any]) -> None:
+def test_rebuilt_blocks_that_do_not_help_are_left_as_they_were_rounded(
+    job: Job, model: Path, images: Path, rebuilt: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same images, so the same divergences, and the other decision."""
+    monkeypatch.setattr(reconstruction, "helps", lambda scores: False)
+    found = run(job, narrow(job, model, images, "rounded", "--reconstruct"))
+    assert found["reconstruction"] == {**rebuilt["reconstruction"], "helps": False, "written": False}
+    assert any("they are left as they were rounded" in text for text in found["warnings"])
+    assert "rebuild" in found["reused"]
+    codes, plain = (read_classifier(job.folder / name).codes for name in ("rounded", "stitched"))
+    assert all(torch.equal(codes[name].codes, plain[name].codes) for name in plain)
+
+
+def test_what_was_rebuilt_is_found_again(
+    job: Job, model: Path, images: Path, rebuilt: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconstruction, "helps", lambda scores: True)
     before = snapshot(job.folder / "store")
     again = run(job, narrow(job, model, images, "rebuilt", "--reconstruct"))
     assert again["computed_nothing"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_images import images, write_classifier
 
+from flows.reconstruction import helps
 from lrpq.activations.calibrate import Means, calibrate
 from lrpq.checkpoint.activations import grid_document, zero_point
 from lrpq.errors import CalibrationError, StoreError
@@ -187,3 +188,12 @@ def test_too_few_images_are_refused() -> None:
     assert (held_out.tolist(), training.tolist()) == ([3, 7], [0, 1, 2, 4, 5, 6])
     with pytest.raises(CalibrationError, match="holds out one of 4 images, and there are 3"):
         divided(3, OPTIONS)
+
+
+def test_rebuilt_blocks_are_kept_where_they_are_better_on_images_that_nothing_saw() -> None:
+    def scores(rebuilt: float) -> dict[str, dict[str, float]]:
+        return {"rebuilt": {"kl_nats": rebuilt}, "rounded": {"kl_nats": 0.0038}}
+
+    assert helps(scores(0.0037))
+    assert not helps(scores(0.0038))
+    assert not helps(scores(0.0059))
