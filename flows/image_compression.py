@@ -19,6 +19,7 @@ from flows import guard, jobs, reconstruction
 from flows.compression import Call, Compression, Prepared
 from flows.guard import Contender, Windows
 from flows.heat_maps import HeatReport, run_heat_maps
+from flows.image_shares import none_held_out
 from flows.images import MeasuredImages, calibration_images, evaluation_images
 from flows.planning import Planner
 from flows.reconstruction import AS_ROUNDED, CHECK, REBUILT, run_rebuild, with_rebuilt_grids
@@ -29,7 +30,7 @@ from lrpq.activations.calibrate import Calibration
 from lrpq.allocate.plan import Plan
 from lrpq.checkpoint.activations import TABLE
 from lrpq.checkpoint.plan import planned_size
-from lrpq.errors import ConfigError, ModelError
+from lrpq.errors import ModelError
 from lrpq.model.inputs import image_shape
 from lrpq.model.layers import Choice
 from lrpq.model.streaming import BlockStream
@@ -77,10 +78,7 @@ class ImageCompression(Compression):
         if self.planner.wanted.reconstruct:  # too few images show now, not after the work
             divided(self.windows.num_windows, Reconstruction())
             if self.windows.held_out is None:
-                raise ConfigError(
-                    "--reconstruct is kept only where it helps on images that nothing was calibrated on, and none are "
-                    "held out; leave --held-out-windows away, or give more --calibration-images"
-                )
+                raise none_held_out()
         self._explain(pool)
         self.calibration: Calibration | None = None
         if not config.run.images.activations:

@@ -59,11 +59,14 @@ def check_images(config: CompressConfig, model_config: PreTrainedConfig) -> None
     """Refuse folders that do not hold what is asked for; the hub's sets show it when they are read.
 
     Raises:
-        LrpqError: no images, too few, classes that are not the model's, or no labels where top-1 is asked for.
+        LrpqError: no images, too few, none held out where blocks are rebuilt, classes that are not the model's, or no
+            labels where top-1 is asked for.
     """
     shares, measured = shares_of(config), config.evaluation_source()
     asked = config.run.images.source
     assert asked is not None
+    if config.plan.reconstruct and not shares.held_out:
+        raise none_held_out()
     for name, wanted, needed in (
         (asked, measured is not None and not shares.apart, shares.used),
         (measured, shares.apart, 0),
@@ -92,4 +95,12 @@ def no_labels(source: str) -> CalibrationError:
     """Top-1 was asked for and cannot be measured."""
     return CalibrationError(
         f"images {source}: have no labels, which --top1 needs; put them into a folder a class, or leave --top1 out"
+    )
+
+
+def none_held_out() -> CalibrationError:
+    """Blocks are to be rebuilt, and nothing could show whether that helps."""
+    return CalibrationError(
+        "--reconstruct is kept only where it helps on images that nothing was calibrated on, and none are held out; "
+        "leave --held-out-windows 0 away"
     )

@@ -125,6 +125,7 @@ def test_folders_that_do_not_hold_what_is_needed(refused: Any, model: Path, imag
     assert "no image files" in refused(images=tmp_path / "empty")
     assert "holds 12, and 64 are to be calibrated on, 32 held out" in refused("--calibration-images", "64")
     assert "and some to measure on" in refused("--calibration-images", "10", "--held-out-windows", "2")
+    assert "none are held out" in refused("--calibration-images", "8", "--held-out-windows", "0", "--reconstruct")
     flat = write_images(tmp_path / "flat", 12, labelled=False)
     assert "have no labels, which --top1 needs" in refused(*FEW, "--top1", images=flat)
     strange = tmp_path / "strange"
