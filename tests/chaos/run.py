@@ -40,6 +40,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="added to the seed of every row")
     parser.add_argument("--output", type=Path, help="where the rows go as JSON")
     asked = parser.parse_args()
+    if asked.output is not None:
+        asked.output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         place = fresh(Path(folder) / "f")
