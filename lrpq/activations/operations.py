@@ -16,8 +16,9 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
-from lrpq.activations.attention import KEY, PATTERN, QUERY, VALUE
+from lrpq.activations.attention import KEY, PATTERN, POINTS, QUERY, VALUE
 from lrpq.activations.calibrate import Calibration
 from lrpq.allocate.knapsack import exact_picks
 from lrpq.allocate.options import Group, Option
@@ -38,8 +39,8 @@ class Widths:
 
     places: Mapping[tuple[int, str], int]
     modules: Mapping[str, Choice]
-    operations: int
-    """Bit operations an image."""
+    spent: int
+    """Of the budget, in its unit."""
     cost_nats: float
     bound_nats: float
     """Nothing within the budget costs less."""
@@ -70,12 +71,14 @@ def operations(
     return linear + inside
 
 
-def uniform_operations(
-    calibration: Calibration, specs: Sequence[LinearSpec], *, weight_bits: int, activation_bits: int
+def even_operations(
+    calibration: Calibration, specs: Sequence[LinearSpec], *, weight_bits: float, activation_bits: int
 ) -> int:
-    """The same with one width for all weights and one for all activations."""
-    modules = {spec.name: weight_bits for spec in specs}
-    return operations(calibration, specs, calibration.uniform(activation_bits), modules)
+    """The same with one width for all weights, which may be a fraction of a bit, and one for all activations."""
+    linear = sum(_linear_macs(calibration, spec) for spec in specs)
+    inside = sum(_product_macs(calibration, block, pair) for block, pair in _products(calibration))
+    weights = math.floor(Fraction(repr(float(weight_bits))) * linear)
+    return activation_bits * weights + activation_bits**2 * inside
 
 
 def allocate_operations(
@@ -90,7 +93,7 @@ def allocate_operations(
 
     Args:
         calibration: the places.
-        specs: the layers; the site of each is a place.
+        specs: the layers; the site of each is a place, and one that none of them reads costs no operations.
         place_costs: of every place and width.
         module_costs: of every module and choice, on the scale of the places'.
         budget: bit operations.
@@ -103,9 +106,9 @@ def allocate_operations(
     choices: dict[str, list[Choice]] = {}
     for name, choice in module_costs:
         choices.setdefault(name, []).append(choice)
-    sites: dict[tuple[int, str], list[LinearSpec]] = {}
+    sites: dict[tuple[int, str], list[LinearSpec]] = {key: [] for key in calibration.places if key[1] not in POINTS}
     for spec in specs:
-        sites.setdefault((spec.block, spec.input_site), []).append(spec)
+        sites[spec.block, spec.input_site].append(spec)
     groups = [
         Group(
             name=f"{key[0]}.{key[1]}",
@@ -130,7 +133,7 @@ def allocate_operations(
     return Widths(
         places=dict(chosen for pick in picks for chosen in pick.places),
         modules=dict(chosen for pick in picks for chosen in pick.modules),
-        operations=sum(pick.storage_bits for pick in picks),
+        spent=sum(pick.storage_bits for pick in picks),
         cost_nats=math.fsum(pick.cost_nats for pick in picks),
         bound_nats=found.bound_nats,
     )

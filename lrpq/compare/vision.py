@@ -33,7 +33,7 @@ from lrpq.compare.prepared import Prepared, asked_of
 from lrpq.compare.recipes import DEFAULT, Recipe
 from lrpq.compare.shared_walk import FoldedBench, SharedWalk
 from lrpq.compare.terms import Terms
-from lrpq.compare.vision_widths import WidthBudget, allocate_together, middle_width
+from lrpq.compare.vision_widths import WidthBudget, allocate_directional, middle_width
 from lrpq.compare.workbench import KEPT_BYTES, Workbench
 from lrpq.errors import ConfigError
 from lrpq.model.kept import KeptInputs
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 PER_ROW = -1
-COSTED_TOGETHER = (WidthBudget.AVERAGES, WidthBudget.OPERATIONS)
+COSTED_TOGETHER = (WidthBudget.AVERAGES, WidthBudget.BITS, WidthBudget.OPERATIONS)
 """Budgets whose costs are taken of weights and activations at once, in a model folded for the middle width."""
 
 
@@ -120,7 +120,7 @@ def quantize_classifier(
     Raises:
         ConfigError: an even number of widths for activations, which has no middle; several whose errors are not
             judged by outputs where costs are taken apart: those of different places have different units; or a budget
-            that the recipe cannot be given (`allocate_together`).
+            that the recipe cannot be given (`allocate_directional`).
         LrpqError: see `calibrate`, `fold_plan` and `Prepared`.
     """
     middle = middle_width(activation_bits) if activation_bits else 0
@@ -180,7 +180,7 @@ def quantize_classifier(
             plan = prepared.plan(recipe.allocation, budget_bits)
     else:
         with TemporaryDirectory(prefix="lrpq-folded-") as scratch:
-            allocated = allocate_together(
+            allocated = allocate_directional(
                 folded_bench(Path(scratch) / "model"),
                 found,
                 recipe,

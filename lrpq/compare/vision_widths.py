@@ -14,8 +14,10 @@ from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.calibrate import Calibration
 from lrpq.activations.directional import responses
 from lrpq.activations.grids import ActivationGrid, UniformGrid
-from lrpq.activations.operations import allocate_operations, uniform_operations
+from lrpq.activations.together import Unit, allocate_together, even_spending
+from lrpq.allocate.budget import BudgetBits
 from lrpq.allocate.plan import Plan
+from lrpq.allocate.problem import build_problem
 from lrpq.compare import allocation
 from lrpq.compare.recipes import DEFAULT, Recipe
 from lrpq.compare.workbench import Gathered, Workbench
@@ -33,8 +35,10 @@ class WidthBudget(Enum):
     """Weights and activations each their average; costs a token, its neighbours and outputs apart."""
     AVERAGES = "averages"
     """Weights and activations each their average; directional costs."""
+    BITS = "bits"
+    """All widths in one program, with no more bits an image than the averages everywhere; directional costs."""
     OPERATIONS = "operations"
-    """All widths in one program, with no more bit operations than the averages everywhere; directional costs."""
+    """The same with no more bit operations."""
     CONTRIBUTION = "contribution"
     """Weights and activations each their average, by LRP-QViT's contribution scores instead of costs (contribution)."""
 
@@ -51,7 +55,7 @@ class Allocated:
     """What codes are made with; gradients at outputs are the same however the model is folded."""
 
 
-def allocate_together(
+def allocate_directional(
     bench: Workbench,
     calibration: Calibration | None,
     recipe: Recipe,
@@ -67,14 +71,14 @@ def allocate_together(
         bench: the model, folded for the middle width everywhere, and the widths of its weights.
         calibration: of the model before it was folded; None where activations stay as they are.
         recipe: how codes are made.
-        budget: AVERAGES or OPERATIONS.
+        budget: AVERAGES, BITS or OPERATIONS.
         average_bits: of weights, in bit operations.
         budget_bits: of weights, all-in.
         middle: width of activations that is their average.
 
     Raises:
-        ConfigError: the recipe ranks layers instead of asking what they cost, or bit operations are asked for where
-            activations stay as they are.
+        ConfigError: the recipe ranks layers instead of asking what they cost, or one budget for all where activations
+            stay as they are.
     """
     if recipe.allocation != DEFAULT.allocation:
         raise ConfigError(
@@ -89,7 +93,7 @@ def allocate_together(
         keep_candidates=True,
         with_outputs=recipe.row_blocks > 1,
     )
-    grids = {} if calibration is None else _on_folded(calibration, middle)
+    grids = {} if calibration is None else grids_on_folded(calibration, middle)
     found = responses(
         stream,
         bench.tokens,
@@ -100,18 +104,21 @@ def allocate_together(
     )
     places, modules = found.place_costs(), found.module_costs()
     rows = allocation.with_costs(gathered.costs[recipe.allocation], _by_module(modules))
-    if budget is WidthBudget.OPERATIONS:
+    if budget is not WidthBudget.AVERAGES:
         if calibration is None:
-            raise ConfigError("bit operations are those of integer products; give widths for the activations too")
-        limit = uniform_operations(calibration, stream.specs, weight_bits=average_bits, activation_bits=middle)
-        chosen = allocate_operations(calibration, stream.specs, places, modules, budget=limit)
+            raise ConfigError(f"a budget of {budget.value} is one of weights and activations; give widths for both")
+        unit = Unit(budget.value)
+        weight_bits = budget_bits if unit is Unit.BITS else float(average_bits)
+        problem = build_problem(rows, budget=BudgetBits(bits=UNLIMITED_BITS), fused=False)
+        limit = even_spending(calibration, problem, unit, weight_bits=weight_bits, activation_bits=middle)
+        chosen = allocate_together(calibration, problem, places, unit, budget=limit)
         plan = allocation.chosen(rows, chosen.modules, budget_bits=UNLIMITED_BITS)
         return Allocated(widths=chosen.places, plan=plan, gathered=gathered)
     widths = {} if calibration is None else allocate_widths(calibration, average_bits=middle, costs=places)
     return Allocated(widths=widths, plan=allocation.by_costs(rows, budget_bits=budget_bits), gathered=gathered)
 
 
-def _on_folded(calibration: Calibration, middle: int) -> dict[tuple[int, str], dict[int, ActivationGrid]]:
+def grids_on_folded(calibration: Calibration, middle: int) -> dict[tuple[int, str], dict[int, ActivationGrid]]:
     """All grids as the model has them that is folded for one width."""
     found: dict[tuple[int, str], dict[int, ActivationGrid]] = {}
     for key, place in calibration.places.items():

@@ -20,11 +20,15 @@ from lrpq.activations.clipping import best, channel_candidates, squared_error
 from lrpq.activations.directional import responses
 from lrpq.activations.folding import folding_of
 from lrpq.activations.grids import UniformGrid, quantized
-from lrpq.activations.operations import allocate_operations, uniform_operations
+from lrpq.activations.operations import allocate_operations, even_operations
+from lrpq.activations.together import Unit, allocate_together, even_spending
+from lrpq.allocate.budget import BudgetBits
+from lrpq.allocate.problem import CostRow, build_problem
 from lrpq.errors import BudgetError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
+from lrpq.quant.packing import storage_bits
 from lrpq.quant.rtn import round_to_nearest
 from lrpq.relevance.head import sequence_generator
 from lrpq.relevance.probes import random_signs, root_times
@@ -163,7 +167,7 @@ def small_case(seed: int) -> tuple[Calibration, list[LinearSpec], dict[Any, floa
 def test_bit_operations_are_spent_best(seed: int) -> None:
     """Brute force over all widths of all places and layers."""
     calibration, specs, place_costs, module_costs = small_case(seed)
-    budget = uniform_operations(calibration, specs, weight_bits=3, activation_bits=4)
+    budget = even_operations(calibration, specs, weight_bits=3, activation_bits=4)
     keys = list(calibration.places)
     macs = {"q": 40 * 8, "k": 40 * 6, "fc2": 80 * 8}
     lowest = math.inf
@@ -177,15 +181,54 @@ def test_bit_operations_are_spent_best(seed: int) -> None:
             if bops <= budget:
                 lowest = min(lowest, spent_on_places + sum(module_costs[c] for c in choices))
     found = allocate_operations(calibration, specs, place_costs, module_costs, budget=budget)
-    assert found.operations <= budget
+    assert found.spent <= budget
     assert found.cost_nats == pytest.approx(lowest, rel=1e-5)
     assert found.bound_nats <= found.cost_nats * (1 + 1e-9)
     assert set(found.places) == set(keys)
     assert set(found.modules) == {"q", "k", "fc2"}
-    least = uniform_operations(calibration, specs, weight_bits=2, activation_bits=3)
-    assert allocate_operations(calibration, specs, place_costs, module_costs, budget=least).operations == least
+    least = even_operations(calibration, specs, weight_bits=2, activation_bits=3)
+    assert allocate_operations(calibration, specs, place_costs, module_costs, budget=least).spent == least
     with pytest.raises(BudgetError, match=f"too few for these widths; the least is {least}"):
         allocate_operations(calibration, specs, place_costs, module_costs, budget=least - 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bits_are_spent_best_on_weights_and_activations_together(seed: int) -> None:
+    """Brute force over all widths of all places and layers."""
+    calibration, specs, place_costs, module_costs = small_case(seed)
+    rows = [
+        CostRow(
+            module=spec,
+            choice=choice,
+            storage_bits=storage_bits(spec.d_out, spec.d_in, choice),
+            cost_nats=module_costs[spec.name, choice],
+        )
+        for spec in specs
+        for choice in (Choice(bits=2, group_size=-1), Choice(bits=4, group_size=-1))
+    ]
+    problem = build_problem(rows, budget=BudgetBits(bits=16), fused=False)
+    budget = even_spending(calibration, problem, Unit.BITS, weight_bits=3.25, activation_bits=4)
+    values = {key: place.num_values for key, place in calibration.places.items()}
+    assert budget == int(3.25 * sum(spec.num_weights for spec in specs)) + 4 * sum(values.values())
+    storage = {(row.module.name, row.choice): row.storage_bits for row in rows}
+    lowest = math.inf
+    for a in itertools.product((3, 5), repeat=len(values)):
+        on_places = sum(width * n for width, n in zip(a, values.values(), strict=True))
+        cost = sum(place_costs[*key, width] for key, width in zip(values, a, strict=True))
+        for w in itertools.product((2, 4), repeat=len(specs)):
+            chosen = [(s.name, Choice(bits=b, group_size=-1)) for s, b in zip(specs, w, strict=True)]
+            if on_places + sum(storage[c] for c in chosen) <= budget:
+                lowest = min(lowest, cost + sum(module_costs[c] for c in chosen))
+    found = allocate_together(calibration, problem, place_costs, Unit.BITS, budget=budget)
+    on_places = sum(width * values[key] for key, width in found.places.items())
+    assert found.spent == on_places + sum(storage[c] for c in found.modules.items()) <= budget
+    assert found.cost_nats == pytest.approx(lowest, rel=1e-5)
+    assert found.bound_nats <= found.cost_nats * (1 + 1e-9)
+    assert found.places.keys() == values.keys()
+    least = 3 * sum(values.values()) + sum(storage[s.name, Choice(bits=2, group_size=-1)] for s in specs)
+    assert allocate_together(calibration, problem, place_costs, Unit.BITS, budget=least).spent == least
+    with pytest.raises(BudgetError, match=f"too few for these widths; the least is {least}"):
+        allocate_together(calibration, problem, place_costs, Unit.BITS, budget=least - 1)
 
 
 def test_multiplications_are_those_that_torch_counts(stream: BlockStream) -> None:
@@ -196,4 +239,4 @@ def test_multiplications_are_those_that_torch_counts(stream: BlockStream) -> Non
         with FlopCounterMode(display=False) as counter, with_points(attention_of(stream, block), {}), torch.no_grad():
             hidden = stream.run(block, index, hidden)
         counted += counter.get_total_flops()
-    assert 3 * uniform_operations(found, stream.specs, weight_bits=1, activation_bits=1) == counted / 2
+    assert 3 * even_operations(found, stream.specs, weight_bits=1, activation_bits=1) == counted / 2
