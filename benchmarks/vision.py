@@ -15,13 +15,14 @@ Patch embedding and classifier are not quantized. Rows differ in one thing from 
     nearest     and shifted and logarithmic grids: all of ours, weights still rounded to nearest
     gptq        weights by uniform GPTQ, sequential, activation order: the control
     weights     weights by lrpq's whole recipe; MP by its curvature costs
-    lrpq        and rounded behind quantized activations, whose errors the correction makes up for
-    score       lrpq, but MP of the weights by a ranking of relevance (LRP-QViT's contribution score) on two widths
+    lrpq        and rounded behind quantized activations, whose errors the correction makes up for; MP of all widths in
+                one program by directional costs, with bits of weights and activations as the budget
+    score       apart, but MP of the weights by a ranking of relevance (LRP-QViT's contribution score) on two widths
     program     lrpq, but MP by LRP-QViT's integer program on contribution scores, of weights and activations
     paper       LRP-QViT whole: clipped channels, logarithmic softmax, nearest rounding, MP by its integer program
-    averages    lrpq, but MP by directional costs
-    together    lrpq, but MP of all widths in one program by directional costs: bits of weights and activations
-    operations  the same, with bit operations as the budget
+    averages    apart, but by directional costs
+    apart       lrpq, but MP of weights and of activations each for itself, by costs of single outputs and tokens
+    operations  lrpq, but MP with bit operations as the budget
     rebuilt     lrpq, and each block's codes, scales and activation steps learnt on the error of its outputs
 
 The tables are those of benchmarks/vision_table.py; the seconds are those of quantizing, scoring is not in them.
@@ -63,7 +64,7 @@ class Row:
     means: Means = Means.ALL
     recipe: Recipe = DEFAULT
     behind: Behind = Behind.ACTIVATIONS
-    budget: WidthBudget = WidthBudget.APART
+    budget: WidthBudget = WidthBudget.BITS
     reconstruct: Reconstruction | None = None
 
 
@@ -78,9 +79,9 @@ ROWS: Mapping[str, Row] = {
     "judged": rounded_to_nearest(Means.CLIPPED | Means.CHANNELS | Means.JUDGED_BY_OUTPUT),
     "nearest": rounded_to_nearest(Means.ALL),
     "gptq": Row(recipe=CONTROL, behind=Behind.WEIGHTS),
-    "weights": Row(behind=Behind.WEIGHTS),
+    "weights": Row(behind=Behind.WEIGHTS, budget=WidthBudget.APART),
     "lrpq": Row(),
-    "score": Row(recipe=replace(DEFAULT, allocation="relevance-magnitude")),
+    "score": Row(recipe=replace(DEFAULT, allocation="relevance-magnitude"), budget=WidthBudget.APART),
     "program": Row(budget=WidthBudget.CONTRIBUTION),
     "paper": Row(
         means=Means.CLIPPED | Means.CHANNELS | Means.LOGARITHMIC,
@@ -89,7 +90,7 @@ ROWS: Mapping[str, Row] = {
         budget=WidthBudget.CONTRIBUTION,
     ),
     "averages": Row(budget=WidthBudget.AVERAGES),
-    "together": Row(budget=WidthBudget.BITS),
+    "apart": Row(budget=WidthBudget.APART),
     "operations": Row(budget=WidthBudget.OPERATIONS),
     "rebuilt": Row(reconstruct=Reconstruction()),
 }

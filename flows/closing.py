@@ -91,6 +91,9 @@ def budget_line(budget: Mapping[str, Any]) -> str:
         asked = f"budget {shown_bytes(budget['asked_bytes'])}"
     else:
         asked = f"budget {budget['asked_bits']:g} bits a weight"
+        if budget.get("shared") is not None:
+            unit = "bits" if budget["shared"] == "bits" else "bit operations"
+            asked += f" and {budget['asked_activation_bits']} an activation, {unit} together"
     parts = [asked]
     if budget.get("reached_bits") is not None:
         parts.append(f"reached {budget['reached_bits']:.4f} bits")

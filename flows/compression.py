@@ -27,6 +27,7 @@ from flows.stages import count_degradations, run_candidates, run_evaluate, run_p
 from flows.stitching import Stitching
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
+from lrpq.allocate.problem import CostRow
 from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.plan import planned_size
 from lrpq.checkpoint.publish import check_output
@@ -197,6 +198,9 @@ class Compression:
         if self.head is not None and asked.quantize_head is not None:
             choice = fixed_choice(asked.quantize_head, asked.group_sizes, self.head.d_in)
             rows += allocate.rows_without_costs([self.head], [choice])
+        self._pose(rows)
+
+    def _pose(self, rows: list[CostRow]) -> None:
         self.planner.pose(rows)
 
     def _jobs(self, windows: StoredWindows) -> Prepared:
@@ -239,7 +243,7 @@ class Compression:
             refined = jobs.refine_job(self.context, prepared.profile, plans.ours)
         stitching = self._stitching(pool, prepared)
         ours = stitching.named(plans.ours) if refined is None else Contender(codes=refined.folder, plan=plans.ours)
-        uniform = None if plans.uniform is None else stitching.named(plans.uniform)
+        uniform = self._uniform(stitching, plans)
         head = None if self.head is None else prepared.candidates
         rebuilt = self._to_rebuild(prepared, ours)
         keys = [self._content_key(c, head=head) for c in (ours, rebuilt, uniform) if c is not None]
@@ -278,11 +282,11 @@ class Compression:
             rows=rows,
             degraded=degraded,
         )
-        manifest |= self.description()
+        manifest |= self.description(kept)
         manifest["guard"] = compared
         if reconstruction is not None:
             manifest["reconstruction"] = {**reconstruction, "written": kept is rebuilt}
-        manifest["budget"] |= {"search": self.searched}
+        manifest["budget"] |= {"search": self.searched, **self._shared_budget()}
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
         manifest["size"] = self._planned_size(codes, quantized)
@@ -298,6 +302,10 @@ class Compression:
         manifest["computed_nothing"] = _computed_nothing(run)
         write_manifest_file(self.config.output / MANIFEST, manifest)
         return manifest
+
+    def _uniform(self, stitching: Stitching, plans: Plans) -> Contender | None:
+        """What the result must not be worse than; None where there is no uniform plan under the budget."""
+        return None if plans.uniform is None else stitching.named(plans.uniform)
 
     def _stitching(self, pool: Pool, prepared: Prepared) -> Stitching:
         return Stitching(context=self.context, pool=pool, stream=self.stream, candidates=prepared.candidates)
@@ -442,9 +450,13 @@ class Compression:
         """Bytes of what lies in the output folder, as sizes of checkpoints are counted."""
         return model_bytes(self.config.output)
 
-    def description(self) -> dict[str, Any]:
-        """What the manifest says of the model besides its weights."""
+    def description(self, kept: Contender) -> dict[str, Any]:
+        """What the manifest says of the model besides its weights, of which ``kept`` are written."""
         return {"rotation": rotation_json(self.config.run, self.source)}
+
+    def _shared_budget(self) -> dict[str, Any]:
+        """What the budget is of besides the weights."""
+        return {}
 
     def _report(self) -> None:
         """What is left in the output folder besides the checkpoint and its manifest: nothing."""

@@ -109,7 +109,7 @@ class ImagesConfig(Section):
     num_images: Annotated[Positive, Flag("--calibration-images")] = 128
     """Images to calibrate on, drawn by the seed; --held-out-windows more are held out."""
     activations: Annotated[tuple[int, ...], Field(strict=False), Flag("--activations")] = ()
-    """Widths of activations to choose from (bits); of several the middle one is their average; none leaves
+    """Widths of activations to choose from (bits); of several the middle one is what --budget has room for; none leaves
     activations as they are."""
 
     @field_validator("activations")
@@ -258,6 +258,10 @@ class PlanConfig(Section):
     refine: Annotated[Literal["sequential", "stitch"], Flag("--refine")] = "sequential"
     """sequential: quantize again behind the quantized prefix; stitch: the stored candidates (seconds, lower
     quality; with --cost-rows they are made for the plan)."""
+    share: Annotated[Literal["bits", "operations", "none"], Flag("--share")] = "bits"
+    """With several --activations, what --budget and their middle width are a budget of, for weights and activations
+    together: bits (an image's activations and every weight once), operations (bit operations an image; scales do not
+    count), or none: weights and activations each keep to their own average."""
     reconstruct: Annotated[bool, Flag("--reconstruct")] = False
     """Of an image classifier: learn codes, scales and activation steps of each block on the error of its outputs, and
     keep them where that falls on calibration images that were held out of it; takes minutes."""

@@ -21,13 +21,17 @@ from flows.guard import Contender, Windows
 from flows.heat_maps import HeatReport, run_heat_maps
 from flows.image_shares import none_held_out
 from flows.images import MeasuredImages, calibration_images, evaluation_images
-from flows.planning import Planner
-from flows.reconstruction import AS_ROUNDED, CHECK, REBUILT, run_rebuild, with_rebuilt_grids
+from flows.planning import Planner, Plans
+from flows.reconstruction import AS_ROUNDED, CHECK, REBUILT, run_rebuild, stream_of
 from flows.result import choices_json, model_bytes
-from flows.stages import run_refine
+from flows.sharing import Shared, run_responses, share, shares
+from flows.stages import run_candidates, run_refine
+from flows.stitching import Stitching
 from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.calibrate import Calibration
+from lrpq.allocate.budget import UNQUANTIZED_BITS
 from lrpq.allocate.plan import Plan
+from lrpq.allocate.problem import CostRow
 from lrpq.checkpoint.activations import TABLE
 from lrpq.checkpoint.plan import planned_size
 from lrpq.errors import ModelError
@@ -47,6 +51,7 @@ from tasks.evaluate import STAGE as EVALUATE
 from tasks.image_scores import ClassifierCheckpoint, ClassifierVariant, ScoreImagesJob, StoredClassifierCodes
 from tasks.profile import ProfileJob
 from tasks.rebuild import RebuildJob
+from tasks.stored_codes import CodesFrom
 from tasks.streams import DTYPES, StreamJob
 
 
@@ -81,13 +86,18 @@ class ImageCompression(Compression):
                 raise none_held_out()
         self._explain(pool)
         self.calibration: Calibration | None = None
+        self.shared: Shared | None = None
         if not config.run.images.activations:
             return self._jobs(self.windows)
-        original = self._jobs(self.windows).profile
-        super()._profile(pool, original)
-        self._quantize_activations(pool, original)
+        self.original = self._jobs(self.windows).profile
+        super()._profile(pool, self.original)
+        self._quantize_activations(pool)
+        return self._on_folded()
+
+    def _on_folded(self) -> Prepared:
+        """Jobs on the folded model, by the original's profile."""
         stream = jobs.stream_job(self.context, self.windows)
-        profile = replace(original, stream=stream)
+        profile = replace(self.original, stream=stream)
         candidates = jobs.candidates_job(self.context, profile, head=self.head)
         return Prepared(stream=self.stream, stream_job=stream, profile=profile, candidates=candidates)
 
@@ -120,20 +130,44 @@ class ImageCompression(Compression):
         if self.calibration is None:
             super()._profile(pool, job)
 
-    def _quantize_activations(self, pool: Pool, profile: ProfileJob) -> None:
+    def _pose(self, rows: list[CostRow]) -> None:
+        """Of a shared budget only a part is the weights': how large it is shows when all costs are known."""
+        shared = shares(self.planner.wanted, self.config.run.images.activations)
+        self.planner.pose(rows, budget_bits=UNQUANTIZED_BITS if shared else None)
+
+    def _quantize_activations(self, pool: Pool) -> None:
         """Find the grids and their widths, and go on with the model that they ask for."""
         run, average = self.run_state, self.config.run.images.average_activation_bits
         assert average is not None
         num_blocks = self.stream.num_blocks
-        job = jobs.activations_job(self.context, profile)
+        self.grids_job = job = jobs.activations_job(self.context, self.original)
         if run.stored(job.folder, activations.STAGE) is None:
             run.survive(pool, activations.STAGE, lambda: self._search_grids(pool, job))
             run.finish(job.folder, activations.STAGE, {"blocks": num_blocks})
         self.calibration = activations.stored_calibration(job, range(num_blocks))
-        mixed = len(job.widths) > 1
-        widths = allocate_widths(self.calibration, average_bits=average) if mixed else self.calibration.uniform(average)
-        self.grids_job = job
-        self._take(chosen_grids(self.config.store, job.folder, widths, num_blocks))
+        if shares(self.planner.wanted, job.widths):
+            self._share(pool, average)
+        elif len(job.widths) > 1:
+            self._take(self._chosen(allocate_widths(self.calibration, average_bits=average)))
+        else:
+            self._take(self._chosen(self.calibration.uniform(average)))
+
+    def _share(self, pool: Pool, average: int) -> None:
+        """Choose all widths under one budget, and go on with the model that those of activations ask for."""
+        assert self.calibration is not None
+        unfolded = self.source, self.context
+        self._take(self._chosen(self.calibration.uniform(average)))
+        prepared = self._on_folded()
+        rows = self.planner.cost_rows(run_candidates(self.run_state, pool, prepared.candidates, self.stream))
+        job = jobs.responses_job(self.context, prepared.candidates)
+        run_responses(self.run_state, pool, job)
+        self.shared = share(self.planner, self.calibration, rows, job, activation_bits=average)
+        self.source, self.context = unfolded
+        self._take(self._chosen(self.shared.widths.places))
+        self.planner.give(self.shared.widths.modules, rows)
+
+    def _chosen(self, widths: Mapping[tuple[int, str], int]) -> ChosenGrids:
+        return chosen_grids(self.config.store, self.grids_job.folder, widths, self.stream.num_blocks)
 
     def _search_grids(self, pool: Pool, job: activations.ActivationsJob) -> None:
         run = self.run_state
@@ -159,18 +193,37 @@ class ImageCompression(Compression):
             fingerprint=hashlib.sha256(f"{self.context.fingerprint} {chosen.digest}".encode()).hexdigest(),
         )
 
-    def description(self) -> dict[str, Any]:
+    def description(self, kept: Contender) -> dict[str, Any]:
         """Images, and widths of activations by block and place."""
-        found = super().description() | {"images": {"source": self.windows.source, "number": self.windows.num_windows}}
+        found = super().description(kept) | {
+            "images": {"source": self.windows.source, "number": self.windows.num_windows}
+        }
         if self.heat is not None:
             found["heat_maps"] = self.heat.document
-        chosen = self.context.activations
+        chosen = self._grids_of(kept.codes)
         if chosen is None or self.calibration is None:
             return found
         values = {key: place.num_values for key, place in self.calibration.places.items()}
         total = sum(bits * values[block, place] for block, place, bits in chosen.widths)
         places = [{"block": block, "place": place, "bits": bits} for block, place, bits in chosen.widths]
-        return found | {"activations": {"average_bits": total / sum(values.values()), "places": places}}
+        shared = {} if self.shared is None else {"shared": self.shared.document()}
+        return found | {"activations": {"average_bits": total / sum(values.values()), "places": places, **shared}}
+
+    def _shared_budget(self) -> dict[str, Any]:
+        """Activations."""
+        average = self.config.run.images.average_activation_bits
+        return {} if self.shared is None else {"asked_activation_bits": average, "shared": self.shared.unit.value}
+
+    def _grids_of(self, codes: CodesFrom) -> ChosenGrids | None:
+        """Grids that go with codes."""
+        return stream_of(jobs.stream_job(self.context, self.windows), codes).activations
+
+    def _uniform(self, stitching: Stitching, plans: Plans) -> Contender | None:
+        """Of a shared budget what it gives evenly to weights and activations, whose middle width has its own fold."""
+        if self.shared is None:
+            return super()._uniform(stitching, plans)
+        even = self.shared.even
+        return None if even is None else Contender(codes=self.shared.even_codes, plan=even)
 
     def _on_held_out(
         self, pool: Pool, prepared: Prepared, contenders: Mapping[str, Contender], *, head: CandidatesJob | None
@@ -191,7 +244,7 @@ class ImageCompression(Compression):
         assert held_out is not None
         variants = {
             name: StoredClassifierCodes(
-                stream=with_rebuilt_grids(prepared.stream_job, c.codes), folder=c.codes, choices=c.plan.choices
+                stream=stream_of(prepared.stream_job, c.codes), folder=c.codes, choices=c.plan.choices
             )
             for name, c in contenders.items()
         }
@@ -222,8 +275,7 @@ class ImageCompression(Compression):
         return rebuilt if helps else start, {**outcome, "helps": helps, "held_out": scores}
 
     def _planned_size(self, codes: StageFolder | CandidatesJob, quantized: Mapping[str, Choice]) -> dict[str, Any]:
-        chosen = with_rebuilt_grids(jobs.stream_job(self.context, self.windows), codes).activations
-        grids = checkpoint_activations(self.specs, chosen, quantized)
+        grids = checkpoint_activations(self.specs, self._grids_of(codes), quantized)
         size = planned_size(self.source, quantized, specs=self.specs, activations=grids)
         return {**asdict(size), "average_bits": size.quantized_bits / size.num_quantized_weights}
 
@@ -241,7 +293,7 @@ class ImageCompression(Compression):
         head: CandidatesJob | None,
     ) -> Call:
         job = AssembleClassifierJob(
-            stream=with_rebuilt_grids(jobs.stream_job(self.context, self.windows), codes),
+            stream=stream_of(jobs.stream_job(self.context, self.windows), codes),
             output=str(self.config.output.absolute()),
             overwrite=self.config.overwrite,
             codes=codes,
@@ -284,9 +336,7 @@ class ImageCompression(Compression):
         average = self.config.run.images.average_activation_bits
         if ours.activations is None or self.calibration is None or average is None:
             return ours
-        fixed = self.calibration.uniform(average)
-        chosen = chosen_grids(self.config.store, self.grids_job.folder, fixed, self.stream.num_blocks)
-        return replace(ours, activations=chosen)
+        return replace(ours, activations=self._chosen(self.calibration.uniform(average)))
 
     def _scoring(self, images: str, num_images: int, variants: Mapping[str, ClassifierVariant]) -> ScoreImagesJob:
         return ScoreImagesJob(

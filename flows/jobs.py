@@ -16,7 +16,7 @@ from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.tune.options import Reconstruction
-from tasks import activations, candidates, heat_maps, profile, rebuild, refine, stitch
+from tasks import activations, candidates, heat_maps, profile, rebuild, refine, responses, stitch
 from tasks.activations import ActivationsJob
 from tasks.candidates import CandidatesJob
 from tasks.chosen_grids import ChosenGrids
@@ -24,6 +24,7 @@ from tasks.heat_maps import HeatMapsJob
 from tasks.profile import ProfileJob
 from tasks.rebuild import RebuildJob
 from tasks.refine import RefineJob
+from tasks.responses import ResponsesJob
 from tasks.stitch import StitchJob
 from tasks.streams import StreamJob
 
@@ -114,6 +115,22 @@ def activations_job(context: JobContext, profile: ProfileJob) -> ActivationsJob:
         ),
         squares=profile.folder,
         widths=widths,
+    )
+
+
+def responses_job(context: JobContext, candidates: CandidatesJob) -> ResponsesJob:
+    """Depends on the candidates' codes, and by them on the model, the images and the grids."""
+    stream, seed = candidates.profile.stream, context.config.run.seed
+    return ResponsesJob(
+        stream=stream,
+        folder=context.run.folder(
+            responses.STAGE,
+            inputs={"candidates": candidates.folder.key, **_activations(stream)},
+            parameters={"seed": seed, **_streaming(context, stream)},
+            code=["tasks.responses"],
+        ),
+        candidates=candidates,
+        seed=seed,
     )
 
 

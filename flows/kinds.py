@@ -32,6 +32,7 @@ OF_TEXT = (
 OF_IMAGES = (
     "run.images.num_images",
     "run.images.activations",
+    "plan.share",
     "plan.reconstruct",
     "evaluation.num_images",
     "evaluation.top1",

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flows.config import CompressConfig, PlanConfig
 from flows.result import choices_json
 from flows.run import Run
-from lrpq.allocate.budget import UNQUANTIZED_BITS
+from lrpq.allocate.budget import UNQUANTIZED_BITS, bits_for
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
-from lrpq.model.layers import LinearSpec
+from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from tasks import allocate
 
 STAGE = "allocate"
-REFINEMENT = {"refine", "reconstruct", "correction", "correction_damping", "polish", "row_blocks"}
+REFINEMENT = {"refine", "share", "reconstruct", "correction", "correction_damping", "polish", "row_blocks"}
 """Fields of the plan that the allocation does not depend on."""
 
 
@@ -48,13 +48,23 @@ class Planner:
         """With a budget: where an accuracy is asked for, the widest one until one is found."""
         if config.plan.max_kl is not None:
             self.set_budget(UNQUANTIZED_BITS)
+        self.given: Mapping[str, Choice] | None = None
+        """Choices that are decided already."""
 
     def set_budget(self, bits: float) -> None:
         """Take a budget in bits in place of the limit on the KL divergence."""
         self.wanted = self.config.plan.model_copy(update={"max_kl": None, "budget_bits": float(bits)})
 
-    def pose(self, rows: list[CostRow]) -> allocate.Posed:
-        """The allocation problem.
+    def give(self, choices: Mapping[str, Choice], rows: Sequence[CostRow]) -> None:
+        """Take choices of all modules in the allocation, found elsewhere; the budget is what they take."""
+        taken = [row for row in rows if choices.get(row.module.name) == row.choice]
+        num_weights = sum(row.module.num_weights for row in taken)
+        bits = bits_for(sum(row.storage_bits for row in taken), num_weights=num_weights)
+        self.wanted = self.wanted.model_copy(update={"budget_bits": bits})
+        self.given = choices
+
+    def pose(self, rows: list[CostRow], *, budget_bits: float | None = None) -> allocate.Posed:
+        """The allocation problem, under the budget that was asked for or another one.
 
         Raises:
             ConfigError: see ``tasks.allocate.pose``.
@@ -64,7 +74,7 @@ class Planner:
         return allocate.pose(
             rows,
             self.source,
-            budget_bits=wanted.budget_bits,
+            budget_bits=wanted.budget_bits if budget_bits is None else budget_bits,
             budget_bytes=wanted.budget_bytes,
             keep=wanted.keep,
             target=wanted.target,
@@ -83,15 +93,16 @@ class Planner:
     def plans(self, run: Run, rows: list[dict[str, Any]], *, candidates_key: str) -> Plans:
         """The plan under the budget and the uniform ones beside it; a stage of the run."""
         wanted = self.wanted
+        parameters = json.loads(wanted.model_dump_json(exclude=REFINEMENT))
+        if self.given is not None:
+            parameters["given"] = choices_json(self.given)
         folder = run.folder(
-            STAGE,
-            inputs={"candidates": candidates_key},
-            parameters=json.loads(wanted.model_dump_json(exclude=REFINEMENT)),
-            code=["tasks.allocate"],
+            STAGE, inputs={"candidates": candidates_key}, parameters=parameters, code=["tasks.allocate"]
         )
         with run.timed(STAGE, 1, "plan"):
             posed = self.pose(self.cost_rows(rows))
-            plan = run.step(STAGE, lambda: allocate.solve(posed.problem, solver=wanted.solver))
+            problem = posed.problem if self.given is None else posed.problem.with_choices(self.given)
+            plan = run.step(STAGE, lambda: allocate.solve(problem, solver=wanted.solver))
             if wanted.budget_bytes is not None:
                 plan = allocate.within_bytes(
                     plan,
@@ -106,7 +117,7 @@ class Planner:
             )
             control = None
             if self.config.evaluation.enabled and self.config.evaluation.control:
-                control = allocate.control(posed.unlimited, at_bits=plan.average_bits)
+                control = allocate.control(posed.unlimited, at_bits=self._control_bits(plan))
             run.progress.advance(STAGE)
         for note in posed.notes:
             run.warn(note)
@@ -114,6 +125,11 @@ class Planner:
             run.finish(folder, STAGE, {"choices": choices_json(plan.choices), "cost_nats": plan.cost_nats})
         if plan.stopped_early:
             run.warn(f"the allocation met its time limit: its cost may be {plan.gap:.2%} above the best possible")
-        if not plan.binding:
+        if not plan.binding and self.given is None:
             run.warn("the budget is larger than every module at its best choice needs; it is not used up")
         return Plans(ours=plan, uniform=uniform, control=control)
+
+    def _control_bits(self, plan: Plan) -> float:
+        """What the control's size is nearest to: what is reached, or where others had a share of it the budget."""
+        asked = self.config.plan.budget_bits
+        return plan.average_bits if self.given is None or asked is None else asked

@@ -10,7 +10,7 @@ from typing import Any
 from flows.run import Run
 from lrpq.tune.reconstruct import BlockOutcome
 from tasks import rebuild
-from tasks.artifacts import StageFolder
+from tasks.candidates import CandidatesJob
 from tasks.chosen_grids import rebuilt_with
 from tasks.cluster import Pool
 from tasks.rebuild import RebuildJob
@@ -66,8 +66,10 @@ def reconstruction_json(outcomes: Sequence[BlockOutcome]) -> dict[str, Any]:
     }
 
 
-def with_rebuilt_grids(stream: StreamJob, codes: CodesFrom) -> StreamJob:
-    """The model with the grids that go with codes: where blocks were rebuilt, those that were learnt with the codes."""
-    if stream.activations is None or not isinstance(codes, StageFolder) or codes.stage != rebuild.STAGE:
+def stream_of(stream: StreamJob, codes: CodesFrom) -> StreamJob:
+    """The model that codes are of: candidates know theirs, and rebuilt blocks have grids learnt with their codes."""
+    if isinstance(codes, CandidatesJob):
+        return codes.profile.stream
+    if stream.activations is None or codes.stage != rebuild.STAGE:
         return stream
     return replace(stream, activations=rebuilt_with(stream.activations, codes))

@@ -34,7 +34,7 @@ from lrpq.activations.clipping import (
     tensor_candidates,
 )
 from lrpq.activations.folding import NORMS, Folding, folding_of
-from lrpq.activations.grids import ActivationGrid
+from lrpq.activations.grids import ActivationGrid, UniformGrid
 from lrpq.activations.judging import AttentionError, site_error
 from lrpq.errors import ModelError
 from lrpq.model.streaming import BlockStream
@@ -110,6 +110,21 @@ class Calibration:
         """(block, site) -> what has to be folded first; empty without `Means.CHANNELS`."""
         found = {key: place.candidates[widths[key]].folding for key, place in self.places.items()}
         return {key: folding for key, folding in found.items() if folding is not None}
+
+    def grids_on_folded(
+        self, widths: Mapping[tuple[int, str], int]
+    ) -> dict[tuple[int, str], dict[int, ActivationGrid]]:
+        """(block, site or point) -> width -> its grid as the model has it that is folded for ``widths``; its codes are
+        those of the original's grid."""
+        found: dict[tuple[int, str], dict[int, ActivationGrid]] = {}
+        for key, place in self.places.items():
+            folding = place.candidates[widths[key]].folding
+            for width, candidate in place.candidates.items():
+                grid = candidate.original_grid
+                if folding is not None and isinstance(grid, UniformGrid):
+                    grid = folding.of_grid(grid)
+                found.setdefault(key, {})[width] = grid
+        return found
 
     def uniform(self, bits: int) -> dict[tuple[int, str], int]:
         """The same width everywhere."""

@@ -9,7 +9,8 @@ pass gives g at every place, so a place costs one scalar product an image and wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,13 +48,30 @@ class Responses:
     modules: dict[tuple[str, Choice], list[Tensor]] = field(default_factory=dict)
     """(module, choice)."""
 
-    def place_costs(self) -> dict[tuple[int, str, int], float]:
-        """Nats an image of each width of each place."""
-        return {key: _halved_mean_square(parts) for key, parts in self.places.items()}
+    def costs(self) -> Costs:
+        """Half the mean square over images and draws."""
+        return Costs(
+            places={key: _halved_mean_square(parts) for key, parts in self.places.items()},
+            modules={key: _halved_mean_square(parts) for key, parts in self.modules.items()},
+        )
 
-    def module_costs(self) -> dict[tuple[str, Choice], float]:
-        """Nats an image of each choice of each module."""
-        return {key: _halved_mean_square(parts) for key, parts in self.modules.items()}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Nats an image of everything alone."""
+
+    places: Mapping[tuple[int, str, int], float]
+    """(block, site or point, width)."""
+    modules: Mapping[tuple[str, Choice], float]
+    """(module, choice)."""
+
+
+def averaged(found: Sequence[Costs]) -> Costs:
+    """Mean of the costs of several draws over the same images, of the same places and modules."""
+    return Costs(
+        places={key: math.fsum(costs.places[key] for costs in found) / len(found) for key in found[0].places},
+        modules={key: math.fsum(costs.modules[key] for costs in found) / len(found) for key in found[0].modules},
+    )
 
 
 def _halved_mean_square(parts: Sequence[Tensor]) -> float:
@@ -67,8 +85,10 @@ def responses(
     weights: ModuleWeights,
     *,
     seed: int,
-    draws: int = DRAWS,
+    draws: Iterable[int] = range(DRAWS),
     micro_batch: int = 32,
+    kept_bytes: int = 8 << 30,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Responses:
     """Responses of every image to every grid and every way of rounding weights, each alone.
 
@@ -80,16 +100,27 @@ def responses(
         grids: of activations.
         weights: of layers.
         seed: of the draws.
-        draws: an image.
+        draws: numbers of the draws.
         micro_batch: images computed at once.
+        kept_bytes: host memory for block inputs before they spill to disk.
+        on_batch: called whenever a micro-batch has run.
 
     Raises:
         ModelError: not an image classifier.
     """
     found = Responses()
     grids = {key: {width: placed(grid, stream.device) for width, grid in each.items()} for key, each in grids.items()}
-    for draw in range(draws):
-        with probed(_Responding, stream, images, draw=draw, seed=seed, micro_batch=micro_batch) as sweep:
+    for draw in draws:
+        with probed(
+            _Responding,
+            stream,
+            images,
+            draw=draw,
+            seed=seed,
+            micro_batch=micro_batch,
+            kept_bytes=kept_bytes,
+            on_batch=on_batch,
+        ) as sweep:
             assert isinstance(sweep, _Responding)
             for block, module in stream.stream(range(stream.num_blocks - 1, -1, -1)):
                 sweep.respond(block, module, grids, weights, found)
@@ -136,6 +167,7 @@ class _Responding(ProbeSweep):
                     module, arguments, hidden, upstream, sites, switch=self.switch, observer=observe
                 )
             self.upstream[shard.index, position] = result.gradients
+            self.on_batch()
 
 
 def _change(quantized_weight: QuantizedWeight, layer: nn.Module) -> Float[Tensor, "d_out d_in"]:

@@ -112,6 +112,12 @@ class BudgetBytes:
 Budget = BudgetBits | BudgetBytes
 
 
+def bits_for(total_bits: int, *, num_weights: int) -> float:
+    """Bits a weight whose capacity is ``total_bits``, or the least above it that is a number of Python."""
+    found = total_bits / num_weights
+    return found if Fraction(repr(found)) * num_weights >= total_bits else math.nextafter(found, math.inf)
+
+
 def smallest_bits(sizes: Sizes) -> str:
     """Return the smallest possible bits per weight as text, rounded up so that it is a feasible budget."""
     scale = 10**SHOWN_DECIMALS

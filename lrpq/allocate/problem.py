@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lrpq.allocate.budget import UNQUANTIZED_BITS, Budget, Sizes, smallest_bits
 from lrpq.allocate.keep import KeepRule, match_keep
@@ -86,6 +86,18 @@ class Problem:
     def sizes(self) -> Sizes:
         """What turns a budget into a capacity."""
         return _sizes(self.groups, self.left)
+
+    def with_choices(self, choices: Mapping[str, Choice]) -> Problem:
+        """Return the same problem with one option a group: that of its first member's choice.
+
+        Raises:
+            ConfigError: a group has no such option.
+        """
+        groups = tuple(
+            replace(group, options=tuple(o for o in group.options if o.choice == choices[group.members[0].name]))
+            for group in self.groups
+        )
+        return Problem(groups=groups, capacity_bits=self.capacity_bits, left=self.left)
 
     def with_budget(self, budget: Budget) -> Problem:
         """Return the same problem under another budget.

@@ -10,12 +10,10 @@ norms and the classifier stay as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import Enum
-from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -27,6 +25,7 @@ from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.apply import GridActivations, quantized_block
 from lrpq.activations.calibrate import BlockGrids, Calibration, Means, calibrate
 from lrpq.activations.folding import fold_plan
+from lrpq.allocate.budget import bits_for
 from lrpq.allocate.plan import Plan
 from lrpq.compare import contribution
 from lrpq.compare.prepared import Prepared, asked_of
@@ -96,7 +95,7 @@ def quantize_classifier(
     folded: Path,
     means: Means = Means.ALL,
     behind: Behind = Behind.ACTIVATIONS,
-    budget: WidthBudget = WidthBudget.APART,
+    budget: WidthBudget = WidthBudget.BITS,
     reconstruct: Reconstruction | None = None,
     terms: Terms | None = None,
 ) -> QuantizedClassifier:
@@ -124,6 +123,8 @@ def quantize_classifier(
         LrpqError: see `calibrate`, `fold_plan` and `Prepared`.
     """
     middle = middle_width(activation_bits) if activation_bits else 0
+    if budget is WidthBudget.BITS and len(activation_bits) < 2:
+        budget = WidthBudget.APART
     if budget is WidthBudget.APART and len(activation_bits) > 1 and Means.JUDGED_BY_OUTPUT not in means:
         raise ConfigError("widths of activations are mixed by the errors of outputs; give one width, or judge by them")
     shared = terms or Terms(dtype=torch.float32, micro_batch=32)
@@ -216,6 +217,4 @@ def uniform_bits(specs: Sequence[LinearSpec], bits: int) -> float:
     """All-in bits a weight with one width everywhere and a scale a row, rounded up: a budget that this width meets."""
     choice = Choice(bits=bits, group_size=PER_ROW)
     total = sum(storage_bits(spec.d_out, spec.d_in, choice) for spec in specs)
-    num_weights = sum(spec.num_weights for spec in specs)
-    found = total / num_weights
-    return found if Fraction(repr(found)) * num_weights >= total else math.nextafter(found, math.inf)
+    return bits_for(total, num_weights=sum(spec.num_weights for spec in specs))

@@ -12,8 +12,7 @@ from enum import Enum
 
 from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.calibrate import Calibration
-from lrpq.activations.directional import responses
-from lrpq.activations.grids import ActivationGrid, UniformGrid
+from lrpq.activations.directional import DRAWS, averaged, responses
 from lrpq.activations.together import Unit, allocate_together, even_spending
 from lrpq.allocate.budget import BudgetBits
 from lrpq.allocate.plan import Plan
@@ -36,7 +35,8 @@ class WidthBudget(Enum):
     AVERAGES = "averages"
     """Weights and activations each their average; directional costs."""
     BITS = "bits"
-    """All widths in one program, with no more bits an image than the averages everywhere; directional costs."""
+    """All widths in one program, with no more bits an image than the averages everywhere; directional costs. With one
+    width of activations there is nothing to share, and it is APART."""
     OPERATIONS = "operations"
     """The same with no more bit operations."""
     CONTRIBUTION = "contribution"
@@ -93,16 +93,22 @@ def allocate_directional(
         keep_candidates=True,
         with_outputs=recipe.row_blocks > 1,
     )
-    grids = {} if calibration is None else grids_on_folded(calibration, middle)
-    found = responses(
-        stream,
-        bench.tokens,
-        grids,
-        gathered.candidates,
-        seed=bench.terms.seed,
-        micro_batch=bench.terms.micro_batch,
+    grids = {} if calibration is None else calibration.grids_on_folded(calibration.uniform(middle))
+    costs = averaged(
+        [
+            responses(
+                stream,
+                bench.tokens,
+                grids,
+                gathered.candidates,
+                seed=bench.terms.seed,
+                draws=[draw],
+                micro_batch=bench.terms.micro_batch,
+            ).costs()
+            for draw in range(DRAWS)
+        ]
     )
-    places, modules = found.place_costs(), found.module_costs()
+    places, modules = costs.places, costs.modules
     rows = allocation.with_costs(gathered.costs[recipe.allocation], _by_module(modules))
     if budget is not WidthBudget.AVERAGES:
         if calibration is None:
@@ -116,19 +122,6 @@ def allocate_directional(
         return Allocated(widths=chosen.places, plan=plan, gathered=gathered)
     widths = {} if calibration is None else allocate_widths(calibration, average_bits=middle, costs=places)
     return Allocated(widths=widths, plan=allocation.by_costs(rows, budget_bits=budget_bits), gathered=gathered)
-
-
-def grids_on_folded(calibration: Calibration, middle: int) -> dict[tuple[int, str], dict[int, ActivationGrid]]:
-    """All grids as the model has them that is folded for one width."""
-    found: dict[tuple[int, str], dict[int, ActivationGrid]] = {}
-    for key, place in calibration.places.items():
-        folding = place.candidates[middle].folding
-        for width, candidate in place.candidates.items():
-            grid = candidate.original_grid
-            if folding is not None and isinstance(grid, UniformGrid):
-                grid = folding.of_grid(grid)
-            found.setdefault(key, {})[width] = grid
-    return found
 
 
 def _by_module(costs: Mapping[tuple[str, Choice], float]) -> dict[str, dict[Choice, float]]:

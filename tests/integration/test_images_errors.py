@@ -105,6 +105,7 @@ def test_budgets_that_do_not_go_with_images(refused: Any) -> None:
         (["--evaluation-images", "8"], "--evaluation-images: is for image classifiers"),
         (["--top1"], "--top1: is for image classifiers"),
         (["--heat-maps", "2"], "--heat-maps: is for image classifiers"),
+        (["--share", "none"], "--share: is for image classifiers"),
         (["--reconstruct"], "--reconstruct: is for image classifiers; give their images with --images"),
     ],
 )

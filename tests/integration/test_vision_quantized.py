@@ -140,7 +140,7 @@ def test_places_that_are_said_to_cost_more_do(stream: BlockStream, tmp_path: Pat
     walk = SharedWalk(Workbench(stream.source, CALIBRATION, TERMS), asked_of([DEFAULT], [4.0]))
     found = calibrate(stream, CALIBRATION, widths=[3, 8], token_weights=walk.squares)
     grids_at_3 = {key: {3: place.candidates[3].original_grid} for key, place in found.places.items() if key[0] == 1}
-    directional = responses(stream, CALIBRATION, grids_at_3, {}, seed=0).place_costs()
+    directional = responses(stream, CALIBRATION, grids_at_3, {}, seed=0).costs().places
     num_tokens = found.places[1, "o"].num_values // found.places[1, "o"].row
     predicted, measured = [], []
     for key, place in found.places.items():

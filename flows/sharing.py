@@ -1,0 +1,112 @@
+"""One budget of weights and activations: the stage that puts their costs on one scale, and the knapsack.
+
+What a layer costs is known of a folded model, and what is folded depends on the widths of activations. So costs are
+taken in the model that is folded for the middle width everywhere; the widths chosen by them make another one, in which
+everything further is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flows.config import PlanConfig
+from flows.planning import Planner
+from flows.run import Run
+from lrpq.activations.calibrate import Calibration
+from lrpq.activations.operations import Widths
+from lrpq.activations.together import Unit, allocate_together, even_spending
+from lrpq.allocate.budget import UNQUANTIZED_BITS
+from lrpq.allocate.plan import Plan
+from lrpq.allocate.problem import CostRow
+from lrpq.errors import BudgetError
+from tasks import allocate, responses
+from tasks.candidates import CandidatesJob
+from tasks.cluster import Pool
+from tasks.responses import ResponsesJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What was decided together."""
+
+    unit: Unit
+    budget: int
+    """Bits, or bit operations an image."""
+    widths: Widths
+    even: Plan | None
+    """The budget spent evenly, with activations of the middle width; None where no uniform plan fits."""
+    even_codes: CandidatesJob
+    """Where its codes are."""
+
+    def document(self) -> dict[str, Any]:
+        """For the manifest."""
+        found = {"unit": self.unit.value, "budget": self.budget, "spent": self.widths.spent}
+        return {**found, "cost_nats": self.widths.cost_nats, "bound_nats": self.widths.bound_nats}
+
+
+def shares(wanted: PlanConfig, activation_bits: Sequence[int]) -> bool:
+    """Whether weights and activations have one budget: where there are widths of both to choose."""
+    return wanted.share != "none" and len(activation_bits) > 1
+
+
+def run_responses(run: Run, pool: Pool, job: ResponsesJob) -> None:
+    """What everything costs; one task a draw. Draws already in the store are not redone."""
+    label = responses.STAGE
+    if run.stored(job.folder, label) is not None:
+        return
+    run.survive(pool, label, lambda: _respond(run, pool, job))
+    run.finish(job.folder, label, {})
+
+
+def _respond(run: Run, pool: Pool, job: ResponsesJob) -> None:
+    label, draws = responses.STAGE, responses.missing_draws(job)
+    losses = len(pool.losses)
+    with run.timed(label, len(draws), "draw"):
+        ends = pool.map(responses.respond, [(job, draw) for draw in draws])
+        for _ in draws:
+            run.step(label, lambda: next(ends))
+            run.advance(label)
+    for loss in pool.losses[losses:]:
+        run.warn(f"{label}: a worker was lost ({loss}); others did its part")
+
+
+def share(
+    planner: Planner,
+    calibration: Calibration,
+    rows: list[CostRow],
+    job: ResponsesJob,
+    *,
+    activation_bits: int,
+) -> Shared:
+    """All widths, from what is stored.
+
+    Args:
+        planner: of the model folded for the middle width; its budget is that of the weights.
+        calibration: grids of all widths.
+        rows: cost rows of the candidates, whose costs are not looked at.
+        job: the complete stage.
+        activation_bits: the middle width.
+
+    Raises:
+        BudgetError: no widths take so little; the least is named.
+    """
+    costs = responses.read_responses(job)
+    on_scale = [
+        replace(row, cost_nats=costs.modules[row.module.name, row.choice]) for row in rows if row.choice is not None
+    ]
+    problem = planner.pose(on_scale, budget_bits=UNQUANTIZED_BITS).problem
+    unit, weight_bits = Unit(planner.wanted.share), planner.wanted.budget_bits
+    assert weight_bits is not None
+    budget = even_spending(calibration, problem, unit, weight_bits=weight_bits, activation_bits=activation_bits)
+    widths = allocate_together(calibration, problem, costs.places, unit, budget=budget)
+    return Shared(unit=unit, budget=budget, widths=widths, even=_even(planner, rows), even_codes=job.candidates)
+
+
+def _even(planner: Planner, rows: list[CostRow]) -> Plan | None:
+    try:
+        problem = planner.pose(rows).problem
+    except BudgetError:  # more than the narrowest weights take, because activations take less
+        return None
+    return allocate.uniform_within(problem, planner.source, total_bytes=None, format=planner.wanted.format)
