@@ -211,8 +211,13 @@ class ImageCompression(Compression):
 
     def _shared_budget(self) -> dict[str, Any]:
         """Activations."""
+        if self.shared is None:
+            return {}
+        widths = self.shared.widths
+        gap = (widths.cost_nats - widths.bound_nats) / widths.cost_nats if widths.cost_nats > 0 else 0.0
         average = self.config.run.images.average_activation_bits
-        return {} if self.shared is None else {"asked_activation_bits": average, "shared": self.shared.unit.value}
+        of_all = {"bound_nats": None, "gap": gap}  # there is one of both together
+        return {"asked_activation_bits": average, "shared": self.shared.unit.value, **of_all}
 
     def _grids_of(self, codes: CodesFrom) -> ChosenGrids | None:
         """Grids that go with codes."""
