@@ -27,7 +27,7 @@ from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tables import read_table, write_table
 from tasks.store.tensors import read_tensors, write_tensors
-from tasks.streams import held_source
+from tasks.streams import read_weight
 from tasks.worker import WorkerState
 
 STAGE = "candidates"
@@ -143,11 +143,6 @@ def site_problem(state: WorkerState, job: CandidatesJob, sums: SiteSums, specs: 
     )
 
 
-def read_weight(state: WorkerState, job: CandidatesJob, spec: LinearSpec) -> torch.Tensor:
-    """A layer's weights [d_out, d_in], float32, on the worker's device."""
-    return held_source(state, job.profile.stream).read_rows(spec.stored).to(state.device, torch.float32)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
     costs: list[list[float]]
@@ -162,7 +157,7 @@ def _quantized(state: WorkerState, job: CandidatesJob, problem: SiteProblem, spe
     codes: dict[str, torch.Tensor] = {}
     costs: list[list[float]] = []
     for spec in specs:
-        W = read_weight(state, job, spec)
+        W = read_weight(state, job.profile.stream, spec)
         candidates = gptq(W, problem.factor, problem.choices, grid=Grid(job.grid), name=spec.name)
         costs.append(predicted_cost(W, candidates, problem.H, curvature[spec.name].to(W.device)))
         for candidate in candidates:
@@ -176,7 +171,7 @@ def _sampled(state: WorkerState, job: CandidatesJob, problem: SiteProblem, specs
     assert job.cost_rows is not None
     curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs])
     costs = sampled_costs(
-        (read_weight(state, job, spec) for spec in specs),
+        (read_weight(state, job.profile.stream, spec) for spec in specs),
         [curvature[spec.name] for spec in specs],
         problem.factor,
         problem.choices,

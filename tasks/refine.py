@@ -31,7 +31,7 @@ from tasks.profile import ROWS, read_outputs
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
-from tasks.streams import StreamJob, held_source, my_shards, open_copies, open_stream, shard_slices
+from tasks.streams import StreamJob, my_shards, open_copies, open_stream, read_weight, shard_slices
 from tasks.upper_triangle import packed, unpacked
 from tasks.waypoints import blocks_with_waypoint, read_waypoint, write_waypoint
 from tasks.worker import WorkerState
@@ -265,7 +265,7 @@ def quantize(
         if evidence is not Evidence.OWN:  # nothing to correct towards
             merged = SiteProducts(hessian=sums, shift=None)
     refined = quantize_refined(
-        held_source(state, job.stream).read_rows(spec.stored).to(state.device).to(torch.float32),
+        read_weight(state, job.stream, spec),
         merged,
         choice,
         strength=job.strength,
