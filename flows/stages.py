@@ -78,8 +78,9 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
     left = start.block if start.backward else 2 * num_blocks + 1 - start.block
     with run.timed(label, left):
         pool.each(profile.begin, job, start)
+        pending: list[Any] = []  # gradients that are stored beside the first block of the way back
         if not start.backward:
-            _profile_forward(run, pool, job, range(start.block, num_blocks), num_blocks, label)
+            pending = _profile_forward(run, pool, job, range(start.block, num_blocks), num_blocks, label)
         storing: list[tuple[int, Any]] = []
 
         def collect(block: int, references: list[Any]) -> None:
@@ -90,12 +91,11 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
             if block in start.stored:
                 done = pool.each_refs(profile.pass_backward, job, block)
             else:
-                parts = pool.each_refs(profile.backward, job, block)
-                storer = profile.storing_worker(block, len(pool))
-                done = [pool.submit_beside(storer, profile.store_block, job, block, *parts)]
+                done = _store_sums(pool, job, block, pool.each_refs(profile.backward, job, block))
             if is_waypoint(block, num_blocks):
-                done += pool.each_refs(profile.keep_gradients, job, block)
-            storing.append((block, done))
+                done += _store_gradients(pool, job, block)
+            storing.append((block, pending + done))
+            pending = []
             if len(storing) >= BLOCKS_IN_FLIGHT:
                 collect(*storing.pop(0))
         for item in storing:
@@ -104,8 +104,23 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
             kept.update(result)
 
 
-def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_blocks: int, label: str) -> None:
-    """The forward sweep and the labels."""
+def _store_sums(pool: Pool, job: ProfileJob, block: int, found: list[Any]) -> list[Any]:
+    """Store the sums of a block that the workers have found, each share by its worker, which is sent the others'."""
+    done = list(found)
+    for share, storer in profile.storing_workers(job, block, len(pool)).items():
+        others = [pool.submit(i, profile.take, block, share) for i in range(len(pool)) if i != storer]
+        done.append(pool.submit_beside(storer, profile.store_share, job, block, share, found[storer], *others))
+    return done
+
+
+def _store_gradients(pool: Pool, job: ProfileJob, block: int) -> list[Any]:
+    """Store the gradients at the input of a block beside what the workers go on to compute."""
+    kept = pool.each_refs(profile.keep_gradients, job, block)
+    return [*kept, *(pool.submit_beside(i, profile.store_gradients, job, block, k) for i, k in enumerate(kept))]
+
+
+def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_blocks: int, label: str) -> list[Any]:
+    """The forward sweep and the labels; returns references to gradients that are being stored."""
     waiting: list[tuple[int, list[Any]]] = []
     in_flight = len(blocks) + 1 if job.weighs_tokens else BLOCKS_IN_FLIGHT
 
@@ -131,8 +146,9 @@ def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_b
         sums = pool.each_refs(profile.take_head)
         store = partial(pool.submit, 0, profile.store_head, job, num_blocks, *sums)
         run.step(f"{label} · head", lambda: pool.get([store()]))
-    pool.each(profile.keep_gradients, job, num_blocks)
+    storing = _store_gradients(pool, job, num_blocks)
     run.advance(label, "labels")
+    return storing
 
 
 def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream) -> list[dict[str, Any]]:

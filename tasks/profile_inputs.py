@@ -30,6 +30,6 @@ def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: dict[N
     """Merge the workers' sums of a block's inputs and store them."""
     nodes: dict[Node, BlockSums] = {}
     for sums in parts:
-        nodes |= {node: received_sums(found) for node, found in sums.items()}
-    store = open_store(job.stream.store)
-    write_hessians(store, job, block, root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added)))
+        nodes |= sums
+    merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
+    write_hessians(open_store(job.stream.store), job, block, received_sums(merged))
