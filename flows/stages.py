@@ -157,8 +157,9 @@ def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream
     specs = _sites(stream, job)
     sites = {block: list(found) for block, found in specs.items()}
     if run.stored(job.folder, label) is None:
-        missing = list(candidates.missing_sites(job, sites))
-        _each_site(run, pool, candidates.quantize_site, job, specs, missing, label=label)
+        missing = list(candidates.missing_parts(job, specs))
+        items = [(b, s, (job, b, s, part, specs[b][s])) for b, s, part in missing]
+        _each_site(run, pool, candidates.quantize_site, specs, items, label=label)
         rows = candidates.read_costs(job, sites)
         run.finish(job.folder, label, count_degradations(rows))
         return rows
@@ -170,8 +171,8 @@ def run_stitch(run: Run, pool: Pool, job: StitchJob, stream: BlockStream, *, lab
     if run.stored(job.folder, label) is not None:
         return
     specs = {block: stream.sites(block) for block in range(stream.num_blocks)}
-    missing = list(stitch.missing_sites(job, specs))
-    _each_site(run, pool, stitch.quantize_site, job, specs, missing, label=label)
+    items = [(b, s, (job, b, s, specs[b][s])) for b, s in stitch.missing_sites(job, specs)]
+    _each_site(run, pool, stitch.quantize_site, specs, items, label=label)
     run.finish(job.folder, label, {})
 
 
@@ -179,24 +180,23 @@ def _each_site(
     run: Run,
     pool: Pool,
     function: Callable[..., Any],
-    job: CandidatesJob | StitchJob,
     specs: Mapping[int, Mapping[str, tuple[LinearSpec, ...]]],
-    missing: Sequence[tuple[int, str]],
+    missing: Sequence[tuple[int, str, tuple[Any, ...]]],
     *,
     label: str,
 ) -> None:
-    """Call a worker's function on every missing site; one task run a block."""
+    """Call a worker's function on every missing site or part of one (block, site, arguments); one task run a block."""
     losses = len(pool.losses)
     with run.timed(label, len(missing), "site"):
-        items = [(job, block, site, specs[block][site]) for block, site in missing]
-        ends = pool.map(function, items, overlap=True)
-        left = {block: sum(b == block for b, _ in missing) for block in specs}
+        ends = pool.map(function, [arguments for _, _, arguments in missing], overlap=True)
+        left = {block: sum(b == block for b, _, _ in missing) for block in specs}
 
         def wait_for(block: int) -> None:
             while left[block]:
                 position, _ = next(ends)
-                left[missing[position][0]] -= 1
-                run.advance(label, f"block {missing[position][0]}, {missing[position][1]}")
+                ended, site, _ = missing[position]
+                left[ended] -= 1
+                run.advance(label, f"block {ended}, {site}")
 
         for block, sites in specs.items():
             place = "head" if HEAD in sites else f"block {block}"

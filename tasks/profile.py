@@ -520,11 +520,12 @@ def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]
 
 def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, int]:
     """Hessian sums of one site of the model that ``job.stream`` names, folded or not, and the calibration tokens of the
-    run (an expert saw fewer)."""
+    run (an expert saw fewer). As where they are added up, the upper triangle is filled."""
     store = open_store(job.stream.store)
-    xx, scalars = read_symmetric(store, job.folder.block("hessians", block, "parquet"), site)
-    sums = HessianSum(xx=xx, weight_sum=scalars["weight_sum"], num_tokens=int(scalars["num_tokens"]))
     folding = None if job.stream.activations is None else folding_at(job.stream.activations, block, site)
+    key = job.folder.block("hessians", block, "parquet")
+    xx, scalars = read_symmetric(store, key, site, lower=folding is not None)
+    sums = HessianSum(xx=xx, weight_sum=scalars["weight_sum"], num_tokens=int(scalars["num_tokens"]))
     if folding is not None:
         inputs = read_tensors(store, job.folder.block(INPUTS, block, "safetensors"), [site])
         sums = folding.of_hessian(replace(sums, x=inputs[site]))

@@ -124,7 +124,7 @@ def run_stages(case: Case, pool: Pool, folder: Path, note: Callable[[str, Stage]
     )
     write_windows(store, windows.key, case.tokens)
     profile = jobs.profile_job(context, jobs.stream_job(context, windows), windows)
-    candidates = jobs.candidates_job(context, profile, head=None)
+    candidates = jobs.candidates_job(context, profile, specs=stream.specs, head=None)
     stages: dict[str, Stage] = {}
 
     def measured(name: str, action: Callable[[], Any]) -> Any:

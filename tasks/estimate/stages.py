@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 import torch
@@ -20,6 +20,7 @@ from lrpq.shards import assign
 from tasks.estimate.asked import Asked
 from tasks.estimate.model import BlockKind, ModelShape
 from tasks.estimate.objects import codes_bytes, hessian_bytes
+from tasks.site_parts import NUM_PARTS, cut_sites, part_of
 from tasks.store.symmetric import TILE, TILES_PER_GROUP
 
 POLISH_SWEEPS = 2
@@ -228,17 +229,19 @@ class Stages:
         shape = self.shape
         everything, largest, num_sites, codes = NOTHING, NOTHING, 0, 0.0
         peak: dict[str, float] = {}
+        cut = self._cut(rounded)
         for kind in shape.kinds:
-            for members in kind.sites().values():
-                found = [rounded(spec) for spec in members]
-                one = self._site(members, found)
-                everything += one * kind.count
-                num_sites += kind.count
-                if one.flops > largest.flops:
-                    largest = one
-                memory = self._site_memory(members, found)
-                peak = max((peak, memory), key=lambda memory: sum(memory.values()))
-                codes = max(codes, _codes_of_site(members, found))
+            for site, members in kind.sites().items():
+                for part in range(NUM_PARTS) if (kind.indices[0], site) in cut else [None]:
+                    found = [replace(how, choices=part_of(how.choices, part)) for how in map(rounded, members)]
+                    one = self._site(members, found)
+                    everything += one * kind.count
+                    num_sites += kind.count
+                    if one.flops > largest.flops:
+                        largest = one
+                    memory = self._site_memory(members, found)
+                    peak = max((peak, memory), key=lambda memory: sum(memory.values()))
+                    codes = max(codes, _codes_of_site(members, found))
         rounds = ceil(num_sites / self.num_workers) / num_sites
         busiest = everything * max(rounds, 1 / self.num_workers)
         return Load(
@@ -251,6 +254,14 @@ class Stages:
             },
             steps=shape.num_blocks,
         )
+
+    def _cut(self, rounded: Callable[[LinearSpec], _Rounded]) -> frozenset[tuple[int, str]]:
+        """(first block of a kind, input site) of the sites that are quantized in parts: where costs and codes of all
+        rows are found."""
+        kinds = self.shape.kinds
+        specs = [replace(spec, block=index) for kind in kinds for index in kind.indices for spec in kind.specs]
+        whole = all(how.costs and how.codes for how in map(rounded, specs))
+        return cut_sites(specs, self.asked.choices) if whole else frozenset()
 
     def _fitting(self, spec: LinearSpec) -> list[Choice]:
         return [choice for choice in self.asked.choices if choice.fits(spec.d_in)]

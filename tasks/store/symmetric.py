@@ -134,8 +134,10 @@ def symmetric_index(store: ObjectStore, key: str) -> SymmetricIndex:
         return _index(parquet_file(file), key)
 
 
-def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tensor, "d d"], dict[str, float]]:
-    """One matrix (float32, CPU, exactly symmetric) and its scalars.
+def read_symmetric(
+    store: ObjectStore, key: str, name: str, *, lower: bool = True
+) -> tuple[Float[Tensor, "d d"], dict[str, float]]:
+    """One matrix (float32, CPU, exactly symmetric; without ``lower`` its upper triangle) and its scalars.
 
     Only the matrix's own row groups are read, and every tile is verified.
 
@@ -163,14 +165,20 @@ def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tenso
         if host_threads() == 1:
             with closing(_read_ahead(parquet, range(first, first + len(groups)))) as tables:
                 for group, table in zip(groups, tables, strict=True):
-                    _place_group(table, name, group, matrix.numpy())
+                    _place_group(table, name, group, matrix.numpy(), lower=lower)
         else:
-            _read_by_threads(store, key, name, dict(enumerate(groups, first)), matrix.numpy())
+            _read_by_threads(store, key, name, dict(enumerate(groups, first)), matrix.numpy(), lower=lower)
         return matrix, dict(index.scalars[name])
 
 
 def _read_by_threads(
-    store: ObjectStore, key: str, name: str, groups: Mapping[int, list[tuple[int, int]]], matrix: NDArray[np.float32]
+    store: ObjectStore,
+    key: str,
+    name: str,
+    groups: Mapping[int, list[tuple[int, int]]],
+    matrix: NDArray[np.float32],
+    *,
+    lower: bool,
 ) -> None:
     """Row groups by number, each thread with the object opened for itself; their tiles lie nowhere twice."""
     free: SimpleQueue[pq.ParquetFile] = SimpleQueue()
@@ -178,7 +186,7 @@ def _read_by_threads(
     def place(number: int) -> None:
         parquet = free.get()
         try:
-            _place_group(parquet.read_row_group(number, use_threads=False), name, groups[number], matrix)
+            _place_group(parquet.read_row_group(number, use_threads=False), name, groups[number], matrix, lower=lower)
         finally:
             free.put(parquet)
 
@@ -251,7 +259,9 @@ def _group_table(schema: pa.Schema, name: str, matrix: Tensor, group: list[tuple
     )
 
 
-def _place_group(table: pa.Table, name: str, group: list[tuple[int, int]], matrix: NDArray[np.float32]) -> None:
+def _place_group(
+    table: pa.Table, name: str, group: list[tuple[int, int]], matrix: NDArray[np.float32], *, lower: bool
+) -> None:
     table = table.combine_chunks()
     names, rows = table.column("name").to_pylist(), table.column("tile_row").to_pylist()
     columns, digests = table.column("tile_column").to_pylist(), table.column("sha256").to_pylist()
@@ -264,9 +274,11 @@ def _place_group(table: pa.Table, name: str, group: list[tuple[int, int]], matri
         above = matrix[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
         part = tile[: above.shape[0], : above.shape[1]]
         above[:] = part
+        if not lower:
+            continue
         if row == column:
-            lower = np.tril_indices(len(part), -1)
-            above[lower] = part.T[lower]  # copied, not added: adding would turn -0.0 into 0.0
+            below = np.tril_indices(len(part), -1)
+            above[below] = part.T[below]  # copied, not added: adding would turn -0.0 into 0.0
         else:
             matrix[column * TILE : (column + 1) * TILE, row * TILE : (row + 1) * TILE] = part.T
 
