@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -17,6 +17,7 @@ from lrpq.model.layers import HEAD, LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.starved import Evidence
 from lrpq.refine.routed import POOLED
+from lrpq.refine.row_parts import row_parts
 from tasks import candidates, evaluate, profile, profile_inputs, refine, stitch
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
@@ -291,23 +292,18 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
             summed += pool.each_refs(refine.products, block, layers, *quantized)
         if missing and layers[0].routed and layers[0].kind == GATE_UP and not pooled:
             pooled = pool.each_refs(refine.take, POOLED)
-        new: dict[str, Any] = {}
-        loads = [0] * len(pool)  # weights of this step that each worker quantizes
+        new: list[Any] = []
+        places = _places([spec for spec in members if spec.name in missing], len(pool))
         for site, readers in groupby(layers, key=lambda spec: spec.input_site):
-            places: dict[LinearSpec, int] = {}
-            for spec in readers:
-                worker = loads.index(min(loads))  # k and v are often narrow: together no more than q
-                if spec.name in missing:
-                    places[spec] = worker
-                    loads[worker] += spec.d_out * spec.d_in
-                elif job.choices[spec.name] is not None:
-                    new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
-            made = _quantize_site(pool, job, site, places, pooled) if missing else {}
-            storing += [
-                pool.submit_beside(worker, refine.store_module, job, made[spec.name]) for spec, worker in places.items()
-            ]
-            new |= made
-        quantized += new.values()
+            stored = [spec for spec in readers if job.choices[spec.name] is not None and spec.name not in missing]
+            new += [pool.submit(index % len(pool), refine.load_refined, job, spec) for index, spec in enumerate(stored)]
+            of_site = [place for place in places if place.spec.input_site == site]
+            made = _quantize_site(pool, job, site, of_site, pooled) if missing else {}
+            for name, parts in made.items():
+                storer = next(place.worker for place in of_site if place.spec.name == name)
+                storing.append(pool.submit_beside(storer, refine.store_module, job, *parts))
+                new += parts
+        quantized += new
     advanced = pool.each_refs(refine.advance, block, *quantized)
     if is_waypoint(block + 1, stream.num_blocks):
         advanced += pool.each_refs(refine.keep, job, block + 1)
@@ -316,26 +312,58 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
     return storing
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Who quantizes a layer, or some parts of its rows."""
+
+    spec: LinearSpec
+    cuts: tuple[slice, ...]
+    worker: int
+
+
+def _places(specs: Sequence[LinearSpec], num_workers: int) -> list[_Place]:
+    """Share the layers of a step out: whole ones, or the parts of large ones where the workers then have less unequal
+    numbers of weights. Parts are what they are whoever quantizes them (lrpq.refine.row_parts)."""
+    found: list[list[_Place]] = []
+    heaviest: list[int] = []
+    for whole in (True, False):
+        loads = [0] * num_workers
+        places: list[_Place] = []
+        for spec in specs:
+            parts = row_parts(spec.d_out, spec.d_in)
+            by_worker: dict[int, list[slice]] = {}
+            for cuts in [parts] if whole or spec.routed else [(part,) for part in parts]:
+                worker = loads.index(min(loads))  # k and v are often narrow: together no more than q
+                loads[worker] += (cuts[-1].stop - cuts[0].start) * spec.d_in
+                by_worker.setdefault(worker, []).extend(cuts)
+            places += [_Place(spec=spec, cuts=tuple(cuts), worker=worker) for worker, cuts in by_worker.items()]
+        found.append(places)
+        heaviest.append(max(loads))
+    return found[heaviest.index(min(heaviest))]
+
+
 def _quantize_site(
-    pool: Pool, job: RefineJob, site: str, places: Mapping[LinearSpec, int], pooled: Sequence[Any]
-) -> dict[str, Any]:
+    pool: Pool, job: RefineJob, site: str, places: Sequence[_Place], pooled: Sequence[Any]
+) -> dict[str, list[Any]]:
     """Quantize layers of one site, each on its worker: it takes its own sums as they are, the others' through Ray,
-    which are sent only where somebody else needs them."""
-    workers = set(places.values())
-    parts = {
+    which are sent only where somebody else needs them. Returns references to the parts of each module."""
+    workers = {place.worker for place in places}
+    sums = {
         index: pool.submit(index, refine.take, site, index in workers)
         for index in range(len(pool))
         if index not in workers or len(workers) > 1  # of the one that quantizes nobody else needs them
     }
-    left = Counter(places.values())
-    found: dict[str, Any] = {}
-    for spec, worker in places.items():
+    left = Counter(place.worker for place in places)
+    found: dict[str, list[Any]] = {}
+    for place in places:
+        spec, worker = place.spec, place.worker
         left[worker] -= 1
-        others = [part for index, part in parts.items() if index != worker]
+        others = [part for index, part in sums.items() if index != worker]
         experts = pooled if spec.routed and spec.kind == GATE_UP else []
-        found[spec.name] = pool.submit(
-            worker, refine.quantize, job, spec, len(others), left[worker] > 0, *others, *experts
+        made = pool.submit(
+            worker, refine.quantize, job, spec, place.cuts, len(others), left[worker] > 0, *others, *experts
         )
+        found.setdefault(spec.name, []).append(made)
     return found
 
 

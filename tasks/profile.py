@@ -23,7 +23,7 @@ from lrpq.model.linears import EXPERTS
 from lrpq.quant.hessian import HessianSum, merge
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.composite import Relevance
-from lrpq.relevance.outputs import Outputs, num_chunks
+from lrpq.relevance.outputs import CHUNK_ROWS, Outputs, num_chunks
 from lrpq.relevance.partial import PartialSweep
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_block_sums, on_host
@@ -537,10 +537,13 @@ def read_curvature(job: ProfileJob, block: int, names: list[str]) -> dict[str, T
     return read_tensors(open_store(job.stream.store), job.folder.block("curvature", block, "safetensors"), names)
 
 
-def read_outputs(store: ObjectStore, folder: StageFolder, spec: LinearSpec) -> Outputs:
-    """Second moments of the gradients at a module's outputs (lrpq/relevance/outputs.py), in the unit of their sum."""
+def read_outputs(store: ObjectStore, folder: StageFolder, spec: LinearSpec, rows: slice | None = None) -> Outputs:
+    """Second moments of the gradients at a module's outputs (lrpq/relevance/outputs.py), in the unit of their sum; of
+    the chunks that begin in some rows."""
     key = folder.block("outputs", spec.block, "parquet")
-    return [read_symmetric(store, key, _chunk(spec.name, i))[0] for i in range(num_chunks(spec.d_out))]
+    rows = slice(0, spec.d_out) if rows is None else rows
+    chunks = [i for i in range(num_chunks(spec.d_out)) if rows.start <= i * CHUNK_ROWS < rows.stop]
+    return [read_symmetric(store, key, _chunk(spec.name, i))[0] for i in chunks]
 
 
 def _chunk(name: str, index: int) -> str:

@@ -15,6 +15,7 @@ from lrpq.plan import kernels
 from lrpq.plan.trace import Traced
 from lrpq.plan.work import NOTHING, Work, matmul, total, work
 from lrpq.refine import quantize
+from lrpq.refine.row_parts import row_parts
 from lrpq.relevance.head import LABEL_RUN
 from lrpq.shards import assign
 from tasks.estimate.asked import Asked
@@ -310,9 +311,13 @@ class Stages:
             for position, step in enumerate(kind.steps):
                 streaming += self._step_forward(kind, position, corrected=corrected)
                 of_worker: list[Work] = [NOTHING] * self.num_workers
-                for index, spec in enumerate(step):
+                turn = 0
+                for spec in step:
                     one = self._module(spec, corrected=corrected, polish_rounds=polish_rounds, weighted=weighted)
-                    of_worker[index % self.num_workers] += one
+                    parts = 1 if spec.routed else len(row_parts(spec.d_out, spec.d_in))
+                    for _ in range(parts):  # each worker factors again: not counted
+                        of_worker[turn % self.num_workers] += one * (1 / parts)
+                        turn += 1
                     quantizing += one
                 waited += max(of_worker, key=lambda found: found.flops)
                 found = self._refine_memory(kind, step, corrected=corrected, polish_rounds=polish_rounds)
