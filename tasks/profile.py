@@ -37,7 +37,7 @@ from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
 from tasks.streams import StreamJob, my_shards, open_copies, open_stream, shard_slices
-from tasks.upper_triangle import packed, unpacked
+from tasks.upper_triangle import UpperTriangle, packed
 from tasks.waypoints import (
     blocks_with_waypoint,
     is_waypoint,
@@ -269,17 +269,9 @@ def sent_sums(sums: BlockSums) -> BlockSums:
     return on_host(sums, lambda values: to_host(packed(values) if values.ndim == 2 else values))
 
 
-def received_sums(sums: BlockSums) -> BlockSums:
-    """With matrices again, of which ``sent_sums`` has made triangles."""
-    return replace(
-        sums,
-        hessians={site: replace(H, xx=_matrix(H.xx)) for site, H in sums.hessians.items()},
-        outputs={name: [_matrix(G) for G in chunks] for name, chunks in sums.outputs.items()},
-    )
-
-
-def _matrix(values: Tensor) -> Tensor:
-    return values if values.ndim == 2 else unpacked(values)
+def stored_matrix(values: Tensor) -> Tensor | UpperTriangle:
+    """A matrix of sums as it is stored, which ``sent_sums`` may have packed."""
+    return values.cpu() if values.ndim == 2 else UpperTriangle(values)
 
 
 def storing_workers(job: ProfileJob, block: int, num_workers: int) -> dict[str, int]:
@@ -379,7 +371,7 @@ def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kep
     for sums, shard_weights in others:
         nodes |= sums
         weights |= shard_weights
-    merged = received_sums(root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added)))
+    merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
     del nodes, others
     store = open_store(job.stream.store)
     if share == HESSIANS:
@@ -414,7 +406,11 @@ def _write_outputs(
         write_symmetric(
             store,
             job.folder.block("outputs", block, "parquet"),
-            {_chunk(name, i): G.cpu() for name, chunks in merged.outputs.items() for i, G in enumerate(chunks)},
+            {
+                _chunk(name, i): stored_matrix(G)
+                for name, chunks in merged.outputs.items()
+                for i, G in enumerate(chunks)
+            },
         )
     if job.for_activations:
         in_order = [weights[i].squares for i in sorted(weights)]
@@ -451,7 +447,7 @@ def write_hessians(store: ObjectStore, job: ProfileJob, block: int, merged: Bloc
     write_symmetric(
         store,
         job.folder.block("hessians", block, "parquet"),
-        {site: h.xx.cpu() for site, h in hessians.items()},
+        {site: stored_matrix(h.xx) for site, h in hessians.items()},
         {s: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens, "total": total} for s, h in hessians.items()},
     )
 
