@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
 
 import torch
@@ -303,6 +304,7 @@ class Stages:
         """Both streams through the blocks, a step's products, then its layers shared out over the workers."""
         shape, asked = self.shape, self.asked
         everything, busiest = NOTHING, NOTHING
+        module = partial(self._module, corrected=corrected, polish_rounds=polish_rounds, weighted=weighted)
         tokens_share = asked.num_windows / self.windows
         peak: dict[str, float] = {}
         steps = 0
@@ -313,12 +315,12 @@ class Stages:
                 of_worker: list[Work] = [NOTHING] * self.num_workers
                 turn = 0
                 for spec in step:
-                    one = self._module(spec, corrected=corrected, polish_rounds=polish_rounds, weighted=weighted)
-                    parts = 1 if spec.routed else len(row_parts(spec.d_out, spec.d_in))
-                    for _ in range(parts):  # each worker factors again: not counted
-                        of_worker[turn % self.num_workers] += one * (1 / parts)
+                    cuts = row_parts(spec.d_out, spec.d_in)
+                    whole = self.num_workers == 1 or spec.routed or len(cuts) == 1
+                    for part in [spec] if whole else [replace(spec, d_out=cut.stop - cut.start) for cut in cuts]:
+                        of_worker[turn % self.num_workers] += module(part)
                         turn += 1
-                    quantizing += one
+                    quantizing += module(spec)
                 waited += max(of_worker, key=lambda found: found.flops)
                 found = self._refine_memory(kind, step, corrected=corrected, polish_rounds=polish_rounds)
                 peak = max((peak, found), key=lambda memory: sum(memory.values()))
