@@ -98,7 +98,7 @@ class ImageCompression(Compression):
         """Jobs on the folded model, by the original's profile."""
         stream = jobs.stream_job(self.context, self.windows)
         profile = replace(self.original, stream=stream)
-        candidates = jobs.candidates_job(self.context, profile, head=self.head)
+        candidates = jobs.candidates_job(self.context, profile, specs=self.stream.specs, head=self.head)
         return Prepared(stream=self.stream, stream_job=stream, profile=profile, candidates=candidates)
 
     def _explain(self, pool: Pool) -> None:

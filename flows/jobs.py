@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tasks.profile import ProfileJob
 from tasks.rebuild import RebuildJob
 from tasks.refine import RefineJob
 from tasks.responses import ResponsesJob
+from tasks.site_parts import cut_sites
 from tasks.stitch import StitchJob
 from tasks.streams import StreamJob
 
@@ -150,8 +152,11 @@ def heat_maps_job(context: JobContext, stream: StreamJob, windows: StoredWindows
     )
 
 
-def candidates_job(context: JobContext, profile: ProfileJob, *, head: LinearSpec | None) -> CandidatesJob:
-    """Depends on the profile, on the choices, and on that of the head where it is quantized."""
+def candidates_job(
+    context: JobContext, profile: ProfileJob, *, specs: Sequence[LinearSpec], head: LinearSpec | None
+) -> CandidatesJob:
+    """Depends on the profile, on the choices, and on that of the head where it is quantized; ``specs`` are the layers
+    of all blocks."""
     config = context.config.run.candidates
     choices = asked_choices(config)
     parameters: dict[str, Any] = {"choices": [str(c) for c in choices], "damping": config.damping, "grid": config.grid}
@@ -169,6 +174,7 @@ def candidates_job(context: JobContext, profile: ProfileJob, *, head: LinearSpec
             parameters=parameters,
             code=["tasks.candidates"],
         ),
+        cut=cut_sites(specs, choices) if config.cost_rows is None else frozenset(),
         choices=choices,
         damping=config.damping,
         grid=config.grid,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -17,6 +17,7 @@ from lrpq.model.layers import HEAD, LinearSpec
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.starved import Evidence
 from lrpq.refine.routed import POOLED
+from lrpq.refine.row_parts import row_parts
 from tasks import candidates, evaluate, profile, profile_inputs, refine, stitch
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
@@ -78,8 +79,9 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
     left = start.block if start.backward else 2 * num_blocks + 1 - start.block
     with run.timed(label, left):
         pool.each(profile.begin, job, start)
+        pending: list[Any] = []  # gradients that are stored beside the first block of the way back
         if not start.backward:
-            _profile_forward(run, pool, job, range(start.block, num_blocks), num_blocks, label)
+            pending = _profile_forward(run, pool, job, range(start.block, num_blocks), num_blocks, label)
         storing: list[tuple[int, Any]] = []
 
         def collect(block: int, references: list[Any]) -> None:
@@ -90,12 +92,11 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
             if block in start.stored:
                 done = pool.each_refs(profile.pass_backward, job, block)
             else:
-                parts = pool.each_refs(profile.backward, job, block)
-                storer = profile.storing_worker(block, len(pool))
-                done = [pool.submit_beside(storer, profile.store_block, job, block, *parts)]
+                done = _store_sums(pool, job, block, pool.each_refs(profile.backward, job, block))
             if is_waypoint(block, num_blocks):
-                done += pool.each_refs(profile.keep_gradients, job, block)
-            storing.append((block, done))
+                done += _store_gradients(pool, job, block)
+            storing.append((block, pending + done))
+            pending = []
             if len(storing) >= BLOCKS_IN_FLIGHT:
                 collect(*storing.pop(0))
         for item in storing:
@@ -104,8 +105,23 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
             kept.update(result)
 
 
-def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_blocks: int, label: str) -> None:
-    """The forward sweep and the labels."""
+def _store_sums(pool: Pool, job: ProfileJob, block: int, found: list[Any]) -> list[Any]:
+    """Store the sums of a block that the workers have found, each share by its worker, which is sent the others'."""
+    done = list(found)
+    for share, storer in profile.storing_workers(job, block, len(pool)).items():
+        others = [pool.submit(i, profile.take, block, share) for i in range(len(pool)) if i != storer]
+        done.append(pool.submit_beside(storer, profile.store_share, job, block, share, found[storer], *others))
+    return done
+
+
+def _store_gradients(pool: Pool, job: ProfileJob, block: int) -> list[Any]:
+    """Store the gradients at the input of a block beside what the workers go on to compute."""
+    kept = pool.each_refs(profile.keep_gradients, job, block)
+    return [*kept, *(pool.submit_beside(i, profile.store_gradients, job, block, k) for i, k in enumerate(kept))]
+
+
+def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_blocks: int, label: str) -> list[Any]:
+    """The forward sweep and the labels; returns references to gradients that are being stored."""
     waiting: list[tuple[int, list[Any]]] = []
     in_flight = len(blocks) + 1 if job.weighs_tokens else BLOCKS_IN_FLIGHT
 
@@ -131,8 +147,9 @@ def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_b
         sums = pool.each_refs(profile.take_head)
         store = partial(pool.submit, 0, profile.store_head, job, num_blocks, *sums)
         run.step(f"{label} · head", lambda: pool.get([store()]))
-    pool.each(profile.keep_gradients, job, num_blocks)
+    storing = _store_gradients(pool, job, num_blocks)
     run.advance(label, "labels")
+    return storing
 
 
 def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream) -> list[dict[str, Any]]:
@@ -141,8 +158,9 @@ def run_candidates(run: Run, pool: Pool, job: CandidatesJob, stream: BlockStream
     specs = _sites(stream, job)
     sites = {block: list(found) for block, found in specs.items()}
     if run.stored(job.folder, label) is None:
-        missing = list(candidates.missing_sites(job, sites))
-        _each_site(run, pool, candidates.quantize_site, job, specs, missing, label=label)
+        missing = list(candidates.missing_parts(job, specs))
+        items = [(b, s, (job, b, s, part, specs[b][s])) for b, s, part in missing]
+        _each_site(run, pool, candidates.quantize_site, specs, items, label=label)
         rows = candidates.read_costs(job, sites)
         run.finish(job.folder, label, count_degradations(rows))
         return rows
@@ -154,8 +172,8 @@ def run_stitch(run: Run, pool: Pool, job: StitchJob, stream: BlockStream, *, lab
     if run.stored(job.folder, label) is not None:
         return
     specs = {block: stream.sites(block) for block in range(stream.num_blocks)}
-    missing = list(stitch.missing_sites(job, specs))
-    _each_site(run, pool, stitch.quantize_site, job, specs, missing, label=label)
+    items = [(b, s, (job, b, s, specs[b][s])) for b, s in stitch.missing_sites(job, specs)]
+    _each_site(run, pool, stitch.quantize_site, specs, items, label=label)
     run.finish(job.folder, label, {})
 
 
@@ -163,24 +181,23 @@ def _each_site(
     run: Run,
     pool: Pool,
     function: Callable[..., Any],
-    job: CandidatesJob | StitchJob,
     specs: Mapping[int, Mapping[str, tuple[LinearSpec, ...]]],
-    missing: Sequence[tuple[int, str]],
+    missing: Sequence[tuple[int, str, tuple[Any, ...]]],
     *,
     label: str,
 ) -> None:
-    """Call a worker's function on every missing site; one task run a block."""
+    """Call a worker's function on every missing site or part of one (block, site, arguments); one task run a block."""
     losses = len(pool.losses)
     with run.timed(label, len(missing), "site"):
-        items = [(job, block, site, specs[block][site]) for block, site in missing]
-        ends = pool.map(function, items, overlap=True)
-        left = {block: sum(b == block for b, _ in missing) for block in specs}
+        ends = pool.map(function, [arguments for _, _, arguments in missing], overlap=True)
+        left = {block: sum(b == block for b, _, _ in missing) for block in specs}
 
         def wait_for(block: int) -> None:
             while left[block]:
                 position, _ = next(ends)
-                left[missing[position][0]] -= 1
-                run.advance(label, f"block {missing[position][0]}, {missing[position][1]}")
+                ended, site, _ = missing[position]
+                left[ended] -= 1
+                run.advance(label, f"block {ended}, {site}")
 
         for block, sites in specs.items():
             place = "head" if HEAD in sites else f"block {block}"
@@ -275,23 +292,18 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
             summed += pool.each_refs(refine.products, block, layers, *quantized)
         if missing and layers[0].routed and layers[0].kind == GATE_UP and not pooled:
             pooled = pool.each_refs(refine.take, POOLED)
-        new: dict[str, Any] = {}
-        loads = [0] * len(pool)  # weights of this step that each worker quantizes
+        new: list[Any] = []
+        places = _places([spec for spec in members if spec.name in missing], len(pool))
         for site, readers in groupby(layers, key=lambda spec: spec.input_site):
-            places: dict[LinearSpec, int] = {}
-            for spec in readers:
-                worker = loads.index(min(loads))  # k and v are often narrow: together no more than q
-                if spec.name in missing:
-                    places[spec] = worker
-                    loads[worker] += spec.d_out * spec.d_in
-                elif job.choices[spec.name] is not None:
-                    new[spec.name] = pool.submit(worker, refine.load_refined, job, spec)
-            made = _quantize_site(pool, job, site, places, pooled) if missing else {}
-            storing += [
-                pool.submit_beside(worker, refine.store_module, job, made[spec.name]) for spec, worker in places.items()
-            ]
-            new |= made
-        quantized += new.values()
+            stored = [spec for spec in readers if job.choices[spec.name] is not None and spec.name not in missing]
+            new += [pool.submit(index % len(pool), refine.load_refined, job, spec) for index, spec in enumerate(stored)]
+            of_site = [place for place in places if place.spec.input_site == site]
+            made = _quantize_site(pool, job, site, of_site, pooled) if missing else {}
+            for name, parts in made.items():
+                storer = next(place.worker for place in of_site if place.spec.name == name)
+                storing.append(pool.submit_beside(storer, refine.store_module, job, *parts))
+                new += parts
+        quantized += new
     advanced = pool.each_refs(refine.advance, block, *quantized)
     if is_waypoint(block + 1, stream.num_blocks):
         advanced += pool.each_refs(refine.keep, job, block + 1)
@@ -300,26 +312,58 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
     return storing
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Who quantizes a layer, or some parts of its rows."""
+
+    spec: LinearSpec
+    cuts: tuple[slice, ...]
+    worker: int
+
+
+def _places(specs: Sequence[LinearSpec], num_workers: int) -> list[_Place]:
+    """Share the layers of a step out: whole ones, or the parts of large ones where the workers then have less unequal
+    numbers of weights. Parts are what they are whoever quantizes them (lrpq.refine.row_parts)."""
+    found: list[list[_Place]] = []
+    heaviest: list[int] = []
+    for whole in (True, False):
+        loads = [0] * num_workers
+        places: list[_Place] = []
+        for spec in specs:
+            parts = row_parts(spec.d_out, spec.d_in)
+            by_worker: dict[int, list[slice]] = {}
+            for cuts in [parts] if whole or spec.routed else [(part,) for part in parts]:
+                worker = loads.index(min(loads))  # k and v are often narrow: together no more than q
+                loads[worker] += (cuts[-1].stop - cuts[0].start) * spec.d_in
+                by_worker.setdefault(worker, []).extend(cuts)
+            places += [_Place(spec=spec, cuts=tuple(cuts), worker=worker) for worker, cuts in by_worker.items()]
+        found.append(places)
+        heaviest.append(max(loads))
+    return found[heaviest.index(min(heaviest))]
+
+
 def _quantize_site(
-    pool: Pool, job: RefineJob, site: str, places: Mapping[LinearSpec, int], pooled: Sequence[Any]
-) -> dict[str, Any]:
+    pool: Pool, job: RefineJob, site: str, places: Sequence[_Place], pooled: Sequence[Any]
+) -> dict[str, list[Any]]:
     """Quantize layers of one site, each on its worker: it takes its own sums as they are, the others' through Ray,
-    which are sent only where somebody else needs them."""
-    workers = set(places.values())
-    parts = {
+    which are sent only where somebody else needs them. Returns references to the parts of each module."""
+    workers = {place.worker for place in places}
+    sums = {
         index: pool.submit(index, refine.take, site, index in workers)
         for index in range(len(pool))
         if index not in workers or len(workers) > 1  # of the one that quantizes nobody else needs them
     }
-    left = Counter(places.values())
-    found: dict[str, Any] = {}
-    for spec, worker in places.items():
+    left = Counter(place.worker for place in places)
+    found: dict[str, list[Any]] = {}
+    for place in places:
+        spec, worker = place.spec, place.worker
         left[worker] -= 1
-        others = [part for index, part in parts.items() if index != worker]
+        others = [part for index, part in sums.items() if index != worker]
         experts = pooled if spec.routed and spec.kind == GATE_UP else []
-        found[spec.name] = pool.submit(
-            worker, refine.quantize, job, spec, len(others), left[worker] > 0, *others, *experts
+        made = pool.submit(
+            worker, refine.quantize, job, spec, place.cuts, len(others), left[worker] > 0, *others, *experts
         )
+        found.setdefault(spec.name, []).append(made)
     return found
 
 

@@ -23,11 +23,12 @@ from lrpq.relevance.weights import has_relevance
 from tasks.artifacts import StageFolder
 from tasks.device_copies import to_device, to_host
 from tasks.profile import ProfileJob, read_curvature, read_hessian
+from tasks.site_parts import NUM_PARTS, part_of
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tables import read_table, write_table
 from tasks.store.tensors import read_tensors, write_tensors
-from tasks.streams import held_source
+from tasks.streams import read_weight
 from tasks.worker import WorkerState
 
 STAGE = "candidates"
@@ -58,32 +59,47 @@ class CandidatesJob:
     cost_rows: int | None = None
     """Rows of a layer that its costs are found from, without codes (but for the head's one choice); None quantizes all
     rows at every choice, and stores the codes."""
+    cut: frozenset[tuple[int, str]] = frozenset()
+    """(block, input site) of the sites that are quantized in parts (tasks.site_parts)."""
+
+    def parts(self, block: int, site: str) -> tuple[int | None, ...]:
+        """Parts of a site, each a worker's task with objects of its own; None is a whole site."""
+        return tuple(range(NUM_PARTS)) if (block, site) in self.cut else (None,)
 
     def keeps_codes(self, site: str) -> bool:
         """Whether the codes of a site's candidates are stored."""
         return self.cost_rows is None or site == HEAD
 
 
-def quantize_site(state: WorkerState, job: CandidatesJob, block: int, site: str, specs: tuple[LinearSpec, ...]) -> bool:
+def quantize_site(
+    state: WorkerState, job: CandidatesJob, block: int, site: str, part: int | None, specs: tuple[LinearSpec, ...]
+) -> bool:
     """Find the costs of one site's modules at every choice that fits and store them, behind codes where they are kept.
+
+    Args:
+        state: the worker.
+        job: the stage.
+        block: index of the block.
+        site: its input site.
+        part: which of the choices, as `CandidatesJob.parts` counts them.
+        specs: the site's modules.
 
     Returns:
         Whether anything was computed: False if all is in the store already.
     """
     store = open_store(job.profile.stream.store)
-    if all(store.exists(key) for key in _keys(job, block, site)):
+    if all(store.exists(key) for key in _keys(job, block, site, part)):
         return False
     sums = site_sums(job, block, site, specs[0])
     with state.computing:
-        problem = site_problem(state, job, sums, specs)
+        problem = site_problem(state, job, sums, specs, part=part)
         del sums  # what is factored is another matrix
         found = (_quantized if job.keeps_codes(site) else _sampled)(state, job, problem, specs)
         rows = _rows(problem, specs, found.costs)
         del problem
     if found.codes:
-        write_tensors(store, job.folder.site("codes", block, site, "safetensors"), found.codes, {})
-    costs_key = job.folder.site("costs", block, site, "parquet")
-    write_table(store, costs_key, pa.Table.from_pylist(rows), units=COST_UNITS, kind="costs")
+        write_tensors(store, _codes_key(job, block, site, part), found.codes, {})
+    write_table(store, _costs_key(job, block, site, part), pa.Table.from_pylist(rows), units=COST_UNITS, kind="costs")
     return True
 
 
@@ -131,7 +147,14 @@ class SiteProblem:
     """Those that fit."""
 
 
-def site_problem(state: WorkerState, job: CandidatesJob, sums: SiteSums, specs: tuple[LinearSpec, ...]) -> SiteProblem:
+def site_problem(
+    state: WorkerState,
+    job: CandidatesJob,
+    sums: SiteSums,
+    specs: tuple[LinearSpec, ...],
+    *,
+    part: int | None = None,
+) -> SiteProblem:
     """Factor a site's Hessian, on the worker's device."""
     label = specs[0].name if specs[0].routed else specs[0].fused_group
     H = normalized(replace(sums.hessian, xx=to_device(sums.hessian.xx, state.device)), name=label)
@@ -139,13 +162,8 @@ def site_problem(state: WorkerState, job: CandidatesJob, sums: SiteSums, specs: 
         H=H,
         factor=factorize(H, damping=job.damping, name=label),
         evidence=sums.evidence,
-        choices=_choices(job, specs[0]),
+        choices=part_of(_choices(job, specs[0]), part),
     )
-
-
-def read_weight(state: WorkerState, job: CandidatesJob, spec: LinearSpec) -> torch.Tensor:
-    """A layer's weights [d_out, d_in], float32, on the worker's device."""
-    return held_source(state, job.profile.stream).read_rows(spec.stored).to(state.device, torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +180,7 @@ def _quantized(state: WorkerState, job: CandidatesJob, problem: SiteProblem, spe
     codes: dict[str, torch.Tensor] = {}
     costs: list[list[float]] = []
     for spec in specs:
-        W = read_weight(state, job, spec)
+        W = read_weight(state, job.profile.stream, spec)
         candidates = gptq(W, problem.factor, problem.choices, grid=Grid(job.grid), name=spec.name)
         costs.append(predicted_cost(W, candidates, problem.H, curvature[spec.name].to(W.device)))
         for candidate in candidates:
@@ -176,7 +194,7 @@ def _sampled(state: WorkerState, job: CandidatesJob, problem: SiteProblem, specs
     assert job.cost_rows is not None
     curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs])
     costs = sampled_costs(
-        (read_weight(state, job, spec) for spec in specs),
+        (read_weight(state, job.profile.stream, spec) for spec in specs),
         [curvature[spec.name] for spec in specs],
         problem.factor,
         problem.choices,
@@ -211,33 +229,58 @@ def _hessian(job: CandidatesJob, block: int, site: str, spec: LinearSpec) -> tup
 def read_costs(job: CandidatesJob, sites: Mapping[int, list[str]]) -> list[dict[str, Any]]:
     """Cost rows of all modules, with the columns of ``COST_UNITS``."""
     store = open_store(job.profile.stream.store)
-    return [
-        row
-        for block, names in sites.items()
-        for site in names
-        for row in read_table(store, job.folder.site("costs", block, site, "parquet"), "costs").to_pylist()
-    ]
+    found: list[dict[str, Any]] = []
+    for block, names in sites.items():
+        for site in names:
+            keys = [_costs_key(job, block, site, part) for part in job.parts(block, site)]
+            rows = [row for key in keys for row in read_table(store, key, "costs").to_pylist()]
+            order = {name: i for i, name in enumerate(dict.fromkeys(row["name"] for row in rows))}
+            found += sorted(rows, key=lambda row: order[row["name"]])  # module by module, as of a whole site
+    return found
 
 
 def read_candidate(store: ObjectStore, job: CandidatesJob, spec: LinearSpec, choice: Choice) -> QuantizedWeight:
     """Codes of one module at one choice."""
     prefix = f"{spec.name}|{choice}|"
-    key = job.folder.site("codes", spec.block, spec.input_site, "safetensors")
-    parts = ("weight_packed", "weight_scale", "weight_shape")
-    found = read_tensors(store, key, [prefix + part for part in parts])
-    return unpack({part: found[prefix + part] for part in parts}, choice)
+    parts = job.parts(spec.block, spec.input_site)
+    part = next(part for part in parts if choice in part_of(_choices(job, spec), part))
+    key = _codes_key(job, spec.block, spec.input_site, part)
+    names = ("weight_packed", "weight_scale", "weight_shape")
+    found = read_tensors(store, key, [prefix + name for name in names])
+    return unpack({name: found[prefix + name] for name in names}, choice)
 
 
-def missing_sites(job: CandidatesJob, sites: Mapping[int, list[str]]) -> Iterator[tuple[int, str]]:
-    """Sites without stored costs or codes."""
+def missing_parts(
+    job: CandidatesJob, sites: Mapping[int, Mapping[str, tuple[LinearSpec, ...]]]
+) -> Iterator[tuple[int, str, int | None]]:
+    """(block, site, part) without stored costs or codes; of each block those that take longest first."""
     present = set(open_store(job.profile.stream.store).list(job.folder.prefix))
-    for block, names in sites.items():
-        for site in names:
-            if not present.issuperset(_keys(job, block, site)):
-                yield block, site
+    for block, found in sites.items():
+        sizes = {site: _arithmetic(specs) / len(job.parts(block, site)) for site, specs in found.items()}
+        for site in sorted(sizes, key=lambda site: -sizes[site]):
+            for part in job.parts(block, site):
+                if not present.issuperset(_keys(job, block, site, part)):
+                    yield block, site, part
 
 
-def _keys(job: CandidatesJob, block: int, site: str) -> tuple[str, ...]:
-    """Costs and, where they are kept, codes of a site."""
-    costs = job.folder.site("costs", block, site, "parquet")
-    return (costs, job.folder.site("codes", block, site, "safetensors")) if job.keeps_codes(site) else (costs,)
+def _arithmetic(specs: tuple[LinearSpec, ...]) -> float:
+    """That of a site, up to a factor that they have in common."""
+    return sum(float(spec.d_out) * spec.d_in**2 for spec in specs)
+
+
+def _keys(job: CandidatesJob, block: int, site: str, part: int | None) -> tuple[str, ...]:
+    """Costs and, where they are kept, codes of a part of a site."""
+    costs = _costs_key(job, block, site, part)
+    return (costs, _codes_key(job, block, site, part)) if job.keeps_codes(site) else (costs,)
+
+
+def _costs_key(job: CandidatesJob, block: int, site: str, part: int | None) -> str:
+    return job.folder.site("costs", block, _named(site, part), "parquet")
+
+
+def _codes_key(job: CandidatesJob, block: int, site: str, part: int | None) -> str:
+    return job.folder.site("codes", block, _named(site, part), "safetensors")
+
+
+def _named(site: str, part: int | None) -> str:
+    return site if part is None else f"{site}-part-{part}"

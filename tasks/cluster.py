@@ -145,8 +145,8 @@ class Pool:
 
         def fill() -> None:
             ready = [worker for worker in self.workers if self._roll.has_started(worker)]  # others may never be
-            for _ in range(AT_ONCE):
-                for worker in ready:
+            for turn in range(AT_ONCE):  # there and back: where items come largest first, nobody has the larger of both
+                for worker in ready[:: (-1) ** turn]:
                     if todo and sum(owner == worker for _, owner in running.values()) < AT_ONCE:
                         position = todo.popleft()
                         running[self._item(worker, overlap).remote(self._epoch, function, *items[position])] = (

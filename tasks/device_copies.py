@@ -6,7 +6,7 @@ one block of a 70B model are 5 GB. On one thread, and of small tensors, these ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cache, partial
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lrpq.model.file_reads import FileReads
+from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.staging import BUFFER_BYTES, Staging
 from tasks.store.host_threads import host_threads, in_order
 
@@ -34,8 +36,19 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     device = torch.device(device)
     if device.type == "cpu" or tensor.device.type != "cpu" or tensor.nbytes <= SMALL_BYTES or host_threads() == 1:
         return tensor.to(device)
-    device = torch.device(device.type, torch.cuda.current_device()) if device.index is None else device
-    return copied_to_device(tensor, _staging(device))
+    return copied_to_device(tensor, _staging(_numbered(device)))
+
+
+def read_to_device(source: ModelSource, names: Sequence[str], device: torch.device | str) -> Tensor:
+    """Tensors of a model whose rows, one after the other, make one: as they are stored, on a device."""
+    device = torch.device(device)
+    same = source.reads_files and len({source.dtype(name) for name in names}) == 1
+    if device.type == "cpu" or not same or host_threads() == 1:
+        return to_device(source.read_rows(names), device)
+    staging = _staging(_numbered(device))
+    tensors, arrived = FileReads(source=source, staging=staging, threads=host_threads()).bring({names[0]: names})
+    staging.wait(arrived)
+    return tensors[names[0]]
 
 
 def copied_to_host(tensor: Tensor, staging: Staging, *, piece_bytes: int = BUFFER_BYTES) -> Tensor:
@@ -83,6 +96,10 @@ def _all(calls: Iterator[Callable[[], Any]]) -> None:
 
 def _pieces(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(size, start + step)) for start in range(0, size, step))
+
+
+def _numbered(device: torch.device) -> torch.device:
+    return torch.device(device.type, torch.cuda.current_device()) if device.index is None else device
 
 
 @cache

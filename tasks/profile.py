@@ -23,7 +23,7 @@ from lrpq.model.linears import EXPERTS
 from lrpq.quant.hessian import HessianSum, merge
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.composite import Relevance
-from lrpq.relevance.outputs import Outputs, num_chunks
+from lrpq.relevance.outputs import CHUNK_ROWS, Outputs, num_chunks
 from lrpq.relevance.partial import PartialSweep
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_block_sums, on_host
@@ -37,7 +37,7 @@ from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
 from tasks.streams import StreamJob, my_shards, open_copies, open_stream, shard_slices
-from tasks.upper_triangle import packed, unpacked
+from tasks.upper_triangle import UpperTriangle, packed
 from tasks.waypoints import (
     blocks_with_waypoint,
     is_waypoint,
@@ -49,7 +49,9 @@ from tasks.worker import WorkerState
 
 STAGE = "profile"
 PARTS = "parts"
-"""Under which a worker keeps its sums of blocks that it stores."""
+"""Under which a worker keeps its sums until they are stored or taken, by block and share."""
+GRADIENTS = "gradients"
+"""Under which it keeps gradients in host memory until they are stored, by block."""
 ROWS = ".rows"
 """Ending of the name under which an expert's token indices lie beside its token weights."""
 BLOCK_OBJECTS = (
@@ -67,6 +69,8 @@ SQUARES, INPUTS = "squared-gradients", "inputs"
 ACTIVATION_OBJECTS = ((SQUARES, "safetensors"), (INPUTS, "safetensors"))
 """What there is besides where activations are to be quantized: squared gradients by site and token, and by site the
 weighted sum of its inputs."""
+HESSIANS, OUTPUTS = "hessians", "outputs"
+"""Shares of a block's sums, stored by two workers where there are so many: the Hessians of its sites, and the rest."""
 FORWARD, BACKWARD = "forward", "backward"
 """Kinds of waypoints."""
 SCORE_UNITS = {"value": "as named in the column unit"}
@@ -144,7 +148,7 @@ def _name(kind: tuple[str, str], block: int) -> tuple[str, int, str]:
 
 def begin(state: WorkerState, job: ProfileJob, start: Position) -> None:
     """Open the model and bring this worker's shards to where the profile begins or goes on."""
-    state.held[PARTS] = {}  # an attempt before this one may have left some
+    state.held[PARTS], state.held[GRADIENTS] = {}, {}  # an attempt before this one may have left some
     sweep = _sweep(state, job)
     stream = sweep.stream
     sweep.on_batch = state.beat
@@ -212,7 +216,8 @@ def take_head(state: WorkerState) -> dict[Node, BlockSums]:
 
 
 def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
-    """Store the gradients at the input of a block, with the losses of the labels they come from."""
+    """Copy the gradients at the input of a block to host memory, with the losses of the labels they come from; there
+    ``store_gradients`` finds them."""
     sweep: ProfileSweep = state.held[STAGE]
     shards: dict[int, dict[str, Tensor]] = {
         shard.index: {} for shard in sweep.shards
@@ -220,6 +225,12 @@ def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
     for (shard, batch), gradients in sweep.upstream.items():
         shards[shard].update({_batch(batch, kind): to_host(g) for kind, g in gradients.items()})
     losses = {shard: {"nats": nats.hex(), "tokens": str(tokens)} for shard, (nats, tokens) in sweep.losses.items()}
+    state.held[GRADIENTS][block] = shards, losses
+
+
+def store_gradients(state: WorkerState, job: ProfileJob, block: int, kept: None) -> None:
+    """Store what ``keep_gradients`` has kept, beside what is computed next; ``kept`` is its result, waited for."""
+    shards, losses = state.held[GRADIENTS].pop(block)
     write_waypoint(open_store(job.stream.store), job.folder, BACKWARD, block, shards, losses)
 
 
@@ -235,36 +246,38 @@ Part = tuple[dict[Node, BlockSums], dict[int, SiteWeights]]
 """What one worker finds of a block."""
 
 
-def backward(state: WorkerState, job: ProfileJob, block: int) -> Part | None:
-    """One block of the backward sweep; see ProfileSweep.backward. Sums are in host memory: others' are merged there.
-
-    The worker that stores the block keeps its own until then, and returns none.
-    """
+def backward(state: WorkerState, job: ProfileJob, block: int) -> None:
+    """One block of the backward sweep; see ProfileSweep.backward. Sums are kept in host memory, by share, until they
+    are stored here or taken."""
     sums, weights = _backward(state, job, block)
-    if storing_worker(block, state.num_workers) != state.index:
-        return {node: sent_sums(found) for node, found in sums.items()}, weights
-    kept = {node: on_host(found, to_host) for node, found in sums.items()}
-    state.held.setdefault(PARTS, {})[block] = kept, weights
-    return None
+    stays = state.num_workers == 1 and state.device == "cpu"  # nothing is copied, so that nothing is in memory twice
+    kept = {node: on_host(found, to_host) if stays else sent_sums(found) for node, found in sums.items()}
+    parts: dict[tuple[int, str], Part] = state.held[PARTS]
+    parts[block, OUTPUTS] = {node: replace(found, hessians={}) for node, found in kept.items()}, weights
+    if job.weighs_tokens:
+        parts[block, HESSIANS] = {node: replace(s, curvature={}, outputs={}) for node, s in kept.items()}, {}
+
+
+def take(state: WorkerState, block: int, share: str) -> Part:
+    """A share of this worker's sums of a block, for the one that stores it; they are forgotten here."""
+    part: Part = state.held[PARTS].pop((block, share))
+    return part
 
 
 def sent_sums(sums: BlockSums) -> BlockSums:
-    """A worker's sums for another one: in host memory, of matrices the upper triangles."""
+    """A worker's sums in host memory, of matrices the upper triangles: half the bytes to copy, send and add up."""
     return on_host(sums, lambda values: to_host(packed(values) if values.ndim == 2 else values))
 
 
-def received_sums(sums: BlockSums) -> BlockSums:
-    """What ``sent_sums`` was given, in host memory."""
-    return replace(
-        sums,
-        hessians={site: replace(H, xx=unpacked(H.xx)) for site, H in sums.hessians.items()},
-        outputs={name: [unpacked(G) for G in chunks] for name, chunks in sums.outputs.items()},
-    )
+def stored_matrix(values: Tensor) -> Tensor | UpperTriangle:
+    """A matrix of sums as it is stored, which ``sent_sums`` may have packed."""
+    return values.cpu() if values.ndim == 2 else UpperTriangle(values)
 
 
-def storing_worker(block: int, num_workers: int) -> int:
-    """Whose sums of a block are merged with those of the others and stored by it."""
-    return block % num_workers
+def storing_workers(job: ProfileJob, block: int, num_workers: int) -> dict[str, int]:
+    """Share of a block's sums -> by whom it is merged with those of the others and stored."""
+    shares = (HESSIANS, OUTPUTS) if job.weighs_tokens else (OUTPUTS,)
+    return {share: (block + i) % num_workers for i, share in enumerate(shares)}
 
 
 def _backward(state: WorkerState, job: ProfileJob, block: int) -> Part:
@@ -289,6 +302,7 @@ def end(state: WorkerState) -> dict[str, int]:
     kept = {"spilled_bytes": sweep.kept.spilled_bytes, "forgotten_bytes": sweep.kept.forgotten_bytes}
     sweep.kept.close()
     state.held.pop(PARTS)
+    state.held.pop(GRADIENTS)
     state.close_copies()
     return kept
 
@@ -342,35 +356,66 @@ def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
         )
 
 
-def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) -> dict[str, float]:
-    """Merge the workers' sums of a block and store them: curvature and scores, and where tokens are weighed Hessians,
-    token weights and outputs (profile_inputs.py stores plain Hessians). ``parts`` has those that are not kept here.
+def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kept: None, *others: Part) -> None:
+    """Merge the workers' sums of a block and store them.
 
-    Returns:
-        Module name -> output curvature summed over its outputs, nats per unit of output squared.
+    Args:
+        state: the worker, which has kept its own.
+        job: the stage.
+        block: index of the block.
+        share: which of the sums.
+        kept: result of this worker's ``backward``, waited for.
+        others: of the other workers.
     """
-    store = open_store(job.stream.store)
-    nodes: dict[Node, BlockSums] = {}
-    weights: dict[int, SiteWeights] = {}
-    held: dict[int, Part] = state.held.get(PARTS, {})
-    if block in held:
-        nodes, weights = held.pop(block)
-    for sums, shard_weights in (part for part in parts if part is not None):
-        nodes |= {node: received_sums(found) for node, found in sums.items()}
+    nodes, weights = state.held[PARTS].pop((block, share))
+    for sums, shard_weights in others:
+        nodes |= sums
         weights |= shard_weights
     merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
+    del nodes, others
+    store = open_store(job.stream.store)
+    if share == HESSIANS:
+        _write_hessians(store, job, block, merged)
+    else:
+        _write_outputs(store, job, block, merged, weights)
+    del merged
+    release_freed_memory()  # of this thread too, which the allocator keeps apart
+
+
+def _write_hessians(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> None:
+    """Where tokens are weighed; profile_inputs.py stores plain ones."""
+    write_hessians(store, job, block, merged)
+    if not job.for_activations:
+        return
+    sums: dict[str, Tensor] = {}
+    for site, hessian in merged.hessians.items():
+        if hessian.x is None:
+            raise RuntimeError(f"block {block}, {site}: the sum of the inputs was not kept")
+        sums[site] = hessian.x.cpu()
+    write_tensors(store, job.folder.block(INPUTS, block, "safetensors"), sums, {})
+
+
+def _write_outputs(
+    store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums, weights: Mapping[int, SiteWeights]
+) -> None:
+    """Curvature and scores, and where tokens are weighed their weights and the outputs."""
     curvature = _write_curvature(store, job, block, merged)
     tokens: dict[str, Tensor] = {}
     if job.weighs_tokens:
-        write_hessians(store, job, block, merged)
         tokens = _write_token_weights(store, job, block, weights)
         write_symmetric(
             store,
             job.folder.block("outputs", block, "parquet"),
-            {_chunk(name, i): G.cpu() for name, chunks in merged.outputs.items() for i, G in enumerate(chunks)},
+            {
+                _chunk(name, i): stored_matrix(G)
+                for name, chunks in merged.outputs.items()
+                for i, G in enumerate(chunks)
+            },
         )
     if job.for_activations:
-        _write_for_activations(store, job, block, merged, weights)
+        in_order = [weights[i].squares for i in sorted(weights)]
+        squares = {site: torch.cat([part[site] for part in in_order]) for site in in_order[0]}
+        write_tensors(store, job.folder.block(SQUARES, block, "safetensors"), squares, {})
     write_table(
         store,
         job.folder.block("scores", block, "parquet"),
@@ -378,9 +423,6 @@ def store_block(state: WorkerState, job: ProfileJob, block: int, *parts: Any) ->
         units=SCORE_UNITS,
         kind="scores",
     )
-    del parts, nodes, merged
-    release_freed_memory()  # of this thread too, which the allocator keeps apart
-    return {name: float(c.sum()) for name, c in curvature.items()}
 
 
 def store_head(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Node, BlockSums]) -> dict[str, float]:
@@ -405,23 +447,9 @@ def write_hessians(store: ObjectStore, job: ProfileJob, block: int, merged: Bloc
     write_symmetric(
         store,
         job.folder.block("hessians", block, "parquet"),
-        {site: h.xx.cpu() for site, h in hessians.items()},
+        {site: stored_matrix(h.xx) for site, h in hessians.items()},
         {s: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens, "total": total} for s, h in hessians.items()},
     )
-
-
-def _write_for_activations(
-    store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums, weights: Mapping[int, SiteWeights]
-) -> None:
-    in_order = [weights[i].squares for i in sorted(weights)]
-    squares = {site: torch.cat([part[site] for part in in_order]) for site in in_order[0]}
-    write_tensors(store, job.folder.block(SQUARES, block, "safetensors"), squares, {})
-    sums: dict[str, Tensor] = {}
-    for site, hessian in merged.hessians.items():
-        if hessian.x is None:
-            raise RuntimeError(f"block {block}, {site}: the sum of the inputs was not kept")
-        sums[site] = hessian.x.cpu()
-    write_tensors(store, job.folder.block(INPUTS, block, "safetensors"), sums, {})
 
 
 def _write_curvature(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> dict[str, Tensor]:
@@ -488,11 +516,12 @@ def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]
 
 def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, int]:
     """Hessian sums of one site of the model that ``job.stream`` names, folded or not, and the calibration tokens of the
-    run (an expert saw fewer)."""
+    run (an expert saw fewer). As where they are added up, the upper triangle is filled."""
     store = open_store(job.stream.store)
-    xx, scalars = read_symmetric(store, job.folder.block("hessians", block, "parquet"), site)
-    sums = HessianSum(xx=xx, weight_sum=scalars["weight_sum"], num_tokens=int(scalars["num_tokens"]))
     folding = None if job.stream.activations is None else folding_at(job.stream.activations, block, site)
+    key = job.folder.block("hessians", block, "parquet")
+    xx, scalars = read_symmetric(store, key, site, lower=folding is not None)
+    sums = HessianSum(xx=xx, weight_sum=scalars["weight_sum"], num_tokens=int(scalars["num_tokens"]))
     if folding is not None:
         inputs = read_tensors(store, job.folder.block(INPUTS, block, "safetensors"), [site])
         sums = folding.of_hessian(replace(sums, x=inputs[site]))
@@ -504,10 +533,13 @@ def read_curvature(job: ProfileJob, block: int, names: list[str]) -> dict[str, T
     return read_tensors(open_store(job.stream.store), job.folder.block("curvature", block, "safetensors"), names)
 
 
-def read_outputs(store: ObjectStore, folder: StageFolder, spec: LinearSpec) -> Outputs:
-    """Second moments of the gradients at a module's outputs (lrpq/relevance/outputs.py), in the unit of their sum."""
+def read_outputs(store: ObjectStore, folder: StageFolder, spec: LinearSpec, rows: slice | None = None) -> Outputs:
+    """Second moments of the gradients at a module's outputs (lrpq/relevance/outputs.py), in the unit of their sum; of
+    the chunks that begin in some rows."""
     key = folder.block("outputs", spec.block, "parquet")
-    return [read_symmetric(store, key, _chunk(spec.name, i))[0] for i in range(num_chunks(spec.d_out))]
+    rows = slice(0, spec.d_out) if rows is None else rows
+    chunks = [i for i in range(num_chunks(spec.d_out)) if rows.start <= i * CHUNK_ROWS < rows.stop]
+    return [read_symmetric(store, key, _chunk(spec.name, i))[0] for i in chunks]
 
 
 def _chunk(name: str, index: int) -> str:

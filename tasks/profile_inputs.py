@@ -13,7 +13,7 @@ from lrpq.relevance.partial import PartialSweep
 from lrpq.relevance.sweep import BlockSums, merge_block_sums
 from lrpq.shards import Node, root
 from tasks.device_copies import added
-from tasks.profile import ProfileJob, enter_forward, received_sums, sent_sums, write_hessians
+from tasks.profile import ProfileJob, enter_forward, sent_sums, write_hessians
 from tasks.store.opened import open_store
 from tasks.worker import WorkerState
 
@@ -30,6 +30,6 @@ def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: dict[N
     """Merge the workers' sums of a block's inputs and store them."""
     nodes: dict[Node, BlockSums] = {}
     for sums in parts:
-        nodes |= {node: received_sums(found) for node, found in sums.items()}
-    store = open_store(job.stream.store)
-    write_hessians(store, job, block, root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added)))
+        nodes |= sums
+    merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
+    write_hessians(open_store(job.stream.store), job, block, merged)

@@ -31,7 +31,7 @@ from tasks.profile import ROWS, read_outputs
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors
-from tasks.streams import StreamJob, held_source, my_shards, open_copies, open_stream, shard_slices
+from tasks.streams import StreamJob, my_shards, open_copies, open_stream, read_weight, shard_slices
 from tasks.upper_triangle import packed, unpacked
 from tasks.waypoints import blocks_with_waypoint, read_waypoint, write_waypoint
 from tasks.worker import WorkerState
@@ -152,9 +152,10 @@ def enter(state: WorkerState, job: RefineJob, block: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedModule:
-    """A module's codes in host memory, as they go from worker to worker."""
+    """A module's codes in host memory, or those of some parts of its rows, as they go from worker to worker."""
 
     name: str
+    first_row: int
     weight: QuantizedWeight
     packed: Mapping[str, Tensor]
     """The same as it is stored; empty for a module that is stored."""
@@ -242,14 +243,22 @@ def end(state: WorkerState) -> None:
 
 
 def quantize(
-    state: WorkerState, job: RefineJob, spec: LinearSpec, num_parts: int, keep: bool, *parts: Any
+    state: WorkerState,
+    job: RefineJob,
+    spec: LinearSpec,
+    cuts: Sequence[slice],
+    num_parts: int,
+    keep: bool,
+    *parts: Any,
 ) -> QuantizedModule:
-    """Quantize one module from the workers' sums of its site; ``store_module`` stores it, beside what comes next.
+    """Quantize one module, or some of its rows, from the workers' sums of its site; ``store_module`` stores it, beside
+    what comes next.
 
     Args:
         state: the worker, whose own sums of the site have not left its device.
         job: the stage.
         spec: the module.
+        cuts: consecutive parts of its rows (lrpq.refine.row_parts).
         num_parts: how many of ``parts`` are sums of its own site, by other workers.
         keep: whether this worker needs its own sums again, for another module.
         parts: these, then those of all experts of the block where the module is an expert.
@@ -264,41 +273,60 @@ def quantize(
         sums, evidence = hessian_of_expert(merged.hessian, pooled, total_tokens=job.stream.num_tokens)
         if evidence is not Evidence.OWN:  # nothing to correct towards
             merged = SiteProducts(hessian=sums, shift=None)
+    rows = slice(cuts[0].start, cuts[-1].stop)
+    if merged.pull is not None:
+        merged = replace(merged, pull=merged.pull[rows])
     refined = quantize_refined(
-        held_source(state, job.stream).read_rows(spec.stored).to(state.device).to(torch.float32),
+        read_weight(state, job.stream, spec)[rows],
         merged,
         choice,
         strength=job.strength,
         damping=job.damping,
         correction_damping=job.correction_damping,
         polish_rounds=job.polish_rounds,
-        outputs=_outputs(job, spec),
+        outputs=_outputs(job, spec, rows),
         row_blocks=job.row_blocks,
         grid=Grid(job.grid),
+        parts=[cut.stop - cut.start for cut in cuts],
         name=spec.name,
     )
     packed = {k: to_host(v) for k, v in pack(refined.weight).items()}  # here: a core takes seconds for a large layer
     codes, scales = to_host(refined.weight.codes), to_host(refined.weight.scales)
     weight = QuantizedWeight(codes=codes, scales=scales, choice=choice)
-    return QuantizedModule(name=spec.name, weight=weight, packed=packed, counts=_counts(refined, evidence))
+    counts = _counts(refined, evidence)
+    return QuantizedModule(name=spec.name, first_row=rows.start, weight=weight, packed=packed, counts=counts)
 
 
-def store_module(state: WorkerState, job: RefineJob, module: QuantizedModule) -> None:
-    """Store a module's codes with how it went."""
-    weight = module.weight
+def store_module(state: WorkerState, job: RefineJob, *parts: QuantizedModule) -> None:
+    """Store a module's codes with how it went; ``parts`` make it up."""
+    first = parts[0]
+    ordered = sorted(parts, key=lambda part: part.first_row)
+    tensors = {name: torch.cat([part.packed[name] for part in ordered]) for name in ("weight_packed", "weight_scale")}
+    d_in = first.packed["weight_shape"][1]
+    tensors["weight_shape"] = torch.stack([torch.tensor(len(tensors["weight_packed"])), d_in])
     write_tensors(
         open_store(job.stream.store),
-        job.folder.module(module.name),
-        module.packed,
-        {"bits": str(weight.choice.bits), "group_size": str(weight.choice.group_size), **module.counts},
+        job.folder.module(first.name),
+        dict(first.packed) if len(parts) == 1 else tensors,
+        {
+            "bits": str(first.weight.choice.bits),
+            "group_size": str(first.weight.choice.group_size),
+            **_summed([part.counts for part in parts]),
+        },
     )
 
 
-def _outputs(job: RefineJob, spec: LinearSpec) -> Outputs | None:
-    """What the profile knows of the module's outputs, where the job has a use for it."""
+def _summed(counts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """How it went with all parts of a module: what counts rows or parts is added up, the rest is the same in each."""
+    added = ("rejected_rows", "rows", "rows_alone")
+    return {k: str(sum(int(part[k]) for part in counts)) if k in added else counts[0][k] for k in COUNTS}
+
+
+def _outputs(job: RefineJob, spec: LinearSpec, rows: slice) -> Outputs | None:
+    """What the profile knows of some of the module's outputs, where the job has a use for it."""
     if job.token_weights is None or job.row_blocks == 1 or spec.routed:
         return None
-    return read_outputs(open_store(job.stream.store), job.token_weights, spec)
+    return read_outputs(open_store(job.stream.store), job.token_weights, spec, rows)
 
 
 def _merged(
@@ -350,12 +378,16 @@ def load_refined(state: WorkerState, job: RefineJob, spec: LinearSpec) -> Quanti
     if choice is None:
         raise RuntimeError(f"module {spec.name} is not quantized")
     weight = read_refined(open_store(job.stream.store), job.folder, spec.name, choice)
-    return QuantizedModule(name=spec.name, weight=weight, packed={}, counts={})
+    return QuantizedModule(name=spec.name, first_row=0, weight=weight, packed={}, counts={})
 
 
 def _dense(sweep: RefineSweep, quantized: Sequence[QuantizedModule]) -> dict[str, torch.Tensor]:
     """Weights on the sweep's device, made there: one core of a host takes seconds for a large block."""
-    return {q.name: _on(q.weight, sweep.stream.device).dequantize(sweep.stream.dtype) for q in quantized}
+    device, dtype = sweep.stream.device, sweep.stream.dtype
+    parts: dict[str, list[Tensor]] = {}
+    for module in sorted(quantized, key=lambda module: module.first_row):
+        parts.setdefault(module.name, []).append(_on(module.weight, device).dequantize(dtype))
+    return {name: found[0] if len(found) == 1 else torch.cat(found) for name, found in parts.items()}
 
 
 def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:

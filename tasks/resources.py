@@ -9,7 +9,7 @@ CPU_WINDOWS = 4
 GPU_TOKENS = 1 << 14
 GPU_ELEMENTS = 1 << 26
 """Of one micro-batch's hidden states, at most."""
-HOST_THREADS = 8
+HOST_THREADS = 12
 """Of a GPU's worker, at most: each holds some 60 MB while it compresses."""
 
 

@@ -12,9 +12,10 @@ from lrpq.quant.gptq import gptq
 from lrpq.quant.grid import Grid
 from lrpq.quant.packing import pack
 from tasks.artifacts import StageFolder
-from tasks.candidates import CandidatesJob, SiteProblem, read_weight, site_problem, site_sums
+from tasks.candidates import CandidatesJob, SiteProblem, site_problem, site_sums
 from tasks.store.opened import open_store
 from tasks.store.tensors import write_tensors
+from tasks.streams import read_weight
 from tasks.worker import WorkerState
 
 STAGE = "stitch"
@@ -59,7 +60,7 @@ def quantize_site(state: WorkerState, job: StitchJob, block: int, site: str, spe
 
 def _packed(state: WorkerState, job: StitchJob, problem: SiteProblem, spec: LinearSpec) -> dict[str, Tensor]:
     """Codes of one module at its choice, as they are stored."""
-    W = read_weight(state, job.candidates, spec)
+    W = read_weight(state, job.candidates.profile.stream, spec)
     (weight,) = gptq(W, problem.factor, [_choice(job, spec)], grid=Grid(job.candidates.grid), name=spec.name)
     state.beat()
     return {k: v.cpu() for k, v in pack(weight).items()}

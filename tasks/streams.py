@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lrpq.model.host_copies import HostCopies
+from lrpq.model.layers import LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
@@ -16,6 +18,7 @@ from lrpq.shards import assign, split
 from lrpq.transform.rotated import Rotation, StoredRotatedSource, open_rotated
 from tasks.calibration.stored import read_windows
 from tasks.chosen_grids import ChosenGrids, fold
+from tasks.device_copies import read_to_device
 from tasks.images.stored import read_images
 from tasks.store.opened import open_store
 from tasks.worker import WorkerState
@@ -65,7 +68,13 @@ def open_source_of(job: StreamJob) -> ModelSource:
 def open_stream(state: WorkerState, job: StreamJob) -> BlockStream:
     """The model, rotated or folded if it is to be, streamed on this worker's device."""
     source = open_source_of(job)
-    return BlockStream(source, dtype=DTYPES[job.dtype], device=state.device, low_memory=state.low_memory)
+    return BlockStream(
+        source,
+        dtype=DTYPES[job.dtype],
+        device=state.device,
+        low_memory=state.low_memory,
+        threads=state.host_threads,
+    )
 
 
 def open_copies(state: WorkerState) -> HostCopies | None:
@@ -86,7 +95,7 @@ def open_reference(
     been rounded to their dtype.
     """
     source = open_source(Path(model))
-    reference = BlockStream(source, dtype=DTYPES[dtype], device=state.device)
+    reference = BlockStream(source, dtype=DTYPES[dtype], device=state.device, threads=state.host_threads)
     if rotation is None:
         return reference, None
     rotated = StoredRotatedSource(source, rotation)
@@ -105,6 +114,11 @@ def held_source(state: WorkerState, job: StreamJob) -> ModelSource:
         held = identity, open_source_of(job)
         state.held["source"] = held
     return held[1]
+
+
+def read_weight(state: WorkerState, job: StreamJob, spec: LinearSpec) -> Tensor:
+    """A layer's weights [d_out, d_in], float32, on the worker's device."""
+    return read_to_device(held_source(state, job), spec.stored, state.device).to(torch.float32)
 
 
 def my_shards(state: WorkerState, job: StreamJob) -> list[Shard]:

@@ -49,6 +49,27 @@ def unpacked(values: Float[Tensor, " packed"]) -> Float[Tensor, "d d"]:
     return matrix
 
 
+class UpperTriangle:
+    """A matrix of which ``values`` are the packed strips, read part by part where it lies.
+
+    Raises:
+        ValueError: they are no upper triangle.
+    """
+
+    def __init__(self, values: Float[Tensor, " packed"]) -> None:
+        self.width = _width(values.numel())
+        self.dtype = values.dtype
+        sizes = [(rows.stop - rows.start, self.width - rows.start) for rows in _strips(self.width)]
+        flat = values.split([height * length for height, length in sizes])
+        self._strips = [strip.view(size) for strip, size in zip(flat, sizes, strict=True)]
+
+    def part(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
+        """Some rows of one strip in some columns from its diagonal on, as a view."""
+        strip = self._strips[rows.start // STRIP]
+        first = rows.start // STRIP * STRIP
+        return strip[rows.start - first : rows.stop - first, columns.start - first : columns.stop - first]
+
+
 def zeros(width: int, like: Tensor) -> Float[Tensor, "d d"]:
     """Zeros of the dtype and on the device of a tensor; in host memory pages that nobody touches are none."""
     if like.device.type != "cpu":

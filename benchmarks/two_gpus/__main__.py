@@ -4,10 +4,11 @@
 
 Profile, candidates and refinement run as `lrpq compress` runs them (flows/stages.py; the shape of the workers is its
 own), but for Prefect, whose task runs around calls are left out. Every run has a pool, Ray included, and an empty
-store of its own; before it is measured, its workers compress a micro-batch of the same shape for each of them, so that
-kernels are compiled and Triton's cache is filled. With --model a checkpoint on text of --text; with --blocks a model of
-that many blocks of 70B's shape (--shape smollm2: of SmolLM2's, 30 blocks) with random weights, made in --folder, on
-random tokens. On a machine without GPUs (--device cpu --hidden 64) the same on toy shapes, with workers of one core.
+store of its own; before it is measured, its workers compress a micro-batch of the same shape for each of them (of
+random blocks two at most), so that kernels are compiled and Triton's cache is filled. With --model a checkpoint on text
+of --text; with --blocks a model of that many blocks of 70B's shape (--shape smollm2: of SmolLM2's, 30 blocks) with
+random weights, made in --folder, on random tokens. On a machine without GPUs (--device cpu --hidden 128) the same on
+toy shapes, with workers of one core.
 
 Of every stage: seconds, memory in tensors at its peak (torch.cuda.max_memory_allocated on every worker), seconds that
 workers spent moving bytes (store, model, kept inputs, sums for other workers and from them), and waiting: the stage's
@@ -40,11 +41,13 @@ from benchmarks.two_gpus import ledger
 from benchmarks.two_gpus.block import HIDDEN, shape_named, write_blocks
 from benchmarks.two_gpus.objects import compare
 from benchmarks.two_gpus.stages import STAGES, Case, Done, Stage, as_json, run_stages
-from benchmarks.two_gpus.table import call_table, stage_line, stage_table, verdict
+from benchmarks.two_gpus.table import call_lines, call_table, stage_line, stage_table, verdict
 from flows.calibrate import load_for
-from flows.config import BIT_WIDTHS
 from lrpq.errors import LrpqError
 from tasks.opening import open_pool, resolve_device
+
+WARMING_BLOCKS = 2
+"""Of random ones: they are alike."""
 
 
 def measure(
@@ -73,6 +76,7 @@ def measure(
 
             def note(name: str, stage: Stage, stages: dict[str, Any] = stages) -> None:
                 say("", name, stage)
+                print("\n".join(call_lines(stage)), flush=True)
                 stages[name] = as_json(stage)
                 save()
 
@@ -127,12 +131,16 @@ def of_blocks(options: argparse.Namespace, folder: Path) -> Case:
     length = options.block_length
     shape = shape_named(options.shape, hidden=options.hidden)
     model = write_blocks(folder / "model", shape, blocks=options.blocks, length=length, device=device)
+    warming = model
+    if options.blocks > WARMING_BLOCKS:
+        warming = write_blocks(folder / "warming", shape, blocks=WARMING_BLOCKS, length=length, device=device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     name = f"{options.blocks} random {'block' if options.blocks == 1 else 'blocks'} of {options.shape}'s shape"
     return Case(
         name=f"{name}, {shape.hidden} wide",
         model=model,
+        warming_model=warming,
         tokens=random_tokens(options.block_windows, length),
         device=options.device,
         budget_bits=options.budget,
@@ -162,8 +170,8 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=3.25)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=numbers, default=(1, 2))
-    parser.add_argument("--group-sizes", type=numbers, default=(64, -1), help="of the candidates")
-    parser.add_argument("--bits", type=numbers, default=BIT_WIDTHS, help="of the candidates")
+    parser.add_argument("--group-sizes", type=numbers, default=(64,), help="of the candidates")
+    parser.add_argument("--bits", type=numbers, default=(2, 3, 4), help="of the candidates")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage")
     parser.add_argument("--cold", action="store_true", help="no warm-up")
     parser.add_argument("--kept-bytes", type=int, help="as kept_bytes in [cluster]")

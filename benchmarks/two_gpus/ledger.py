@@ -25,7 +25,7 @@ STAGES = (profile, candidates, refine)
 MOVES = {
     "store, written": ("tasks.store.symmetric:write_symmetric", "tasks.store.tensors:write_tensors"),
     "store, read": ("tasks.store.symmetric:read_symmetric", "tasks.store.tensors:read_tensors"),
-    "model, read": ("lrpq.model.safetensors_source:ModelSource.read",),
+    "model, read": ("lrpq.model.safetensors_source:ModelSource.read", "lrpq.model.file_reads:FileReads.bring"),
     "kept inputs": ("lrpq.model.kept:KeptInputs.put", "lrpq.model.kept:KeptInputs.take"),
     "device to host": ("tasks.tensor_transport:sent", "tasks.device_copies:to_host"),
     "host to device": ("tasks.device_copies:to_device",),

@@ -47,6 +47,8 @@ class Case:
     """[windows, length]"""
     device: str
     budget_bits: float
+    warming_model: Path | None = None
+    """Of the same shape, compressed before anything is measured; None is the model itself."""
     shards: int = 8
     group_sizes: tuple[int, ...] = (64, -1)
     """Of the candidates; lrpq's own."""
@@ -64,7 +66,8 @@ class Case:
     def warming(self, workers: int) -> Case:
         """A micro-batch of the same shape for every worker: what is compiled for it is there afterwards."""
         count = min(workers * self.micro_batch, len(self.tokens))
-        return replace(self, tokens=self.tokens[:count], shards=min(workers, count))
+        model = self.warming_model or self.model
+        return replace(self, model=model, tokens=self.tokens[:count], shards=min(workers, count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ def run_stages(case: Case, pool: Pool, folder: Path, note: Callable[[str, Stage]
     )
     write_windows(store, windows.key, case.tokens)
     profile = jobs.profile_job(context, jobs.stream_job(context, windows), windows)
-    candidates = jobs.candidates_job(context, profile, head=None)
+    candidates = jobs.candidates_job(context, profile, specs=stream.specs, head=None)
     stages: dict[str, Stage] = {}
 
     def measured(name: str, action: Callable[[], Any]) -> Any:

@@ -8,6 +8,8 @@ from benchmarks.two_gpus.objects import Compared
 from benchmarks.two_gpus.stages import Done, Stage
 
 GIGA = 1e9
+LEDGERS = (("calls", ""), ("moved", "of these, "), ("beside", "beside: "), ("moved_beside", "beside, "))
+"""Fields of a ledger, and what their lines begin with."""
 
 
 def stage_table(runs: Sequence[Done]) -> Iterator[str]:
@@ -36,18 +38,24 @@ def stage_line(name: str, stage: Stage) -> str:
     )
 
 
+def call_lines(stage: Stage) -> Iterator[str]:
+    """Where the stage's time went, in a line for each kind of ledger; seconds of each worker."""
+    for which, head in LEDGERS:
+        labels = dict.fromkeys(label for worker in stage.workers for label in getattr(worker, which))
+        if labels:
+            found = (f"{label} {_each(_seconds(stage, which, label))}" for label in labels)
+            yield f"    {head or 'calls: '}{'; '.join(found)}"
+
+
 def call_table(runs: Sequence[Done], name: str) -> Iterator[str]:
     """Where a stage's time went: calls, what moved bytes, waiting; seconds by worker."""
     yield f"| {name}: | " + " | ".join(f"with {len(run.stages[name].workers)}, s each" for run in runs) + " |"
     yield "|---" * (1 + len(runs)) + "|"
     stages = [run.stages[name] for run in runs]
-    for which, head in (("calls", ""), ("moved", "of these, "), ("beside", "beside: "), ("moved_beside", "beside, ")):
+    for which, head in LEDGERS:
         labels = dict.fromkeys(label for stage in stages for w in stage.workers for label in getattr(w, which))
         for label in labels:
-            cells = []
-            for stage in stages:
-                found = [getattr(w, which).get(label, 0.0) for w in stage.workers]
-                cells.append(", ".join(f"{x[1] if isinstance(x, list) else x:.2f}" for x in found))
+            cells = [_each(_seconds(stage, which, label)) for stage in stages]
             yield f"| {head}{label} | " + " | ".join(cells) + " |"
     yield "| waiting, and Ray's own copies | " + " | ".join(_each(_waiting(stage)) for stage in stages) + " |"
     yield "| from the last call's end to the stage's | " + " | ".join(f"{_tail(stage):.2f}" for stage in stages) + " |"
@@ -63,6 +71,12 @@ def verdict(compared: dict[str, Compared]) -> Iterator[str]:
         yield f"{stage}: {size}: {len(found.different)} DIFFER"
         for key, how in list(found.different.items())[:8]:
             yield f"    {key.rsplit('/', 1)[-1]}: {how}"
+
+
+def _seconds(stage: Stage, which: str, label: str) -> list[float]:
+    """Of a label in every worker's ledger."""
+    found = [getattr(worker, which).get(label, 0.0) for worker in stage.workers]
+    return [entry[1] if isinstance(entry, list) else entry for entry in found]
 
 
 def _moved(stage: Stage) -> list[float]:

@@ -20,6 +20,8 @@ from transformers import AutoConfig
 from lrpq.errors import ModelError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedConfig
 
 INDEX = "model.safetensors.index.json"
@@ -166,17 +168,7 @@ class ModelSource:
         path = self.folder / entry.shard
         tensor = torch.empty(entry.shape, dtype=dtype)
         if entry.nbytes:
-            raw = tensor.view(-1).view(torch.uint8).numpy().data
-            try:
-                with path.open("rb", buffering=0) as file:
-                    file.seek(entry.begin)
-                    got = 0
-                    while got < entry.nbytes and (count := file.readinto(raw[got:])):
-                        got += count
-            except OSError as error:
-                raise ModelError(f"shard {path}: cannot read {name} ({error}); fetch the file again") from error
-            if got < entry.nbytes:
-                raise ModelError(f"shard {path}: ends inside {name}; fetch the file again")
+            self._read_bytes(name, 0, tensor.view(-1).view(torch.uint8).numpy())
         if name not in self._checked:
             # in runs: of a whole embedding the check would take more memory than its values do
             if not all(bool(torch.isfinite(run).all()) for run in torch.split(tensor.view(-1), CHECKED_ELEMENTS)):
@@ -191,6 +183,47 @@ class ModelSource:
         Values are as exact as the source has them, where `read` gives what a checkpoint stores.
         """
         return self.read(names[0]) if len(names) == 1 else torch.cat([self.read(name) for name in names])
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether what `read` and `read_rows` give are bytes of the files; not where a subclass makes them."""
+        kind = type(self)
+        return kind.read is ModelSource.read and kind.read_rows is ModelSource.read_rows
+
+    def read_piece(self, name: str, start: int, memory: NDArray[np.uint8]) -> None:
+        """Some bytes of a tensor of the files, checked as `read` does until ``pieces_read`` was told of them all.
+
+        Args:
+            name: of a tensor, of a source that ``reads_files``.
+            start: the first byte; a whole number of values.
+            memory: for so many bytes from there on; a whole number of values, aligned for them.
+
+        Raises:
+            ModelError: as `read`.
+        """
+        self._read_bytes(name, start, memory)
+        if name not in self._checked:
+            values = torch.from_numpy(memory).view(self.dtype(name))
+            if not all(bool(torch.isfinite(run).all()) for run in torch.split(values, CHECKED_ELEMENTS)):
+                self.read(name)  # counts all of them
+
+    def pieces_read(self, name: str) -> None:
+        """All bytes of a tensor went through ``read_piece``."""
+        self._checked.add(name)
+
+    def _read_bytes(self, name: str, start: int, memory: NDArray[np.uint8]) -> None:
+        entry = self._entry(name)
+        path, raw = self.folder / entry.shard, memory.data
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(entry.begin + start)
+                got = 0
+                while got < len(raw) and (count := file.readinto(raw[got:])):
+                    got += count
+        except OSError as error:
+            raise ModelError(f"shard {path}: cannot read {name} ({error}); fetch the file again") from error
+        if got < len(raw):
+            raise ModelError(f"shard {path}: ends inside {name}; fetch the file again")
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:

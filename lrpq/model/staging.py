@@ -10,7 +10,7 @@ On a CPU the same code copies from memory to memory: streams and events are PyTo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -101,12 +101,27 @@ class Staging:
             after: event after which its memory is free.
         """
         memory = _bytes(tensor).numpy()
+
+        def read(start: int, held: NDArray[np.uint8]) -> None:
+            np.copyto(held, memory[start : start + len(held)])
+
+        self.fill(into, read, after)
+        return self.brought()
+
+    def fill(self, into: Tensor, read: Callable[[int, NDArray[np.uint8]], None], after: Event) -> None:
+        """Copy what ``read`` writes into buffers; ``brought`` gives the event with which it is whole.
+
+        Args:
+            into: contiguous, on the device.
+            read: given the first byte and a buffer for so many from there on, none of which it may leave as it is.
+            after: event after which the memory of ``into`` is free.
+        """
         target = _bytes(into)
         try:
             for piece in self._pieces(len(target)):
                 with self._buffer() as buffer:
                     held = buffer.memory[: piece.stop - piece.start]
-                    np.copyto(held.numpy(), memory[piece])
+                    read(piece.start, held.numpy())
                     with self._module.stream(self._in):
                         after.wait(self._in)
                         target[piece].copy_(held, non_blocking=True)
@@ -114,6 +129,9 @@ class Staging:
         except BaseException:
             self.finish()  # then nothing is written there any more
             raise
+
+    def brought(self) -> Event:
+        """Happens when all copies to the device are made that have been asked for."""
         done = self._event()
         done.record(self._in)
         return done

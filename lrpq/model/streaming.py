@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lrpq.errors import ModelError
 from lrpq.model.experts import expert_tensors, replace_experts
 from lrpq.model.families import family_of
+from lrpq.model.file_reads import FileReads
 from lrpq.model.inputs import image_arguments, text_arguments
 from lrpq.model.layers import LinearSpec
 from lrpq.model.linears import find_head, find_linears
@@ -61,6 +62,7 @@ class BlockStream:
             architecture.
         prefetch: read the next block while this one computes (the device's memory then holds two blocks' weights).
         low_memory: the next block's weights wait in host memory, where they are not needed on the device yet.
+        threads: that read weights for a GPU; they change no value.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class BlockStream:
         attention: str | None = None,
         prefetch: bool = True,
         low_memory: bool = False,
+        threads: int = 1,
     ) -> None:
         self.source = source
         self.dtype = dtype
@@ -79,6 +82,11 @@ class BlockStream:
         self.prefetch = prefetch
         self.low_memory = low_memory
         self._staging = Staging(self.device) if self.device.type == "cuda" else None
+        self._reads = (
+            FileReads(source=source, staging=self._staging, threads=threads)
+            if self._staging is not None and threads > 1
+            else None
+        )
         self.architecture, self.family = family_of(source.config)
         self.model: Any = build_skeleton(source.config, dtype=dtype, device=self.device, attention=attention)
         self.tied_head = self.family.pooling is None and bool(source.config.tie_word_embeddings)
@@ -326,7 +334,7 @@ class BlockStream:
         return self._stored.get(name) or self._stored.get(bare) or (name,)
 
     def _bring_block(self, index: int) -> _Moving:
-        return self._brought(self._read(*self._place(index)))
+        return self._bring(*self._place(index))
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         return dict(self._read(*self._place(index)))
@@ -337,6 +345,14 @@ class BlockStream:
     def _read(self, prefix: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors in host memory by their names without the prefix, one after the other."""
         return ((name, self.source.read_rows(self.stored(prefix + name))) for name in names)
+
+    def _bring(self, prefix: str, names: Iterable[str]) -> _Moving:
+        """Tensors on their way to the device by their names without the prefix."""
+        wanted = {name: self.stored(prefix + name) for name in names}
+        if self._reads is None or not all(self._reads.can_read(parts, self.dtype) for parts in wanted.values()):
+            return self._brought(self._read(prefix, wanted))
+        tensors, arrived = self._reads.bring(wanted)
+        return _Moving(tensors=tensors, arrived=arrived)
 
     def _brought(self, weights: Iterable[tuple[str, Tensor]]) -> _Moving:
         """Tensors on their way to the device."""
@@ -377,7 +393,7 @@ class BlockStream:
         try:
             for path in modules:
                 module = self.model.get_submodule(path)
-                _assign(module, self._arrived(self._brought(self._read(f"{path}.", module.state_dict()))))
+                _assign(module, self._arrived(self._bring(f"{path}.", module.state_dict())))
             yield
         finally:
             for path in modules:

@@ -77,7 +77,7 @@ def quantize_in_blocks(
         factor = factorize(G, damping=damping, name=f"{name}, output gradients") if blocks > 1 else None
         parts.append(round_rows(rows) if factor is None else _chunk(rows, factor, round_rows, num_blocks=blocks))
         start += len(G)
-    return parts[0] if len(parts) == 1 else _stacked(parts)
+    return stacked(parts)
 
 
 def interacts(outputs: Sequence[Float[Tensor, "chunk chunk"]], *, num_blocks: int) -> bool:
@@ -132,13 +132,16 @@ def _chunk(T: Float[Tensor, "rows d_in"], factor: Factor, round_rows: RoundRows,
             )
         found.append(round_rows(targets))
         errors[rows] = T[rows] - found[-1].dequantize(T.dtype)
-    stacked = _stacked(found)
-    codes, scales = torch.empty_like(stacked.codes), torch.empty_like(stacked.scales)
-    codes[order], scales[order] = stacked.codes, stacked.scales
-    return QuantizedWeight(codes=codes, scales=scales, choice=stacked.choice)
+    whole = stacked(found)
+    codes, scales = torch.empty_like(whole.codes), torch.empty_like(whole.scales)
+    codes[order], scales[order] = whole.codes, whole.scales
+    return QuantizedWeight(codes=codes, scales=scales, choice=whole.choice)
 
 
-def _stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+def stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Rows of one layer, one part after the other, without zero points."""
+    if len(parts) == 1:
+        return parts[0]
     return QuantizedWeight(
         codes=torch.cat([part.codes for part in parts]),
         scales=torch.cat([part.scales for part in parts]),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
+from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
 from lrpq.quant.factor import Factor, factorize
@@ -15,7 +17,8 @@ from lrpq.quant.gptq import gptq, row_chunks
 from lrpq.quant.grid import Grid, QuantizedWeight, power_of_two
 from lrpq.quant.hessian import factor_damped, normalized
 from lrpq.quant.polish import polish
-from lrpq.quant.row_feedback import DEFAULT_BLOCKS, interacts, joint_error, quantize_in_blocks
+from lrpq.quant.row_feedback import DEFAULT_BLOCKS, interacts, joint_error, quantize_in_blocks, stacked
+from lrpq.refine.row_parts import row_parts
 from lrpq.refine.sweep import SiteProducts
 
 if TYPE_CHECKING:
@@ -38,7 +41,8 @@ class Refined:
     """How often the damping, GPTQ's or the correction's, was raised because C was not positive definite."""
     dead_inputs: int
     rows_alone: int = 0
-    """1 if rows that make up for each other's errors were worse together than rows on their own, which were kept."""
+    """Parts of which rows that make up for each other's errors were worse together than rows on their own, which were
+    kept."""
 
 
 def quantize_refined(
@@ -53,6 +57,7 @@ def quantize_refined(
     outputs: Sequence[Float[Tensor, "chunk chunk"]] | None = None,
     row_blocks: int = DEFAULT_BLOCKS,
     grid: Grid = Grid.SIGNED,
+    parts: Sequence[int] | None = None,
     name: str,
 ) -> Refined:
     """GPTQ on the inputs of the quantized prefix, after a correction towards the original outputs; then polished.
@@ -76,21 +81,81 @@ def quantize_refined(
             up for the errors of the blocks before them (quant/row_feedback.py); None rounds each row on its own.
         row_blocks: how many such blocks, at most; 1 rounds each row on its own.
         grid: signed or symmetric.
+        parts: rows of each part of W that is rounded for itself, by the site's factors, which they share; by default as
+            ``row_parts`` cuts W. Some parts of a layer give the same codes as all of them: W, P and ``outputs`` are
+            then of their rows.
         name: module name for errors.
+
+    Raises:
+        QuantizationError: chunks of ``outputs`` lie across parts.
     """
     C = normalized(products.hessian, name=name).to(W.device)
     factor = factorize(C, damping=damping, name=name)
-    prefix: _Prefix | None = None
-    if (products.shift is None and products.pull is None) or strength == 0.0:
-        rounded = _Rounded(target=W, weight=gptq(W, factor, [choice], grid=grid, name=name)[0])
-    else:
-        prefix = _Prefix.of(W, C, products)
-        C = prefix.C
-        corrected, damping_steps = prefix.corrected(strength, damping=correction_damping, name=name)
-        plain, with_correction = _round_both(W, corrected, factor, choice, grid, name)
-        rounded = prefix.better(corrected, plain, with_correction)
-        rounded.damping_steps = damping_steps
-        del corrected, plain, with_correction
+    cuts = _slices(parts) if parts is not None else row_parts(*W.shape)
+    chunks = [None] * len(cuts) if outputs is None else _by_part(outputs, cuts, name=name)
+    prefixes: list[_Prefix | None] = [None] * len(cuts)
+    corrected: list[Tensor | None] = [None] * len(cuts)
+    damping_steps = 0
+    if strength != 0.0 and not (products.shift is None and products.pull is None):
+        C, prefixes = _Prefix.of(W, C, products, cuts)
+        corrected, damping_steps = _corrected(C, prefixes, strength, damping=correction_damping, name=name)
+    found: list[_Part] = []
+    for rows, prefix, of_rows in zip(cuts, prefixes, chunks, strict=True):
+        target = corrected.pop(0)
+        if prefix is None or target is None:
+            rounded = _Rounded(target=W[rows], weight=gptq(W[rows], factor, [choice], grid=grid, name=name)[0])
+        else:
+            rounded = prefix.better(target, *_round_both(W[rows], target, factor, choice, grid, name))
+        del target
+        found.append(
+            _finished(W[rows], C, prefix, rounded, factor, choice, of_rows, row_blocks, polish_rounds, grid, name)
+        )
+    return Refined(
+        weight=stacked([part.weight for part in found]),
+        rejected_rows=sum(part.rejected_rows for part in found),
+        rows=W.shape[0],
+        damping_steps=factor.num_damping_steps + damping_steps,
+        dead_inputs=factor.num_dead,
+        rows_alone=sum(part.alone for part in found),
+    )
+
+
+def _slices(sizes: Sequence[int]) -> tuple[slice, ...]:
+    ends = list(accumulate(sizes))
+    return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+
+def _by_part(outputs: Sequence[Tensor], cuts: Sequence[slice], *, name: str) -> list[Sequence[Tensor]]:
+    """The chunks of every part."""
+    starts = [0, *accumulate(len(G) for G in outputs)]
+    if not {rows.start for rows in cuts} <= set(starts):
+        raise QuantizationError(f"{name}: output gradients of chunks that lie across parts of its rows")
+    return [[G for G, start in zip(outputs, starts, strict=False) if rows.start <= start < rows.stop] for rows in cuts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Rows that are done."""
+
+    weight: QuantizedWeight
+    rejected_rows: int
+    alone: bool
+
+
+def _finished(
+    W: Tensor,
+    C: Tensor,
+    prefix: _Prefix | None,
+    rounded: _Rounded,
+    factor: Factor,
+    choice: Choice,
+    outputs: Sequence[Tensor] | None,
+    row_blocks: int,
+    polish_rounds: int,
+    grid: Grid,
+    name: str,
+) -> _Part:
+    """Blocks of rows that make up for each other's errors, or polished rows on their own."""
     weight: QuantizedWeight | None = None
     together = outputs is not None and interacts(outputs, num_blocks=row_blocks)
     if outputs is not None and together:
@@ -102,14 +167,7 @@ def quantize_refined(
         if polish_rounds:
             polished = polish(rounded.target, [weight], C, rounds=polish_rounds, name=name)[0].weight
             weight = polished if prefix is None else prefix.lower(polished, weight)
-    return Refined(
-        weight=weight,
-        rejected_rows=rounded.rejected_rows,
-        rows=W.shape[0],
-        damping_steps=factor.num_damping_steps + rounded.damping_steps,
-        dead_inputs=factor.num_dead,
-        rows_alone=int(alone),
-    )
+    return _Part(weight=weight, rejected_rows=rounded.rejected_rows, alone=alone)
 
 
 def _round_both(
@@ -152,6 +210,20 @@ def _with_feedback(
     return weight if together <= apart else None
 
 
+def _corrected(
+    C: Tensor, prefixes: Sequence[_Prefix | None], strength: float, *, damping: float, name: str
+) -> tuple[list[Tensor | None], int]:
+    """Corrected weights of every part, and how often the damping had to grow."""
+    diagonal = C.diagonal().clone()
+    cholesky = factor_damped(C, damping=damping, name=name)
+    C.diagonal().copy_(diagonal)
+    found = [
+        None if part is None else correct(part.W, part.pull, strength=strength, cholesky=cholesky, name=name)
+        for part in prefixes
+    ]
+    return found, cholesky.num_damping_steps
+
+
 @dataclass(slots=True, kw_only=True)
 class _Rounded:
     """Codes, and what each row was rounded from."""
@@ -159,7 +231,6 @@ class _Rounded:
     target: Float[Tensor, "d_out d_in"]
     weight: QuantizedWeight
     rejected_rows: int = 0
-    damping_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,22 +243,19 @@ class _Prefix:
     """W D, or P where the layer adds to the hidden states."""
 
     @classmethod
-    def of(cls, W: Tensor, C: Tensor, products: SiteProducts) -> _Prefix:
-        """In units of a power of two near C's largest entry: with small inputs, W D would vanish in fp32. Changes C."""
+    def of(
+        cls, W: Tensor, C: Tensor, products: SiteProducts, cuts: Sequence[slice]
+    ) -> tuple[Tensor, list[_Prefix | None]]:
+        """C, and that of some parts of the rows, in units of a power of two near C's largest entry: with small inputs,
+        W D would vanish in fp32. Changes C."""
         unit = power_of_two(C.diagonal().amax())
         C.div_(unit)
         if products.pull is not None:
-            return cls(W=W, C=C, pull=products.pull.to(W.device) / products.hessian.weight_sum / unit)
+            P = products.pull.to(W.device) / products.hessian.weight_sum / unit
+            return C, [cls(W=W[rows], C=C, pull=P[rows]) for rows in cuts]
         assert products.shift is not None
         D = products.shift.to(W.device) / products.hessian.weight_sum / unit
-        return cls(W=W, C=C, pull=W @ D)
-
-    def corrected(self, strength: float, *, damping: float, name: str) -> tuple[Tensor, int]:
-        """Corrected weights, and how often the damping had to grow."""
-        diagonal = self.C.diagonal().clone()
-        cholesky = factor_damped(self.C, damping=damping, name=name)
-        self.C.diagonal().copy_(diagonal)
-        return correct(self.W, self.pull, strength=strength, cholesky=cholesky, name=name), cholesky.num_damping_steps
+        return C, [cls(W=W[rows], C=C, pull=W[rows] @ D) for rows in cuts]
 
     def error(self, quantized: QuantizedWeight) -> Float[Tensor, "rows=d_out"]:
         """``target_error`` of every row; some rows at a time are dequantized."""

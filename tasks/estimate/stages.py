@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
 
 import torch
@@ -15,11 +16,13 @@ from lrpq.plan import kernels
 from lrpq.plan.trace import Traced
 from lrpq.plan.work import NOTHING, Work, matmul, total, work
 from lrpq.refine import quantize
+from lrpq.refine.row_parts import row_parts
 from lrpq.relevance.head import LABEL_RUN
 from lrpq.shards import assign
 from tasks.estimate.asked import Asked
 from tasks.estimate.model import BlockKind, ModelShape
 from tasks.estimate.objects import codes_bytes, hessian_bytes
+from tasks.site_parts import NUM_PARTS, cut_sites, part_of
 from tasks.store.symmetric import TILE, TILES_PER_GROUP
 
 POLISH_SWEEPS = 2
@@ -228,17 +231,19 @@ class Stages:
         shape = self.shape
         everything, largest, num_sites, codes = NOTHING, NOTHING, 0, 0.0
         peak: dict[str, float] = {}
+        cut = self._cut(rounded)
         for kind in shape.kinds:
-            for members in kind.sites().values():
-                found = [rounded(spec) for spec in members]
-                one = self._site(members, found)
-                everything += one * kind.count
-                num_sites += kind.count
-                if one.flops > largest.flops:
-                    largest = one
-                memory = self._site_memory(members, found)
-                peak = max((peak, memory), key=lambda memory: sum(memory.values()))
-                codes = max(codes, _codes_of_site(members, found))
+            for site, members in kind.sites().items():
+                for part in range(NUM_PARTS) if (kind.indices[0], site) in cut else [None]:
+                    found = [replace(how, choices=part_of(how.choices, part)) for how in map(rounded, members)]
+                    one = self._site(members, found)
+                    everything += one * kind.count
+                    num_sites += kind.count
+                    if one.flops > largest.flops:
+                        largest = one
+                    memory = self._site_memory(members, found)
+                    peak = max((peak, memory), key=lambda memory: sum(memory.values()))
+                    codes = max(codes, _codes_of_site(members, found))
         rounds = ceil(num_sites / self.num_workers) / num_sites
         busiest = everything * max(rounds, 1 / self.num_workers)
         return Load(
@@ -251,6 +256,14 @@ class Stages:
             },
             steps=shape.num_blocks,
         )
+
+    def _cut(self, rounded: Callable[[LinearSpec], _Rounded]) -> frozenset[tuple[int, str]]:
+        """(first block of a kind, input site) of the sites that are quantized in parts: where costs and codes of all
+        rows are found."""
+        kinds = self.shape.kinds
+        specs = [replace(spec, block=index) for kind in kinds for index in kind.indices for spec in kind.specs]
+        whole = all(how.costs and how.codes for how in map(rounded, specs))
+        return cut_sites(specs, self.asked.choices) if whole else frozenset()
 
     def _fitting(self, spec: LinearSpec) -> list[Choice]:
         return [choice for choice in self.asked.choices if choice.fits(spec.d_in)]
@@ -291,6 +304,7 @@ class Stages:
         """Both streams through the blocks, a step's products, then its layers shared out over the workers."""
         shape, asked = self.shape, self.asked
         everything, busiest = NOTHING, NOTHING
+        module = partial(self._module, corrected=corrected, polish_rounds=polish_rounds, weighted=weighted)
         tokens_share = asked.num_windows / self.windows
         peak: dict[str, float] = {}
         steps = 0
@@ -299,10 +313,14 @@ class Stages:
             for position, step in enumerate(kind.steps):
                 streaming += self._step_forward(kind, position, corrected=corrected)
                 of_worker: list[Work] = [NOTHING] * self.num_workers
-                for index, spec in enumerate(step):
-                    one = self._module(spec, corrected=corrected, polish_rounds=polish_rounds, weighted=weighted)
-                    of_worker[index % self.num_workers] += one
-                    quantizing += one
+                turn = 0
+                for spec in step:
+                    cuts = row_parts(spec.d_out, spec.d_in)
+                    whole = self.num_workers == 1 or spec.routed or len(cuts) == 1
+                    for part in [spec] if whole else [replace(spec, d_out=cut.stop - cut.start) for cut in cuts]:
+                        of_worker[turn % self.num_workers] += module(part)
+                        turn += 1
+                    quantizing += module(spec)
                 waited += max(of_worker, key=lambda found: found.flops)
                 found = self._refine_memory(kind, step, corrected=corrected, polish_rounds=polish_rounds)
                 peak = max((peak, found), key=lambda memory: sum(memory.values()))

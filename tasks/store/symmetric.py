@@ -32,6 +32,7 @@ from tasks.store.host_threads import host_threads, in_order
 from tasks.store.objects import ObjectStore
 from tasks.store.row_groups import write_row_groups
 from tasks.store.schema import described, metadata_of, opened, parquet_file, sealed, verify
+from tasks.upper_triangle import UpperTriangle
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -79,12 +80,12 @@ class SymmetricIndex:
 def write_symmetric(
     store: ObjectStore,
     key: str,
-    matrices: Mapping[str, Float[Tensor, "d d"]],
+    matrices: Mapping[str, Float[Tensor, "d d"] | UpperTriangle],
     scalars: Mapping[str, Mapping[str, float]] | None = None,
     *,
     unit: str = "1",
 ) -> None:
-    """Publish symmetric float32 matrices of any device; only their upper triangles are looked at.
+    """Publish symmetric float32 matrices of any device; only their upper triangles are looked at, or are there.
 
     ``unit`` is that of the values. The mapping is asked for one matrix at a time, twice (width, values), so
     it may load them lazily. The same content gives the same bytes.
@@ -115,7 +116,7 @@ def write_symmetric(
 
 
 def _tables(
-    schema: pa.Schema, matrices: Mapping[str, Tensor], widths: Mapping[str, int]
+    schema: pa.Schema, matrices: Mapping[str, Tensor | UpperTriangle], widths: Mapping[str, int]
 ) -> Iterator[Callable[[], pa.Table]]:
     """The row groups of all matrices, each made when it is called."""
     for name, width in widths.items():
@@ -134,8 +135,10 @@ def symmetric_index(store: ObjectStore, key: str) -> SymmetricIndex:
         return _index(parquet_file(file), key)
 
 
-def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tensor, "d d"], dict[str, float]]:
-    """One matrix (float32, CPU, exactly symmetric) and its scalars.
+def read_symmetric(
+    store: ObjectStore, key: str, name: str, *, lower: bool = True
+) -> tuple[Float[Tensor, "d d"], dict[str, float]]:
+    """One matrix (float32, CPU, exactly symmetric; without ``lower`` its upper triangle) and its scalars.
 
     Only the matrix's own row groups are read, and every tile is verified.
 
@@ -163,14 +166,20 @@ def read_symmetric(store: ObjectStore, key: str, name: str) -> tuple[Float[Tenso
         if host_threads() == 1:
             with closing(_read_ahead(parquet, range(first, first + len(groups)))) as tables:
                 for group, table in zip(groups, tables, strict=True):
-                    _place_group(table, name, group, matrix.numpy())
+                    _place_group(table, name, group, matrix.numpy(), lower=lower)
         else:
-            _read_by_threads(store, key, name, dict(enumerate(groups, first)), matrix.numpy())
+            _read_by_threads(store, key, name, dict(enumerate(groups, first)), matrix.numpy(), lower=lower)
         return matrix, dict(index.scalars[name])
 
 
 def _read_by_threads(
-    store: ObjectStore, key: str, name: str, groups: Mapping[int, list[tuple[int, int]]], matrix: NDArray[np.float32]
+    store: ObjectStore,
+    key: str,
+    name: str,
+    groups: Mapping[int, list[tuple[int, int]]],
+    matrix: NDArray[np.float32],
+    *,
+    lower: bool,
 ) -> None:
     """Row groups by number, each thread with the object opened for itself; their tiles lie nowhere twice."""
     free: SimpleQueue[pq.ParquetFile] = SimpleQueue()
@@ -178,7 +187,7 @@ def _read_by_threads(
     def place(number: int) -> None:
         parquet = free.get()
         try:
-            _place_group(parquet.read_row_group(number, use_threads=False), name, groups[number], matrix)
+            _place_group(parquet.read_row_group(number, use_threads=False), name, groups[number], matrix, lower=lower)
         finally:
             free.put(parquet)
 
@@ -202,7 +211,11 @@ def _read_ahead(parquet: pq.ParquetFile, groups: range) -> Generator[pa.Table, N
             yield coming.result()
 
 
-def _width(key: str, name: str, matrix: Tensor) -> int:
+def _width(key: str, name: str, matrix: Tensor | UpperTriangle) -> int:
+    if isinstance(matrix, UpperTriangle) and matrix.dtype == torch.float32 and matrix.width:
+        return matrix.width
+    if isinstance(matrix, UpperTriangle):
+        raise StoreError(f"cannot write {key}: {name!r} is {matrix.dtype}, expected float32 values")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.dtype != torch.float32 or not len(matrix):
         raise StoreError(
             f"cannot write {key}: {name!r} is {matrix.dtype} {list(matrix.shape)}, expected a square float32 matrix"
@@ -233,10 +246,17 @@ def _num_groups(width: int) -> int:
     return -(-_num_tiles(width) // TILES_PER_GROUP)
 
 
-def _group_table(schema: pa.Schema, name: str, matrix: Tensor, group: list[tuple[int, int]]) -> pa.Table:
+def _part(matrix: Tensor | UpperTriangle, rows: slice, columns: slice) -> Tensor:
+    return matrix.part(rows, columns) if isinstance(matrix, UpperTriangle) else matrix[rows, columns]
+
+
+def _group_table(
+    schema: pa.Schema, name: str, matrix: Tensor | UpperTriangle, group: list[tuple[int, int]]
+) -> pa.Table:
     values = np.zeros((len(group), TILE, TILE), dtype=np.float32)
     for place, (row, column) in zip(values, group, strict=True):
-        block = matrix[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE].detach().cpu().numpy()
+        rows, columns = (slice(i * TILE, (i + 1) * TILE) for i in (row, column))
+        block = _part(matrix, rows, columns).detach().cpu().numpy()
         place[: block.shape[0], : block.shape[1]] = np.triu(block) if row == column else block
     digests = [_digest(name, position, tile) for position, tile in zip(group, values, strict=True)]
     return pa.table(
@@ -251,7 +271,9 @@ def _group_table(schema: pa.Schema, name: str, matrix: Tensor, group: list[tuple
     )
 
 
-def _place_group(table: pa.Table, name: str, group: list[tuple[int, int]], matrix: NDArray[np.float32]) -> None:
+def _place_group(
+    table: pa.Table, name: str, group: list[tuple[int, int]], matrix: NDArray[np.float32], *, lower: bool
+) -> None:
     table = table.combine_chunks()
     names, rows = table.column("name").to_pylist(), table.column("tile_row").to_pylist()
     columns, digests = table.column("tile_column").to_pylist(), table.column("sha256").to_pylist()
@@ -264,9 +286,11 @@ def _place_group(table: pa.Table, name: str, group: list[tuple[int, int]], matri
         above = matrix[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
         part = tile[: above.shape[0], : above.shape[1]]
         above[:] = part
+        if not lower:
+            continue
         if row == column:
-            lower = np.tril_indices(len(part), -1)
-            above[lower] = part.T[lower]  # copied, not added: adding would turn -0.0 into 0.0
+            below = np.tril_indices(len(part), -1)
+            above[below] = part.T[below]  # copied, not added: adding would turn -0.0 into 0.0
         else:
             matrix[column * TILE : (column + 1) * TILE, row * TILE : (row + 1) * TILE] = part.T
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum
 from lrpq.quant.row_feedback import joint_error, quantize_in_blocks
 from lrpq.quant.rtn import round_to_nearest
-from lrpq.refine.quantize import quantize_refined
+from lrpq.refine.quantize import Refined, quantize_refined
+from lrpq.refine.row_parts import row_parts
 from lrpq.refine.sweep import SiteProducts
 from lrpq.relevance.outputs import CHUNK_ROWS, add_outputs, empty_outputs, merge_outputs, num_chunks
 
@@ -125,6 +128,40 @@ def test_rows_together_are_never_worse_than_gptq_on_rows_alone(seed: int) -> Non
     if seed % 2 == 0:
         assert errors[0] < 0.95 * errors[1]
         assert kept.rows_alone == 0
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_parts_of_rows_are_quantized_as_in_the_whole(adds: bool) -> None:
+    """With D or P, and with rows that make up for each other's errors inside a part: to the bit."""
+    g = torch.Generator().manual_seed(3)
+    x, lost = (torch.randn(400, COLUMNS, generator=g) @ torch.randn(COLUMNS, COLUMNS, generator=g) for _ in range(2))
+    W, G = weights(40, 512).float(), [moments(41 + i, 256).float() for i in range(2)]
+    hessian = HessianSum(xx=(x.T @ x).triu(), weight_sum=float(len(x)), num_tokens=len(x))
+    D = 0.1 * lost.T @ x
+    products = SiteProducts(hessian=hessian, shift=None if adds else D, pull=W @ D if adds else None)
+
+    def refined(rows: slice, outputs: list[Tensor], parts: list[int]) -> Refined:
+        of_rows = products if products.pull is None else replace(products, pull=products.pull[rows])
+        how = {"strength": 0.5, "polish_rounds": 1, "row_blocks": 2, "name": "w"}
+        return quantize_refined(W[rows], of_rows, CHOICE, outputs=outputs, parts=parts, **how)
+
+    whole = refined(slice(0, 512), G, [256, 256])
+    halves = [refined(slice(top, top + 256), [G[i]], [256]) for i, top in enumerate((0, 256))]
+    assert torch.equal(whole.weight.codes, torch.cat([half.weight.codes for half in halves]))
+    assert torch.equal(whole.weight.scales, torch.cat([half.weight.scales for half in halves]))
+    assert whole.rejected_rows == sum(half.rejected_rows for half in halves)
+    assert whole.rows == 512
+    assert whole.rows_alone == sum(half.rows_alone for half in halves)
+    with pytest.raises(QuantizationError, match="lie across parts"):
+        refined(slice(0, 512), G, [128, 384])
+
+
+def test_large_layers_are_cut_between_chunks() -> None:
+    assert row_parts(8192, 28672) == (slice(0, 4096), slice(4096, 8192))
+    assert row_parts(28672, 8192) == (slice(0, 16384), slice(16384, 28672))
+    assert row_parts(10000, 8192) == (slice(0, 8192), slice(8192, 10000))
+    for d_out, d_in in [(1024, 8192), (4096, 28672), (14336, 4096), (576, 1536)]:
+        assert row_parts(d_out, d_in) == (slice(0, d_out),)
 
 
 def test_sums_of_gradients() -> None:

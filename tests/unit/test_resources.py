@@ -48,7 +48,7 @@ def test_shape(changes: dict[str, Any], workers: int, cpus: float, gpus: float) 
         ({"device": "cuda", "cluster_gpus": 2.0}, 4),
         ({"device": "cuda", "cluster_gpus": 2.0, "requested": 1}, 4),  # the other GPU's cores are left alone
         ({"device": "cuda", "cluster_gpus": 2.0, "requested": 4}, 2),
-        ({"device": "cuda", "cluster_gpus": 2.0, "cluster_cpus": 64.0}, 8),
+        ({"device": "cuda", "cluster_gpus": 2.0, "cluster_cpus": 64.0}, 12),
         ({"device": "cuda", "cluster_gpus": 8.0, "cluster_cpus": 4.0}, 1),
     ],
 )

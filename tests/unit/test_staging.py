@@ -12,6 +12,8 @@ from conftest import write_llama
 from torch import Tensor
 
 import lrpq.model.host_copies
+from lrpq.errors import ModelError
+from lrpq.model.file_reads import FileReads
 from lrpq.model.host_copies import HostCopies
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.staging import Staging
@@ -127,3 +129,42 @@ def test_streamed_weights_go_the_same_way(tmp_path: Path) -> None:
     plain = BlockStream(source, dtype=torch.bfloat16)
     tokens = torch.arange(12).view(2, 6)
     assert torch.equal(stream.embed(tokens), plain.embed(tokens))
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_weights_read_by_threads_are_the_files(tmp_path: Path, threads: int) -> None:
+    """Whatever the pieces; of rows that lie in two tensors too, and where a block is streamed."""
+    source = ModelSource(write_llama(tmp_path / "llama", layers=2))
+    staging = Staging(CPU, buffers=3, buffer_bytes=104)
+    reads = FileReads(source=source, staging=staging, threads=threads)
+    names = source.names()
+    gate, up = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    assert reads.can_read(names, torch.float32)
+    assert not reads.can_read(names, torch.bfloat16)
+    found, arrived = reads.bring({**{name: (name,) for name in names}, "both": (gate, up)})
+    staging.wait(arrived)
+    for name in names:
+        assert torch.equal(found[name], source.read(name))
+    assert torch.equal(found["both"], source.read_rows((gate, up)))
+    stream = BlockStream(source, dtype=torch.float32)
+    stream._staging, stream._reads = staging, reads
+    for index, block in stream.stream([1, 0]):
+        for name, p in block.state_dict().items():
+            assert torch.equal(p, source.read(f"model.layers.{index}.{name}"))
+
+
+def test_pieces_are_checked_as_tensors_are(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "llama", layers=1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    file = folder / "model.safetensors"
+    begin = ModelSource(folder)._entry(name).begin
+    with file.open("r+b") as opened:
+        for position in (7, 500):
+            opened.seek(begin + 4 * position)
+            opened.write(torch.tensor([float("nan")]).numpy().tobytes())
+    source = ModelSource(folder)
+    reads = FileReads(source=source, staging=Staging(CPU, buffers=1, buffer_bytes=64), threads=2)
+    with pytest.raises(ModelError, match=rf"{name} in .*: 2 values are NaN or infinite"):
+        reads.bring({name: (name,)})
+    with pytest.raises(ModelError, match="2 values"):  # it is not taken for checked
+        reads.bring({name: (name,)})

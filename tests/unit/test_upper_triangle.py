@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tasks import upper_triangle
-from tasks.upper_triangle import packed, unpacked
+from tasks.store.opened import open_store
+from tasks.store.symmetric import write_symmetric
+from tasks.upper_triangle import UpperTriangle, packed, unpacked
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 16, 61])
@@ -28,3 +32,18 @@ def test_every_width_is_known_by_its_number_of_values() -> None:
 def test_what_is_no_triangle_is_refused() -> None:
     with pytest.raises(ValueError, match="no upper triangle"):
         unpacked(torch.zeros(upper_triangle._numel(600) + 1))
+
+
+def test_a_packed_triangle_is_stored_as_its_matrix(tmp_path: Path) -> None:
+    """The same bytes, for tiles on the diagonal and off it, in several strips, and at edges."""
+    matrices = {}
+    for width in (1, 255, 513, 1100):
+        matrices[f"x{width}"] = torch.randn(width, width, generator=torch.Generator().manual_seed(width))
+    triangles = {name: UpperTriangle(packed(matrix)) for name, matrix in matrices.items()}
+    stored = []
+    for name, found in (("whole", matrices), ("packed", triangles)):
+        store = open_store(str(tmp_path / name))
+        write_symmetric(store, "h.parquet", found)
+        with store.open("h.parquet") as file:
+            stored.append(file.read())
+    assert stored[0] == stored[1]
