@@ -429,7 +429,7 @@ def store_head(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Nod
     """Merge the workers' sums of the head and store them as those of the block behind the last one.
 
     Returns:
-        As ``store_block``.
+        Module name -> output curvature summed over its outputs, nats per unit of output squared.
     """
     nodes: dict[Node, BlockSums] = {}
     for sums in parts:
@@ -505,7 +505,7 @@ def score_table(block: int, curvature: Mapping[str, Tensor], tokens: Mapping[str
 
 
 def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]:
-    """As ``store_block`` returns it, of blocks that are stored."""
+    """Module name -> output curvature summed over its outputs, nats per unit of output squared, of stored blocks."""
     store = open_store(job.stream.store)
     return {
         name: float(c.sum())

@@ -27,6 +27,7 @@ from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from tasks import question_scores
 from tasks.question_scores import QuestionsJob, score_all
+from tasks.worker import Place, WorkerState
 
 LENGTHS = ((1, 1), (3, 2), (12, 1), (30, 7), (5, 5), (2, 20), (17, 3))
 """Tokens of a context and of its continuations."""
@@ -174,7 +175,7 @@ class Here:
         return self.workers
 
     def map(self, function: Callable[..., Any], items: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        state = type("State", (), {"device": "cpu"})()
+        state = WorkerState(device="cpu", threads=1, kept_bytes=0, place=Place(index=0, num_workers=1, epoch=0))
         for position in reversed(range(len(items))):  # they end in any order
             yield position, function(state, *items[position])
 
