@@ -17,6 +17,7 @@ from flows.run import Run
 from lrpq.activations.calibrate import Calibration
 from lrpq.activations.operations import Widths
 from lrpq.activations.together import Unit, allocate_together, even_spending
+from lrpq.allocate.baselines import widest_uniform
 from lrpq.allocate.budget import UNQUANTIZED_BITS
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
@@ -101,12 +102,17 @@ def share(
     assert weight_bits is not None
     budget = even_spending(calibration, problem, unit, weight_bits=weight_bits, activation_bits=activation_bits)
     widths = allocate_together(calibration, problem, costs.places, unit, budget=budget)
-    return Shared(unit=unit, budget=budget, widths=widths, even=_even(planner, rows), even_codes=job.candidates)
+    return Shared(unit=unit, budget=budget, widths=widths, even=_even(planner, rows, unit), even_codes=job.candidates)
 
 
-def _even(planner: Planner, rows: list[CostRow]) -> Plan | None:
+def _even(planner: Planner, rows: list[CostRow], unit: Unit) -> Plan | None:
+    """Weights of the widest width that the budget has room for everywhere, beside activations of the middle one."""
+    asked = planner.wanted.budget_bits
+    assert asked is not None
     try:
-        problem = planner.pose(rows).problem
-    except BudgetError:  # more than the narrowest weights take, because activations take less
+        problem = planner.pose(rows, budget_bits=UNQUANTIZED_BITS if unit is Unit.OPERATIONS else None).problem
+    except BudgetError:  # the narrowest weights take more: they have it from activations below the middle width
         return None
+    if unit is Unit.OPERATIONS:  # which scales take no part in
+        return widest_uniform(problem, code_bits=asked)
     return allocate.uniform_within(problem, planner.source, total_bytes=None, format=planner.wanted.format)

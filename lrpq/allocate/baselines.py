@@ -53,14 +53,14 @@ def nearest_uniform(problem: Problem, *, at_bits: float | None = None) -> Plan:
     return uniform(problem, min(reversed(choices), key=distance))
 
 
-def widest_uniform(problem: Problem) -> Plan | None:
+def widest_uniform(problem: Problem, *, code_bits: float = math.inf) -> Plan | None:
     """Return the uniform plan of most bits that is within the capacity; None if no common choice is.
 
-    Of choices of equal size the one with the lower cost.
+    Of choices of equal size the one with the lower cost; none with codes of more than ``code_bits``.
     """
     free = [group for group in problem.groups if not group.fixed]
     common = set.intersection(*({option.choice for option in group.options} for group in free))
-    plans = [uniform(problem, choice) for choice in sorted(choice for choice in common if choice is not None)]
+    plans = [uniform(problem, choice) for choice in sorted(c for c in common if c is not None and c.bits <= code_bits)]
     fitting = [plan for plan in plans if plan.storage_bits <= problem.capacity_bits]
     return max(fitting, key=lambda plan: (plan.storage_bits, -plan.cost_nats), default=None)
 
