@@ -96,8 +96,9 @@ class Run:
             self.warn(f"{label}: {missing[0]}{more} is gone from {self.store.url}; the stage is completed again")
             self.store.delete(folder.manifest)
             return None
-        self.reused.append(label)
-        self.seconds[label] = 0.0
+        if label not in self.seconds:  # candidates are made of two folded models: reused are those of both, or none
+            self.reused.append(label)
+            self.seconds[label] = 0.0
         self.progress.done(label, seconds=0.0, reused=True)
         return manifest.extra
 
@@ -105,6 +106,7 @@ class Run:
     def timed(self, label: str, total: int, unit: str = "block") -> Iterator[None]:
         """Report and time a stage, or what is left of it after a loss."""
         started = time.monotonic()
+        self.reused[:] = [reused for reused in self.reused if reused != label]
         self.progress.stage(label, total, unit)
         try:
             yield
