@@ -14,6 +14,7 @@ STAGES = (
     "profile",
     "activations",
     "candidates",
+    "responses",
     "allocate",
     "stitch",
     "refine",

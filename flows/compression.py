@@ -268,6 +268,7 @@ class Compression:
             ours, reconstruction = self._rebuilt(pool, prepared, ours, rebuilt)
             degraded["reconstruction_diverged"] = reconstruction["diverged"]
         compared, kept = self._guarded(pool, prepared, ours, uniform, head=head)
+        rows = self._rows_of(kept, rows)
         if kept is uniform:  # what the refinement met is not of the codes that are written
             degraded = count_degradations(rows)
         degraded["kept_uniform"] = int(kept is uniform)
@@ -286,7 +287,7 @@ class Compression:
         manifest["guard"] = compared
         if reconstruction is not None:
             manifest["reconstruction"] = {**reconstruction, "written": kept is rebuilt}
-        manifest["budget"] |= {"search": self.searched, **self._shared_budget()}
+        manifest["budget"] |= {"search": self.searched, **self._shared_budget(kept)}
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
         manifest["size"] = self._planned_size(codes, quantized)
@@ -454,9 +455,13 @@ class Compression:
         """What the manifest says of the model besides its weights, of which ``kept`` are written."""
         return {"rotation": rotation_json(self.config.run, self.source)}
 
-    def _shared_budget(self) -> dict[str, Any]:
-        """What the budget is of besides the weights."""
+    def _shared_budget(self, kept: Contender) -> dict[str, Any]:
+        """What the manifest says of a budget that others share with the weights."""
         return {}
+
+    def _rows_of(self, kept: Contender, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Cost rows of the model that codes are of, where there is another one beside that of ``rows``."""
+        return rows
 
     def _report(self) -> None:
         """What is left in the output folder besides the checkpoint and its manifest: nothing."""

@@ -109,8 +109,8 @@ class ImagesConfig(Section):
     num_images: Annotated[Positive, Flag("--calibration-images")] = 128
     """Images to calibrate on, drawn by the seed; --held-out-windows more are held out."""
     activations: Annotated[tuple[int, ...], Field(strict=False), Flag("--activations")] = ()
-    """Widths of activations to choose from (bits); of several the middle one is what --budget has room for; none leaves
-    activations as they are."""
+    """Widths of activations to choose from (bits); of several --budget has room for the middle one, or with --share
+    none it is their average; none leaves activations as they are."""
 
     @field_validator("activations")
     @classmethod
@@ -237,7 +237,8 @@ class PlanConfig(Section):
     """The budget, and what may be chosen under it."""
 
     budget_bits: Annotated[float | None, Flag("--budget")] = None
-    """Hard limit on codes, scales and zero points (bits per quantized weight)."""
+    """Hard limit on codes, scales and zero points (bits per quantized weight); with several --activations, of both
+    together (--share)."""
     budget_bytes: Annotated[int | None, Flag("--budget-bytes")] = None
     """Hard limit on the whole checkpoint (bytes, or a text such as 40GB)."""
     max_kl: Annotated[float | None, Field(gt=0), Flag("--max-kl")] = None
@@ -393,7 +394,8 @@ class CompressConfig(Section):
                     f"{', '.join(map(str, widths))} or {UNQUANTIZED_BITS}"
                 )
         smallest = self.run.candidates.smallest_bits()
-        if self.plan.budget_bits is not None and self.plan.budget_bits < smallest:
+        alone = not self.shares_budget()  # of a shared budget only a part is the weights'
+        if alone and self.plan.budget_bits is not None and self.plan.budget_bits < smallest:
             raise BudgetError(
                 f"budget of {self.plan.budget_bits:g} bits is impossible with these choices; the smallest "
                 f"possible is {smallest:g} bits ({min(widths)}-bit codes and their scales); raise --budget "
@@ -401,6 +403,10 @@ class CompressConfig(Section):
             )
         self.evaluation_source()
         return self
+
+    def shares_budget(self) -> bool:
+        """Whether weights and activations have one budget: where activations have widths to choose from."""
+        return self.plan.share != "none" and len(self.run.images.activations) > 1
 
     def evaluation_source(self) -> str | None:
         """See ``evaluation_source``; of an image classifier its images, where no others are named."""

@@ -24,7 +24,7 @@ from flows.images import MeasuredImages, calibration_images, evaluation_images
 from flows.planning import Planner, Plans
 from flows.reconstruction import AS_ROUNDED, CHECK, REBUILT, run_rebuild, stream_of
 from flows.result import choices_json, model_bytes
-from flows.sharing import Shared, run_responses, share, shares
+from flows.sharing import Shared, check_share, run_responses, share
 from flows.stages import run_candidates, run_refine
 from flows.stitching import Stitching
 from lrpq.activations.allocate import allocate_widths
@@ -132,8 +132,7 @@ class ImageCompression(Compression):
 
     def _pose(self, rows: list[CostRow]) -> None:
         """Of a shared budget only a part is the weights': how large it is shows when all costs are known."""
-        shared = shares(self.planner.wanted, self.config.run.images.activations)
-        self.planner.pose(rows, budget_bits=UNQUANTIZED_BITS if shared else None)
+        self.planner.pose(rows, budget_bits=UNQUANTIZED_BITS if self.config.shares_budget() else None)
 
     def _quantize_activations(self, pool: Pool) -> None:
         """Find the grids and their widths, and go on with the model that they ask for."""
@@ -145,7 +144,7 @@ class ImageCompression(Compression):
             run.survive(pool, activations.STAGE, lambda: self._search_grids(pool, job))
             run.finish(job.folder, activations.STAGE, {"blocks": num_blocks})
         self.calibration = activations.stored_calibration(job, range(num_blocks))
-        if shares(self.planner.wanted, job.widths):
+        if self.config.shares_budget():
             self._share(pool, average)
         elif len(job.widths) > 1:
             self._take(self._chosen(allocate_widths(self.calibration, average_bits=average)))
@@ -155,16 +154,23 @@ class ImageCompression(Compression):
     def _share(self, pool: Pool, average: int) -> None:
         """Choose all widths under one budget, and go on with the model that those of activations ask for."""
         assert self.calibration is not None
+        choices = jobs.asked_choices(self.config.run.candidates)
+        check_share(self.planner, self.calibration, choices, activation_bits=average)
         unfolded = self.source, self.context
         self._take(self._chosen(self.calibration.uniform(average)))
         prepared = self._on_folded()
-        rows = self.planner.cost_rows(run_candidates(self.run_state, pool, prepared.candidates, self.stream))
+        rows = run_candidates(self.run_state, pool, prepared.candidates, self.stream)
         job = jobs.responses_job(self.context, prepared.candidates)
         run_responses(self.run_state, pool, job)
         self.shared = share(self.planner, self.calibration, rows, job, activation_bits=average)
         self.source, self.context = unfolded
         self._take(self._chosen(self.shared.widths.places))
-        self.planner.give(self.shared.widths.modules, rows)
+        self.planner.give(self.shared.widths.modules, self.planner.cost_rows(rows))
+        if self.shared.widths.stopped_early:
+            gap = f"{self.shared.gap:.2%}"
+            self.run_state.warn(f"the allocation met its time limit: its cost may be {gap} above the best possible")
+        if not self.shared.widths.binding:
+            self.run_state.warn("the budget is larger than everything at its best width needs; it is not used up")
 
     def _chosen(self, widths: Mapping[tuple[int, str], int]) -> ChosenGrids:
         return chosen_grids(self.config.store, self.grids_job.folder, widths, self.stream.num_blocks)
@@ -206,18 +212,23 @@ class ImageCompression(Compression):
         values = {key: place.num_values for key, place in self.calibration.places.items()}
         total = sum(bits * values[block, place] for block, place, bits in chosen.widths)
         places = [{"block": block, "place": place, "bits": bits} for block, place, bits in chosen.widths]
-        shared = {} if self.shared is None else {"shared": self.shared.document()}
+        shared = {} if self.shared is None else {"shared": self.shared.document(even=self._is_even(kept))}
         return found | {"activations": {"average_bits": total / sum(values.values()), "places": places, **shared}}
 
-    def _shared_budget(self) -> dict[str, Any]:
-        """Activations."""
+    def _shared_budget(self, kept: Contender) -> dict[str, Any]:
+        """Its unit, what an activation has of it, and the gap of the knapsack, which is one of both."""
         if self.shared is None:
             return {}
-        widths = self.shared.widths
-        gap = (widths.cost_nats - widths.bound_nats) / widths.cost_nats if widths.cost_nats > 0 else 0.0
         average = self.config.run.images.average_activation_bits
-        of_all = {"bound_nats": None, "gap": gap}  # there is one of both together
-        return {"asked_activation_bits": average, "shared": self.shared.unit.value, **of_all}
+        found: dict[str, Any] = {"asked_activation_bits": average, "shared": self.shared.unit.value, "bound_nats": None}
+        return found | ({"gap": None} if self._is_even(kept) else {"gap": self.shared.gap, "method": "exact"})
+
+    def _rows_of(self, kept: Contender, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return self.shared.rows if self.shared is not None and self._is_even(kept) else rows
+
+    def _is_even(self, kept: Contender) -> bool:
+        """Whether a shared budget was spent evenly."""
+        return self.shared is not None and kept.codes is self.shared.even_codes
 
     def _grids_of(self, codes: CodesFrom) -> ChosenGrids | None:
         """Grids that go with codes."""
@@ -228,7 +239,7 @@ class ImageCompression(Compression):
         if self.shared is None:
             return super()._uniform(stitching, plans)
         even = self.shared.even
-        return None if even is None else Contender(codes=self.shared.even_codes, plan=even)
+        return None if even is None else Contender(codes=self.shared.even_codes, plan=even.plan)
 
     def _on_held_out(
         self, pool: Pool, prepared: Prepared, contenders: Mapping[str, Contender], *, head: CandidatesJob | None

@@ -63,8 +63,10 @@ def check_kind(config: CompressConfig) -> None:
             f"{_option(config, path)}{implied} with --images: is for language models"
             + (f"; an image classifier takes {instead}" if instead else "; leave it out")
         )
+    if config.plan.share == "operations" and len(config.run.images.activations) < 2:
+        raise ConfigError("--share operations: there is nothing to share; give several widths as --activations")
     if config.run.images.activations and config.plan.budget_bytes is not None:
-        raise ConfigError("--budget-bytes with --activations: give --budget BITS, which bounds the weights")
+        raise ConfigError("--budget-bytes with --activations: give --budget BITS")
 
 
 def _changed(config: CompressConfig, paths: tuple[str, ...]) -> Iterator[str]:

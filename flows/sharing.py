@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flows.config import PlanConfig
 from flows.planning import Planner
 from flows.run import Run
 from lrpq.activations.calibrate import Calibration
 from lrpq.activations.operations import Widths
-from lrpq.activations.together import Unit, allocate_together, even_spending
+from lrpq.activations.together import Unit, allocate_together, check_budget, even_spending
 from lrpq.allocate.baselines import widest_uniform
 from lrpq.allocate.budget import UNQUANTIZED_BITS
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
 from lrpq.errors import BudgetError
+from lrpq.model.layers import Choice
 from tasks import allocate, responses
 from tasks.candidates import CandidatesJob
 from tasks.cluster import Pool
@@ -36,20 +36,56 @@ class Shared:
     budget: int
     """Bits, or bit operations an image."""
     widths: Widths
-    even: Plan | None
-    """The budget spent evenly, with activations of the middle width; None where no uniform plan fits."""
+    even: Even | None
+    """The budget spent evenly; None where no uniform plan fits."""
     even_codes: CandidatesJob
-    """Where its codes are."""
+    """Where the codes of the even plan are."""
+    rows: list[dict[str, Any]]
+    """Cost rows of these candidates, as they are stored."""
 
-    def document(self) -> dict[str, Any]:
-        """For the manifest."""
-        found = {"unit": self.unit.value, "budget": self.budget, "spent": self.widths.spent}
-        return {**found, "cost_nats": self.widths.cost_nats, "bound_nats": self.widths.bound_nats}
+    @property
+    def gap(self) -> float:
+        """(cost - bound) / cost of the widths."""
+        cost = self.widths.cost_nats
+        return (cost - self.widths.bound_nats) / cost if cost > 0 else 0.0
+
+    def document(self, *, even: bool) -> dict[str, Any]:
+        """For the manifest, of the widths that are written; what even ones cost together nobody has asked."""
+        found: dict[str, Any] = {"unit": self.unit.value, "budget": self.budget}
+        if even:
+            assert self.even is not None
+            return found | {"spent": self.even.spent}
+        widths = self.widths
+        return found | {"spent": widths.spent, "cost_nats": widths.cost_nats, "bound_nats": widths.bound_nats}
 
 
-def shares(wanted: PlanConfig, activation_bits: Sequence[int]) -> bool:
-    """Whether weights and activations have one budget: where there are widths of both to choose."""
-    return wanted.share != "none" and len(activation_bits) > 1
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Even:
+    """The widest width of weights that the budget has room for everywhere, beside activations of the middle one."""
+
+    plan: Plan
+    spent: int
+    """Of the shared budget."""
+
+
+def check_share(planner: Planner, calibration: Calibration, choices: Sequence[Choice], *, activation_bits: int) -> None:
+    """Refuse an impossible budget before anything is computed for it.
+
+    Args:
+        planner: of the model; its budget is that of a weight.
+        calibration: grids of all widths.
+        choices: of every layer.
+        activation_bits: the middle width.
+
+    Raises:
+        BudgetError: with the smallest possible.
+    """
+    rows = allocate.rows_without_costs(planner.specs, choices)
+    problem = planner.pose(rows, budget_bits=UNQUANTIZED_BITS).problem
+    weight_bits = planner.wanted.budget_bits
+    assert weight_bits is not None
+    unit = Unit(planner.wanted.share)
+    check_budget(calibration, problem, unit, weight_bits=weight_bits, activation_bits=activation_bits)
 
 
 def run_responses(run: Run, pool: Pool, job: ResponsesJob) -> None:
@@ -76,7 +112,7 @@ def _respond(run: Run, pool: Pool, job: ResponsesJob) -> None:
 def share(
     planner: Planner,
     calibration: Calibration,
-    rows: list[CostRow],
+    stored: list[dict[str, Any]],
     job: ResponsesJob,
     *,
     activation_bits: int,
@@ -86,13 +122,14 @@ def share(
     Args:
         planner: of the model folded for the middle width; its budget is that of the weights.
         calibration: grids of all widths.
-        rows: cost rows of the candidates, whose costs are not looked at.
+        stored: cost rows of the candidates, whose costs are not looked at.
         job: the complete stage.
         activation_bits: the middle width.
 
     Raises:
         BudgetError: no widths take so little; the least is named.
     """
+    rows = planner.cost_rows(stored)
     costs = responses.read_responses(job)
     on_scale = [
         replace(row, cost_nats=costs.modules[row.module.name, row.choice]) for row in rows if row.choice is not None
@@ -102,7 +139,18 @@ def share(
     assert weight_bits is not None
     budget = even_spending(calibration, problem, unit, weight_bits=weight_bits, activation_bits=activation_bits)
     widths = allocate_together(calibration, problem, costs.places, unit, budget=budget)
-    return Shared(unit=unit, budget=budget, widths=widths, even=_even(planner, rows, unit), even_codes=job.candidates)
+    plan = _even(planner, rows, unit)
+    even: Even | None = None
+    if plan is not None:
+        in_unit = plan.average_bits if unit is Unit.BITS else _code_bits(plan)
+        spent = even_spending(calibration, problem, unit, weight_bits=in_unit, activation_bits=activation_bits)
+        even = Even(plan=plan, spent=spent)
+    return Shared(unit=unit, budget=budget, widths=widths, even=even, even_codes=job.candidates, rows=stored)
+
+
+def _code_bits(plan: Plan) -> int:
+    """The one width of a uniform plan."""
+    return next(choice.bits for choice in plan.choices.values() if choice is not None)
 
 
 def _even(planner: Planner, rows: list[CostRow], unit: Unit) -> Plan | None:

@@ -44,6 +44,10 @@ class Widths:
     cost_nats: float
     bound_nats: float
     """Nothing within the budget costs less."""
+    binding: bool
+    """Whether more of it could lower the cost."""
+    stopped_early: bool
+    """The solver met its time limit before its gap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,13 +134,21 @@ def allocate_operations(
         raise BudgetError(f"{budget} bit operations an image are too few for these widths; the least is {least}")
     found = exact_picks(Problem(groups=tuple(groups), capacity_bits=budget))
     picks = [pick for pick in found.options if isinstance(pick, _Combination)]
+    chosen_at = dict(chosen for pick in picks for chosen in pick.places)
     return Widths(
-        places=dict(chosen for pick in picks for chosen in pick.places),
+        places={key: chosen_at[key] for key in calibration.places},
         modules=dict(chosen for pick in picks for chosen in pick.modules),
         spent=sum(pick.storage_bits for pick in picks),
         cost_nats=math.fsum(pick.cost_nats for pick in picks),
         bound_nats=found.bound_nats,
+        binding=is_binding(groups, found.options),
+        stopped_early=found.stopped_early,
     )
+
+
+def is_binding(groups: Sequence[Group], picks: Sequence[Option]) -> bool:
+    """Whether a group has an option that costs less than the one picked."""
+    return any(pick.cost_nats > min(o.cost_nats for o in g.options) for g, pick in zip(groups, picks, strict=True))
 
 
 def _site_options(

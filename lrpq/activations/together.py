@@ -16,7 +16,16 @@ from enum import Enum
 from fractions import Fraction
 
 from lrpq.activations.calibrate import Calibration
-from lrpq.activations.operations import ModuleCosts, PlaceCosts, Widths, allocate_operations, even_operations
+from lrpq.activations.operations import (
+    ModuleCosts,
+    PlaceCosts,
+    Widths,
+    allocate_operations,
+    even_operations,
+    is_binding,
+    operations,
+)
+from lrpq.allocate.budget import SHOWN_DECIMALS
 from lrpq.allocate.knapsack import exact_picks
 from lrpq.allocate.options import Group, Option
 from lrpq.allocate.problem import Problem
@@ -49,6 +58,47 @@ def even_spending(
         return even_operations(calibration, specs, weight_bits=weight_bits, activation_bits=activation_bits)
     values = sum(place.num_values for place in calibration.places.values())
     return math.floor(Fraction(repr(float(weight_bits))) * problem.num_weights) + activation_bits * values
+
+
+def check_budget(
+    calibration: Calibration, problem: Problem, unit: Unit, *, weight_bits: float, activation_bits: int
+) -> None:
+    """Refuse a budget below what the narrowest widths take, before anything is known of costs.
+
+    Args:
+        calibration: the places and their widths.
+        problem: the layers' options; costs and capacity are not looked at.
+        unit: of the budget.
+        weight_bits: that the budget has for every weight.
+        activation_bits: that it has for every activation.
+
+    Raises:
+        BudgetError: with the smallest ``weight_bits`` possible, rounded up, so that it works as it stands.
+    """
+    places = {key: min(place.candidates) for key, place in calibration.places.items()}
+    if unit is Unit.BITS:
+        least = problem.minimum_bits + sum(places[key] * p.num_values for key, p in calibration.places.items())
+    else:
+        specs = [spec for group in problem.groups for spec in group.members]
+        modules = {
+            spec.name: min(option.choice.bits for option in group.options if option.choice is not None)
+            for group in problem.groups
+            for spec in group.members
+        }
+        least = operations(calibration, specs, places, modules)
+
+    def spent(bits: float) -> int:
+        return even_spending(calibration, problem, unit, weight_bits=bits, activation_bits=activation_bits)
+
+    if spent(weight_bits) >= least:
+        return
+    scale = 10**SHOWN_DECIMALS
+    smallest = math.ceil(Fraction((least - spent(0.0)) * scale, spent(1.0) - spent(0.0)))
+    raise BudgetError(
+        f"budget of {weight_bits:g} bits is impossible with these widths of weights and activations together; the "
+        f"smallest possible is {smallest // scale}.{smallest % scale:0{SHOWN_DECIMALS}d} bits; raise --budget or allow "
+        "narrower widths"
+    )
 
 
 def allocate_together(
@@ -103,6 +153,8 @@ def allocate_together(
         spent=sum(pick.storage_bits for pick in found.options),
         cost_nats=math.fsum(pick.cost_nats for pick in found.options),
         bound_nats=found.bound_nats,
+        binding=is_binding(groups, found.options),
+        stopped_early=found.stopped_early,
     )
 
 

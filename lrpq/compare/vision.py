@@ -105,9 +105,9 @@ def quantize_classifier(
         source: the model.
         images: to calibrate on, preprocessed.
         weight_bits: widths that a layer may have.
-        average_bits: the weights take no more than with this width everywhere.
-        activation_bits: widths that activations may have; with none they stay as they are. Of several, the middle one
-            is their average.
+        average_bits: what the budget has for every weight.
+        activation_bits: widths that activations may have; with none they stay as they are. Of several, the budget has
+            the middle one for every activation.
         recipe: how weights are allocated and rounded.
         folded: new folder for the folded model; not written where nothing is folded.
         means: of the activation grids.

@@ -83,6 +83,7 @@ FEW = ("--calibration-images", "8", "--held-out-windows", "2")
         (["--fast"], "with --images: is for language models"),
         (["--activations", "3,4"], "3, 4 have no middle width"),
         (["--activations", "9"], "9 is not one of"),
+        (["--activations", "4", "--share", "operations"], "there is nothing to share"),
         (["--heat-maps", "-1"], "--heat-maps: expected"),
         (["--activations", "4", "--group-size", "64"], "one scale a row"),
         (["--activations", "4", "--dtype", "bfloat16"], "folded in float32"),

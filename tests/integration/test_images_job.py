@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def run(job: Job, arguments: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def manifest(job: Job, model: Path, images: Path) -> dict[str, Any]:
-    """Of weights and activations of 3, 4 or 5 bits, 4 on average."""
+    """Of weights and activations of 3, 4 or 5 bits, together no more than 4 bits take everywhere."""
     return run(job, command(job, model, images, "mixed", *MIXED))
 
 
@@ -240,10 +241,33 @@ def test_bit_operations_are_a_budget_too(
     assert shared["spent"] == operations(counted, stream.specs, widths_of(found), chosen) <= shared["budget"]
     assert shared["budget"] == even_operations(counted, stream.specs, weight_bits=4, activation_bits=4)
     assert "responses" in found["reused"]
+    assert "candidates" not in found["reused"]
+    assert not found["computed_nothing"]
+
+
+def test_an_impossible_shared_budget_is_refused_with_the_smallest_possible(
+    job: Job, model: Path, images: Path, manifest: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before candidates are made; what is named works as it stands."""
+    arguments = [*command(job, model, images, "least", *MIXED), *APART[:-2], "--keep", "*=5"]
+    with job.sharing():
+        assert cli.run([*arguments, "--budget", "3"]) == 2
+    message = capfd.readouterr().err.splitlines()[-1]
+    found = re.search(r"the smallest possible is (\d+\.\d{4}) bits; raise --budget", message)
+    assert found
+    assert not (job.folder / "least").exists()
+    least = run(job, [*arguments, "--budget", found[1]])
+    assert set(widths_of(least).values()) == {3}
+    assert {module["bits"] for module in least["modules"]} == {5}
 
 
 def test_the_even_candidate_has_grids_and_folds_of_its_own(
-    job: Job, model: Path, images: Path, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    job: Job,
+    model: Path,
+    images: Path,
+    manifest: dict[str, Any],
+    values: dict[tuple[int, str], int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the guard writes when it does not like the plan is what it has measured: four bits everywhere."""
     monkeypatch.setattr(guard, "better", lambda scores, of: guard.UNIFORM)
@@ -253,6 +277,12 @@ def test_the_even_candidate_has_grids_and_folds_of_its_own(
     assert set(widths_of(found).values()) == {4}
     stored = read_classifier(job.folder / "even")
     assert {codes.choice.bits for codes in stored.codes.values()} == {4}
+    bits, _ = stored_bits(job.folder / "even")
+    shared = found["activations"]["shared"]
+    assert shared["spent"] == bits + 4 * sum(values.values()) <= shared["budget"]
+    assert "cost_nats" not in shared
+    costs = [module["cost_nats"] for module in found["modules"]]
+    assert sum(costs) == pytest.approx(found["budget"]["predicted_kl_nats"])
     assert {grid.bits for block in stored.grids for grid in block.values()} == {4}
     drawn = draw(
         parse_image_source(str(images)),

@@ -64,17 +64,18 @@ def test_moments_by_blocks_are_the_whole_square(rows: int, monkeypatch: pytest.M
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("d", [64, 576, 5000])
-def test_sums_of_bfloat16_are_as_good_as_fp32(d: int) -> None:
+def test_sums_of_bfloat16_in_two_parts_are_near_fp32(d: int) -> None:
+    """Far nearer than in one part, and far below what damping adds to a diagonal."""
     generator = torch.Generator("cuda").manual_seed(d)
     X = torch.randn(4096, d, device="cuda", generator=generator).bfloat16()
     s = torch.rand(4096, device="cuda", generator=generator)
     wanted = (X.double() * s.double()[:, None]).T @ X.double()
     scale = wanted.diagonal().mean()
     found = mirror(accumulate(empty_hessian(d, "cuda"), X, s)).xx
-    plain = torch.zeros(d, d, device="cuda").addmm_(X.float().T, X.float() * s[:, None])
-    error, of_fp32 = ((sums.double() - wanted).square().mean().sqrt() / scale for sums in (found, plain))
+    one_part = torch.mm((X.float() * s[:, None]).bfloat16().T, X, out_dtype=torch.float32)
+    error, of_one = ((sums.double() - wanted).square().mean().sqrt() / scale for sums in (found, one_part))
     assert error < 1e-6
-    assert error < 4 * of_fp32
+    assert error < 0.1 * of_one
     outputs = empty_outputs(d, "cuda")
     add_outputs(outputs, X)
     x = X.double()[:, : len(outputs[0])]
