@@ -96,6 +96,10 @@ class Attempt:
         return sum(e["event"] == "advance" and e["name"] == stage for e in self.events)
 
 
+ABORT_CHARS = 8000
+"""Shown of what a driver said that ended by a signal."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """What came of a kill."""
@@ -228,6 +232,8 @@ def kill(field_: Field, kind: Kind, stage: str, *, seed: int, said: list[str]) -
     while attempts[-1].code != 0 and len(attempts) < MOST_ATTEMPTS:
         attempts.append(execute(field_.command(name)))
     said.extend(text for attempt in attempts for text in (attempt.out, attempt.err))
+    if attempts[0].code < 0 and kind is not Kind.DRIVER:  # nobody has killed it
+        print(f"the driver ended by signal {-attempts[0].code}:\n{attempts[0].err[-ABORT_CHARS:]}", file=sys.stderr)
     last = attempts[0].err.strip().splitlines()[-1] if attempts[0].code and attempts[0].err.strip() else ""
     redone = max(sum(attempt.units(stage) for attempt in attempts) - field_.units[stage], 0)
     streams = stage in ("profile", "refine")
