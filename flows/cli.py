@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -35,6 +35,7 @@ from flows.commands.reallocate import reallocate
 from flows.commands.runs import runs, status
 from flows.commands.serve import serve
 from flows.commands.submit import submit
+from flows.leaving import leave
 from lrpq import __version__
 
 app = typer.Typer(
@@ -65,11 +66,9 @@ for _command in COMMANDS:
     app.command()(_command)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; see ``flows.boundary`` for the exit codes."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    code = run(arguments)
-    sys.exit(code)
+    leave(run(list(sys.argv[1:] if argv is None else argv)))
 
 
 def run(arguments: list[str]) -> int:
