@@ -74,7 +74,7 @@ def allocate_directional(
         budget: AVERAGES, BITS or OPERATIONS.
         average_bits: of weights, in bit operations.
         budget_bits: of weights, all-in.
-        middle: width of activations that is their average.
+        middle: width that the budget has for every activation.
 
     Raises:
         ConfigError: the recipe ranks layers instead of asking what they cost, or one budget for all where activations
