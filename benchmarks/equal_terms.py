@@ -2,7 +2,7 @@
 
     python -m benchmarks.equal_terms MODEL --calibration FILE --text FILE [--methods lrpq,control,weights:*]
         [--budgets 3.25,4.25] [--seeds 0,1,2] [--windows 128] [--length 1024] [--device cuda] [--json FILE]
-        [--replace polish_rounds=0,row_blocks=4]
+        [--replace polish_rounds=0,row_blocks=4] [--group-sizes 64,-1] [--scale-bits 8]
 
 The same methods, workbench and windows; rows are printed and written as they are measured. ``--peak`` prints what the
 device computes and copies at, so that seconds can be read against it. ``--replace`` changes whole numbers in the recipe
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--text-windows", type=int, default=64)
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument("--group-sizes", default="64,-1")
+    parser.add_argument("--scale-bits", type=int, default=16, choices=(8, 16), help="of a group's scale")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--micro-batch", type=int, help="windows at once; by default as `lrpq compress` chooses")
     parser.add_argument("--replace", default="")
@@ -115,6 +116,7 @@ def main() -> None:
         terms = Terms(
             bits=tuple(numbers(arguments.bits)),
             group_sizes=tuple(numbers(arguments.group_sizes)),
+            scale_bits=arguments.scale_bits,
             seed=seed,
             device=arguments.device,
             shards=min(8, len(calibration.tokens)),

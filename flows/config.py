@@ -25,7 +25,6 @@ from lrpq.allocate.keep import parse_keep
 from lrpq.allocate.parts import check_parts
 from lrpq.allocate.targets import Target, check_tensor_parallel
 from lrpq.errors import BudgetError, ConfigError
-from lrpq.notation import SCALE_BITS
 from tasks.store.documents import canonical_text, sha256_text
 
 DEFAULT_CALIBRATION = "hub:Salesforce/wikitext:wikitext-2-raw-v1:train"
@@ -37,6 +36,7 @@ COUNTERPARTS: Mapping[str, str] = {
 """Calibration source -> text of the same kind that shares nothing with it."""
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
 PER_CHANNEL = -1
+SCALE_BITS = {"bfloat16": 16, "float8": 8}
 GROUP_SIZES = (32, 64, 128, PER_CHANNEL)
 ACTIVATION_BITS = (2, 3, 4, 5, 6, 7, 8)
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -132,7 +132,11 @@ class CandidateConfig(Section):
     bits: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--bits")] = BIT_WIDTHS
     """Code widths to choose from (bits per weight)."""
     group_sizes: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--group-size")] = (64, -1)
-    """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
+    """Group sizes to choose from (columns that share a scale); -1 is one scale a row. With --scales float8 32 and -1 if
+    not given."""
+    scales: Annotated[Literal["bfloat16", "float8"], Flag("--scales")] = "bfloat16"
+    """What the scales of groups are stored as. float8 (e4m3) takes half of the bytes and has 4 significant digits; the
+    budget counts it, and what it saves goes into smaller groups and wider codes. With --target transformers only."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the diagonal of a Hessian (share of the diagonal's mean)."""
     grid: Literal["signed", "symmetric"] = "signed"
@@ -146,6 +150,28 @@ class CandidateConfig(Section):
     Untied heads only, with --target transformers."""
     quantize_embeddings: Annotated[int | None, Flag("--quantize-embeddings")] = None
     """The same of the token embedding; refused for every target there is, as none loads it packed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _smaller_groups(cls, values: Any) -> Any:
+        """Where scales take half of the bytes there can be twice as many."""
+        if not isinstance(values, Mapping) or values.get("scales") != "float8":
+            return values
+        return {"group_sizes": [32, PER_CHANNEL], **values}
+
+    @model_validator(mode="after")
+    def _scales_of_groups(self) -> CandidateConfig:
+        if self.scales == "float8" and self.group_sizes == (PER_CHANNEL,):
+            raise ConfigError(
+                "--scales float8 with --group-size channel: one scale a row keeps 16 bits; give a group size, or leave "
+                "--scales out"
+            )
+        return self
+
+    @property
+    def scale_bits(self) -> int:
+        """Of a stored scale of a group."""
+        return SCALE_BITS[self.scales]
 
     @field_validator("bits")
     @classmethod
@@ -167,7 +193,7 @@ class CandidateConfig(Section):
         head = math.inf if self.quantize_head is None else float(self.quantize_head)
         if PER_CHANNEL in self.group_sizes:
             return min(float(min(self.bits)), head)
-        return min(min(self.bits) + SCALE_BITS / max(self.group_sizes), head)
+        return min(min(self.bits) + self.scale_bits / max(self.group_sizes), head)
 
 
 class RunConfig(Section):
@@ -387,6 +413,12 @@ class CompressConfig(Section):
         check_kind(self)
         widths = self.run.candidates.bits
         self.check_parts(tied=False)  # as far as is known without the model
+        if self.run.candidates.scales == "float8" and self.plan.target != Target.TRANSFORMERS.value:
+            raise ConfigError(
+                f"--scales float8 with --target {self.plan.target}: its kernels read scales of 16 bits; leave it out"
+            )
+        if self.run.candidates.scales == "float8" and self.plan.format == "gptq":
+            raise ConfigError("--scales float8 with --format gptq: it has scales of 16 bits; leave it out")
         for rule in map(parse_keep, self.plan.keep):
             if rule.bits != UNQUANTIZED_BITS and rule.bits not in widths:
                 raise ConfigError(

@@ -15,6 +15,7 @@ from rich.text import Text
 from flows.closing import shown_bytes
 from flows.compression import resolve_dtype
 from flows.config import CompressConfig, cache_folder
+from flows.jobs import asked_choices
 from flows.progress import shown_seconds
 from lrpq.allocate.parts import fixed_choice
 from lrpq.model.layers import Choice
@@ -60,7 +61,7 @@ def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu"
         ),
         threads=run.threads,
         relevance=Relevance(run.relevance),
-        choices=tuple(Choice(bits=bits, group_size=size) for bits in run.candidates.bits for size in sizes),
+        choices=asked_choices(run.candidates),
         grid=Grid(run.candidates.grid),
         budget_bits=plan.budget_bits or 0.0,
         sequential=plan.refine == "sequential",

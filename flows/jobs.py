@@ -15,7 +15,7 @@ from flows.rotation import rotation_of
 from flows.run import Run
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
-from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.layers import Choice, LinearSpec, all_choices
 from lrpq.tune.options import Reconstruction
 from tasks import activations, candidates, heat_maps, profile, rebuild, refine, responses, stitch
 from tasks.activations import ActivationsJob
@@ -198,8 +198,8 @@ def stitch_job(context: JobContext, candidates: CandidatesJob, plan: Plan) -> St
 
 
 def asked_choices(config: CandidateConfig) -> tuple[Choice, ...]:
-    """All choices of (bits, group size)."""
-    return tuple(Choice(bits=bits, group_size=size) for bits in config.bits for size in config.group_sizes)
+    """All choices of width and group size."""
+    return all_choices(config.bits, config.group_sizes, scale_bits=config.scale_bits)
 
 
 def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJob:

@@ -16,6 +16,7 @@ OF_TEXT = (
     "run.calibration.num_windows",
     "run.calibration.length",
     "run.calibration.text_column",
+    "run.candidates.scales",
     "run.candidates.cost_rows",
     "run.candidates.quantize_head",
     "run.candidates.quantize_embeddings",

@@ -75,19 +75,19 @@ def model_bytes(folder: Path) -> int:
 
 
 def choices_json(choices: Mapping[str, Choice | None]) -> dict[str, Any]:
-    """Choices as JSON: module -> [bits, group size] or null."""
-    return {name: None if c is None else [c.bits, c.group_size] for name, c in choices.items()}
+    """Choices as JSON: module -> [bits, group size, bits of a scale] or null."""
+    return {name: None if c is None else [c.bits, c.group_size, c.scale_bits] for name, c in choices.items()}
 
 
 def modules_json(
     specs: Sequence[LinearSpec], choices: Mapping[str, Choice | None], rows: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """One row a module for the manifest: what it got and what that was expected to cost."""
-    costs = {(row["name"], row["bits"], row["group_size"]): row for row in rows}
+    costs = {(row["name"], row["bits"], row["group_size"], row["scale_bits"]): row for row in rows}
     found = []
     for spec in specs:
         choice = choices[spec.name]
-        row = None if choice is None else costs[spec.name, choice.bits, choice.group_size]
+        row = None if choice is None else costs[spec.name, choice.bits, choice.group_size, choice.scale_bits]
         found.append(
             {
                 "name": spec.name,
@@ -95,6 +95,7 @@ def modules_json(
                 "block": spec.block,
                 "bits": 16 if choice is None else choice.bits,
                 "group_size": None if choice is None else choice.group_size,
+                "scale_bits": None if choice is None else choice.scale_bits,
                 "num_weights": spec.num_weights,
                 "storage_bits": 16 * spec.num_weights if row is None else row["storage_bits"],
                 "cost_nats": 0.0 if row is None else row["cost_nats"],

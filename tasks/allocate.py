@@ -46,7 +46,7 @@ def cost_rows(rows: Iterable[Mapping[str, Any]], specs: Sequence[LinearSpec]) ->
     return [
         CostRow(
             module=by_name[row["name"]],
-            choice=Choice(bits=row["bits"], group_size=row["group_size"]),
+            choice=Choice(bits=row["bits"], group_size=row["group_size"], scale_bits=row["scale_bits"]),
             storage_bits=row["storage_bits"],
             cost_nats=row["cost_nats"],
         )

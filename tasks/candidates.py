@@ -40,6 +40,7 @@ COST_UNITS = {
     "evidence": "own, unweighted, pooled or none",
     "bits": "bits per code",
     "group_size": "columns per scale, -1 is all",
+    "scale_bits": "bits per scale",
 }
 
 
@@ -111,6 +112,7 @@ def _rows(problem: SiteProblem, specs: tuple[LinearSpec, ...], costs: list[list[
             "block": spec.block,
             "bits": choice.bits,
             "group_size": choice.group_size,
+            "scale_bits": choice.scale_bits,
             "storage_bits": storage_bits(spec.d_out, spec.d_in, choice),
             "cost_nats": cost,
             "damping_steps": problem.factor.num_damping_steps,

@@ -106,7 +106,7 @@ def rebuild(state: WorkerState, job: RebuildJob, block: int) -> None:
     for name, weight in made.items():
         codes, scales = to_host(weight.codes), to_host(weight.scales)
         on_host = QuantizedWeight(codes=codes, scales=scales, choice=weight.choice)
-        choice = {"bits": str(weight.choice.bits), "group_size": str(weight.choice.group_size)}
+        choice = {field: str(value) for field, value in asdict(weight.choice).items()}
         write_tensors(store, job.folder.module(name), pack(on_host), choice)
     outcome = json.dumps(asdict(walk.rebuilder.outcomes[-1]), allow_nan=False)
     write_block_grids(store, rebuilt_key(job.folder, block), walk.rebuilder.grids[block], {OUTCOME: outcome})

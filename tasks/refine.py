@@ -311,6 +311,7 @@ def store_module(state: WorkerState, job: RefineJob, *parts: QuantizedModule) ->
         {
             "bits": str(first.weight.choice.bits),
             "group_size": str(first.weight.choice.group_size),
+            "scale_bits": str(first.weight.choice.scale_bits),
             **_summed([part.counts for part in parts]),
         },
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ def quantize_site(state: WorkerState, job: StitchJob, block: int, site: str, spe
     store = open_store(job.candidates.profile.stream.store)
     for spec in missing:
         choice = _choice(job, spec)
-        metadata = {"bits": str(choice.bits), "group_size": str(choice.group_size)}
+        metadata = {name: str(value) for name, value in asdict(choice).items()}
         write_tensors(store, job.folder.module(spec.name), packed.pop(spec.name), metadata)
 
 

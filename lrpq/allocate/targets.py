@@ -100,6 +100,8 @@ def refusal(spec: LinearSpec, choice: Choice, *, target: Target, tensor_parallel
         return f"d_in {d_in}{where} is no multiple of {MARLIN_MULTIPLE_IN}"
     if choice.bits not in MARLIN_BITS:
         return f"Marlin kernels have no {choice.bits}-bit weights"
+    if choice.scale_bits != 16:
+        return "Marlin kernels read scales of 16 bits"
     if choice.group_size not in MARLIN_GROUP_SIZES:
         return f"Marlin kernels have no groups of {choice.group_size}"
     return None if choice.fits(d_in) else f"d_in {d_in}{where} is no multiple of {choice.group_size}"

@@ -3,7 +3,7 @@
 Format ``pack-quantized``, symmetric: a quantized module ``m`` has, instead of ``m.weight``,
 
     m.weight_packed  int32 [d_out, ceil(d_in * bits / 32)]   codes, without gaps, each row padded to 32 bits
-    m.weight_scale   bf16  [d_out, groups]
+    m.weight_scale   bf16  [d_out, groups]                   or float8 (e4m3), which loading widens to the model's dtype
     m.weight_shape   int64 [2]                               d_out, d_in
 
 Every module is named by an anchored pattern: a catch-all such as ``Linear`` would let the first group of the
@@ -27,6 +27,7 @@ from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.packing import pack
+from lrpq.quant.stored_scales import dtype_of
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
@@ -69,7 +70,7 @@ def stored_tensors(original: StoredTensor, choice: Choice) -> tuple[StoredTensor
     words = -(-d_in * choice.bits // WORD_BITS)
     return (
         StoredTensor(name=f"{module}.{PACKED}", dtype=torch.int32, shape=(d_out, words)),
-        StoredTensor(name=f"{module}.{SCALE}", dtype=torch.bfloat16, shape=(d_out, choice.groups(d_in))),
+        StoredTensor(name=f"{module}.{SCALE}", dtype=dtype_of(choice.scale_bits), shape=(d_out, choice.groups(d_in))),
         StoredTensor(name=f"{module}.{SHAPE}", dtype=torch.int64, shape=(2,)),
     )
 
@@ -146,4 +147,5 @@ def _weights(choice: Choice) -> dict[str, Any]:
         "strategy": "channel" if by_channel else "group",
         "group_size": None if by_channel else choice.group_size,
         "dynamic": False,
+        **({"scale_dtype": str(dtype_of(choice.scale_bits))} if choice.scale_bits != 16 else {}),
     }

@@ -58,6 +58,8 @@ def stored_tensors(original: StoredTensor, choice: Choice) -> tuple[StoredTensor
             f"module {module}: GPTQ kernels have no {choice.bits}-bit weights; "
             f"use --bits {' '.join(map(str, BITS))}, or another --format"
         )
+    if choice.scale_bits != 16:
+        raise ConfigError(f"module {module}: GPTQ's layout has scales of 16 bits; leave --scales float8 out")
     if choice.group_size not in GROUP_SIZES or not choice.fits(d_in):
         fitting = " ".join("channel" if size == -1 else str(size) for size in GROUP_SIZES if size <= d_in)
         raise ConfigError(

@@ -25,7 +25,7 @@ from lrpq.model.safetensors_source import one_line
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.packing import unpack
 
-STORED_AS = {PACKED: ("I32",), SCALE: ("BF16", "F16", "F32"), SHAPE: ("I64", "I32")}
+STORED_AS = {PACKED: ("I32",), SCALE: ("BF16", "F16", "F32", "F8_E4M3"), SHAPE: ("I64", "I32")}
 """Part of a module -> the types it may be stored in."""
 DIMENSIONS = {PACKED: 2, SCALE: 2, SHAPE: 1}
 STORED_AS |= {gptq.QWEIGHT: ("I32",), gptq.QZEROS: ("I32",), gptq.SCALES: ("F16",), gptq.ORDER: ("I32",)}
@@ -257,7 +257,10 @@ def _choice(weights: dict[str, Any]) -> Choice:
         raise ValueError(f"{bits!r} bits")
     if type(size) is not int or (strategy == "group" and size < 1):
         raise ValueError(f"group size {size!r}")
-    return Choice(bits=bits, group_size=size)
+    stored_as = weights.get("scale_dtype")
+    if stored_as not in (None, str(torch.bfloat16), str(torch.float8_e4m3fn)):
+        raise ValueError(f"scales stored as {stored_as!r}")
+    return Choice(bits=bits, group_size=size, scale_bits=8 if stored_as == str(torch.float8_e4m3fn) else 16)
 
 
 def _pattern(target: str) -> re.Pattern[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lrpq.model.layers import Choice
+from lrpq.model.layers import Choice, all_choices
 from lrpq.quant.grid import Grid
 
 
@@ -18,6 +18,8 @@ class Terms:
     """Code widths to choose from."""
     group_sizes: tuple[int, ...] = (64, -1)
     """Columns that share a scale; -1 is one scale a row."""
+    scale_bits: int = 16
+    """Of a group's scale: 16 is bfloat16, 8 is float8."""
     grid: Grid = Grid.SIGNED
     damping: float = 0.01
     """Of GPTQ, share of the mean diagonal."""
@@ -35,5 +37,5 @@ class Terms:
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """All choices of (bits, group size)."""
-        return tuple(Choice(bits=b, group_size=g) for b in self.bits for g in self.group_sizes)
+        """All choices of width and group size."""
+        return all_choices(self.bits, self.group_sizes, scale_bits=self.scale_bits)

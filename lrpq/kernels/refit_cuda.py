@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from lrpq.kernels.scale_search_cuda import to_bfloat16
+from lrpq.kernels.scale_search_cuda import to_stored
 from lrpq.kernels.threads import on_device_of
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ def part_empty(A: Tensor, b: Tensor) -> None:
         _part_empty[(rows,)](A, b, groups, GROUPS=triton.next_power_of_2(groups), num_warps=1)
 
 
-def judge(A: Tensor, b: Tensor, ds: Tensor, info: Tensor, old: Tensor, new: Tensor, rejected: Tensor) -> None:
-    """Scales old + ds as bfloat16 where all of a row are storable and lower its error as rounded; else the old ones.
+def judge(
+    A: Tensor, b: Tensor, ds: Tensor, info: Tensor, old: Tensor, new: Tensor, rejected: Tensor, *, scale_bits: int
+) -> None:
+    """Scales old + ds as stored where all of a row are storable and lower its error as rounded; else the old ones.
 
     Args:
         A: float64 [rows, groups, groups], contiguous; of empty groups anything.
@@ -55,13 +57,14 @@ def judge(A: Tensor, b: Tensor, ds: Tensor, info: Tensor, old: Tensor, new: Tens
         old: bfloat16 [rows, groups], contiguous.
         new: written, as old.
         rejected: written, bool [rows].
+        scale_bits: of what scales are stored as, 16 or 8.
     """
     rows, groups = b.shape
     block = triton.next_power_of_2(groups)
     with on_device_of(A):
         _judge[(rows,)](
             A, b, ds, info, old, new, rejected,
-            groups, GROUPS=block, num_warps=max(1, min(4, block // 64)),
+            groups, GROUPS=block, SCALE_BITS=scale_bits, num_warps=max(1, min(4, block // 64)),
         )  # fmt: skip
 
 
@@ -89,7 +92,7 @@ def _part_empty(A, b, groups, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _judge(A, b, ds, info, old, new, rejected, groups, GROUPS: tl.constexpr):
+def _judge(A, b, ds, info, old, new, rejected, groups, GROUPS: tl.constexpr, SCALE_BITS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     inside = group < groups
@@ -98,7 +101,7 @@ def _judge(A, b, ds, info, old, new, rejected, groups, GROUPS: tl.constexpr):
     before = tl.load(old + at, mask=inside, other=1.0).to(tl.float32)
     change = tl.load(ds + at, mask=inside, other=0.0)
     change = tl.where(solved & (tl.abs(change) < float("inf")), change, 0.0)  # false for NaN too
-    after = to_bfloat16((before.to(tl.float64) + change).to(tl.float32))
+    after = to_stored((before.to(tl.float64) + change).to(tl.float32), 1.0, 1.0, SCALE_BITS)
     step = after.to(tl.float64) - before.to(tl.float64)
     pulled = tl.zeros([GROUPS], tl.float64)
     for g in range(groups):

@@ -20,7 +20,7 @@ STEPS = 16
 """Scales tried in one pass over a group: their errors stay in registers, one row a thread."""
 
 
-def search_scales(W: Tensor, importance: Tensor, table: Tensor, scales: Tensor) -> None:
+def search_scales(W: Tensor, importance: Tensor, table: Tensor, scales: Tensor, *, scale_bits: int) -> None:
     """Best scales of every group, row and choice, as `lrpq.quant.scale_search` defines them.
 
     Sums run over columns in their order, as in the loops for CPUs. A group's weights are read once for every 16 scales
@@ -32,6 +32,7 @@ def search_scales(W: Tensor, importance: Tensor, table: Tensor, scales: Tensor) 
         table: a row for each choice: ``HEAD`` numbers, then what the largest weight is divided by, in the order in
             which of equal errors the first wins; float32, contiguous.
         scales: written, bfloat16 [choices, groups, rows], any strides.
+        scale_bits: of what they are stored as, 16 or 8; they are rounded to that.
     """
     groups, width, rows = W.shape
     row_blocks = triton.cdiv(rows, ROWS)
@@ -39,7 +40,7 @@ def search_scales(W: Tensor, importance: Tensor, table: Tensor, scales: Tensor) 
         _search[(groups * row_blocks, len(table))](
             W, importance, table, scales,
             width, rows, row_blocks, table.stride(0), *W.stride(), *scales.stride(),
-            HEAD=HEAD, STEPS=STEPS, ROWS=ROWS, num_warps=1,
+            HEAD=HEAD, STEPS=STEPS, ROWS=ROWS, SCALE_BITS=scale_bits, num_warps=1,
         )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def search_scales(W: Tensor, importance: Tensor, table: Tensor, scales: Tensor) 
 def _search(
     W, importance, table, scales,
     width, rows, row_blocks, entries, W_group, W_column, W_row, S_choice, S_group, S_row,
-    HEAD: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
+    HEAD: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, SCALE_BITS: tl.constexpr,
 ):  # fmt: skip
     choice = tl.program_id(1).to(tl.int64)
     group = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -76,7 +77,8 @@ def _search(
         step = start + tl.arange(0, STEPS)
         divisor = tl.load(table + HEAD + step, mask=step < count, other=1.0)
         dividend = tl.where(step[:, None] == 0, base[None, :], signed[None, :])
-        tried = to_bfloat16(tl.div_rn(dividend, tl.broadcast_to(divisor[:, None], [STEPS, ROWS])))
+        tried = tl.div_rn(dividend, tl.broadcast_to(divisor[:, None], [STEPS, ROWS]))
+        tried = to_stored(tried, unit[None, :], per_unit[None, :], SCALE_BITS)
         inverse = tl.div_rn(tl.full([STEPS, ROWS], 1.0, tl.float32), tried)
         errors = tl.zeros([STEPS, ROWS], tl.float32)
         # the next column is loaded while this one is computed with
@@ -113,7 +115,8 @@ def _search(
             product += v * (w * q)
             squares += v * (q * q)
         # of a group whose codes are all zero: nothing is gained
-        refitted = to_bfloat16(tl.div_rn(product, tl.where(squares > 0, squares, 1.0)))
+        refitted = tl.div_rn(product, tl.where(squares > 0, squares, 1.0))
+        refitted = to_stored(refitted, unit, per_unit, SCALE_BITS)
         gains = (refitted - best) * ((refitted + best) * squares - 2 * product) < 0
         best = tl.where(gains, refitted, best)
 
@@ -123,6 +126,24 @@ def _search(
     scale = tl.minimum(tl.maximum(scale, -limit), limit)
     at = choice * S_choice + group * S_group + row.to(tl.int64) * S_row
     tl.store(scales + at, scale.to(tl.bfloat16), mask=valid)
+
+
+@triton.jit
+def to_stored(x, unit, per_unit, SCALE_BITS: tl.constexpr):
+    """Scales in units of a power of two, as they are stored: bfloat16 has the same digits in any unit."""
+    return to_bfloat16(x) if SCALE_BITS == 16 else to_float8(x * unit) * per_unit
+
+
+@triton.jit
+def to_float8(x):
+    """Rounded to e4m3, half to even, of a magnitude from 2^-9 to 448, as `lrpq.quant.stored_scales.nearest` does."""
+    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    bits = x.to(tl.int32, bitcast=True)
+    bits += 524287 + ((bits >> 20) & 1)
+    normal = (bits & -1048576).to(tl.float32, bitcast=True)
+    few = ((x * 512 + 12582912.0) - 12582912.0) * 0.001953125  # below 2^-6 in steps of 2^-9
+    rounded = tl.where(tl.abs(x) < 0.015625, few, normal)
+    return tl.where(tl.abs(rounded) < 0.001953125, tl.where(x < 0, -0.001953125, 0.001953125), rounded)
 
 
 @triton.jit

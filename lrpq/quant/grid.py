@@ -1,8 +1,8 @@
 """Uniform grids: the quantized weight as the checkpoint stores it.
 
-A weight is ``scale * code`` with a signed integer code of ``bits`` bits and one bfloat16 scale for each group
-of columns of a row. The scales are fixed before any column is rounded (static groups in the original column
-layout), so that no ``g_idx`` is stored and no scale depends on the order of the work.
+A weight is ``scale * code`` with a signed integer code of ``bits`` bits and one scale for each group of columns of a
+row, a bfloat16 or a float8 number. The scales are fixed before any column is rounded (static groups in the original
+column layout), so that no ``g_idx`` is stored and no scale depends on the order of the work.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
+from lrpq.quant.stored_scales import storable
 
 if TYPE_CHECKING:
     from jaxtyping import BFloat16, Float, Int8
@@ -45,7 +46,8 @@ class QuantizedWeight:
     codes: Int8[Tensor, "d_out d_in"]
     """Signed, in [-2^(bits-1), 2^(bits-1) - 1]."""
     scales: BFloat16[Tensor, "d_out groups"]
-    """Value of one code step; ``groups`` is ``choice.groups(d_in)``."""
+    """Value of one code step; ``groups`` is ``choice.groups(d_in)``. Where they are stored as float8, these are float8
+    numbers, which bfloat16 holds exactly."""
     choice: Choice
     zero_points: Int8[Tensor, "d_out groups"] | None = None
     """Code that stands for zero (asymmetric grids only)."""
@@ -113,10 +115,10 @@ def code_ranges(bits: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def absmax_scales(W: Float[Tensor, "d_out d_in"], choice: Choice) -> BFloat16[Tensor, "d_out groups"]:
-    """Scales 2 max|w| / (2^bits - 1), as compressed-tensors sets them by default; 1 for a group of zeros."""
+    """Scales 2 max|w| / (2^bits - 1), as compressed-tensors sets them by default, as stored; 1 for a group of zeros."""
     d_out, d_in = W.shape
     largest = W.reshape(d_out, d_in // group_width(choice, d_in), -1).abs().amax(-1).float()
-    scales = storable(largest / (2 ** (choice.bits - 1) - 0.5), choice.bits)
+    scales = storable(largest / (2 ** (choice.bits - 1) - 0.5), choice.bits, choice.scale_bits)
     return torch.where(largest == 0, 1.0, scales).bfloat16()
 
 
@@ -174,16 +176,3 @@ def asymmetric_zero(lowest: Tensor, scale: Tensor, bits: int) -> Tensor:
     bottom, top = code_range(bits)
     steps_below_zero = torch.where(scale == 0, 0.0, -lowest / scale)
     return (bottom + torch.round(steps_below_zero)).clamp_(bottom, top)
-
-
-def _to_bfloat16(s: Tensor) -> Tensor:
-    """Round to bfloat16, keep the dtype; what would vanish becomes the smallest normal number of its sign."""
-    tiny = torch.finfo(torch.bfloat16).tiny
-    rounded = s.bfloat16().to(s.dtype)
-    return torch.where(rounded.abs() < tiny, torch.where(s < 0, -tiny, tiny), rounded)
-
-
-def storable(s: Tensor, bits: int) -> Tensor:
-    """Round to bfloat16, keep the dtype; no magnitude so large that the lowest code times it overflows."""
-    limit = torch.finfo(torch.bfloat16).max / 2 ** (bits - 1)
-    return _to_bfloat16(s).clamp_(-limit, limit)

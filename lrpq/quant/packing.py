@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lrpq.errors import CheckpointError, QuantizationError
 from lrpq.model.layers import Choice
-from lrpq.notation import SCALE_BITS
 from lrpq.quant.grid import QuantizedWeight, code_range
+from lrpq.quant.stored_scales import dtype_of
 
 _WORD_BITS = 32
 
@@ -18,17 +18,21 @@ def pack(quantized: QuantizedWeight) -> dict[str, Tensor]:
     """Tensors of one layer as the checkpoint names them.
 
     ``weight_packed`` int32 [d_out, ceil(d_in bits / 32)]: rows are packed densely, code 0 in the lowest bits,
-    each code stored with an offset of 2^(bits-1); ``weight_scale`` bfloat16 [d_out, groups]; ``weight_shape``
+    each code stored with an offset of 2^(bits-1); ``weight_scale`` bfloat16 or float8 [d_out, groups]; ``weight_shape``
     int64 [2].
 
-    Raises QuantizationError for an asymmetric grid, which transformers cannot load.
+    Raises QuantizationError for an asymmetric grid, which transformers cannot load, and for scales that are no numbers
+    of the type that they are to be stored as.
     """
     code_range(quantized.choice.bits)
+    scales = quantized.scales.contiguous().to(dtype_of(quantized.choice.scale_bits))
+    if quantized.choice.scale_bits != 16 and not torch.equal(scales.to(quantized.scales.dtype), quantized.scales):
+        raise QuantizationError(f"scales of a {quantized.choice} layer are no {scales.dtype} numbers; round them first")
     if quantized.zero_points is not None:
         raise QuantizationError("zero points cannot be packed: transformers does not load them; use a symmetric grid")
     return {
         "weight_packed": pack_to_int32(quantized.codes, quantized.choice.bits),
-        "weight_scale": quantized.scales.contiguous(),
+        "weight_scale": scales,
         "weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64),
     }
 
@@ -43,13 +47,16 @@ def unpack(tensors: dict[str, Tensor], choice: Choice) -> QuantizedWeight:
             f"packed weight {tuple(packed.shape)} with scales {tuple(scales.shape)} is no {choice} layer of"
             f" {d_out} x {d_in}: expected {expected[0]} and {expected[1]}"
         )
+    if (scales.dtype == dtype_of(8)) != (choice.scale_bits == 8):
+        raise CheckpointError(f"scales are {scales.dtype}, those of a {choice} layer {dtype_of(choice.scale_bits)}")
     codes = unpack_from_int32(packed, choice.bits, torch.Size((d_out, d_in)))
+    scales = scales.bfloat16() if choice.scale_bits == 8 else scales
     return QuantizedWeight(codes=codes.contiguous(), scales=scales, choice=choice)
 
 
 def storage_bits(d_out: int, d_in: int, choice: Choice) -> int:
     """Bits of ``weight_packed`` and ``weight_scale`` in the file: rows are padded to whole 32-bit words."""
-    return d_out * (_words(d_in, choice.bits) * _WORD_BITS + choice.groups(d_in) * SCALE_BITS)
+    return d_out * (_words(d_in, choice.bits) * _WORD_BITS + choice.groups(d_in) * choice.scale_bits)
 
 
 def _words(d_in: int, bits: int) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lrpq.errors import QuantizationError
 from lrpq.quant.grid import QuantizedWeight, ends, fetch, largest, refuse_unless_finite
 from lrpq.quant.residual import has_kernel, write_residual
+from lrpq.quant.stored_scales import nearest
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -55,7 +56,7 @@ def refit(
     *,
     name: str = "layer",
 ) -> Refitted:
-    """Scales that minimise every row's error under H, all of a row jointly, rounded to bfloat16.
+    """Scales that minimise every row's error under H, all of a row jointly, rounded to what is stored.
 
     A row keeps its old scales unless the new ones, *as rounded*, have the lower error, and where one of them would
     change its sign or vanish: a symmetric grid stays one. A group of zeros keeps its scale.
@@ -91,7 +92,7 @@ def refit_checked(
             continue
         old = scales[rows].double()
         A, b = _systems(T[rows], quantized, rows, H)
-        new = (old + _solve(A, b)).bfloat16()
+        new = nearest(old + _solve(A, b), quantized.choice.scale_bits).bfloat16()
         step = new.double() - old
         growth = torch.einsum("rg,rgh,rh->r", step, A, step) - 2 * (step * b).sum(1)
         storable = torch.isfinite(new) & (new * old > 0) & (new.abs() >= torch.finfo(torch.bfloat16).tiny)
@@ -151,7 +152,7 @@ def _refit_on_gpu(T: Tensor, quantized: QuantizedWeight, H: Tensor, new: Tensor,
     part_empty(A, b)
     L, info = torch.linalg.cholesky_ex(A)
     ds = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2).contiguous()
-    judge(A, b, ds, info, old, new, rejected)
+    judge(A, b, ds, info, old, new, rejected, scale_bits=quantized.choice.scale_bits)
 
 
 def fills_a_gpu(d_in: int, groups: int) -> bool:

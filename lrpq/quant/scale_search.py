@@ -27,8 +27,8 @@ from lrpq.quant.grid import (
     code_range,
     group_width,
     power_of_two,
-    storable,
 )
+from lrpq.quant.stored_scales import nearest, storable
 
 if TYPE_CHECKING:
     from jaxtyping import BFloat16, Float
@@ -77,7 +77,7 @@ def search_scales(
 ) -> BFloat16[Tensor, "d_out groups"]:
     """Scale of every group that minimises sum_j importance_j (w_j - q_j)^2 over a bounded search.
 
-    ``importance`` is diag(H). Every error is that of the scale as stored (bfloat16). The result is never
+    ``importance`` is diag(H). Every error is that of the scale as stored (bfloat16, or float8). The result is never
     worse than the absmax scale. A group of zeros gets scale 1.
 
     The search: absmax / d with d geometric around 2^(bits-1), then refits in which codes and least-squares
@@ -110,22 +110,25 @@ def search_scales_transposed(
     """
     widths = [group_width(choice, len(Wt), name=name) for choice in choices]
     found: list[Tensor] = [Wt] * len(choices)
-    for width in dict.fromkeys(widths):
-        positions = [i for i, each in enumerate(widths) if each == width]
-        searched = _search_groups(Wt, importance, width, [choices[i].bits for i in positions], grid)
+    kinds = [(width, choice.scale_bits) for width, choice in zip(widths, choices, strict=True)]
+    for kind in dict.fromkeys(kinds):
+        positions = [i for i, each in enumerate(kinds) if each == kind]
+        searched = _search_groups(Wt, importance, *kind, [choices[i].bits for i in positions], grid)
         for i, scales in zip(positions, searched, strict=True):
             found[i] = scales.T.contiguous()
     return found
 
 
-def _search_groups(Wt: Tensor, importance: Tensor, width: int, bits: Sequence[int], grid: Grid) -> Tensor:
-    """Scales [widths of the code, groups, d_out] for groups of ``width`` columns."""
+def _search_groups(
+    Wt: Tensor, importance: Tensor, width: int, scale_bits: int, bits: Sequence[int], grid: Grid
+) -> Tensor:
+    """Scales [widths of the code, groups, d_out] for groups of ``width`` columns, stored in ``scale_bits``."""
     d_in, d_out = Wt.shape
     W = Wt.view(d_in // width, width, d_out)
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
     weights = importance.to(W.device, dtype).view(d_in // width, 1, width)
     if W.is_cuda and grid is not Grid.ASYMMETRIC and usable(weights):
-        return _search_on_gpu(W, weights, tuple(bits), grid)
+        return _search_on_gpu(W, weights, tuple(bits), grid, scale_bits)
     scales = torch.empty(len(bits), d_in // width, d_out, dtype=torch.bfloat16, device=W.device)
     part, chunk = (_CPU_PART, _CPU_CHUNK) if W.device.type == "cpu" else (_GPU_PART, _GPU_PART)
     # memory for the weights of a chunk and the temporaries of a part: fresh pages would cost as much as the arithmetic
@@ -137,19 +140,19 @@ def _search_groups(Wt: Tensor, importance: Tensor, width: int, bits: Sequence[in
         unit = power_of_two(_absmax(w))
         w.div_(unit)
         for i, b in enumerate(bits):
-            best = _search_chunk(w, weights[groups], b, grid, part=part, buffers=buffers[1:])
-            scales[i, groups, rows] = storable(best * unit, b).squeeze(1)
+            best = _search_chunk(w, weights[groups], b, grid, unit, scale_bits, part=part, buffers=buffers[1:])
+            scales[i, groups, rows] = storable(best * unit, b, scale_bits).squeeze(1)
     return scales
 
 
-def _search_on_gpu(W: Tensor, weights: Tensor, bits: tuple[int, ...], grid: Grid) -> Tensor:
+def _search_on_gpu(W: Tensor, weights: Tensor, bits: tuple[int, ...], grid: Grid, scale_bits: int) -> Tensor:
     """``_search_groups`` by the kernel; in memory rows come before groups, as results have them."""
     from lrpq.kernels import scale_search_cuda
 
     groups, width, d_out = W.shape
     scales = torch.empty(len(bits), d_out, groups, dtype=torch.bfloat16, device=W.device).transpose(1, 2)
     table = _table(bits, width, grid, W.device)
-    scale_search_cuda.search_scales(W, weights.squeeze(1).contiguous(), table, scales)
+    scale_search_cuda.search_scales(W, weights.squeeze(1).contiguous(), table, scales, scale_bits=scale_bits)
     return scales
 
 
@@ -184,12 +187,20 @@ def _cuts(shape: Sequence[int], limit: int) -> list[Cut]:
 
 
 def _search_chunk(
-    w: Tensor, importance: Tensor, bits: int, grid: Grid, *, part: int, buffers: Sequence[Tensor]
+    w: Tensor,
+    importance: Tensor,
+    bits: int,
+    grid: Grid,
+    unit: Tensor,
+    scale_bits: int,
+    *,
+    part: int,
+    buffers: Sequence[Tensor],
 ) -> Tensor:
-    """Best scales [groups, 1, rows] of w [groups, width, rows] under importance [groups, 1, width].
+    """Best scales [groups, 1, rows] of w [groups, width, rows] under importance [groups, 1, width], all in ``unit``.
 
-    The largest weight of a group lies in 1 .. 2, so no scale is near the ends of bfloat16. ``buffers`` are two of the
-    size of a part.
+    The largest weight of a group lies in 1 .. 2, so no scale is near the ends of bfloat16; where the narrow range of
+    float8 ends depends on the unit. ``buffers`` are two of the size of a part.
     """
     bottom, _ = code_range(bits)
     base = _absmax(w)
@@ -201,7 +212,7 @@ def _search_chunk(
     base = torch.where(base == 0, -bottom - 0.5, base)
     divisors = base.new_tensor(_divisors(bits, w.shape[1])).view(-1, 1, 1, 1)
     tried = [(base / (-bottom - 0.5)).unsqueeze(0), *(signed / divisors for signed in _signed(base, w, bits, grid))]
-    scales = torch.cat(tried).bfloat16().to(w.dtype)
+    scales = _as_stored(torch.cat(tried), unit, scale_bits)
 
     rounded = _on(w, importance, zero, bits, part=part, buffers=buffers)
     errors = rounded.errors(scales.reciprocal()).mul_(scales).mul_(scales)
@@ -210,12 +221,17 @@ def _search_chunk(
 
     for _ in range(_SEARCH[bits].refits):
         product, squares = rounded.fit(best.reciprocal())
-        refitted = (product / squares).bfloat16().to(w.dtype)
+        refitted = _as_stored(product / squares, unit, scale_bits)
         # with these codes the error is a parabola in the scale; what it gains, rounding again can only add to. False
         # for NaN, of a group whose codes are all zero
         gains = (refitted - best) * ((refitted + best) * squares - 2 * product) < 0
         torch.where(gains, refitted, best, out=best)
     return best
+
+
+def _as_stored(s: Tensor, unit: Tensor, scale_bits: int) -> Tensor:
+    """Scales in units of a power of two, as they are stored."""
+    return s.bfloat16().to(s.dtype) if scale_bits == 16 else nearest(s * unit, scale_bits) / unit
 
 
 class _Rounded(Protocol):

@@ -18,6 +18,7 @@ from torch import Tensor
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant.grid import QuantizedWeight, code_range
+from lrpq.quant.stored_scales import nearest
 from lrpq.relevance.passes import widen
 from lrpq.tune.options import Trained
 
@@ -50,7 +51,7 @@ class LinearState:
         """Scales as stored."""
         if self.shift is None:
             return self.start_scales
-        return (self.start_scales.float() * (1 + self.shift.detach())).bfloat16()
+        return nearest(self.start_scales.float() * (1 + self.shift.detach()), self.choice.scale_bits).bfloat16()
 
     def codes(self) -> Int8[Tensor, "d_out d_in"]:
         """Codes as stored."""
