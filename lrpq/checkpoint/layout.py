@@ -23,7 +23,10 @@ from torch import Tensor
 from lrpq.errors import CheckpointError
 from lrpq.model.safetensors_source import READABLE
 
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in READABLE.items()}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    **{dtype: name for name, dtype in READABLE.items()},
+    torch.float8_e4m3fn: "F8_E4M3",  # scales; an original with weights of this type is not read
+}
 ALIGNMENT = 8  # bytes; the safetensors library aligns the first tensor so, and no element type here is wider
 METADATA = {"format": "pt"}  # transformers refuses a file without it
 SINGLE_FILE = "model.safetensors"

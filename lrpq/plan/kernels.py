@@ -62,8 +62,8 @@ def factorize(d_in: int) -> Work:
 def search_trials(choice: Choice, d_in: int, kind: Grid) -> int:
     """Weighted sums over all weights in ``scale_search._search_chunk``: one a scale tried, two a refit."""
     signs = 2 if kind is Grid.SIGNED and choice.bits <= 3 else 1
-    tried = len(scale_search._divisors(choice.bits, group_width(choice, d_in)))
-    return 1 + signs * tried + 2 * scale_search._SEARCH[choice.bits].refits
+    tried = len(scale_search.divisors(choice.bits, group_width(choice, d_in), choice.scale_bits))
+    return 1 + signs * tried + 2 * scale_search.refits(choice.bits, choice.scale_bits)
 
 
 def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cpu: bool) -> Work:

@@ -44,10 +44,10 @@ def plain_search(w: Tensor, v: Tensor, bits: int, grid: Grid) -> Tensor:
         signs = [signs[0], -signs[0]] if bits <= 3 else [torch.where(high > low, -1.0, 1.0)]
     best = (largest / (2 ** (bits - 1) - 0.5)).bfloat16().double()
     for sign in signs:
-        for divisor in scale_search._divisors(bits, WIDTH):
+        for divisor in scale_search.divisors(bits, WIDTH):
             s = (sign * largest / divisor).bfloat16().double()
             best = torch.where(error_of(w, s, v, bits) < error_of(w, best, v, bits), s, best)
-    for _ in range(scale_search._SEARCH[bits].refits):
+    for _ in range(scale_search.refits(bits)):
         q = codes_of(w, best, bits)
         s = ((v * w * q).sum(-1) / (v * q * q).sum(-1)).bfloat16().double()
         best = torch.where(error_of(w, s, v, bits) < error_of(w, best, v, bits), s, best)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lrpq.quant import scale_search as search_module
 from lrpq.quant.grid import Grid
+from lrpq.quant.stored_scales import nearest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 DEVICES = [
@@ -35,22 +36,24 @@ SEARCHED = [(40, 128, 64, 1.0), (33, 96, 96, 1e-30), (5, 48, 8, 1e25)]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [Grid.SIGNED, Grid.SYMMETRIC])
+@pytest.mark.parametrize("scale_bits", [16, 8])
 @pytest.mark.parametrize(("rows", "columns", "width", "scale"), SEARCHED)
 def test_the_search_of_a_gpu_finds_what_that_of_a_cpu_finds(
-    rows: int, columns: int, width: int, scale: float, kind: Grid, device: str
+    rows: int, columns: int, width: int, scale: float, scale_bits: int, kind: Grid, device: str
 ) -> None:
     """Nearly every scale; and where a last digit decided otherwise, one as good in float64."""
     from lrpq.kernels.scale_search_cuda import search_scales
 
     bits = (2, 3, 4, 5, 6, 8)
+    scale = scale if scale_bits == 16 else scale**0.1  # float8 ends at 2^-9 and 448
     W = numbers(columns, rows, seed=1) / numbers(4, columns, rows, seed=2).square().mean(0).sqrt() * scale
     W[:width, 0] = 0.0
     v = numbers(columns, seed=3).mul(1.5).exp()
-    expected = search_module._search_groups(W, v, width, bits, kind)
+    expected = search_module._search_groups(W, v, width, scale_bits, bits, kind)
     groups = W.view(-1, width, rows)
     found = torch.empty(len(bits), rows, len(groups), dtype=torch.bfloat16, device=device).transpose(1, 2)
-    table = search_module._table(bits, width, kind, torch.device(device))
-    search_scales(groups.to(device), v.view(-1, width).to(device), table, found)
+    table = search_module._table(bits, width, scale_bits, kind, torch.device(device))
+    search_scales(groups.to(device), v.view(-1, width).to(device), table, found, scale_bits=scale_bits)
     found = found.cpu()
     assert (found == expected).double().mean() > 0.98
     assert (found[:, 0, 0] == 1).all()
@@ -68,14 +71,14 @@ def test_weights_that_are_read_across_and_half_precise_are_searched_alike(device
     from lrpq.kernels.scale_search_cuda import search_scales
 
     W, v = numbers(37, 64, seed=1).bfloat16(), numbers(64, seed=2).abs()
-    table = search_module._table((3,), 32, Grid.SIGNED, torch.device(device))
+    table = search_module._table((3,), 32, 16, Grid.SIGNED, torch.device(device))
     results = []
     for groups in (W.T.view(2, 32, 37), W.T.float().contiguous().view(2, 32, 37)):
         found = torch.empty(1, 2, 37, dtype=torch.bfloat16, device=device)
-        search_scales(groups.to(device), v.view(2, 32).to(device), table, found)
+        search_scales(groups.to(device), v.view(2, 32).to(device), table, found, scale_bits=16)
         results.append(found.cpu())
     assert torch.equal(*results)
-    assert torch.equal(results[0], search_module._search_groups(W.T, v, 32, [3], Grid.SIGNED))
+    assert torch.equal(results[0], search_module._search_groups(W.T, v, 32, 16, [3], Grid.SIGNED))
 
 
 # rows and columns: one, fewer than a block, a block and more; groups that no block divides
@@ -178,8 +181,11 @@ def test_errors_and_their_quadratic_forms_are_those_of_the_formula(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale_bits", [16, 8])
 @pytest.mark.parametrize(("rows", "columns", "groups"), PAIRS)
-def test_rows_of_a_refit_are_summed_and_judged(rows: int, columns: int, groups: int, device: str) -> None:
+def test_rows_of_a_refit_are_summed_and_judged(
+    rows: int, columns: int, groups: int, scale_bits: int, device: str
+) -> None:
     from lrpq.kernels.refit_cuda import group_sums, judge, part_empty
 
     codes, X = torch.randint(-8, 8, (rows, columns), dtype=torch.int8), numbers(rows, columns, seed=1)
@@ -190,7 +196,7 @@ def test_rows_of_a_refit_are_summed_and_judged(rows: int, columns: int, groups: 
     root = numbers(rows, groups, groups, seed=2).double()
     A = root @ root.transpose(1, 2) + torch.eye(groups).double()
     A[0, 1], A[0, :, 1] = 0.0, 0.0  # a group without codes
-    old = (0.2 + numbers(rows, groups, seed=3).abs()).bfloat16()
+    old = nearest(0.2 + numbers(rows, groups, seed=3).abs(), scale_bits).bfloat16()
     ds = numbers(rows, groups, seed=4).double() * 0.1
     b = torch.einsum("rgh,rh->rg", A, ds)  # then ds is the best step
     parted = [x.to(device, copy=True) for x in (A, b + 1.0)]
@@ -209,9 +215,9 @@ def test_rows_of_a_refit_are_summed_and_judged(rows: int, columns: int, groups: 
         ds[3, 0] = -2 * old[3, 0].double()  # would change its sign
         b[4] = -b[4]  # the wrong way: the error grows
     new, rejected = torch.empty_like(old, device=device), torch.empty(rows, dtype=torch.bool, device=device)
-    judge(*(x.to(device) for x in (A, b, ds, info, old)), new, rejected)
+    judge(*(x.to(device) for x in (A, b, ds, info, old)), new, rejected, scale_bits=scale_bits)
     steps = torch.where((info == 0).unsqueeze(1) & torch.isfinite(ds), ds, 0.0)
-    after = (old.double() + steps).bfloat16()
+    after = nearest(old.double() + steps, scale_bits).bfloat16()
     step = after.double() - old.double()
     growth = torch.einsum("rg,rgh,rh->r", step, A, step) - 2 * (step * b).sum(1)
     better = (growth < 0) & (after.double() * old.double() > 0).all(1)
