@@ -93,6 +93,7 @@ class Compression:
         self.dtype = self.resolved_dtype()
         self.stream = BlockStream(self.source, dtype=DTYPES[self.dtype])
         config.check_parts(tied=self.stream.tied_head)
+        config.check_scales(experts=any(spec.routed for spec in self.stream.specs))
         self.head = self.stream.head_spec if config.run.candidates.quantize_head is not None else None
         self.specs = self.stream.specs if self.head is None else (*self.stream.specs, self.head)
         self.planner = Planner(config, self.source, self.specs)

@@ -464,6 +464,22 @@ class CompressConfig(Section):
             tied=tied,
         )
 
+    def check_scales(self, *, experts: bool) -> None:
+        """Refuse float8 scales where they do not load.
+
+        Args:
+            experts: the model is a mixture of experts.
+
+        Raises:
+            ConfigError: the option, the reason, and what to do instead.
+        """
+        asked = self.run.candidates.scales == "float8"
+        if asked and experts and self.plan.format == "compressed-tensors":
+            raise ConfigError(
+                "--scales float8 for a mixture of experts: transformers gives packed experts the type of their scales, "
+                "and does not compute in float8; leave it out, or give --format dense"
+            )
+
 
 def evaluation_source(evaluation: EvaluationConfig, *, calibration: str) -> str | None:
     """Return the source to measure on; None if nothing is measured.
