@@ -25,7 +25,7 @@ from flows.planning import Planner, Plans
 from flows.reconstruction import AS_ROUNDED, CHECK, REBUILT, run_rebuild, stream_of
 from flows.result import choices_json, model_bytes
 from flows.sharing import Shared, check_share, run_responses, share
-from flows.stages import run_candidates, run_refine
+from flows.stages import each_call, run_candidates, run_refine
 from flows.stitching import Stitching
 from lrpq.activations.allocate import allocate_widths
 from lrpq.activations.calibrate import Calibration
@@ -176,16 +176,9 @@ class ImageCompression(Compression):
         return chosen_grids(self.config.store, self.grids_job.folder, widths, self.stream.num_blocks)
 
     def _search_grids(self, pool: Pool, job: activations.ActivationsJob) -> None:
-        run = self.run_state
         parts = activations.shares(activations.missing_blocks(job, self.stream.num_blocks), len(pool))
-        losses = len(pool.losses)
-        with run.timed(activations.STAGE, len(parts), "share"):
-            ends = pool.map(activations.search, [(job, blocks) for blocks in parts])
-            for _ in parts:
-                run.step(activations.STAGE, lambda: next(ends))
-                run.advance(activations.STAGE)
-        for loss in pool.losses[losses:]:
-            run.warn(f"{activations.STAGE}: a worker was lost ({loss}); others did its part")
+        calls = [(job, blocks) for blocks in parts]
+        each_call(self.run_state, pool, activations.search, calls, label=activations.STAGE, unit="share")
 
     def _take(self, chosen: ChosenGrids) -> None:
         """Go on with the folded model."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from flows.planning import Planner
 from flows.run import Run
+from flows.stages import each_call
 from lrpq.activations.calibrate import Calibration
 from lrpq.activations.operations import Widths
 from lrpq.activations.together import Unit, allocate_together, check_budget, even_spending
@@ -98,15 +99,8 @@ def run_responses(run: Run, pool: Pool, job: ResponsesJob) -> None:
 
 
 def _respond(run: Run, pool: Pool, job: ResponsesJob) -> None:
-    label, draws = responses.STAGE, responses.missing_draws(job)
-    losses = len(pool.losses)
-    with run.timed(label, len(draws), "draw"):
-        ends = pool.map(responses.respond, [(job, draw) for draw in draws])
-        for _ in draws:
-            run.step(label, lambda: next(ends))
-            run.advance(label)
-    for loss in pool.losses[losses:]:
-        run.warn(f"{label}: a worker was lost ({loss}); others did its part")
+    calls = [(job, draw) for draw in responses.missing_draws(job)]
+    each_call(run, pool, responses.respond, calls, label=responses.STAGE, unit="draw")
 
 
 def share(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -177,6 +178,26 @@ def run_stitch(run: Run, pool: Pool, job: StitchJob, stream: BlockStream, *, lab
     run.finish(job.folder, label, {})
 
 
+@contextmanager
+def telling_of_losses(run: Run, pool: Pool, label: str) -> Iterator[None]:
+    """Warn of every worker that is lost inside; others did its part."""
+    losses = len(pool.losses)
+    yield
+    for loss in pool.losses[losses:]:
+        run.warn(f"{label}: a worker was lost ({loss}); others did its part")
+
+
+def each_call(
+    run: Run, pool: Pool, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], *, label: str, unit: str
+) -> None:
+    """Call a worker's function with each of some arguments; one task run, and one step of the progress, a call."""
+    with telling_of_losses(run, pool, label), run.timed(label, len(calls), unit):
+        ends = pool.map(function, calls)
+        for _ in calls:
+            run.step(label, lambda: next(ends))
+            run.advance(label)
+
+
 def _each_site(
     run: Run,
     pool: Pool,
@@ -187,8 +208,7 @@ def _each_site(
     label: str,
 ) -> None:
     """Call a worker's function on every missing site or part of one (block, site, arguments); one task run a block."""
-    losses = len(pool.losses)
-    with run.timed(label, len(missing), "site"):
+    with telling_of_losses(run, pool, label), run.timed(label, len(missing), "site"):
         ends = pool.map(function, [arguments for _, _, arguments in missing], overlap=True)
         left = {block: sum(b == block for b, _, _ in missing) for block in specs}
 
@@ -202,8 +222,6 @@ def _each_site(
         for block, sites in specs.items():
             place = "head" if HEAD in sites else f"block {block}"
             run.step(f"{label} · {place}", partial(wait_for, block))
-    for loss in pool.losses[losses:]:
-        run.warn(f"{label}: a worker was lost ({loss}); others did its part")
 
 
 def count_degradations(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
