@@ -55,6 +55,8 @@ class Graph:
     """Why the residual stream cannot be rotated; None where it can."""
     no_smoothing: str | None = None
     """Why channels cannot be scaled; None where they can."""
+    no_exponents: str | None = None
+    """Why sites cannot be scaled by powers of two without a rounding; None where they can."""
 
 
 _VALUES = LinearFeed(linear="self_attn.v_proj", site="o", per_head=True)
@@ -80,17 +82,20 @@ GEMMA = Graph(
     stored_offset=1.0,
     no_rotation="the norms behind attention and MLP scale channels of what is added to the residual stream, and no "
     "linear layer follows that could absorb their gains",
+    no_exponents="its norms store gain - 1, and gain / 2^k - 1 has digits that the stored type has not",
 )
 EXPERTS = replace(
     LLAMA,
     no_smoothing="a scale for the experts would have to be judged on the tokens that the router sends to each, which "
     "is not done",
+    no_exponents="no table says how its routers and its experts share a power of two",
 )
 LAYER_NORM = Graph(
     norms=(),
     linears=(),
     no_rotation="its LayerNorm subtracts the mean over channels, which does not commute with a rotation",
     no_smoothing="its norms have biases and its MLP no gate, and no table says which of its sites could be scaled",
+    no_exponents="its norms have biases and its MLP no gate, and no table says which of its sites could be scaled",
 )
 
 GRAPHS: Mapping[str, Graph] = {
@@ -133,6 +138,19 @@ def smoothable_graph(source: ModelSource) -> Graph:
     graph = GRAPHS[architecture]
     if graph.no_smoothing is not None:
         raise _refused(source, architecture, "smoothed", graph.no_smoothing)
+    return graph
+
+
+def exactly_scalable_graph(source: ModelSource) -> Graph:
+    """The table's entry of a model whose sites can be scaled by powers of two without a rounding.
+
+    Raises:
+        ModelError: the architecture is unknown, or its sites cannot be scaled so; it says why.
+    """
+    architecture, _ = family_of(source.config)
+    graph = GRAPHS[architecture]
+    if graph.no_exponents is not None:
+        raise _refused(source, architecture, "scaled by powers of two", graph.no_exponents)
     return graph
 
 
