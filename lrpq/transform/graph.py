@@ -56,7 +56,9 @@ class Graph:
     no_smoothing: str | None = None
     """Why channels cannot be scaled; None where they can."""
     no_exponents: str | None = None
-    """Why sites cannot be scaled by powers of two without a rounding; None where they can."""
+    """Why sites and residual stream cannot be scaled by powers of two without a rounding; None where they can."""
+    normed: tuple[str, ...] = ()
+    """Layers whose outputs a norm reads that has the epsilon of the norms of the residual stream."""
 
 
 _VALUES = LinearFeed(linear="self_attn.v_proj", site="o", per_head=True)
@@ -69,6 +71,7 @@ LLAMA = Graph(
     ),
     linears=(_VALUES, _UP),
 )
+QWEN3 = replace(LLAMA, normed=("self_attn.q_proj", "self_attn.k_proj"))
 PHI3 = replace(
     LLAMA,
     linears=(replace(_VALUES, linear="self_attn.qkv_proj"), replace(_UP, linear="mlp.gate_up_proj")),
@@ -88,27 +91,27 @@ EXPERTS = replace(
     LLAMA,
     no_smoothing="a scale for the experts would have to be judged on the tokens that the router sends to each, which "
     "is not done",
-    no_exponents="no table says how its routers and its experts share a power of two",
 )
+QWEN3_EXPERTS = replace(EXPERTS, normed=QWEN3.normed)
 LAYER_NORM = Graph(
     norms=(),
     linears=(),
     no_rotation="its LayerNorm subtracts the mean over channels, which does not commute with a rotation",
     no_smoothing="its norms have biases and its MLP no gate, and no table says which of its sites could be scaled",
-    no_exponents="its norms have biases and its MLP no gate, and no table says which of its sites could be scaled",
+    no_exponents="its norms have biases, and no table says which of its sites could be scaled",
 )
 
 GRAPHS: Mapping[str, Graph] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
     "Qwen2ForCausalLM": LLAMA,
-    "Qwen3ForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": QWEN3,
     "Phi3ForCausalLM": PHI3,
     "Gemma2ForCausalLM": GEMMA,
     "Gemma3ForCausalLM": GEMMA,
     "Gemma3ForConditionalGeneration": GEMMA,
     "MixtralForCausalLM": EXPERTS,
-    "Qwen3MoeForCausalLM": EXPERTS,
+    "Qwen3MoeForCausalLM": QWEN3_EXPERTS,
     "OPTForCausalLM": LAYER_NORM,
     "GPTNeoXForCausalLM": LAYER_NORM,
 }
@@ -142,10 +145,10 @@ def smoothable_graph(source: ModelSource) -> Graph:
 
 
 def exactly_scalable_graph(source: ModelSource) -> Graph:
-    """The table's entry of a model whose sites can be scaled by powers of two without a rounding.
+    """The table's entry of a model that can be scaled by powers of two without a rounding.
 
     Raises:
-        ModelError: the architecture is unknown, or its sites cannot be scaled so; it says why.
+        ModelError: the architecture is unknown, or cannot be scaled so; it says why.
     """
     architecture, _ = family_of(source.config)
     graph = GRAPHS[architecture]
