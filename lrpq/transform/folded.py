@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrpq.errors import CheckpointError, ModelError
 from lrpq.model.safetensors_source import ModelSource
-from lrpq.transform.folds import FoldedTensor, FoldPlan, folded
+from lrpq.transform.folds import FoldedTensor, FoldPlan, folded, keep_digits
 
 
 class FoldedSource(ModelSource):
@@ -94,12 +94,14 @@ class FoldedSource(ModelSource):
         return self._folded(name, self._source.read(self._tensor(name).origin), self.dtype(name))
 
     def read_rows(self, names: Sequence[str]) -> Tensor:
-        """Read tensors whose rows make one; what is folded, as float32 (float64 where that is stored)."""
+        """Read tensors whose rows make one; what has more digits once it is folded as float32, or float64."""
         rows = [self._exact(name) for name in names]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _exact(self, name: str) -> Tensor:
         values = self._source.read_rows([self._tensor(name).origin])  # of a folded source, before they are rounded
+        if self._dtype is None and keep_digits(self._tensor(name).folds):
+            return self._folded(name, values, values.dtype)
         return self._folded(name, values, torch.promote_types(self.dtype(name), torch.float32))
 
     def _folded(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -208,7 +208,7 @@ def folded(W: Tensor, folds: Sequence[Fold], *, dtype: torch.dtype, name: str) -
     """
     if not folds:
         return _in_range(W.to(dtype), name)
-    if all(isinstance(fold, PowerOfTwo) for fold in folds):  # as good in any type, and faster
+    if keep_digits(folds):  # as good in any type, and faster
         return _in_range(reduce(lambda values, fold: fold(values), folds, W.to(dtype)), name)
     made = torch.empty(W.shape, dtype=dtype)
     for part in _parts(W, folds):
@@ -217,6 +217,11 @@ def folded(W: Tensor, folds: Sequence[Fold], *, dtype: torch.dtype, name: str) -
             values = fold(values)
         made[part] = values
     return _in_range(made, name)
+
+
+def keep_digits(folds: Sequence[Fold]) -> bool:
+    """Whether folded values have no more digits than those before."""
+    return all(isinstance(fold, PowerOfTwo) for fold in folds)
 
 
 def _parts(W: Tensor, folds: Sequence[Fold]) -> Iterator[tuple[slice, ...]]:

@@ -100,6 +100,8 @@ LAYER_NORM = Graph(
     no_smoothing="its norms have biases and its MLP no gate, and no table says which of its sites could be scaled",
     no_exponents="its norms have biases, and no table says which of its sites could be scaled",
 )
+IMAGE_CLASSIFIER = LAYER_NORM
+"""All of them have LayerNorm."""
 
 GRAPHS: Mapping[str, Graph] = {
     "LlamaForCausalLM": LLAMA,
@@ -115,7 +117,7 @@ GRAPHS: Mapping[str, Graph] = {
     "OPTForCausalLM": LAYER_NORM,
     "GPTNeoXForCausalLM": LAYER_NORM,
 }
-"""As lrpq.model.families; GPT-2 is read as OPT."""
+"""As lrpq.model.families.FAMILIES; GPT-2 is read as OPT."""
 
 
 def rotatable_graph(source: ModelSource) -> Graph:
@@ -151,13 +153,24 @@ def exactly_scalable_graph(source: ModelSource) -> Graph:
         ModelError: the architecture is unknown, or cannot be scaled so; it says why.
     """
     architecture, _ = family_of(source.config)
-    graph = GRAPHS[architecture]
+    graph = GRAPHS.get(architecture, IMAGE_CLASSIFIER)
     if graph.no_exponents is not None:
-        raise _refused(source, architecture, "scaled by powers of two", graph.no_exponents)
+        raise _refused(
+            source,
+            architecture,
+            "scaled by powers of two",
+            graph.no_exponents,
+            instead="compress it with scales of 16 bits",
+        )
     return graph
 
 
-def _refused(source: ModelSource, architecture: str, verb: str, reason: str) -> ModelError:
-    return ModelError(
-        f"model {source.folder}: {architecture} cannot be {verb}: {reason}; compress it without this transform"
-    )
+def _refused(
+    source: ModelSource,
+    architecture: str,
+    verb: str,
+    reason: str,
+    *,
+    instead: str = "compress it without this transform",
+) -> ModelError:
+    return ModelError(f"model {source.folder}: {architecture} cannot be {verb}: {reason}; {instead}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import write_llama
 from safetensors.torch import load_file, save_file
+from tiny_images import write_classifier
 from tiny_models import CASES, VOCABULARY, write_tiny
 from transformers import AutoModelForCausalLM
 
@@ -85,6 +86,7 @@ def test_logits_are_the_originals_to_the_last_bit(name: str, dtype: torch.dtype,
     found = open_source(tmp_path / "scaled")
     assert found.config.rms_norm_eps == source.config.rms_norm_eps * 4.0**exponents.residual
     assert torch.equal(plain(tmp_path / "scaled", dtype), plain(source.folder, dtype))
+    assert {ScaledSource(source, exponents).read_rows([key]).dtype for key in found.names()} == {dtype}
     changed = {key for key in found.names() if not torch.equal(found.read(key), source.read(key))}
     assert changed == set(report.folded)
     kept = [key for key in found.names() if key not in changed]
@@ -208,10 +210,19 @@ def test_what_would_be_rounded_is_refused(name: str, tmp_path: Path) -> None:
     source = open_source(write_tiny(tmp_path / "model", name))
     architecture = CASES[name].architecture
     reason = "gain - 1" if "Gemma" in architecture else "norms have biases"
-    with pytest.raises(ModelError, match=f"{architecture} cannot be scaled by powers of two: .*{reason}"):
+    expected = f"{architecture} cannot be scaled by powers of two: .*{reason}.*; compress it with scales of 16 bits"
+    with pytest.raises(ModelError, match=expected):
         choose_exponents(source)
     with pytest.raises(ModelError, match="cannot be scaled by powers of two"):
         ScaledSource(source, Exponents(blocks=({}, {}), residual=0, head=0))
+
+
+def test_image_classifiers_are_refused(tmp_path: Path) -> None:
+    source = open_source(write_classifier(tmp_path / "model", "vit"))
+    with pytest.raises(
+        ModelError, match="ViTForImageClassification cannot be scaled by powers of two: its norms have b"
+    ):
+        choose_exponents(source)
 
 
 def test_float16_is_refused(tmp_path: Path) -> None:
