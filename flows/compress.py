@@ -15,6 +15,7 @@ from prefect import flow
 from flows import artifacts
 from flows.boundary import refuse_secrets, user_error
 from flows.calibrate import evaluation_only_windows
+from flows.changes import stored_change
 from flows.compression import Compression, resolve_dtype
 from flows.config import (
     ClusterConfig,
@@ -29,7 +30,6 @@ from flows.image_compression import ImageCompression
 from flows.manifest_file import MANIFEST, read_manifest_file
 from flows.prefect_server import prefect_api
 from flows.progress import Progress
-from flows.rotation import stored_rotation
 from flows.states import close_abandoned, tagged
 from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
 from lrpq.errors import ConfigError
@@ -181,9 +181,8 @@ def run_evaluate(
             f"are in its {MANIFEST}"
         )
     dtype = resolve_dtype(RunConfig(model=reference), source)
-    rotation = stored_rotation(read_manifest_file(checkpoint / MANIFEST))
-    if rotation is not None:
-        evaluate.check_rotated(checkpoint, model, rotation)
+    change = stored_change(read_manifest_file(checkpoint / MANIFEST))
+    evaluate.check_changed(checkpoint, model, change)
     asked = tasks or {}
     questions = encoded_tasks(asked, model)
     measured = evaluation.source is not None
@@ -202,14 +201,14 @@ def run_evaluate(
                     num_tokens=windows.num_windows * evaluation.length,
                     num_shards=windows.num_windows,
                     micro_batch=1,
-                    rotation=rotation,
+                    change=change,
                 )
                 summaries = _divergence(pool, stream, checkpoint, progress)
                 text = {"source": windows.source, "windows": windows.num_windows, "length": evaluation.length}
                 result["evaluation"] = {**text, **summaries}
             if questions:
                 models = QuestionsJob(
-                    model=str(model), dtype=dtype, checkpoint=str(checkpoint.absolute()), rotation=rotation
+                    model=str(model), dtype=dtype, checkpoint=str(checkpoint.absolute()), change=change
                 )
                 found |= answer_tasks(pool, models, asked, questions, progress)
     if asked:

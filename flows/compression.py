@@ -13,6 +13,7 @@ import torch
 
 from flows import artifacts, guard, jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
+from flows.changes import change_json, change_of, changed_fingerprint
 from flows.config import CompressConfig, RunConfig, default_run_id, read_configuration
 from flows.guard import UNIFORM, Contender, Windows, guarded, measure_held_out
 from flows.jobs import JobContext
@@ -20,7 +21,6 @@ from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_fil
 from flows.planning import Planner, Plans
 from flows.progress import Progress
 from flows.result import content_key, manifest_of, model_bytes
-from flows.rotation import rotated, rotated_fingerprint, rotation_json, rotation_of
 from flows.run import Run
 from flows.search import Search
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
@@ -39,6 +39,7 @@ from lrpq.model.streaming import BlockStream
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.passes import has_rule_table
 from lrpq.relevance.rules import Pass
+from lrpq.transform.changed import changed
 from tasks import allocate, assemble, evaluate, stitch
 from tasks.artifacts import StageFolder
 from tasks.assemble import AssembleJob
@@ -88,7 +89,9 @@ class Compression:
     def __init__(self, config: CompressConfig, progress: Progress) -> None:
         self.config = config
         self.model = resolve_model(config.run.model)
-        self.source = rotated(open_source(self.model), config.run)
+        original = open_source(self.model)
+        self.change = change_of(config.run, original)
+        self.source = changed(original, self.change)
         self.fingerprint = model_fingerprint(self.model)
         self.dtype = self.resolved_dtype()
         self.stream = BlockStream(self.source, dtype=DTYPES[self.dtype])
@@ -115,7 +118,8 @@ class Compression:
             run=self.run_state,
             config=config,
             model=self.model,
-            fingerprint=rotated_fingerprint(self.fingerprint, rotation_of(config.run)),
+            fingerprint=changed_fingerprint(self.fingerprint, self.change),
+            change=self.change,
             dtype=self.dtype,
             micro_batch=windows_at_once(
                 config.run.micro_batch,
@@ -421,7 +425,7 @@ class Compression:
             manifest=manifest,
             format=self.config.plan.format,
             target=self.config.plan.target,
-            rotation=rotation_of(self.config.run),
+            change=self.change,
         )
         return assemble.assemble, job
 
@@ -454,7 +458,7 @@ class Compression:
 
     def description(self, kept: Contender) -> dict[str, Any]:
         """What the manifest says of the model besides its weights, of which ``kept`` are written."""
-        return {"rotation": rotation_json(self.config.run, self.source)}
+        return change_json(self.change, self.source)
 
     def _shared_budget(self, kept: Contender) -> dict[str, Any]:
         """What the manifest says of a budget that others share with the weights."""

@@ -11,11 +11,11 @@ from flows.calibrate import StoredWindows
 from flows.config import CandidateConfig, CompressConfig
 from flows.guard import Contender
 from flows.result import choices_json
-from flows.rotation import rotation_of
 from flows.run import Run
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.model.layers import Choice, LinearSpec, all_choices
+from lrpq.transform.changed import UNCHANGED, Change
 from lrpq.tune.options import Reconstruction
 from tasks import activations, candidates, heat_maps, profile, rebuild, refine, responses, stitch
 from tasks.activations import ActivationsJob
@@ -40,13 +40,15 @@ class JobContext:
     model: Path
     """Local folder of the original."""
     fingerprint: str
-    """Of the model's files, and of its rotation."""
+    """Of the model's files, and of what changes it."""
     dtype: str
     """Of weights and activations, resolved."""
     micro_batch: int
     """Windows computed at once, resolved."""
     length: int
     """Tokens of a calibration window."""
+    change: Change = UNCHANGED
+    """How the model is changed as it is read."""
     images: bool = False
     """Whether windows are images."""
     activations: ChosenGrids | None = None
@@ -65,7 +67,7 @@ def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
         num_tokens=windows.num_windows * context.length,
         num_shards=min(config.shards, windows.num_windows),
         micro_batch=context.micro_batch,
-        rotation=rotation_of(config),
+        change=context.change,
         images=context.images,
         activations=context.activations,
     )

@@ -143,12 +143,14 @@ def check_text(source: str) -> None:
 
 
 def _check_model(config: CompressConfig) -> None:
-    from flows.rotation import rotated
+    from flows.changes import change_of
     from lrpq.model.families import family_of
     from lrpq.model.safetensors_source import resolve_model
     from lrpq.model.source import open_source
+    from lrpq.transform.changed import changed
 
-    source = rotated(open_source(resolve_model(config.run.model)), config.run)
+    original = open_source(resolve_model(config.run.model))
+    source = changed(original, change_of(config.run, original))
     architecture, family = family_of(source.config)
     if family.pooling is not None and config.run.images.source is None:
         raise ConfigError(

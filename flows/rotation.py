@@ -10,6 +10,7 @@ from typing import Any
 from flows.config import MAX_SEED, RunConfig
 from lrpq.errors import CheckpointError
 from lrpq.model.safetensors_source import ModelSource
+from lrpq.transform.folded import FoldedSource
 from lrpq.transform.orthogonal import RotationKind
 from lrpq.transform.rotated import RotatedSource, Rotation
 from lrpq.transform.rotation import RotationScope
@@ -42,10 +43,9 @@ def rotated_fingerprint(fingerprint: str, rotation: Rotation | None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def rotation_json(config: RunConfig, source: ModelSource) -> dict[str, Any] | None:
+def rotation_json(rotation: Rotation | None, source: ModelSource) -> dict[str, Any] | None:
     """What the manifest says; None where nothing is rotated."""
-    rotation = rotation_of(config)
-    if rotation is None or not isinstance(source, RotatedSource):
+    if rotation is None or not isinstance(source, FoldedSource):
         return None
     return {
         "kind": rotation.kind.value,

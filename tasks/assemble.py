@@ -16,7 +16,7 @@ from lrpq.checkpoint.verify import Verification, verify_checkpoint
 from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.quant.grid import QuantizedWeight
-from lrpq.transform.rotated import Rotation, open_rotated
+from lrpq.transform.changed import UNCHANGED, Change, open_changed
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob, read_candidate
 from tasks.refine import read_refined
@@ -46,8 +46,8 @@ class AssembleJob:
     """What will load it: ``transformers`` or ``vllm``."""
     head: CandidatesJob | None = None
     """Where the head's codes are, if it is quantized: it is not refined."""
-    rotation: Rotation | None = None
-    """How the model is rotated as it is read."""
+    change: Change = UNCHANGED
+    """How the model is changed as it is read."""
 
 
 def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def assemble(state: WorkerState, job: AssembleJob) -> dict[str, Any]:
     Raises:
         CheckpointError: the reloaded checkpoint differs from the codes; nothing is published.
     """
-    source = open_rotated(Path(job.model), job.rotation)
+    source = open_changed(Path(job.model), job.change)
     stored = _loader(job)
 
     def load(name: str) -> QuantizedWeight | None:

@@ -16,7 +16,7 @@ from lrpq.errors import CheckpointError
 from lrpq.evaluate.divergence import WindowScore, score_windows, summarize
 from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.model.streaming import BlockStream
-from lrpq.transform.rotated import Rotation, open_rotated
+from lrpq.transform.changed import Change, open_changed
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob, read_candidate
 from tasks.refine import read_refined
@@ -28,7 +28,7 @@ __all__ = [
     "CheckpointCodes",
     "EvaluateJob",
     "StoredCodes",
-    "check_rotated",
+    "check_changed",
     "checkpoint_weights",
     "merged_scores",
     "score",
@@ -77,7 +77,7 @@ def score(state: WorkerState, job: EvaluateJob) -> dict[int, dict[str, list[dict
     if not shards:
         return {}
     asked = job.stream
-    stream, other = open_reference(state, model=asked.model, dtype=asked.dtype, rotation=asked.rotation)
+    stream, other = open_reference(state, model=asked.model, dtype=asked.dtype, change=asked.change)
     weights = {name: _weights(other or stream, job.stream.store, v) for name, v in job.variants.items()}
     variants = {name: _beating(state, of_block) for name, of_block in weights.items()}
     found = score_windows(stream, torch.cat([shard.tokens for shard in shards]), variants, micro_batch=1, other=other)
@@ -157,15 +157,20 @@ def checkpoint_weights(stream: BlockStream, folder: Path) -> Callable[[int], dic
     return of_block
 
 
-def check_rotated(folder: Path, model: Path, rotation: Rotation) -> None:
+def check_changed(folder: Path, model: Path, change: Change) -> None:
     """Compare a checkpoint's embedding with the rotated one of the model that it is to be measured against.
 
     Two machines may round a value differently; what another rotation or another model gives has nothing in common.
+    Without a rotation nothing is drawn again, and nothing is compared.
 
     Raises:
         CheckpointError: they are different.
+        ModelError: the model cannot be changed so.
     """
-    stream = BlockStream(open_rotated(model, rotation), dtype=torch.float32)
+    source = open_changed(model, change)
+    if change.rotation is None:
+        return
+    stream = BlockStream(source, dtype=torch.float32)
     (name,) = stream.stored(f"{stream.family.outside[0]}.weight")
     found, expected = StoredCheckpoint(folder).dense(name.removesuffix(WEIGHT)), stream.source.read_rows([name])
     near = found.shape == expected.shape and float((found - expected).norm()) <= ROTATED_DIFFERENCE * float(

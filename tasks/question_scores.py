@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lrpq.evaluate.divergence import VARIANT
 from lrpq.evaluate.tasks import Continuation, micro_batches, score_continuations
-from lrpq.transform.rotated import Rotation
+from lrpq.transform.changed import UNCHANGED, Change
 from tasks.cluster import Pool, WorkerState
 from tasks.evaluate import checkpoint_weights
 from tasks.streams import open_reference
@@ -34,13 +34,13 @@ class QuestionsJob:
     """``float32`` or ``bfloat16``: weights and activations."""
     checkpoint: str
     """Folder of the checkpoint."""
-    rotation: Rotation | None = None
-    """How the original was rotated before it was compressed."""
+    change: Change = UNCHANGED
+    """How the original was changed before it was compressed."""
 
 
 def score(state: WorkerState, job: QuestionsJob, batches: Pass) -> dict[str, list[float]]:
     """Log-likelihoods of one pass over the blocks, by model, in the order of the batches."""
-    stream, other = open_reference(state, model=job.model, dtype=job.dtype, rotation=job.rotation)
+    stream, other = open_reference(state, model=job.model, dtype=job.dtype, change=job.change)
     weights = checkpoint_weights(other or stream, Path(job.checkpoint))
     return score_continuations(stream, batches, {VARIANT: weights}, other=other)
 

@@ -15,7 +15,7 @@ from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.relevance.sweep import Shard
 from lrpq.shards import assign, split
-from lrpq.transform.rotated import Rotation, StoredRotatedSource, open_rotated
+from lrpq.transform.changed import UNCHANGED, Change, changed_as_stored, open_changed
 from tasks.calibration.stored import read_windows
 from tasks.chosen_grids import ChosenGrids, fold
 from tasks.device_copies import read_to_device
@@ -46,8 +46,8 @@ class StreamJob:
     num_shards: int
     micro_batch: int
     """Windows computed at once."""
-    rotation: Rotation | None = None
-    """How the model is rotated as it is read; None reads it as it is."""
+    change: Change = UNCHANGED
+    """How the model is changed as it is read."""
     images: bool = False
     """Whether the windows are images."""
     activations: ChosenGrids | None = None
@@ -60,13 +60,13 @@ class StreamJob:
 
 
 def open_source_of(job: StreamJob) -> ModelSource:
-    """The model, rotated or folded if it is to be."""
-    source = open_rotated(Path(job.model), job.rotation)
+    """The model, changed or folded if it is to be."""
+    source = open_changed(Path(job.model), job.change)
     return source if job.activations is None else fold(source, job.activations)
 
 
 def open_stream(state: WorkerState, job: StreamJob) -> BlockStream:
-    """The model, rotated or folded if it is to be, streamed on this worker's device."""
+    """The model, changed or folded if it is to be, streamed on this worker's device."""
     source = open_source_of(job)
     return BlockStream(
         source,
@@ -87,26 +87,26 @@ def open_copies(state: WorkerState) -> HostCopies | None:
 
 
 def open_reference(
-    state: WorkerState, *, model: str, dtype: str, rotation: Rotation | None
+    state: WorkerState, *, model: str, dtype: str, change: Change
 ) -> tuple[BlockStream, BlockStream | None]:
     """What variants are measured against, and the model whose variants they are if that is another one.
 
-    The reference is never rotated. The other model is as a checkpoint stores it: tensors that are not quantized have
+    The reference is never changed. The other model is as a checkpoint stores it: tensors that are not quantized have
     been rounded to their dtype.
     """
     source = open_source(Path(model))
     reference = BlockStream(source, dtype=DTYPES[dtype], device=state.device, threads=state.host_threads)
-    if rotation is None:
+    if not change:
         return reference, None
-    rotated = StoredRotatedSource(source, rotation)
-    return reference, BlockStream(rotated, dtype=DTYPES[dtype], device=state.device)
+    other = changed_as_stored(source, change)
+    return reference, BlockStream(other, dtype=DTYPES[dtype], device=state.device)
 
 
 def held_source(state: WorkerState, job: StreamJob) -> ModelSource:
     """The model's tensors, opened once by a worker as long as its files are the same: opening reads every header."""
     files = sorted(path for path in Path(job.model).iterdir() if path.suffix in (".safetensors", ".json"))
     identity = [
-        (job.model, job.rotation, job.activations, path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        (job.model, job.change, job.activations, path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in files
     ]
     held: tuple[object, ModelSource] | None = state.held.get("source")

@@ -184,6 +184,22 @@ class ModelSource:
         """
         return self.read(names[0]) if len(names) == 1 else torch.cat([self.read(name) for name in names])
 
+    def read_some(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a tensor as `read` gives them; of one that lies in a file, nothing else is read.
+
+        Raises:
+            ModelError: as `read`.
+            IndexError: there is no such row.
+        """
+        num_rows, *rest = self.shape(name)
+        chosen = [range(num_rows)[row] for row in rows]
+        if not self.reads_files:
+            return self.read(name)[chosen]
+        found = torch.empty((len(chosen), math.prod(rest)), dtype=self.dtype(name))
+        for row, memory in zip(chosen, found.view(torch.uint8).numpy(), strict=True):
+            self.read_piece(name, row * len(memory), memory)
+        return found.view(len(chosen), *rest)
+
     @property
     def reads_files(self) -> bool:
         """Whether what `read` and `read_rows` give are bytes of the files; not where a subclass makes them."""

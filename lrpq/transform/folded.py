@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrpq.errors import CheckpointError, ModelError
 from lrpq.model.safetensors_source import ModelSource
-from lrpq.transform.folds import FoldedTensor, FoldPlan, folded
+from lrpq.transform.folds import FoldedTensor, FoldPlan, folded, keep_digits
 
 
 class FoldedSource(ModelSource):
@@ -33,6 +33,7 @@ class FoldedSource(ModelSource):
     """What to do where a value leaves its dtype's range."""
 
     def __init__(self, source: ModelSource, plan: FoldPlan, *, dtype: torch.dtype | None = None) -> None:
+        self.plan = plan
         self._source = source  # everything public is answered from it
         self._dtype = dtype
         self.folder = source.folder
@@ -73,18 +74,38 @@ class FoldedSource(ModelSource):
         origin = self._tensor(name).origin
         return self._source.nbytes(origin) // self._source.dtype(origin).itemsize * self.dtype(name).itemsize
 
+    @property
+    def original(self) -> ModelSource:
+        """What lies on disk, below all folds."""
+        return self._source.original if isinstance(self._source, FoldedSource) else self._source
+
+    @property
+    def unties_head(self) -> bool:
+        """Whether the original's head is its embedding, and this model's is not."""
+        return bool(self.original.config.tie_word_embeddings) and not self.config.tie_word_embeddings
+
+    @property
+    def added_bytes(self) -> int:
+        """What the model has in tensors that the original does not have: a head that was the embedding."""
+        return sum(self.nbytes(name) for name in self._made if name not in self.original)
+
     def read(self, name: str) -> Tensor:
         """Read one tensor, rounded once to its dtype; see `ModelSource.read`."""
-        return self._folded(name, self.dtype(name))
+        return self._folded(name, self._source.read(self._tensor(name).origin), self.dtype(name))
 
     def read_rows(self, names: Sequence[str]) -> Tensor:
-        """Read tensors whose rows make one; what is folded, as float32 (float64 where that is stored)."""
-        rows = [self._folded(name, torch.promote_types(self.dtype(name), torch.float32)) for name in names]
+        """Read tensors whose rows make one; what has more digits once it is folded as float32, or float64."""
+        rows = [self._exact(name) for name in names]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _folded(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _exact(self, name: str) -> Tensor:
+        values = self._source.read_rows([self._tensor(name).origin])  # of a folded source, before they are rounded
+        if self._dtype is None and keep_digits(self._tensor(name).folds):
+            return self._folded(name, values, values.dtype)
+        return self._folded(name, values, torch.promote_types(self.dtype(name), torch.float32))
+
+    def _folded(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
         made = self._tensor(name)
-        values = self._source.read(made.origin)
         if values.is_meta:
             return values
         if not made.folds:

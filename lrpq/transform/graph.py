@@ -55,6 +55,10 @@ class Graph:
     """Why the residual stream cannot be rotated; None where it can."""
     no_smoothing: str | None = None
     """Why channels cannot be scaled; None where they can."""
+    no_exponents: str | None = None
+    """Why sites and residual stream cannot be scaled by powers of two without a rounding; None where they can."""
+    normed: tuple[str, ...] = ()
+    """Layers whose outputs a norm reads that has the epsilon of the norms of the residual stream."""
 
 
 _VALUES = LinearFeed(linear="self_attn.v_proj", site="o", per_head=True)
@@ -67,6 +71,7 @@ LLAMA = Graph(
     ),
     linears=(_VALUES, _UP),
 )
+QWEN3 = replace(LLAMA, normed=("self_attn.q_proj", "self_attn.k_proj"))
 PHI3 = replace(
     LLAMA,
     linears=(replace(_VALUES, linear="self_attn.qkv_proj"), replace(_UP, linear="mlp.gate_up_proj")),
@@ -80,34 +85,39 @@ GEMMA = Graph(
     stored_offset=1.0,
     no_rotation="the norms behind attention and MLP scale channels of what is added to the residual stream, and no "
     "linear layer follows that could absorb their gains",
+    no_exponents="its norms store gain - 1, and gain / 2^k - 1 has digits that the stored type has not",
 )
 EXPERTS = replace(
     LLAMA,
     no_smoothing="a scale for the experts would have to be judged on the tokens that the router sends to each, which "
     "is not done",
 )
+QWEN3_EXPERTS = replace(EXPERTS, normed=QWEN3.normed)
 LAYER_NORM = Graph(
     norms=(),
     linears=(),
     no_rotation="its LayerNorm subtracts the mean over channels, which does not commute with a rotation",
     no_smoothing="its norms have biases and its MLP no gate, and no table says which of its sites could be scaled",
+    no_exponents="its norms have biases, and no table says which of its sites could be scaled",
 )
+IMAGE_CLASSIFIER = LAYER_NORM
+"""All of them have LayerNorm."""
 
 GRAPHS: Mapping[str, Graph] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
     "Qwen2ForCausalLM": LLAMA,
-    "Qwen3ForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": QWEN3,
     "Phi3ForCausalLM": PHI3,
     "Gemma2ForCausalLM": GEMMA,
     "Gemma3ForCausalLM": GEMMA,
     "Gemma3ForConditionalGeneration": GEMMA,
     "MixtralForCausalLM": EXPERTS,
-    "Qwen3MoeForCausalLM": EXPERTS,
+    "Qwen3MoeForCausalLM": QWEN3_EXPERTS,
     "OPTForCausalLM": LAYER_NORM,
     "GPTNeoXForCausalLM": LAYER_NORM,
 }
-"""As lrpq.model.families; GPT-2 is read as OPT."""
+"""As lrpq.model.families.FAMILIES; GPT-2 is read as OPT."""
 
 
 def rotatable_graph(source: ModelSource) -> Graph:
@@ -136,7 +146,31 @@ def smoothable_graph(source: ModelSource) -> Graph:
     return graph
 
 
-def _refused(source: ModelSource, architecture: str, verb: str, reason: str) -> ModelError:
-    return ModelError(
-        f"model {source.folder}: {architecture} cannot be {verb}: {reason}; compress it without this transform"
-    )
+def exactly_scalable_graph(source: ModelSource) -> Graph:
+    """The table's entry of a model that can be scaled by powers of two without a rounding.
+
+    Raises:
+        ModelError: the architecture is unknown, or cannot be scaled so; it says why.
+    """
+    architecture, _ = family_of(source.config)
+    graph = GRAPHS.get(architecture, IMAGE_CLASSIFIER)
+    if graph.no_exponents is not None:
+        raise _refused(
+            source,
+            architecture,
+            "scaled by powers of two",
+            graph.no_exponents,
+            instead="compress it with scales of 16 bits",
+        )
+    return graph
+
+
+def _refused(
+    source: ModelSource,
+    architecture: str,
+    verb: str,
+    reason: str,
+    *,
+    instead: str = "compress it without this transform",
+) -> ModelError:
+    return ModelError(f"model {source.folder}: {architecture} cannot be {verb}: {reason}; {instead}")

@@ -47,16 +47,6 @@ class RotatedSource(FoldedSource):
         generator = torch.Generator("cpu").manual_seed(rotation.seed)
         super().__init__(source, drawn_plan(source, generator=generator, kind=rotation.kind, scope=rotation.scope))
 
-    @property
-    def unties_head(self) -> bool:
-        """Whether the original's head is its embedding."""
-        return bool(self._source.config.tie_word_embeddings) and not self.config.tie_word_embeddings
-
-    @property
-    def added_bytes(self) -> int:
-        """What the model takes more than the original: a head that was the embedding."""
-        return sum(self.nbytes(name) for name in self._made if name not in self._source)
-
 
 class StoredRotatedSource(RotatedSource):
     """The same as it is when it is loaded from a checkpoint: what computes has the stored dtype's values."""

@@ -14,9 +14,13 @@ from tiny_models import write_tiny, write_tokenizer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from flows.changes import stored_change
 from flows.config import CompressConfig
 from lrpq.checkpoint.stored import StoredCheckpoint
 from lrpq.errors import ConfigError
+from lrpq.model.source import open_source
+from lrpq.transform.exponents import exponents_plan
+from lrpq.transform.writing import write_folded
 
 BUDGET = 3.25
 
@@ -39,6 +43,16 @@ def made(job: Job, model: Path) -> dict[str, Any]:
     return job(model, "float8", run__candidates=candidates, plan__budget_bits=BUDGET)
 
 
+@pytest.fixture(scope="module")
+def scaled(job: Job, model: Path, made: dict[str, Any]) -> Path:
+    """The original with the powers of two of the run, written as an ordinary model."""
+    exponents = stored_change(made).exponents
+    assert exponents is not None
+    source = open_source(model)
+    write_folded(source, job.folder / "scaled", exponents_plan(source, exponents))
+    return job.folder / "scaled"
+
+
 def test_files_hold_float8_scales_within_the_budget(job: Job, made: dict[str, Any]) -> None:
     folder = job.folder / "float8"
     bits, weights = stored_bits(folder)
@@ -59,10 +73,10 @@ def test_files_hold_float8_scales_within_the_budget(job: Job, made: dict[str, An
 
 
 @torch.no_grad()
-def test_plain_transformers_computes_what_the_codes_say(job: Job, model: Path, made: dict[str, Any]) -> None:
+def test_plain_transformers_computes_what_the_codes_say(job: Job, scaled: Path, made: dict[str, Any]) -> None:
     assert made["verified"]["max_abs_difference"] == 0.0
     found: Any = AutoModelForCausalLM.from_pretrained(job.folder / "float8")
-    dense: Any = AutoModelForCausalLM.from_pretrained(model)
+    dense: Any = AutoModelForCausalLM.from_pretrained(scaled)
     stored = StoredCheckpoint(job.folder / "float8")
     for module in made["modules"]:
         weight = stored.codes(module["name"])
@@ -73,20 +87,20 @@ def test_plain_transformers_computes_what_the_codes_say(job: Job, model: Path, m
 
 
 @torch.no_grad()
-def test_the_codes_are_those_of_gptq_on_these_scales(job: Job, model: Path, made: dict[str, Any]) -> None:
+def test_the_codes_are_those_of_gptq_on_these_scales(job: Job, model: Path, scaled: Path, made: dict[str, Any]) -> None:
     """Against the original the result is nearer than every code rounded by itself on the same scales."""
     stored = StoredCheckpoint(job.folder / "float8")
     original: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    rounded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    quantized: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    rounded: Any = AutoModelForCausalLM.from_pretrained(scaled, dtype=torch.float32)
+    quantized: Any = AutoModelForCausalLM.from_pretrained(scaled, dtype=torch.float32)
     for module in made["modules"]:
         weight = stored.codes(module["name"])
         assert weight is not None
         quantized.get_submodule(module["name"]).weight.copy_(weight.dequantize())
-        W = original.get_submodule(module["name"]).weight
+        W = rounded.get_submodule(module["name"]).weight
         s = weight.scales.float().repeat_interleave(W.shape[1] // weight.scales.shape[1], dim=1)
         top = 2 ** (weight.choice.bits - 1)
-        rounded.get_submodule(module["name"]).weight.copy_((W / s).round().clamp(-top, top - 1) * s)
+        W.copy_((W / s).round().clamp(-top, top - 1) * s)
     x = torch.randint(0, original.config.vocab_size, (8, 48), generator=torch.Generator().manual_seed(0))
     wanted = original(x).logits.log_softmax(-1)
 

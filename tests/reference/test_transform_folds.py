@@ -9,6 +9,7 @@ from lrpq.errors import CheckpointError
 from lrpq.transform import folds
 from lrpq.transform.folds import (
     Fold,
+    PowerOfTwo,
     RotateColumns,
     RotateLastRows,
     ScaleColumns,
@@ -42,6 +43,7 @@ def block_diagonal(size: int) -> torch.Tensor:
     ("fold", "left", "right"),
     [
         (ScaleColumns(factor=FACTOR), None, torch.diag(FACTOR)),
+        (PowerOfTwo(exponent=-3), torch.eye(10, dtype=torch.float64) / 8, None),
         (RotateColumns(Q=Q), None, block_diagonal(12)),
         (RotateLastRows(Q=Q, num_rows=9), block_diagonal(10).T, None),
         (ScaleLastRows(factor=FACTOR[:10]), torch.diag(FACTOR[:10]), None),
@@ -116,3 +118,15 @@ def test_values_are_rounded_once_from_float64() -> None:
 def test_a_value_beyond_the_type_is_refused(changes: list[Fold]) -> None:
     with pytest.raises(CheckpointError, match=r"tensor big: .*float16; write float32"):
         folded(W * 1e6, changes, dtype=torch.float16, name="big")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_powers_of_two_change_no_digit(dtype: torch.dtype) -> None:
+    stored = W.to(torch.bfloat16)
+    made = folded(stored, (PowerOfTwo(exponent=9), PowerOfTwo(exponent=-14)), dtype=dtype, name="w")
+    assert made.dtype is dtype
+    assert torch.equal(made.double() * 32, stored.double())
+    mixed = folded(stored, (PowerOfTwo(exponent=9), ScaleColumns(factor=FACTOR)), dtype=dtype, name="w")
+    assert torch.equal(mixed, folded(stored, (ScaleColumns(factor=512 * FACTOR),), dtype=dtype, name="w"))
+    with pytest.raises(CheckpointError, match="tensor w: folded values leave the range"):
+        folded(stored, (PowerOfTwo(exponent=128),), dtype=dtype, name="w")
