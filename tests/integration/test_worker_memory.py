@@ -18,6 +18,7 @@ def test_tensors_of_a_micro_batch_take_the_pages_of_the_one_before(request: pyte
 
     def faults_and_resident_mb(state: WorkerState) -> tuple[int, float, float]:
         import resource
+        import threading
         from pathlib import Path
 
         import torch
@@ -29,19 +30,23 @@ def test_tensors_of_a_micro_batch_take_the_pages_of_the_one_before(request: pyte
             return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) / 1024
 
         def micro_batch() -> None:
-            tensors = [torch.ones(10 << 20) for _ in range(3)]  # 40 MiB each
+            tensors = [torch.ones(10 << 20) for _ in range(2)]  # 40 MiB each
             del tensors
 
-        micro_batch()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(10):
-            micro_batch()
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        for thread in threading.enumerate():
+            if thread.name == "lrpq-compile":  # takes memory of its own meanwhile
+                thread.join()
+        faults = []
+        for _ in range(6):  # Ray's own threads take memory too, between these
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(5):
+                micro_batch()
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         kept = resident_mb()
         release_freed_memory()
-        return faults, kept, resident_mb()
+        return min(faults), kept, resident_mb()
 
-    pages = 10 * 3 * (40 << 20) / 4096
+    pages = 5 * 2 * (40 << 20) / 4096
     for faults, kept, after in start_pool(request).each(faults_and_resident_mb):
-        assert faults < MAX_FAULTS_SHARE * pages
-        assert kept - after > 100, "what is free goes back when it is asked for"
+        assert faults < MAX_FAULTS_SHARE * pages, (faults, pages)
+        assert kept - after > 70, "what is free goes back when it is asked for"
