@@ -8,8 +8,8 @@ worker of one thread, and give the same codes, which is checked. The pipeline ru
 time with a new store, server and cluster, and counts with the mean of both: a machine that slows down or speeds up
 meanwhile then favours neither. The plain side calls `lrpq` (ProfileSweep, gptq,
 RefineSweep, quantize_refined) in one loop; everything it makes stays in memory. Not on either side: reading the text,
-the checkpoint with its proof, the evaluation. The breakdown has the start of Prefect's server and of Ray, which a run
-pays once whatever its length, apart from the stages.
+the checkpoint with its proof, the evaluation. The breakdown has the start of Prefect's server and of Ray, beside
+each other as `lrpq compress` starts them, apart from the stages: a run pays it once whatever its length.
 
 ``--tasks N`` is the cost of one task: N calls that do nothing through Pool.map, through Prefect's task runs around
 Pool calls, and N small objects written to a folder, each divided by N.
@@ -30,9 +30,9 @@ from typing import Any
 import psutil
 import torch
 
-from flows.compression import Compression
+from flows.compression import Compression, configured_pool
 from flows.config import CompressConfig
-from flows.prefect_server import prefect_api
+from flows.prefect_server import prefect_api, starting_api
 from flows.progress import PlainProgress
 from flows.run import shown_step
 from lrpq.model.kept import KeptInputs
@@ -266,15 +266,13 @@ def piped(config: CompressConfig) -> Piped:
     """The pipeline up to the refined codes."""
     once: dict[str, float] = {}
     began = time.perf_counter()
-    with prefect_api():
-        once["start of Prefect's server"] = time.perf_counter() - began
-        started = time.perf_counter()
-        with open_pool(device="cpu", workers=1, threads=1) as pool:
-            pool.each(_nothing)
-            once["start of Ray and a worker"] = time.perf_counter() - started
-            before = processor_seconds()
-            compression, refined = _pipeline(config, pool)
-            processor = processor_seconds() - before
+    with starting_api() as api, configured_pool(config) as pool:
+        api()
+        pool.each(_nothing)
+        once["start of Prefect's server, Ray and a worker"] = time.perf_counter() - began
+        before = processor_seconds()
+        compression, refined = _pipeline(config, pool)
+        processor = processor_seconds() - before
     store = open_store(config.store)
     choices = refined["choices"]
     return Piped(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from flows import artifacts
 from flows.boundary import refuse_secrets, user_error
 from flows.calibrate import evaluation_only_windows
 from flows.changes import stored_change
-from flows.compression import Compression, resolve_dtype
+from flows.compression import Compression, configured_pool, resolve_dtype
 from flows.config import (
     ClusterConfig,
     CompressConfig,
@@ -28,7 +29,7 @@ from flows.config import (
 )
 from flows.image_compression import ImageCompression
 from flows.manifest_file import MANIFEST, read_manifest_file
-from flows.prefect_server import prefect_api
+from flows.prefect_server import starting_api
 from flows.progress import Progress
 from flows.states import close_abandoned, tagged
 from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
@@ -52,7 +53,7 @@ class _Asked:
 
     config: CompressConfig
     progress: Progress
-    pool: Pool | None
+    pool: Pool
     manifest: dict[str, Any] | None = None
 
 
@@ -71,8 +72,12 @@ def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | Non
         LrpqError: anything the user can act upon.
     """
     refuse_secrets(config.run.calibration.source, config.run.images.source, config.evaluation.source)
-    with prefect_api():
-        asked = _Asked(config=config, progress=progress, pool=pool)
+    with (
+        starting_api() as api,
+        nullcontext(pool) if pool is not None else configured_pool(config) as workers,  # Ray starts beside the server
+    ):
+        api()
+        asked = _Asked(config=config, progress=progress, pool=workers)
         token = _asked.set(asked)
         run_id = config.run_id or default_run_id(config.run)
         close_abandoned(run_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -78,6 +78,21 @@ class Prepared:
     candidates: CandidatesJob
 
 
+def configured_pool(config: CompressConfig) -> AbstractContextManager[Pool]:
+    """The workers of a configuration, for the length of the context."""
+    cluster = config.cluster
+    return open_pool(
+        device=cluster.device,
+        workers=cluster.workers,
+        threads=config.run.threads,
+        address=cluster.address,
+        patience=cluster.patience,
+        kept_bytes=cluster.kept_bytes,
+        spill_folder=None if cluster.spill_folder is None else str(cluster.spill_folder),
+        low_memory=cluster.low_memory,
+    )
+
+
 class Compression:
     """One compression; methods in the order in which they run."""
 
@@ -140,21 +155,7 @@ class Compression:
 
     def run(self, pool: Pool | None = None) -> dict[str, Any]:
         """All stages, on the given workers or on the configuration's; the manifest."""
-        cluster = self.config.cluster
-        with (
-            nullcontext(pool)
-            if pool is not None
-            else open_pool(
-                device=cluster.device,
-                workers=cluster.workers,
-                threads=self.config.run.threads,
-                address=cluster.address,
-                patience=cluster.patience,
-                kept_bytes=cluster.kept_bytes,
-                spill_folder=None if cluster.spill_folder is None else str(cluster.spill_folder),
-                low_memory=cluster.low_memory,
-            ) as pool
-        ):
+        with nullcontext(pool) if pool is not None else configured_pool(self.config) as pool:
             self._say_how_relevance_is_found()
             prepared = self._prepare(pool)
             self._profile(pool, prepared.profile)

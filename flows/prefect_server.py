@@ -16,8 +16,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from flows import server_guard
@@ -74,6 +75,17 @@ def prefect_api(*, deployments: bool = False) -> Iterator[str]:
     Raises:
         ConfigError: the configured server does not answer, or none could be started (its log is named).
     """
+    with starting_api(deployments=deployments) as url:
+        yield url()
+
+
+@contextmanager
+def starting_api(*, deployments: bool = False) -> Iterator[Callable[[], str]]:
+    """As ``prefect_api``, for a caller who has something else to start meanwhile: a server takes seconds.
+
+    Yields what waits until the API answers and returns its URL, to be called once; flows run after it use the API. It
+    raises what ``prefect_api`` does.
+    """
     quiet_prefect()
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
@@ -81,35 +93,49 @@ def prefect_api(*, deployments: bool = False) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_failures_left_to_the_caller())
         if configured is not None:
-            _check_configured(str(configured))
-            yield str(configured)
+            yield partial(_checked, str(configured))
             return
-        url = stack.enter_context(_own_server(cache_folder() / "logs", deployments=deployments))
-        # The environment is for processes started inside, the settings for this one.
-        stack.enter_context(_environment({"PREFECT_API_URL": url, **_direct()}))
-        # A heartbeat tells a server that others ask of a flow run that it lives, and takes up to a second to end with
-        # it. Nobody asks a server that ends with this process.
-        stack.enter_context(temporary_settings({PREFECT_API_URL: url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
-        stack.callback(_send_what_waits)
+        answering = stack.enter_context(_own_server(cache_folder() / "logs", deployments=deployments))
+
+        def url() -> str:
+            own = answering()
+            # The environment is for processes started inside, the settings for this one.
+            stack.enter_context(_environment({"PREFECT_API_URL": own, **_direct()}))
+            # A heartbeat tells a server that others ask of a flow run that it lives, and takes up to a second to end
+            # with it. Nobody asks a server that ends with this process.
+            stack.enter_context(temporary_settings({PREFECT_API_URL: own, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
+            stack.callback(_send_what_waits)
+            return own
+
         yield url
 
 
 @contextmanager
-def _own_server(log_folder: Path, *, deployments: bool) -> Iterator[str]:
+def _own_server(log_folder: Path, *, deployments: bool) -> Iterator[Callable[[], str]]:
+    """Start a server; yields what waits for it and returns its URL."""
     log = _new_log(log_folder)
-    for attempt in range(1, ATTEMPTS + 1):
-        port = _free_port()
-        server = _Server(port, log, deployments=deployments)
-        try:
-            if _wait_until_healthy(server.guard, port, log):
-                with server.watched():
-                    yield f"http://{LOOPBACK}:{port}/api"
-                return
-        finally:
-            server.stop()
-        if attempt == ATTEMPTS or "is already in use" not in log.read_text(errors="replace"):
-            break
-    raise ConfigError(f"the Prefect server ended while it started: {_last_line(log)}; its log is {log}")
+    with contextlib.ExitStack() as stack:
+
+        def started() -> _Server:
+            server = _Server(_free_port(), log, deployments=deployments)
+            stack.callback(server.stop)
+            return server
+
+        server = started()
+
+        def answering() -> str:
+            nonlocal server
+            for left in reversed(range(ATTEMPTS)):
+                if _wait_until_healthy(server.guard, server.port, log):
+                    stack.enter_context(server.watched())
+                    return f"http://{LOOPBACK}:{server.port}/api"
+                if not left or "is already in use" not in log.read_text(errors="replace"):
+                    break
+                server.stop()
+                server = started()
+            raise ConfigError(f"the Prefect server ended while it started: {_last_line(log)}; its log is {log}")
+
+        yield answering
 
 
 class _Server:
@@ -121,6 +147,7 @@ class _Server:
         self.deployments = deployments
         self.guard = _start(port, log, deployments=deployments)
         self._closing = threading.Event()
+        self._stopped = False
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -134,8 +161,10 @@ class _Server:
             thread.join()
 
     def stop(self) -> None:
-        """End the server."""
-        _stop(self.guard)
+        """End the server, once: the number of a process that has ended may be another's later."""
+        if not self._stopped:
+            self._stopped = True
+            _stop(self.guard)
 
     def _watch(self) -> None:
         for _ in range(RESTARTS):
@@ -199,7 +228,8 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _check_configured(url: str) -> None:
+def _checked(url: str) -> str:
+    """The configured URL, whose server answers."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
@@ -210,6 +240,7 @@ def _check_configured(url: str) -> None:
             f"the Prefect server at PREFECT_API_URL {redacted(url)} does not answer ({reason}); start it, "
             "correct the URL, or unset PREFECT_API_URL to have one started here"
         )
+    return url
 
 
 def _send_what_waits() -> None:

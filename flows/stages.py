@@ -287,8 +287,10 @@ def _refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, label: st
             return
         pool.each(refine.begin, job, first)
         storing: list[Any] = []
+        entering = pool.each_refs(refine.enter, job, first)
         for block in range(first, stream.num_blocks):
-            stored = run.step(f"{label} · block {block}", partial(_refine_block, run, pool, job, stream, block))
+            action = partial(_refine_block, run, pool, job, stream, block, entering)
+            stored, entering = run.step(f"{label} · block {block}", action)
             pool.get(storing)  # of the block before: so much may wait in memory
             storing = stored
             run.advance(label, f"block {block}")
@@ -296,9 +298,12 @@ def _refine(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, label: st
         pool.each(refine.end)
 
 
-def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, block: int) -> list[Any]:
-    """Quantize a block and move the streams behind it; returns references to what is being stored."""
-    pool.each(refine.enter, job, block)  # waits: a block that cannot be read is an error here, not a later one
+def _refine_block(
+    run: Run, pool: Pool, job: RefineJob, stream: BlockStream, block: int, entering: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Quantize a block, whose weights the workers are reading, and move the streams behind it; returns references to
+    what is being stored, and to the reading of the next block's weights, which waits for nobody."""
+    pool.get(entering)  # a block that cannot be read is an error here, not a later one
     quantized: list[Any] = []
     pooled: list[Any] = []
     summed: list[Any] = []
@@ -325,9 +330,10 @@ def _refine_block(run: Run, pool: Pool, job: RefineJob, stream: BlockStream, blo
     advanced = pool.each_refs(refine.advance, block, *quantized)
     if is_waypoint(block + 1, stream.num_blocks):
         advanced += pool.each_refs(refine.keep, job, block + 1)
+    following = pool.each_refs(refine.enter, job, block + 1) if block + 1 < stream.num_blocks else []
     pool.get(summed)  # what went wrong there is the cause of what goes wrong later
     pool.get(advanced)
-    return storing
+    return storing, following
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -367,7 +367,8 @@ def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kep
         kept: result of this worker's ``backward``, waited for.
         others: of the other workers.
     """
-    nodes, weights = state.held[PARTS].pop((block, share))
+    held: dict[tuple[int, str], Part] = state.held[PARTS]
+    nodes, weights = held.pop((block, share))
     for sums, shard_weights in others:
         nodes |= sums
         weights |= shard_weights
@@ -379,7 +380,8 @@ def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kep
     else:
         _write_outputs(store, job, block, merged, weights)
     del merged
-    release_freed_memory()  # of this thread too, which the allocator keeps apart
+    if not any(of_block == block for of_block, _ in list(held)):  # once a block: it computes meanwhile, in fresh pages
+        release_freed_memory()
 
 
 def _write_hessians(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> None:

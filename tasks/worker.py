@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from lrpq.model.host_memory import release_freed_memory
 from tasks.store.host_threads import set_host_threads
 from tasks.tensor_transport import send_tensors_by_buffer
 from tasks.watch import Pulse
+
+_MOST_RUNS = ("tasks.profile", "tasks.candidates", "tasks.refine")
+"""Modules of stages that are imported as a worker starts, beside what the driver starts and reads meanwhile; with
+transformers and numba they take seconds, which a stage would wait for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,9 +166,15 @@ class Worker:
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
 
+        from lrpq.quant.ahead import compile_ahead
+
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
         send_tensors_by_buffer()
+        for module in _MOST_RUNS:
+            import_module(module)
+        if settings["device"] == "cpu":  # others compile for theirs
+            threading.Thread(target=compile_ahead, name="lrpq-compile", daemon=True).start()
         self.state = WorkerState(**settings)
         self.state.beat()
         self._threads = settings["threads"]

@@ -206,6 +206,7 @@ class ProfileSweep:
         """Keep the inputs of one block and compute its outputs."""
         for shard in self.shards:
             self.forward_shard(block, module, shard)
+        release_freed_memory()  # between kept inputs, where the next block's tensors may not fit
 
     def forward_shard(self, block: int, module: nn.Module, shard: Shard) -> None:
         """The same for one shard; the caller has switched gradients off."""

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from lrpq.errors import CalibrationError
 from tasks.calibration.chat import MESSAGE_COLUMNS, Conversation, is_conversation, read_conversation
 from tasks.calibration.fetch import PIECE_CHARS, open_seekable, text_lines, text_pieces
-from tasks.calibration.hub import hub_rows
 from tasks.calibration.parquet import parsing
 from tasks.calibration.pydoc import pydoc_documents
 from tasks.calibration.sources import HubSource, ParquetSource, PydocSource, SelfSource, Source, TextSource
@@ -112,6 +111,8 @@ def _rows(source: TextSource | HubSource | ParquetSource) -> Iterator[Mapping[st
         return _json_rows(source.location)
     if isinstance(source, ParquetSource):
         return _parquet_rows(source.location)
+    from tasks.calibration.hub import hub_rows  # here: it imports datasets and pandas, and workers only read windows
+
     return hub_rows(source)
 
 

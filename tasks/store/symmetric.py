@@ -200,7 +200,11 @@ def _read_by_threads(
 
 
 def _read_ahead(parquet: pq.ParquetFile, groups: range) -> Generator[pa.Table, None, None]:
-    """Row groups, each read and decoded while the one before it is verified and put in its place."""
+    """Row groups, each read and decoded while the one before it is verified and put in its place; a thread for that is
+    started where there are several."""
+    if len(groups) == 1:
+        yield parquet.read_row_group(groups[0], use_threads=False)
+        return
     with ThreadPoolExecutor(max_workers=1) as reader:
         coming: Future[pa.Table] | None = None
         for group in groups:

@@ -147,6 +147,58 @@ def test_server_ends_when_its_parent_is_killed(start: Callable[..., subprocess.P
     assert wait_for(lambda: not group_members(guards[0]))
 
 
+BESIDE = """
+import sys
+from contextlib import contextmanager
+from flows.prefect_server import starting_api
+
+@contextmanager
+def workers():
+    print("started", flush=True)
+    sys.stdin.readline()
+    try:
+        if sys.argv[1] == "failing":
+            raise OSError("no cluster")
+        yield
+    finally:
+        print("closed", flush=True)
+
+with starting_api() as api, workers():
+    print(api(), flush=True)
+    raise OSError("in a run")
+"""
+
+
+@pytest.mark.parametrize("case", ["failing", "running"])
+def test_what_starts_beside_a_server_ends_with_it(start: Callable[..., subprocess.Popen[str]], case: str) -> None:
+    """The server is on its way while the workers start; where these fail, or the run does, none of both is left."""
+    process = start([sys.executable, "-c", BESIDE, case])
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    guards = [pid for pid in children(process.pid) if os.getpgid(pid) == pid]
+    assert len(guards) == 1, "a server starts before anybody waits for it"
+    out, errors = process.communicate("\n")
+    lines = out.splitlines()
+    assert lines[-1] == "closed"
+    assert len(lines) == (1 if case == "failing" else 2)
+    assert errors.strip().endswith("OSError: no cluster" if case == "failing" else "OSError: in a run")
+    assert wait_for(lambda: not group_members(guards[0]))
+
+
+def test_a_server_that_cannot_start_closes_what_started_beside_it(
+    start: Callable[..., subprocess.Popen[str]], environment: dict[str, str], tmp_path: Path
+) -> None:
+    database = tmp_path / "no-folder"
+    database.write_text("a file")
+    url = f"sqlite+aiosqlite:///{database}/prefect.db"
+    program = f"import os; os.environ['PREFECT_API_DATABASE_CONNECTION_URL'] = {url!r}\n" + BESIDE
+    process = start([sys.executable, "-c", program, "running"])
+    out, errors = process.communicate("\n")
+    assert out.splitlines() == ["started", "closed"]
+    assert "lrpq.errors.ConfigError: the Prefect server ended while it started" in errors
+    assert not [pid for pid in group_members(process.pid) if pid != process.pid]
+
+
 def test_configured_server_that_does_not_answer(
     environment: dict[str, str],
 ) -> None:
