@@ -25,9 +25,11 @@ def pack(quantized: QuantizedWeight) -> dict[str, Tensor]:
     of the type that they are to be stored as.
     """
     code_range(quantized.choice.bits)
-    scales = quantized.scales.contiguous().to(dtype_of(quantized.choice.scale_bits))
-    if quantized.choice.scale_bits != 16 and not torch.equal(scales.to(quantized.scales.dtype), quantized.scales):
-        raise QuantizationError(f"scales of a {quantized.choice} layer are no {scales.dtype} numbers; round them first")
+    scales = quantized.scales.contiguous()
+    if quantized.choice.scale_bits != 16:
+        scales = scales.to(dtype_of(quantized.choice.scale_bits))
+        if not torch.equal(scales.to(quantized.scales.dtype), quantized.scales):
+            raise QuantizationError(f"scales of a {quantized.choice} layer are no {scales.dtype} numbers; round them")
     if quantized.zero_points is not None:
         raise QuantizationError("zero points cannot be packed: transformers does not load them; use a symmetric grid")
     return {
