@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -22,7 +22,6 @@ from flows.config import (
     BIT_WIDTHS,
     GROUP_SIZES,
     MAX_SEED,
-    SCALE_BITS,
     CalibrationConfig,
     EvaluationConfig,
     Flag,
@@ -93,8 +92,6 @@ class CompareConfig(Section):
     """Code widths to choose from (bits per weight)."""
     group_sizes: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--group-size")] = (64, -1)
     """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
-    scales: Annotated[Literal["bfloat16", "float8"], Flag("--scales")] = "bfloat16"
-    """What the scales of groups are stored as, for every method."""
 
     @field_validator("methods")
     @classmethod
@@ -245,7 +242,6 @@ class ComparisonRun:
         terms = Terms(
             bits=self.config.bits,
             group_sizes=self.config.group_sizes,
-            scale_bits=SCALE_BITS[self.config.scales],
             seed=seed,
             dtype=DTYPES[self.dtype],
             device=self.device,

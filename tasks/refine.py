@@ -6,7 +6,7 @@ With no token weights and no correction this is plain sequential GPTQ: the contr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -309,9 +309,7 @@ def store_module(state: WorkerState, job: RefineJob, *parts: QuantizedModule) ->
         job.folder.module(first.name),
         dict(first.packed) if len(parts) == 1 else tensors,
         {
-            "bits": str(first.weight.choice.bits),
-            "group_size": str(first.weight.choice.group_size),
-            "scale_bits": str(first.weight.choice.scale_bits),
+            **{name: str(value) for name, value in asdict(first.weight.choice).items()},
             **_summed([part.counts for part in parts]),
         },
     )
