@@ -61,9 +61,9 @@ def opened(store: ObjectStore, key: str) -> Iterator[BinaryIO]:
             raise damaged(store, key, one_line(error)) from error
 
 
-def parquet_file(file: BinaryIO) -> pq.ParquetFile:
-    """A Parquet file whose pages are checked against their checksums."""
-    return pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
+def parquet_file(file: BinaryIO, *, check_pages: bool = True) -> pq.ParquetFile:
+    """A Parquet file whose pages are checked against their checksums, unless the reader checks all that is in them."""
+    return pq.ParquetFile(file, page_checksum_verification=check_pages, pre_buffer=False)
 
 
 def described(schema: pa.Schema, *, key: str, kind: str, rows: int, units: Mapping[str, str]) -> dict[str, str]:
