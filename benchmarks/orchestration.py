@@ -36,8 +36,8 @@ from flows.prefect_server import prefect_api, starting_api
 from flows.progress import PlainProgress
 from flows.run import shown_step
 from lrpq.model.kept import KeptInputs
-from lrpq.model.layers import Choice
-from lrpq.model.source import open_source
+from lrpq.model.layers import Choice, all_choices
+from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq, predicted_cost
@@ -66,6 +66,7 @@ class Plain:
     windows: torch.Tensor
     stream: BlockStream
     config: CompressConfig
+    scale_bits: int
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, choices: dict[str, Choice | None]) -> dict[str, QuantizedWeight]:
@@ -119,7 +120,7 @@ class Plain:
 
     def candidates(self, sums: dict[int, BlockSums]) -> None:
         run = self.config.run.candidates
-        choices = [Choice(bits=bits, group_size=size) for bits in run.bits for size in run.group_sizes]
+        choices = all_choices(run.bits, run.group_sizes, scale_bits=self.scale_bits)
         for block, found in sums.items():
             for site, specs in self.stream.sites(block).items():
                 H = normalized(found.hessians[site], name=site)
@@ -188,7 +189,10 @@ class Piped:
     processor: float
     """Seconds of all processes during the stages."""
     windows: torch.Tensor
+    source: ModelSource
+    """The model as it is compressed."""
     dtype: torch.dtype
+    scale_bits: int
     choices: dict[str, Choice | None]
     codes: dict[str, QuantizedWeight]
 
@@ -218,7 +222,12 @@ def compare(model: Path, windows: int, length: int, budget: float, output: Path 
             }
         )
         first = piped(config.model_copy(update={"store": str(Path(folder) / "first")}))
-        plain = Plain(windows=first.windows, stream=BlockStream(open_source(model), dtype=first.dtype), config=config)
+        plain = Plain(
+            windows=first.windows,
+            stream=BlockStream(first.source, dtype=first.dtype),
+            config=config,
+            scale_bits=first.scale_bits,
+        )
         before = time.process_time()
         made = plain.run(first.choices)
         plain_cpu = time.process_time() - before
@@ -280,7 +289,9 @@ def piped(config: CompressConfig) -> Piped:
         stages={name: compression.run_state.seconds[name] for name in ("profile", "candidates", "refine")},
         processor=processor,
         windows=read_windows(store, compression.windows.key),
+        source=compression.source,
         dtype=DTYPES[compression.dtype],
+        scale_bits=compression.scale_bits,
         choices=choices,
         codes={name: read_refined(store, refined["folder"], name, choices[name]) for name in choices},
     )

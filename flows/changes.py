@@ -21,20 +21,19 @@ MAX_EXPONENT = 126
 """2^126 and 2^-126 are normal numbers of bfloat16."""
 
 
-def change_of(config: RunConfig, source: ModelSource, *, scaled: bool | None = None) -> Change:
+def change_of(config: RunConfig, source: ModelSource, *, scaled: bool) -> Change:
     """What is asked for.
 
     Args:
         config: of the run.
         source: the original, of which a few rows are read if it is scaled.
-        scaled: whether weights are brought to the magnitude at which their scales fit 8 bits; by default where scales
-            take 8 bits.
+        scaled: whether weights are brought to the magnitude at which their scales fit 8 bits.
 
     Raises:
         ModelError: the architecture computes another function then.
     """
     rotation = rotation_of(config)
-    if not (config.candidates.scale_bits == 8 if scaled is None else scaled):
+    if not scaled:
         return Change(rotation=rotation)
     below = rotated(source, config)
     plan = below.plan if isinstance(below, FoldedSource) else None
@@ -58,8 +57,12 @@ def change_json(change: Change, source: ModelSource) -> dict[str, Any]:
     """
     return {
         "rotation": rotation_json(change.rotation, source),
-        "exponents": None if change.exponents is None else asdict(change.exponents),
+        "exponents": None if change.exponents is None else _exponents_json(change.exponents),
     }
+
+
+def _exponents_json(exponents: Exponents) -> dict[str, Any]:
+    return {**asdict(exponents), "blocks": [dict(of_block) for of_block in exponents.blocks]}
 
 
 def stored_change(manifest: Mapping[str, Any] | None) -> Change:

@@ -22,6 +22,7 @@ from flows.planning import Planner, Plans
 from flows.progress import Progress
 from flows.result import content_key, manifest_of, model_bytes
 from flows.run import Run
+from flows.scales import stored_scale_bits
 from flows.search import Search
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
 from flows.stitching import Stitching
@@ -105,13 +106,14 @@ class Compression:
         self.config = config
         self.model = resolve_model(config.run.model)
         original = open_source(self.model)
-        self.change = change_of(config.run, original)
+        self.scale_bits = stored_scale_bits(config.run, original)
+        self.change = change_of(config.run, original, scaled=self.scale_bits == 8)
         self.source = changed(original, self.change)
         self.fingerprint = model_fingerprint(self.model)
         self.dtype = self.resolved_dtype()
         self.stream = BlockStream(self.source, dtype=DTYPES[self.dtype])
         config.check_parts(tied=self.stream.tied_head)
-        config.check_scales(experts=any(spec.routed for spec in self.stream.specs))
+        config.check_scales(scale_bits=self.scale_bits, experts=any(spec.routed for spec in self.stream.specs))
         self.head = self.stream.head_spec if config.run.candidates.quantize_head is not None else None
         self.specs = self.stream.specs if self.head is None else (*self.stream.specs, self.head)
         self.planner = Planner(config, self.source, self.specs)
@@ -143,6 +145,7 @@ class Compression:
                 hidden=self.source.config.get_text_config().hidden_size,
             ),
             length=self.window_length(),
+            scale_bits=self.scale_bits,
         )
 
     def resolved_dtype(self) -> str:
@@ -200,7 +203,7 @@ class Compression:
             BudgetError: the budget is impossible.
         """
         asked = self.config.run.candidates
-        rows = allocate.rows_without_costs(self.stream.specs, jobs.asked_choices(asked))
+        rows = allocate.rows_without_costs(self.stream.specs, jobs.asked_choices(asked, self.scale_bits))
         if self.head is not None and asked.quantize_head is not None:
             choice = fixed_choice(asked.quantize_head, asked.group_sizes, self.head.d_in)
             rows += allocate.rows_without_costs([self.head], [choice])

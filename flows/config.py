@@ -36,6 +36,7 @@ COUNTERPARTS: Mapping[str, str] = {
 """Calibration source -> text of the same kind that shares nothing with it."""
 BIT_WIDTHS = (2, 3, 4, 5, 6, 8)
 PER_CHANNEL = -1
+AUTO: Literal["auto"] = "auto"
 SCALE_BITS = {"bfloat16": 16, "float8": 8}
 GROUP_SIZES = (32, 64, 128, PER_CHANNEL)
 ACTIVATION_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -132,11 +133,11 @@ class CandidateConfig(Section):
     bits: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--bits")] = BIT_WIDTHS
     """Code widths to choose from (bits per weight)."""
     group_sizes: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--group-size")] = (64, -1)
-    """Group sizes to choose from (columns that share a scale); -1 is one scale a row. With --scales float8 32 and -1 if
-    not given."""
-    scales: Annotated[Literal["bfloat16", "float8"], Flag("--scales")] = "bfloat16"
+    """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
+    scales: Annotated[Literal["auto", "bfloat16", "float8"], Flag("--scales")] = AUTO
     """What the scales of groups are stored as. float8 (e4m3) takes half of the bytes and has 4 significant digits; the
-    budget counts it, and what it saves goes into smaller groups and wider codes. With --target transformers only."""
+    budget counts it, and what it saves goes into wider codes. auto is float8 where model, --target and --format allow
+    it, else bfloat16."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the diagonal of a Hessian (share of the diagonal's mean)."""
     grid: Literal["signed", "symmetric"] = "signed"
@@ -151,14 +152,6 @@ class CandidateConfig(Section):
     quantize_embeddings: Annotated[int | None, Flag("--quantize-embeddings")] = None
     """The same of the token embedding; refused for every target there is, as none loads it packed."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _smaller_groups(cls, values: Any) -> Any:
-        """Where scales take half of the bytes there can be twice as many."""
-        if not isinstance(values, Mapping) or values.get("scales") != "float8":
-            return values
-        return {"group_sizes": [32, PER_CHANNEL], **values}
-
     @model_validator(mode="after")
     def _scales_of_groups(self) -> CandidateConfig:
         if self.scales == "float8" and self.group_sizes == (PER_CHANNEL,):
@@ -167,11 +160,6 @@ class CandidateConfig(Section):
                 "--scales out"
             )
         return self
-
-    @property
-    def scale_bits(self) -> int:
-        """Of a stored scale of a group."""
-        return SCALE_BITS[self.scales]
 
     @field_validator("bits")
     @classmethod
@@ -193,7 +181,8 @@ class CandidateConfig(Section):
         head = math.inf if self.quantize_head is None else float(self.quantize_head)
         if PER_CHANNEL in self.group_sizes:
             return min(float(min(self.bits)), head)
-        return min(min(self.bits) + self.scale_bits / max(self.group_sizes), head)
+        scale_bits = min(SCALE_BITS.values()) if self.scales == AUTO else SCALE_BITS[self.scales]
+        return min(min(self.bits) + scale_bits / max(self.group_sizes), head)
 
 
 class RunConfig(Section):
@@ -413,12 +402,8 @@ class CompressConfig(Section):
         check_kind(self)
         widths = self.run.candidates.bits
         self.check_parts(tied=False)  # as far as is known without the model
-        if self.run.candidates.scales == "float8" and self.plan.target != Target.TRANSFORMERS.value:
-            raise ConfigError(
-                f"--scales float8 with --target {self.plan.target}: its kernels read scales of 16 bits; leave it out"
-            )
-        if self.run.candidates.scales == "float8" and self.plan.format == "gptq":
-            raise ConfigError("--scales float8 with --format gptq: it has scales of 16 bits; leave it out")
+        if self.run.candidates.scales == "float8":
+            self.check_scales(scale_bits=8)
         for rule in map(parse_keep, self.plan.keep):
             if rule.bits != UNQUANTIZED_BITS and rule.bits not in widths:
                 raise ConfigError(
@@ -464,17 +449,27 @@ class CompressConfig(Section):
             tied=tied,
         )
 
-    def check_scales(self, *, experts: bool) -> None:
+    def needs_wide_scales(self) -> str | None:
+        """What of the plan reads scales of 16 bits alone, and why; None where nothing does."""
+        if self.plan.target != Target.TRANSFORMERS.value:
+            return f"--target {self.plan.target}: its kernels read scales of 16 bits"
+        return "--format gptq: it has scales of 16 bits" if self.plan.format == "gptq" else None
+
+    def check_scales(self, *, scale_bits: int, experts: bool = False) -> None:
         """Refuse float8 scales where they do not load.
 
         Args:
+            scale_bits: of a group's scale, as resolved for the model.
             experts: the model is a mixture of experts.
 
         Raises:
             ConfigError: the option, the reason, and what to do instead.
         """
-        asked = self.run.candidates.scales == "float8"
-        if asked and experts and self.plan.format == "compressed-tensors":
+        if scale_bits != 8:
+            return
+        if reason := self.needs_wide_scales():
+            raise ConfigError(f"--scales float8 with {reason}; compress with --scales bfloat16")
+        if experts and self.plan.format == "compressed-tensors":
             raise ConfigError(
                 "--scales float8 for a mixture of experts: transformers gives packed experts the type of their scales, "
                 "and does not compute in float8; leave it out, or give --format dense"

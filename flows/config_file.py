@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from flows.config import CompressConfig, Flag, Section
+from flows.config import AUTO, CandidateConfig, CompressConfig, Flag, Section
 from lrpq.errors import ConfigError
 from tasks.store.documents import parse_object
 
@@ -203,7 +203,13 @@ def _has(options: Mapping[str, Any], location: Sequence[str]) -> bool:
 def _resolved(config: CompressConfig) -> CompressConfig:
     asked = config.run.images
     images = asked.model_copy(update={"source": None if asked.source is None else absolute_model(asked.source)})
-    run = config.run.model_copy(update={"model": absolute_model(config.run.model), "images": images})
+    run = config.run.model_copy(
+        update={
+            "model": absolute_model(config.run.model),
+            "images": images,
+            "candidates": _with_scales_that_load(config),
+        }
+    )
     source = config.evaluation_source()
     if source is not None and images.source is not None:
         source = absolute_model(source)
@@ -215,6 +221,14 @@ def _resolved(config: CompressConfig) -> CompressConfig:
             "store": absolute_store(config.store),
         }
     )
+
+
+def _with_scales_that_load(config: CompressConfig) -> CandidateConfig:
+    """What a run stores depends on no later plan of it: where the first one needs wide scales, the run says so."""
+    asked = config.run.candidates
+    if asked.scales != AUTO or config.needs_wide_scales() is None:
+        return asked
+    return asked.model_copy(update={"scales": "bfloat16"})
 
 
 def _printable(text: object) -> str:

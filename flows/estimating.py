@@ -17,6 +17,7 @@ from flows.compression import resolve_dtype
 from flows.config import CompressConfig, cache_folder
 from flows.jobs import asked_choices
 from flows.progress import shown_seconds
+from flows.scales import stored_scale_bits
 from lrpq.allocate.parts import fixed_choice
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
@@ -61,7 +62,7 @@ def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu"
         ),
         threads=run.threads,
         relevance=Relevance(run.relevance),
-        choices=asked_choices(run.candidates),
+        choices=asked_choices(run.candidates, stored_scale_bits(run, source)),
         grid=Grid(run.candidates.grid),
         budget_bits=plan.budget_bits or 0.0,
         sequential=plan.refine == "sequential",

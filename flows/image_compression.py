@@ -154,7 +154,7 @@ class ImageCompression(Compression):
     def _share(self, pool: Pool, average: int) -> None:
         """Choose all widths under one budget, and go on with the model that those of activations ask for."""
         assert self.calibration is not None
-        choices = jobs.asked_choices(self.config.run.candidates)
+        choices = jobs.asked_choices(self.config.run.candidates, self.scale_bits)
         check_share(self.planner, self.calibration, choices, activation_bits=average)
         unfolded = self.source, self.context
         self._take(self._chosen(self.calibration.uniform(average)))

@@ -47,6 +47,8 @@ class JobContext:
     """Windows computed at once, resolved."""
     length: int
     """Tokens of a calibration window."""
+    scale_bits: int
+    """Of a group's scale, resolved."""
     change: Change = UNCHANGED
     """How the model is changed as it is read."""
     images: bool = False
@@ -160,7 +162,7 @@ def candidates_job(
     """Depends on the profile, on the choices, and on that of the head where it is quantized; ``specs`` are the layers
     of all blocks."""
     config = context.config.run.candidates
-    choices = asked_choices(config)
+    choices = asked_choices(config, context.scale_bits)
     parameters: dict[str, Any] = {"choices": [str(c) for c in choices], "damping": config.damping, "grid": config.grid}
     head_choice: Choice | None = None
     if head is not None and config.quantize_head is not None:
@@ -199,9 +201,9 @@ def stitch_job(context: JobContext, candidates: CandidatesJob, plan: Plan) -> St
     )
 
 
-def asked_choices(config: CandidateConfig) -> tuple[Choice, ...]:
-    """All choices of width and group size."""
-    return all_choices(config.bits, config.group_sizes, scale_bits=config.scale_bits)
+def asked_choices(config: CandidateConfig, scale_bits: int) -> tuple[Choice, ...]:
+    """All choices of width and group size, groups with scales of so many bits."""
+    return all_choices(config.bits, config.group_sizes, scale_bits=scale_bits)
 
 
 def refine_job(context: JobContext, profile: ProfileJob, plan: Plan) -> RefineJob:

@@ -30,7 +30,8 @@ class Plans:
     uniform: Plan | None
     """The widest uniform one under the same budget: what the result must not be worse than."""
     control: Plan | None
-    """The uniform one nearest in size to what is reached, which is measured beside the result."""
+    """The uniform one nearest in size to what is reached, which is measured beside the result: plain GPTQ, scales in
+    bfloat16."""
 
 
 class Planner:
@@ -117,7 +118,8 @@ class Planner:
             )
             control = None
             if self.config.evaluation.enabled and self.config.evaluation.control:
-                control = allocate.control(posed.unlimited, at_bits=self._control_bits(plan))
+                wide = self.pose(allocate.with_wide_scales(self.cost_rows(rows)), budget_bits=UNQUANTIZED_BITS)
+                control = allocate.control(wide.unlimited, at_bits=self._control_bits(plan))
             run.progress.advance(STAGE)
         for note in posed.notes:
             run.warn(note)

@@ -144,13 +144,15 @@ def check_text(source: str) -> None:
 
 def _check_model(config: CompressConfig) -> None:
     from flows.changes import change_of
+    from flows.scales import stored_scale_bits
     from lrpq.model.families import family_of
     from lrpq.model.safetensors_source import resolve_model
     from lrpq.model.source import open_source
     from lrpq.transform.changed import changed
 
     original = open_source(resolve_model(config.run.model))
-    source = changed(original, change_of(config.run, original))
+    scaled = stored_scale_bits(config.run, original) == 8
+    source = changed(original, change_of(config.run, original, scaled=scaled))
     architecture, family = family_of(source.config)
     if family.pooling is not None and config.run.images.source is None:
         raise ConfigError(

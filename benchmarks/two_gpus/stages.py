@@ -15,7 +15,7 @@ from benchmarks.two_gpus import ledger
 from benchmarks.two_gpus.ledger import Ledger
 from flows import jobs
 from flows.calibrate import StoredWindows
-from flows.config import BIT_WIDTHS, CompressConfig
+from flows.config import BIT_WIDTHS, SCALE_BITS, CompressConfig
 from flows.jobs import JobContext
 from flows.planning import Planner
 from flows.progress import PlainProgress
@@ -99,7 +99,7 @@ def run_stages(case: Case, pool: Pool, folder: Path, note: Callable[[str, Stage]
                 "model": str(case.model),
                 "calibration": {"held_out": 0},
                 "shards": case.shards,
-                "candidates": {"group_sizes": case.group_sizes, "bits": case.bits},
+                "candidates": {"group_sizes": case.group_sizes, "bits": case.bits, "scales": "bfloat16"},
             },
             "plan": {"budget_bits": case.budget_bits},
             "evaluation": {"enabled": False},
@@ -120,6 +120,7 @@ def run_stages(case: Case, pool: Pool, folder: Path, note: Callable[[str, Stage]
         dtype=DTYPE,
         micro_batch=case.micro_batch,
         length=case.tokens.shape[1],
+        scale_bits=SCALE_BITS["bfloat16"],
     )
     digest = tokens_digest(case.tokens)
     windows = StoredWindows(

@@ -105,9 +105,10 @@ class Silent:
 class Job:
     """Compressions on the session's pool, all in one store."""
 
-    def __init__(self, pool: Pool, folder: Path) -> None:
+    def __init__(self, pool: Pool, folder: Path, *, scales: str = "auto") -> None:
         self.pool = pool
         self.folder = folder
+        self.scales = scales
         self.progress = Silent()
 
     def config(self, model: Path, output: str, **changes: Any) -> CompressConfig:
@@ -116,7 +117,7 @@ class Job:
             "run": {
                 "model": str(model),
                 "calibration": {"source": "pydoc:calibrate", "num_windows": 6, "length": 48},
-                "candidates": {"bits": [2, 3, 4, 5, 6, 8], "group_sizes": [64]},
+                "candidates": {"bits": [2, 3, 4, 5, 6, 8], "group_sizes": [64], "scales": self.scales},
                 "shards": 4,
                 "micro_batch": 2,
             },

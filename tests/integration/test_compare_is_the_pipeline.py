@@ -46,7 +46,11 @@ def test_terms_and_recipe_are_the_defaults_of_compress() -> None:
 
 def test_the_codes_are_those_of_the_pipeline(job: Job) -> None:
     model = write_model(job.folder / "model", ffn=256)  # two blocks of rows in gate and up
-    changes = {"run__calibration__num_windows": 8, "run__candidates__group_sizes": list(Terms().group_sizes)}
+    changes = {
+        "run__calibration__num_windows": 8,
+        "run__candidates__group_sizes": list(Terms().group_sizes),
+        "run__candidates__scales": "bfloat16",  # what a comparison has by default
+    }
     job(model, "out", **changes, plan__budget_bits=BUDGET, evaluation__control=False)
     store = job.folder / "store"
     (path,) = store.glob("*/calibrate/*/held-out.parquet")

@@ -131,7 +131,7 @@ def test_dense_weights_run_without_any_loader(job: Job, name: str) -> None:
 def test_gptq_format_keeps_to_the_widths_of_its_kernels(job: Job) -> None:
     """5 and 6 bits are no choices, zero points and column groups are counted in the budget."""
     model = written(job, "llama")
-    manifest = job(model, "llama-gptq", **CHANGES, plan__format="gptq")
+    manifest = job(model, "llama-gptq", **CHANGES, plan__format="gptq", run__candidates__scales="bfloat16")
     assert {module["bits"] for module in manifest["modules"]} <= {2, 3, 4, 8}
     assert BUDGET - 0.3 < manifest["budget"]["reached_bits"] <= BUDGET
     config = json.loads((job.folder / "llama-gptq" / "config.json").read_text())["quantization_config"]

@@ -68,7 +68,12 @@ def compress(
                 "shards": 4,
                 "micro_batch": 2,
                 **settings["run"],
-                "candidates": {"bits": [2, 3, 4], "group_sizes": [32], **settings["run"]["candidates"]},
+                "candidates": {
+                    "bits": [2, 3, 4],
+                    "group_sizes": [32],
+                    "scales": "bfloat16",
+                    **settings["run"]["candidates"],
+                },
             },
             "plan": {"budget_bits": BUDGET, "refine": refine},
             "evaluation": {"enabled": False},

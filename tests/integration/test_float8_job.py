@@ -38,8 +38,8 @@ def model(job: Job) -> Path:
 
 @pytest.fixture(scope="module")
 def made(job: Job, model: Path) -> dict[str, Any]:
-    """Manifest of a run with float8 scales, written to ``float8``."""
-    candidates = {"bits": [2, 3, 4, 5, 6, 8], "scales": "float8"}
+    """Manifest of a run of a bfloat16 Llama by default, written to ``float8``."""
+    candidates = {"bits": [2, 3, 4, 5, 6, 8]}
     return job(model, "float8", run__candidates=candidates, plan__budget_bits=BUDGET)
 
 
@@ -59,17 +59,17 @@ def test_files_hold_float8_scales_within_the_budget(job: Job, made: dict[str, An
     assert bits / weights <= BUDGET
     assert made["budget"]["reached_bits"] == pytest.approx(bits / weights, rel=1e-9)
     by_name = {module["name"]: module for module in made["modules"]}
-    assert {(m["group_size"], m["scale_bits"]) for m in by_name.values()} <= {(32, 8), (-1, 16)}
+    assert {(m["group_size"], m["scale_bits"]) for m in by_name.values()} <= {(64, 8), (-1, 16)}
     grouped = 0
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         for name, module in by_name.items():
             scales = file.get_tensor(f"{name}.weight_scale")
-            assert scales.dtype is (torch.float8_e4m3fn if module["group_size"] == 32 else torch.bfloat16)
-            grouped += module["group_size"] == 32
+            assert scales.dtype is (torch.float8_e4m3fn if module["group_size"] == 64 else torch.bfloat16)
+            grouped += module["group_size"] == 64
     assert grouped
     groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
     float8 = [group["weights"].get("scale_dtype") == "torch.float8_e4m3fn" for group in groups]
-    assert float8 == [group["weights"]["group_size"] == 32 for group in groups]
+    assert float8 == [group["weights"]["group_size"] == 64 for group in groups]
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_evaluate_and_reallocate_read_what_was_made(job: Job, model: Path, made:
     again = job(
         model,
         "wider",
-        run__candidates={"bits": [2, 3, 4, 5, 6, 8], "scales": "float8"},
+        run__candidates={"bits": [2, 3, 4, 5, 6, 8]},
         plan__budget_bits=4.25,
         plan__refine="stitch",
     )

@@ -54,7 +54,7 @@ def test_both_are_measured_and_the_better_is_written(good: dict[str, Any], job: 
     assert guard["kept"] == "lrpq"
     assert guard["windows"] == 1
     assert 0 < guard["lrpq"]["kl_nats"] <= guard["uniform"]["kl_nats"]
-    assert guard["uniform_choice"] == "3b/g64"
+    assert guard["uniform_choice"] == "3b/g64/f8"
     assert good["degraded"]["kept_uniform"] == 0
     windows, held_out = stored_windows(job)[:2]
     assert (len(windows), len(held_out)) == (6, 1)
@@ -69,7 +69,7 @@ def test_a_worse_plan_is_not_what_the_user_gets(
 
     def all_narrow(problem: Any, *, solver: str) -> Plan:
         plan = solve(problem, solver=solver)
-        return replace(plan, choices=dict.fromkeys(plan.choices, Choice(bits=2, group_size=64)))
+        return replace(plan, choices=dict.fromkeys(plan.choices, Choice(bits=2, group_size=64, scale_bits=8)))
 
     monkeypatch.setattr(flows.planning.allocate, "solve", all_narrow)
     found = job(model, "worse", evaluation__control=False, plan__budget_bits=3.25)
@@ -106,7 +106,7 @@ def test_with_costs_from_some_rows_codes_are_made_when_they_are_wanted(
 
     def all_narrow(problem: Any, *, solver: str) -> Plan:
         plan = solve(problem, solver=solver)
-        return replace(plan, choices=dict.fromkeys(plan.choices, Choice(bits=2, group_size=64)))
+        return replace(plan, choices=dict.fromkeys(plan.choices, Choice(bits=2, group_size=64, scale_bits=8)))
 
     monkeypatch.setattr(flows.planning.allocate, "solve", all_narrow)
     worse = job(model, "sampled-worse", plan__budget_bits=3.25, **asked)
@@ -172,6 +172,6 @@ def test_a_divergence_that_cannot_be_kept(job: Job, model: Path) -> None:
         job(model, "nothing-held", plan__max_kl=0.1, run__calibration__held_out=0)
     assert "profile" not in job.progress.stages  # before the work, not after it
     only = job(model, "only", plan__max_kl=5.0, run__candidates__bits=[3], evaluation__control=False)
-    assert only["budget"]["search"]["bits"] == only["budget"]["reached_bits"] == 3.25
+    assert only["budget"]["search"]["bits"] == only["budget"]["reached_bits"] == 3.125
     with pytest.raises(ConfigError, match="two budgets"):
         job.config(model, "two", plan__max_kl=0.1, plan__budget_bits=3.0)

@@ -236,7 +236,7 @@ def test_stitching_takes_the_stored_candidates_as_they_are(job: Job, first: dict
         if "/codes-" in key:
             codes |= read_tensors(store, key)
     for name, (bits, size) in choices_of(found).items():
-        stored = codes[f"{name}|{bits}b/g{size}|weight_packed"]
+        stored = codes[f"{name}|{bits}b/g{size}/f8|weight_packed"]
         assert torch.equal(packed(job.folder / "stitched", name), stored)
     # The first site has nothing quantized before it: but for the polish its codes are the same; behind it they differ.
     reallocate(job, first, "unpolished", budget_bits=3.5, polish=0)
@@ -282,9 +282,9 @@ def test_keep_rules_hold_and_leave_the_control_uniform(job: Job, first: dict[str
     bits, weights = stored_bits(job.folder / "kept")
     assert weights == sum(m["num_weights"] for m in found["modules"] if m["bits"] < 16)
     assert 3.45 <= bits / weights <= 3.5
-    # the module that was kept is there as it was
+    # the module that was kept is there as it was, but for the power of two that all of the stream has
     name = "model.layers.0.mlp.down_proj.weight"
-    assert torch.equal(dense(job.folder / "kept", name), dense(model, name))
+    assert torch.equal(dense(job.folder / "kept", name), dense(model, name) * 2.0 ** found["exponents"]["residual"])
     # There is no width that both rules allow, and yet there is a control: uniform at the same size.
     assert found["evaluation"]["control"]["label"] == "uniform GPTQ 3b/g64"
 
@@ -298,8 +298,17 @@ def dense(folder: Path, name: str) -> Tensor:
     raise AssertionError(name)
 
 
-def test_vllm_gets_what_its_kernels_run_and_is_told_what_stays(job: Job, first: dict[str, Any]) -> None:
-    found = reallocate(job, first, "vllm", budget_bits=5.0, target="vllm", refine="stitch")
+def test_vllm_gets_what_its_kernels_run_and_is_told_what_stays(job: Job, first: dict[str, Any], model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--target vllm: its kernels read scales of 16 bits; compress with"):
+        reallocate(job, first, "vllm", budget_bits=5.0, target="vllm", refine="stitch")
+    found = job(
+        model,
+        "vllm",
+        run__candidates__scales="bfloat16",
+        plan__budget_bits=5.0,
+        plan__target="vllm",
+        plan__refine="stitch",
+    )
     left = [f"model.layers.{i}.mlp.down_proj" for i in range(LAYERS)]  # 192 inputs are no multiple of 128
     assert found["kept_16bit"] == left
     assert all("d_in 192 is no multiple of 128" in why for why in found["kept_because"].values())
@@ -326,7 +335,7 @@ def test_vllm_gets_what_its_kernels_run_and_is_told_what_stays(job: Job, first: 
 def test_a_plan_that_cannot_be_is_refused_before_anything_is_computed(
     job: Job, model: Path, rule: dict[str, Any], expected: str
 ) -> None:
-    changes = {f"plan__{name}": value for name, value in rule.items()}
+    changes = {f"plan__{name}": value for name, value in rule.items()} | {"run__candidates__scales": "bfloat16"}
     with pytest.raises((ConfigError, BudgetError), match=expected):
         job(model, "refused", run__seed=77, **changes)
     assert set(job.progress.stages) <= {"calibrate", "evaluation text"}

@@ -227,5 +227,5 @@ def test_gradients_that_overflow_name_their_layer(
     tensors = load_file(path)
     tensors["model.layers.0.mlp.down_proj.weight"] *= 1e38
     save_file(tensors, path, metadata={"format": "pt"})
-    line = fails(command(folder))
+    line = fails(command(folder, scales="bfloat16"))  # powers of two would bring the layer down
     assert "not finite" in line

@@ -167,7 +167,7 @@ BUDGET = 3.5
 @pytest.fixture(scope="module")
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     start_server(request)
-    return Job(start_pool(request), tmp_path_factory.mktemp("quantize-head"))
+    return Job(start_pool(request), tmp_path_factory.mktemp("quantize-head"), scales="bfloat16")
 
 
 @pytest.fixture(scope="module")

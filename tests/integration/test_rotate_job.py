@@ -18,12 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flows.compress
 from flows import cli
+from flows.changes import stored_change
 from flows.closing import rotation_line
 from lrpq.errors import RunMismatch
 from lrpq.model.source import open_source
-from lrpq.transform.orthogonal import RotationKind
-from lrpq.transform.rotated import Rotation, StoredRotatedSource
-from lrpq.transform.rotation import RotationScope
+from lrpq.transform.changed import changed_as_stored
 from tasks.calibration.pydoc import pydoc_documents
 from tasks.cluster import Pool
 
@@ -108,10 +107,7 @@ def test_plain_transformers_loads_it_and_measures_what_the_manifest_says(
     assert found.config.tie_word_embeddings is False
     assert reference.config.tie_word_embeddings is True
     assert not torch.equal(found.lm_head.weight, found.model.embed_tokens.weight)
-    stored = StoredRotatedSource(
-        open_source(model),
-        Rotation(kind=RotationKind.HADAMARD, scope=RotationScope.RESIDUAL_AND_VALUES, seed=0),
-    )
+    stored = changed_as_stored(open_source(model), stored_change(rotated))
     assert torch.equal(found.lm_head.weight, stored.read("lm_head.weight"))
     assert torch.equal(found.model.embed_tokens.weight, stored.read("model.embed_tokens.weight"))
     ids = AutoTokenizer.from_pretrained(folder)(

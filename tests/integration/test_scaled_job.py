@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ WINDOWS, LENGTH = 4, 48
 @pytest.fixture(scope="module")
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     start_server(request)
-    return Job(start_pool(request), tmp_path_factory.mktemp("scaled-job"))
+    return Job(start_pool(request), tmp_path_factory.mktemp("scaled-job"), scales="bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,9 @@ def model(job: Job) -> Path:
 def scaling() -> Iterator[None]:
     """Runs inside scale their sites."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flows.compression, "change_of", partial(change_of, scaled=True))
+        patch.setattr(
+            flows.compression, "change_of", lambda config, source, **_: change_of(config, source, scaled=True)
+        )
         yield
 
 

@@ -163,12 +163,22 @@ def test_impossible_plans_are_refused(plan: dict[str, Any], kind: type[ConfigErr
 
 
 @pytest.mark.parametrize(
-    ("group_sizes", "budget", "possible"),
-    [([64], 2.25, True), ([64], 2.2499, False), ([128], 2.125, True), ([32, 128], 2.125, True), ([-1], 2.0, True)],
+    ("group_sizes", "scales", "budget", "possible"),
+    [
+        ([64], "bfloat16", 2.25, True),
+        ([64], "bfloat16", 2.2499, False),
+        ([64], "float8", 2.125, True),
+        ([64], "float8", 2.1249, False),
+        ([64], "auto", 2.125, True),  # the model decides; where it has wide scales, the allocation refuses
+        ([64], "auto", 2.1249, False),
+        ([128], "bfloat16", 2.125, True),
+        ([32, 128], "bfloat16", 2.125, True),
+        ([-1], "bfloat16", 2.0, True),
+    ],
 )
-def test_the_smallest_budget_is_exact(group_sizes: list[int], budget: float, possible: bool) -> None:
+def test_the_smallest_budget_is_exact(group_sizes: list[int], scales: str, budget: float, possible: bool) -> None:
     overrides = {
-        "run": {"model": "m", "candidates": {"group_sizes": group_sizes}},
+        "run": {"model": "m", "candidates": {"group_sizes": group_sizes, "scales": scales}},
         "plan": {"budget_bits": budget},
         "output": "o",
     }
