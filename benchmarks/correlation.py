@@ -23,8 +23,12 @@ import torch
 from transformers import AutoTokenizer
 
 from lrpq.allocate.options import CostRow
+from lrpq.compare.allocation import with_costs
+from lrpq.compare.methods import DIRECTIONAL
+from lrpq.compare.recipes import DEFAULT
 from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Gathered, Workbench
+from lrpq.importance.directional import directional_costs
 from lrpq.importance.equal_loss import equal_loss
 from lrpq.importance.measured import noise_factors, one_at_a_time, relative_error
 from lrpq.importance.probe import PROBE_WINDOWS
@@ -103,6 +107,18 @@ def main() -> None:
     bench = Workbench(source, tokens, terms)
     gathered = bench.gather(PREDICTIONS, weightings=(), candidates_by="blend", keep_candidates=True)
     print(f"{time.monotonic() - started:.0f} s: evidence gathered", flush=True)
+    ours = gathered.costs[DEFAULT.allocation]
+    gathered.costs[DIRECTIONAL] = with_costs(
+        ours,
+        directional_costs(
+            bench.stream(),
+            tokens,
+            lambda spec: gathered.candidates[spec.name],
+            seed=terms.seed,
+            micro_batch=terms.micro_batch,
+        ),
+    )
+    print(f"{time.monotonic() - started:.0f} s: errors walked back", flush=True)
     with_noise(bench, gathered)
     print(f"{time.monotonic() - started:.0f} s: noise measured", flush=True)
     measured = []

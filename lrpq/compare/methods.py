@@ -36,7 +36,7 @@ class Method:
     recipe: Recipe
 
 
-EQUAL_LOSS, ONE_AT_A_TIME, NOISE = "equal-loss", "measured", "noise-factors"
+EQUAL_LOSS, ONE_AT_A_TIME, NOISE, DIRECTIONAL = "equal-loss", "measured", "noise-factors", "directional"
 """Allocations that need the budget or measurements."""
 
 _WEIGHT_SOURCES: Mapping[str, str] = {
@@ -49,6 +49,7 @@ _WEIGHT_SOURCES: Mapping[str, str] = {
 }
 _MEASURED_SOURCES: Mapping[str, str] = {
     EQUAL_LOSS: "BAQ's equal-loss rule, on modules",
+    DIRECTIONAL: "this project: Fisher curvature along each candidate's own error, no product of means",
     ONE_AT_A_TIME: "AdaQuant's integer program (arXiv:2006.10518): measured KL of single modules",
     NOISE: "HIGGS (arXiv:2411.17525): factors fitted by noise",
     COOPQ: "CoopQ (arXiv:2509.15455): Shapley values of blocks, progressively demoted, and their covariance",

@@ -11,12 +11,13 @@ from lrpq.checkpoint.plan import planned_size
 from lrpq.compare import allocation
 from lrpq.compare import planned as searching
 from lrpq.compare.fast import fast_codes
-from lrpq.compare.methods import EQUAL_LOSS, NOISE, ONE_AT_A_TIME
+from lrpq.compare.methods import DIRECTIONAL, EQUAL_LOSS, NOISE, ONE_AT_A_TIME
 from lrpq.compare.planned import COOPQ, SWAPS, Planned
 from lrpq.compare.recipes import DEFAULT, FAST, Recipe
 from lrpq.compare.workbench import Workbench
 from lrpq.errors import ConfigError
 from lrpq.importance.asked import Asked, asked_by
+from lrpq.importance.directional import directional_costs
 from lrpq.importance.equal_loss import equal_loss
 from lrpq.importance.measured import filled, noise_factors, one_at_a_time, relative_error
 from lrpq.importance.probe import PROBE_WINDOWS
@@ -42,7 +43,7 @@ class Prepared:
             _measures(allocations, budgets),
             weightings=_weightings(recipes),
             candidates_by=DEFAULT.weighting,
-            keep_candidates=bool(allocations & {ONE_AT_A_TIME, COOPQ, SWAPS}),
+            keep_candidates=bool(allocations & {ONE_AT_A_TIME, DIRECTIONAL, COOPQ, SWAPS}),
             with_outputs=_with_outputs(recipes),
         )
         self.costs: dict[str, list[CostRow]] = dict(self.gathered.costs)
@@ -50,6 +51,8 @@ class Prepared:
             self.costs[NOISE] = self._noise_costs()
         if ONE_AT_A_TIME in allocations:
             self.costs[ONE_AT_A_TIME] = self._measured_costs()
+        if DIRECTIONAL in allocations:
+            self.costs[DIRECTIONAL] = self._directional_costs()
         self.games: dict[searching.Levels, Game] = {}
         """CoopQ's, by the widths that they are played between."""
         if COOPQ in allocations:
@@ -106,6 +109,17 @@ class Prepared:
             if row.choice is not None:
                 costs.setdefault(row.module.name, {})[row.choice] = factors[row.module.name] * row.cost_nats
         return allocation.with_costs(rows, costs)
+
+    def _directional_costs(self) -> list[CostRow]:
+        bench = self.bench
+        costs = directional_costs(
+            bench.stream(),
+            bench.tokens,
+            lambda spec: self.gathered.candidates[spec.name],
+            seed=bench.terms.seed,
+            micro_batch=bench.terms.micro_batch,
+        )
+        return allocation.with_costs(self.gathered.costs[DEFAULT.allocation], costs)
 
     def _measured_costs(self) -> list[CostRow]:
         terms = self.bench.terms
