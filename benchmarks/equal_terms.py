@@ -75,9 +75,7 @@ def main() -> None:
     parser.add_argument("--text-windows", type=int, default=64)
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument("--group-sizes", default="64,-1")
-    parser.add_argument(
-        "--scale-bits", type=int, default=16, choices=(8, 16), help="of a group's scale; the model is read unscaled"
-    )
+    parser.add_argument("--scale-bits", type=int, default=16, choices=(8, 16), help="of a group's scale")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--micro-batch", type=int, help="windows at once; by default as `lrpq compress` chooses")
     parser.add_argument("--replace", default="")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -19,10 +19,12 @@ from flows.boundary import refuse_secrets
 from flows.calibrate import load_for, text_digest
 from flows.compression import resolve_dtype
 from flows.config import (
+    AUTO,
     BIT_WIDTHS,
     GROUP_SIZES,
     MAX_SEED,
     CalibrationConfig,
+    CandidateConfig,
     EvaluationConfig,
     Flag,
     RunConfig,
@@ -32,6 +34,7 @@ from flows.config import (
 )
 from flows.manifest_file import write_manifest_file
 from flows.progress import Progress
+from flows.scales import stored_scale_bits
 from lrpq import __version__
 from lrpq.allocate.budget import BudgetBits
 from lrpq.compare.methods import DEFAULT_METHODS, METHODS, methods_named
@@ -92,6 +95,9 @@ class CompareConfig(Section):
     """Code widths to choose from (bits per weight)."""
     group_sizes: Annotated[tuple[int, ...], Field(min_length=1, strict=False), Flag("--group-size")] = (64, -1)
     """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
+    scales: Annotated[Literal["auto", "bfloat16", "float8"], Flag("--scales")] = AUTO
+    """What the scales of groups are stored as, as in `lrpq compress`; the controls (uniform GPTQ, rounding to nearest)
+    have bfloat16."""
 
     @field_validator("methods")
     @classmethod
@@ -146,6 +152,8 @@ class ComparisonRun:
             raise ConfigError("a comparison needs a text to measure on; give --evaluation")
         refuse_secrets(asked.source, self.text)
         self.dtype = resolve_dtype(RunConfig(model=config.model), self.source)
+        candidates = CandidateConfig(bits=config.bits, group_sizes=config.group_sizes, scales=config.scales)
+        self.scale_bits = stored_scale_bits(RunConfig(model=config.model, candidates=candidates), self.source)
         self.document: dict[str, Any] = {
             "lrpq": __version__,
             "model": config.model,
@@ -242,6 +250,7 @@ class ComparisonRun:
         terms = Terms(
             bits=self.config.bits,
             group_sizes=self.config.group_sizes,
+            scale_bits=self.scale_bits,
             seed=seed,
             dtype=DTYPES[self.dtype],
             device=self.device,

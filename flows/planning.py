@@ -13,6 +13,7 @@ from flows.run import Run
 from lrpq.allocate.budget import UNQUANTIZED_BITS, bits_for
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
+from lrpq.allocate.wide import with_wide_scales
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from tasks import allocate
@@ -118,7 +119,7 @@ class Planner:
             )
             control = None
             if self.config.evaluation.enabled and self.config.evaluation.control:
-                wide = self.pose(allocate.with_wide_scales(self.cost_rows(rows)), budget_bits=UNQUANTIZED_BITS)
+                wide = self.pose(with_wide_scales(self.cost_rows(rows)), budget_bits=UNQUANTIZED_BITS)
                 control = allocate.control(wide.unlimited, at_bits=self._control_bits(plan))
             run.progress.advance(STAGE)
         for note in posed.notes:

@@ -82,18 +82,6 @@ def rows_without_costs(specs: Sequence[LinearSpec], choices: Sequence[Choice]) -
     ]
 
 
-def with_wide_scales(rows: Sequence[CostRow]) -> list[CostRow]:
-    """The same choices with 16 bits a scale, and what they then take; costs are those of the given rows."""
-    return [_with_wide_scales(row) for row in rows]
-
-
-def _with_wide_scales(row: CostRow) -> CostRow:
-    if row.choice is None or row.choice.scale_bits == 16:
-        return row
-    choice = replace(row.choice, scale_bits=16)
-    return replace(row, choice=choice, storage_bits=storage_bits(row.module.d_out, row.module.d_in, choice))
-
-
 def rows_in_format(rows: Sequence[CostRow], format: CheckpointFormat) -> list[CostRow]:
     """The choices that a format can store, with what they take in it. Dense weights count as if they were packed.
 

@@ -35,6 +35,7 @@ def compare(
     evaluation_length: o.EvaluationLength = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    scales: o.Scales = None,
     device: o.Device = None,
     output: Annotated[
         Path, typer.Option("--output", help="Folder for compare.json, pareto.csv and pareto.png.", metavar="DIR")
@@ -78,6 +79,7 @@ def compare(
             "evaluation.length": evaluation_length,
             "bits": o.whole_numbers(bits, flag="--bits"),
             "group_sizes": o.whole_numbers(group_size, flag="--group-size"),
+            "scales": scales,
         }
     )
     config = checked(CompareConfig, given, options=given)

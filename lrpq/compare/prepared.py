@@ -7,6 +7,7 @@ from functools import partial
 
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
+from lrpq.allocate.wide import with_wide_scales
 from lrpq.checkpoint.plan import planned_size
 from lrpq.compare import allocation
 from lrpq.compare import planned as searching
@@ -76,21 +77,30 @@ class Prepared:
             case searching.SWAPS:
                 return searching.swapped(self.bench, self.gathered, self.plan(DEFAULT.allocation, budget), budget)
             case name:
-                return Planned(plan=self.plan(name, budget))
+                return Planned(plan=self.plan(name, budget, wide_scales=recipe.wide_scales))
 
-    def plan(self, name: str, budget: float) -> Plan:
-        """The plan of an allocation, by its name."""
-        ours = self.gathered.costs[DEFAULT.allocation]
+    def plan(self, name: str, budget: float, *, wide_scales: bool = False) -> Plan:
+        """The plan of an allocation, by its name; with scales of 16 bits or as the terms have them."""
+        ours = self._rows(DEFAULT.allocation, wide_scales)
         if name == "uniform":
             return allocation.uniform(ours, budget_bits=budget)
         if name in self.gathered.scores:
             return allocation.by_ranking(ours, self.gathered.scores[name], budget_bits=budget)
-        return allocation.by_costs(self.costs[_key(name, budget)], budget_bits=budget)
+        return allocation.by_costs(self._rows(_key(name, budget), wide_scales), budget_bits=budget)
+
+    def _rows(self, name: str, wide_scales: bool) -> list[CostRow]:
+        rows = self.costs[name]
+        return with_wide_scales(rows) if wide_scales else rows
 
     def predicted_nats(self, plan: Plan) -> float:
-        """The plan under lrpq's own costs, whatever chose it."""
-        ours = {(row.module.name, row.choice): row.cost_nats for row in self.gathered.costs[DEFAULT.allocation]}
-        return sum(ours[module, choice] for module, choice in plan.choices.items())
+        """The plan under lrpq's own costs, whatever chose it; those of the same widths where its scales are wider."""
+        ours = {
+            (row.module.name, choice): row.cost_nats
+            for name in (False, True)
+            for row in self._rows(DEFAULT.allocation, name)
+            if (choice := row.choice) is not None
+        }
+        return sum(ours[module, choice] for module, choice in plan.choices.items() if choice is not None)
 
     def checkpoint_bytes(self, plan: Plan) -> int:
         """Bytes of the weight files of a checkpoint with this plan."""

@@ -42,6 +42,8 @@ class Recipe:
     """What is tuned on the divergence from the original when all codes are found; a name of TUNINGS."""
     transform: str = "none"
     """Of the model before it is quantized."""
+    wide_scales: bool = False
+    """Scales of 16 bits, whatever the terms allow."""
 
 
 TUNINGS: Mapping[str, Trained] = {
@@ -52,8 +54,10 @@ TUNINGS: Mapping[str, Trained] = {
 }
 """One pass over the calibration windows each; gains are those of the norms, which stay as they are stored."""
 DEFAULT = Recipe()
-CONTROL = Recipe(allocation="uniform", weighting="none", correction=0.0, polish_rounds=0, row_blocks=1)
-"""The strong uniform GPTQ: sequential, static activation order, searched scales."""
+CONTROL = Recipe(
+    allocation="uniform", weighting="none", correction=0.0, polish_rounds=0, row_blocks=1, wide_scales=True
+)
+"""The strong uniform GPTQ: sequential, static activation order, searched scales in bfloat16."""
 FAST = Recipe(
     allocation="fast",
     weighting="none",

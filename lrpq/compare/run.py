@@ -118,11 +118,11 @@ class Comparison:
     def _bench(self, key: Key, folder: Path) -> Workbench:
         transform, choice = key
         if transform == NONE:
-            return self.bench
+            return self.bench.scaled()
         source, tokens, terms = self.bench.source, self.bench.tokens, self.bench.terms
         inputs = TransformInputs(source=source, tokens=tokens, terms=terms, choice=choice or terms.choices[0])
         TRANSFORMS[transform](inputs, folder)
-        return Workbench(open_source(folder), tokens, terms, held_out=self.bench.held_out)
+        return Workbench(open_source(folder), tokens, terms, held_out=self.bench.held_out).scaled()
 
     def _row(self, prepared: Prepared, name: str, budget: float, evidence_seconds: float) -> Row:
         recipe = self.methods[name].recipe

@@ -12,7 +12,7 @@ from lrpq.quant.grid import Grid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """Equal terms; the defaults are those of `lrpq compress`."""
+    """Equal terms; the defaults are those of `lrpq compress` for a model whose scales are bfloat16."""
 
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     """Code widths to choose from."""

@@ -41,6 +41,8 @@ from lrpq.relevance.outputs import Outputs
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import Shard
 from lrpq.shards import root, split
+from lrpq.transform.exponents import ScaledSource
+from lrpq.transform.magnitudes import choose_exponents
 from lrpq.tune.options import Trained, TuneOptions
 from lrpq.tune.run import tune
 from lrpq.tune.weights import dense_weights
@@ -96,6 +98,17 @@ class Workbench:
         held_out: Int[Tensor, "held_out length"] | None = None,
     ) -> None:
         self.source, self.tokens, self.terms, self.held_out = source, tokens, terms, held_out
+
+    def scaled(self) -> Workbench:
+        """The same for a model scaled by powers of two, where the terms' scales have 8 bits; else itself.
+
+        Raises:
+            ModelError: scaling would round.
+        """
+        if self.terms.scale_bits == 16:
+            return self
+        source = ScaledSource(self.source, choose_exponents(self.source))
+        return Workbench(source, self.tokens, self.terms, held_out=self.held_out)
 
     def stream(self, attention: str | None = None) -> BlockStream:
         """The model, opened anew."""
@@ -248,10 +261,13 @@ class Workbench:
 
         Raises:
             CalibrationError: something is to be tuned and no windows are held out to choose by.
-            QuantizationError: gains are to be tuned in a model that has biases too, which cannot be evaluated.
+            QuantizationError: scales of 8 bits are to be tuned, or gains in a model that has biases too, which cannot
+                be evaluated.
         """
         if recipe.tuning == "none":
             return
+        if Trained.SCALES in TUNINGS[recipe.tuning] and self.terms.scale_bits != 16:
+            raise QuantizationError("tuned scales are bfloat16 numbers; compare them with --scales bfloat16")
         if self.held_out is None or not len(self.held_out):
             raise CalibrationError("tuning is chosen on held-out windows of the calibration text, and there are none")
         stream = self.stream()

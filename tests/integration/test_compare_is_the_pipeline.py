@@ -44,22 +44,23 @@ def test_terms_and_recipe_are_the_defaults_of_compress() -> None:
     assert FAST["run.candidates.cost_rows"] == DEFAULT_ROWS
 
 
-def test_the_codes_are_those_of_the_pipeline(job: Job) -> None:
-    model = write_model(job.folder / "model", ffn=256)  # two blocks of rows in gate and up
+@pytest.mark.parametrize(("scales", "scale_bits"), [("bfloat16", 16), ("auto", 8)])
+def test_the_codes_are_those_of_the_pipeline(job: Job, scales: str, scale_bits: int) -> None:
+    model = write_model(job.folder / scales / "model", ffn=256)  # two blocks of rows in gate and up
     changes = {
         "run__calibration__num_windows": 8,
         "run__candidates__group_sizes": list(Terms().group_sizes),
-        "run__candidates__scales": "bfloat16",  # what a comparison has by default
+        "run__candidates__scales": scales,
     }
-    job(model, "out", **changes, plan__budget_bits=BUDGET, evaluation__control=False)
+    found = job(model, scales, **changes, plan__budget_bits=BUDGET, evaluation__control=False)
     store = job.folder / "store"
-    (path,) = store.glob("*/calibrate/*/held-out.parquet")
+    (path,) = store.glob(f"{found['run_id']}/calibrate/*/held-out.parquet")
     tokens = read_windows(open_store(str(store)), str(path.with_name("windows.parquet").relative_to(store)))
-    terms = Terms(shards=4, micro_batch=2)
-    bench = Workbench(open_source(model), tokens, terms)
+    terms = Terms(shards=4, micro_batch=2, scale_bits=scale_bits)
+    bench = Workbench(open_source(model), tokens, terms).scaled()
     prepared = Prepared(bench, [DEFAULT, CONTROL], [BUDGET])
     codes = bench.codes(prepared.plan(DEFAULT.allocation, BUDGET).choices, DEFAULT, prepared.gathered)
-    checkpoint = StoredCheckpoint(job.folder / "out")
+    checkpoint = StoredCheckpoint(job.folder / scales)
     for spec in bench.stream().specs:
         stored = checkpoint.weight(spec, torch.bfloat16)
         assert stored is not None
