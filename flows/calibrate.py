@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flows.config import CompressConfig, EvaluationConfig, RunConfig, evaluation_source
+from flows.config import CompressConfig, EvaluationConfig, evaluation_source
 from flows.run import Run
+from flows.run_config import RunConfig
 from lrpq.errors import ConfigError, ModelError
 from lrpq.model.safetensors_source import ModelSource
 from tasks.calibration.held_out import default_held_out, split_held_out

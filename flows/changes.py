@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from flows.config import RunConfig
 from flows.rotation import rotated, rotated_fingerprint, rotation_json, rotation_of, stored_rotation
+from flows.run_config import RunConfig
 from lrpq.errors import CheckpointError
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.transform.changed import Change

@@ -18,23 +18,12 @@ from flows import ctrl_c
 from flows.boundary import refuse_secrets
 from flows.calibrate import load_for, text_digest
 from flows.compression import resolve_dtype
-from flows.config import (
-    AUTO,
-    BIT_WIDTHS,
-    GROUP_SIZES,
-    MAX_SEED,
-    CalibrationConfig,
-    CandidateConfig,
-    EvaluationConfig,
-    Flag,
-    RunConfig,
-    Section,
-    chosen,
-    evaluation_source,
-)
+from flows.config import EvaluationConfig, evaluation_source
 from flows.manifest_file import write_manifest_file
 from flows.progress import Progress
+from flows.run_config import CalibrationConfig, CandidateConfig, RunConfig
 from flows.scales import stored_scale_bits
+from flows.sections import AUTO, BIT_WIDTHS, GROUP_SIZES, MAX_SEED, Flag, Section, chosen
 from lrpq import __version__
 from lrpq.allocate.budget import BudgetBits
 from lrpq.compare.methods import DEFAULT_METHODS, METHODS, methods_named

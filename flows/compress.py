@@ -18,19 +18,12 @@ from flows.boundary import refuse_secrets, user_error
 from flows.calibrate import evaluation_only_windows
 from flows.changes import stored_change
 from flows.compression import Compression, configured_pool, resolve_dtype
-from flows.config import (
-    ClusterConfig,
-    CompressConfig,
-    EvaluationConfig,
-    PlanConfig,
-    RunConfig,
-    default_run_id,
-    default_store,
-)
+from flows.config import ClusterConfig, CompressConfig, EvaluationConfig, PlanConfig, default_store
 from flows.image_compression import ImageCompression
 from flows.manifest_file import MANIFEST, read_manifest_file
 from flows.prefect_server import starting_api
 from flows.progress import Progress
+from flows.run_config import RunConfig, default_run_id
 from flows.states import close_abandoned, tagged
 from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
 from lrpq.errors import ConfigError

@@ -14,7 +14,7 @@ import torch
 from flows import artifacts, guard, jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.changes import change_json, change_of, changed_fingerprint
-from flows.config import CompressConfig, RunConfig, default_run_id, read_configuration
+from flows.config import CompressConfig
 from flows.guard import UNIFORM, Contender, Windows, guarded, measure_held_out
 from flows.jobs import JobContext
 from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
@@ -22,6 +22,7 @@ from flows.planning import Planner, Plans
 from flows.progress import Progress
 from flows.result import content_key, manifest_of, model_bytes
 from flows.run import Run
+from flows.run_config import RunConfig, default_run_id, read_configuration
 from flows.scales import stored_scale_bits
 from flows.search import Search
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from flows.config import AUTO, CandidateConfig, CompressConfig, Flag, Section
+from flows.config import CompressConfig
+from flows.run_config import CandidateConfig
+from flows.sections import AUTO, Flag, Section
 from lrpq.errors import ConfigError
 from tasks.store.documents import parse_object
 

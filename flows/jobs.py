@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.calibrate import StoredWindows
-from flows.config import CandidateConfig, CompressConfig
+from flows.config import CompressConfig
 from flows.guard import Contender
 from flows.result import choices_json
 from flows.run import Run
+from flows.run_config import CandidateConfig
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.model.layers import Choice, LinearSpec, all_choices

@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from flows.config import CompressConfig, EvaluationConfig, PlanConfig, default_run_id
+from flows.config import CompressConfig, EvaluationConfig, PlanConfig
+from flows.run_config import default_run_id
 from lrpq.checkpoint.publish import MANIFEST, check_output
 from lrpq.errors import CalibrationError, ConfigError, ModelError
 

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from flows.config import MAX_SEED, RunConfig
+from flows.run_config import RunConfig
+from flows.sections import MAX_SEED
 from lrpq.errors import CheckpointError
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.transform.folded import FoldedSource

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flows.config import AUTO, PER_CHANNEL, SCALE_BITS, RunConfig
+from flows.run_config import RunConfig
+from flows.sections import AUTO, PER_CHANNEL, SCALE_BITS
 from lrpq.errors import ModelError
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from flows.boundary import one_line, redacted, refuse_secrets
-from flows.config import CompressConfig, default_run_id
+from flows.config import CompressConfig
+from flows.run_config import default_run_id
 from lrpq.errors import ConfigError, LrpqError
 from tasks.store.documents import canonical_text, plain_json, sha256_text
 

@@ -15,11 +15,12 @@ from benchmarks.two_gpus import ledger
 from benchmarks.two_gpus.ledger import Ledger
 from flows import jobs
 from flows.calibrate import StoredWindows
-from flows.config import BIT_WIDTHS, SCALE_BITS, CompressConfig
+from flows.config import CompressConfig
 from flows.jobs import JobContext
 from flows.planning import Planner
 from flows.progress import PlainProgress
 from flows.run import Run
+from flows.sections import BIT_WIDTHS, SCALE_BITS
 from flows.stages import run_candidates, run_profile, run_refine
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream

@@ -65,8 +65,8 @@ def compress(
     --budget 3.25 bounds the bits of a weight, --budget-bytes 40GB the whole checkpoint, --max-kl 0.05 what may be
     lost. The same command again continues where an interrupted one stopped.
     """
-    from flows.config import default_run_id
     from flows.config_file import load_config
+    from flows.run_config import default_run_id
 
     given = o.presets(
         {

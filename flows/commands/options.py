@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from flows.config import PER_CHANNEL, CompressConfig, Flag
+from flows.config import CompressConfig
 from flows.config_file import fields_of, flag_of
 from flows.presets import FAST
+from flows.sections import PER_CHANNEL, Flag
 from lrpq.errors import ConfigError
 
 _FIELDS = {".".join(path): field for path, field in fields_of(CompressConfig)}

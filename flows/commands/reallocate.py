@@ -46,8 +46,9 @@ def reallocate(
     --refine stitch takes seconds where candidates are stored (not after --cost-rows, which --fast implies); sequential,
     the default, is better.
     """
-    from flows.config import ClusterConfig, EvaluationConfig, PlanConfig, check_run_id, default_store
+    from flows.config import ClusterConfig, EvaluationConfig, PlanConfig, default_store
     from flows.config_file import absolute_store, checked
+    from flows.run_config import check_run_id
     from lrpq.errors import ConfigError
 
     check_run_id(run)

@@ -41,10 +41,11 @@ def status(
     as_json: o.AsJson = False,
 ) -> None:
     """Show what of RUN is done."""
-    from flows.config import check_run_id, default_store
+    from flows.config import default_store
     from flows.config_file import absolute_store
     from flows.output import open_console, stdout_kept_free, write_document
     from flows.prefect_server import quiet_prefect
+    from flows.run_config import check_run_id
 
     check_run_id(run)
     quiet_prefect()

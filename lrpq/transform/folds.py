@@ -21,7 +21,7 @@ from lrpq.transform.orthogonal import Orthogonal, rotate_axis
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-CHUNK_ELEMENTS = 1 << 24  # 128 MB in float64: what a large embedding is folded in
+CHUNK_ELEMENTS = 1 << 22  # 32 MB in float64: what a large embedding is folded in
 
 
 class Fold(Protocol):
@@ -198,25 +198,20 @@ class FoldList:
 
 
 def folded(W: Tensor, folds: Sequence[Fold], *, dtype: torch.dtype, name: str) -> Tensor:
-    """Apply folds in float64 and round once, to ``dtype``.
+    """Apply folds in float64 and round once, to ``dtype``; folds that keep all digits are applied in ``dtype``.
 
-    A matrix whose folds are row by row, or apart for some columns, goes through float64 in parts of
-    ``CHUNK_ELEMENTS``.
+    A matrix whose folds are row by row, or apart for some columns, is folded in parts of ``CHUNK_ELEMENTS``.
 
     Raises:
         CheckpointError: a value leaves the range of ``dtype``.
     """
-    if not folds:
-        return _in_range(W.to(dtype), name)
-    if keep_digits(folds):  # as good in any type, and faster
-        return _in_range(reduce(lambda values, fold: fold(values), folds, W.to(dtype)), name)
-    made = torch.empty(W.shape, dtype=dtype)
+    made = torch.empty(W.shape, dtype=dtype, device=W.device)
+    within = dtype if keep_digits(folds) else torch.float64  # as good in any type, and faster
     for part in _parts(W, folds):
-        values = W[part].double()
-        for fold in folds:
-            values = fold(values)
-        made[part] = values
-    return _in_range(made, name)
+        made[part] = reduce(lambda values, fold: fold(values), folds, W[part].to(within))
+        if not bool(torch.isfinite(made[part]).all()):
+            raise CheckpointError(f"tensor {name}: folded values leave the range of {dtype}; write float32 instead")
+    return made
 
 
 def keep_digits(folds: Sequence[Fold]) -> bool:
@@ -236,9 +231,3 @@ def _parts(W: Tensor, folds: Sequence[Fold]) -> Iterator[tuple[slice, ...]]:
         yield from ((slice(None), slice(start, start + step)) for start in range(0, W.shape[1], step))
     else:
         yield (slice(None),)
-
-
-def _in_range(made: Tensor, name: str) -> Tensor:
-    if not bool(torch.isfinite(made).all()):
-        raise CheckpointError(f"tensor {name}: folded values leave the range of {made.dtype}; write float32 instead")
-    return made

@@ -297,7 +297,7 @@ def test_the_same_command_twice_is_no_mistake(
     valid: list[str], tmp_path: Path, flow: Callable[[Callable[..., Any]], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     def writes(config: Any, progress: Any) -> dict[str, Any]:
-        from flows.config import default_run_id
+        from flows.run_config import default_run_id
 
         config.output.mkdir(exist_ok=True)
         found = MANIFEST | {"run_id": default_run_id(config.run), "configuration": json.loads(config.model_dump_json())}

@@ -8,8 +8,9 @@ import pytest
 import torch
 from pipeline_case import Job, start_pool, start_server, write_model
 
-from flows.config import PlanConfig, RunConfig
+from flows.config import PlanConfig
 from flows.presets import FAST
+from flows.run_config import RunConfig
 from lrpq.checkpoint.stored import StoredCheckpoint
 from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import CONTROL, DEFAULT

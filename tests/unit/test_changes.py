@@ -10,8 +10,8 @@ import pytest
 from conftest import write_llama
 
 from flows.changes import change_json, change_of, changed_fingerprint, stored_change
-from flows.config import RunConfig
 from flows.rotation import rotated_fingerprint, rotation_of
+from flows.run_config import RunConfig
 from lrpq.errors import CheckpointError
 from lrpq.model.source import open_source
 from lrpq.transform.changed import UNCHANGED, Change, changed, changed_as_stored

@@ -8,18 +8,10 @@ from typing import Any
 
 import pytest
 
-from flows.config import (
-    CalibrationConfig,
-    CandidateConfig,
-    CompressConfig,
-    EvaluationConfig,
-    PlanConfig,
-    RunConfig,
-    default_run_id,
-    evaluation_source,
-)
+from flows.config import CompressConfig, EvaluationConfig, PlanConfig, evaluation_source
 from flows.config_file import checked, fields_of, flag_of, load_config
 from flows.presets import FAST
+from flows.run_config import CalibrationConfig, CandidateConfig, RunConfig, default_run_id
 from lrpq.errors import BudgetError, ConfigError
 
 MINIMAL = '[run]\nmodel = "org/Model-1B"\n[plan]\nbudget_bits = 3.25\n'

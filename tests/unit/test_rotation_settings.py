@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from flows.config import RunConfig, default_run_id
 from flows.rotation import rotated_fingerprint, rotation_of, stored_rotation
+from flows.run_config import RunConfig, default_run_id
 from lrpq.errors import CheckpointError
 from lrpq.transform.orthogonal import RotationKind
 from lrpq.transform.rotated import Rotation

@@ -10,8 +10,8 @@ import torch
 from conftest import write_llama
 from tiny_models import write_tiny
 
-from flows.config import RunConfig
 from flows.config_file import load_config
+from flows.run_config import RunConfig
 from flows.scales import stored_scale_bits
 from lrpq.errors import ConfigError, ModelError
 from lrpq.model.described import DescribedModel
