@@ -261,13 +261,10 @@ class Workbench:
 
         Raises:
             CalibrationError: something is to be tuned and no windows are held out to choose by.
-            QuantizationError: scales of 8 bits are to be tuned, or gains in a model that has biases too, which cannot
-                be evaluated.
+            QuantizationError: gains are to be tuned in a model that has biases too, which cannot be evaluated.
         """
         if recipe.tuning == "none":
             return
-        if Trained.SCALES in TUNINGS[recipe.tuning] and self.terms.scale_bits != 16:
-            raise QuantizationError("tuned scales are bfloat16 numbers; compare them with --scales bfloat16")
         if self.held_out is None or not len(self.held_out):
             raise CalibrationError("tuning is chosen on held-out windows of the calibration text, and there are none")
         stream = self.stream()

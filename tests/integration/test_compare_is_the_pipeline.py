@@ -47,7 +47,7 @@ def test_terms_and_recipe_are_the_defaults_of_compress() -> None:
 
 @pytest.mark.parametrize(("scales", "scale_bits"), [("bfloat16", 16), ("auto", 8)])
 def test_the_codes_are_those_of_the_pipeline(job: Job, scales: str, scale_bits: int) -> None:
-    model = write_model(job.folder / scales / "model", ffn=256)  # two blocks of rows in gate and up
+    model = write_model(job.folder / f"model-{scales}", ffn=256)  # two blocks of rows in gate and up
     changes = {
         "run__calibration__num_windows": 8,
         "run__candidates__group_sizes": list(Terms().group_sizes),
