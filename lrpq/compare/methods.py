@@ -118,7 +118,7 @@ def _methods() -> dict[str, Method]:
         recipe = replace(DEFAULT, tuning=name, wide_scales=wide)
         found[f"tuned:{name}"] = Method(axis=Axis.TUNING, source=source, recipe=recipe)
     removed = {
-        "allocation": replace(DEFAULT, allocation="uniform"),
+        "allocation": replace(DEFAULT, allocation="uniform", wide_scales=True),  # as many bits in all as the control
         "token-weights": replace(DEFAULT, weighting="none"),
         "correction": replace(DEFAULT, correction=0.0),
         "polish": replace(DEFAULT, polish_rounds=0),

@@ -1,6 +1,7 @@
 """A changed model without a copy of it: every tensor is folded when it is read.
 
-What is read is one tensor of the original, and its folded values go through float64 in parts (`folds.folded`).
+What is read is one tensor of the original, and its folded values go through float64 in parts (`folds.folded`); powers
+of two are multiplied where they lie.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lrpq.errors import CheckpointError, ModelError
 from lrpq.model.safetensors_source import ModelSource
-from lrpq.transform.folds import FoldedTensor, FoldPlan, folded, keep_digits
+from lrpq.transform.folds import FoldedTensor, FoldPlan, folded, powers_of_two, scaled_in_place
 
 
 class FoldedSource(ModelSource):
@@ -100,7 +101,7 @@ class FoldedSource(ModelSource):
 
     def _exact(self, name: str) -> Tensor:
         values = self._source.read_rows([self._tensor(name).origin])  # of a folded source, before they are rounded
-        if self._dtype is None and keep_digits(self._tensor(name).folds):
+        if self._dtype is None and powers_of_two(self._tensor(name).folds) is not None:
             return self._folded(name, values, values.dtype)
         return self._folded(name, values, torch.promote_types(self.dtype(name), torch.float32))
 
@@ -110,7 +111,10 @@ class FoldedSource(ModelSource):
             return values
         if not made.folds:
             return values if self._dtype is None else values.to(self.dtype(name))
+        powers = powers_of_two(made.folds) if dtype == values.dtype else None
         try:
+            if powers is not None:
+                return scaled_in_place(values, powers, name=name)  # they were read for this
             return folded(values, made.folds, dtype=dtype, name=name)
         except CheckpointError as error:
             raise ModelError(

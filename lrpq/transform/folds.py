@@ -206,17 +206,30 @@ def folded(W: Tensor, folds: Sequence[Fold], *, dtype: torch.dtype, name: str) -
         CheckpointError: a value leaves the range of ``dtype``.
     """
     made = torch.empty(W.shape, dtype=dtype, device=W.device)
-    within = dtype if keep_digits(folds) else torch.float64  # as good in any type, and faster
+    within = torch.float64 if powers_of_two(folds) is None else dtype  # as good in any type, and faster
     for part in _parts(W, folds):
         made[part] = reduce(lambda values, fold: fold(values), folds, W[part].to(within))
-        if not bool(torch.isfinite(made[part]).all()):
-            raise CheckpointError(f"tensor {name}: folded values leave the range of {dtype}; write float32 instead")
+        _check_range(made[part], name)
     return made
 
 
-def keep_digits(folds: Sequence[Fold]) -> bool:
-    """Whether folded values have no more digits than those before."""
-    return all(isinstance(fold, PowerOfTwo) for fold in folds)
+def scaled_in_place(W: Tensor, folds: Sequence[PowerOfTwo], *, name: str) -> Tensor:
+    """The same for powers of two alone, in the memory of ``W``, which nobody else may hold.
+
+    Raises:
+        CheckpointError: a value leaves the range of its dtype.
+    """
+    for part in _parts(W, folds):
+        for fold in folds:
+            W[part].mul_(2.0**fold.exponent)
+        _check_range(W[part], name)
+    return W
+
+
+def powers_of_two(folds: Sequence[Fold]) -> tuple[PowerOfTwo, ...] | None:
+    """The folds, if they are such alone: folded values then have no more digits than those before."""
+    found = tuple(fold for fold in folds if isinstance(fold, PowerOfTwo))
+    return found if len(found) == len(folds) else None
 
 
 def _parts(W: Tensor, folds: Sequence[Fold]) -> Iterator[tuple[slice, ...]]:
@@ -231,3 +244,8 @@ def _parts(W: Tensor, folds: Sequence[Fold]) -> Iterator[tuple[slice, ...]]:
         yield from ((slice(None), slice(start, start + step)) for start in range(0, W.shape[1], step))
     else:
         yield (slice(None),)
+
+
+def _check_range(made: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(made).all()):
+        raise CheckpointError(f"tensor {name}: folded values leave the range of {made.dtype}; write float32 instead")

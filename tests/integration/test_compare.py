@@ -39,9 +39,9 @@ def document(output: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def everything(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All methods at one budget."""
+    """All methods at one budget, scales of one kind."""
     output = tmp_path_factory.mktemp("compared") / "all"
-    assert run(command(model, output, "--methods", "*", "--budgets", "3.5")) == 0
+    assert run(command(model, output, "--methods", "*", "--budgets", "3.5", "--scales", "bfloat16")) == 0
     return output
 
 
