@@ -124,7 +124,8 @@ def test_a_methods_row_does_not_depend_on_the_others(tmp_path_factory: pytest.Te
 
 
 def test_one_seed_one_result(model: Path, everything: Path, tmp_path: Path) -> None:
-    assert run(command(model, tmp_path, "--methods", "lrpq", "--budgets", "3.5", "--seeds", "0,1")) == 0
+    asked = ("--methods", "lrpq", "--budgets", "3.5", "--scales", "bfloat16", "--seeds", "0,1")
+    assert run(command(model, tmp_path, *asked)) == 0
     rows = document(tmp_path)["rows"]
     same = next(row for row in document(everything)["rows"] if row["method"] == "lrpq")
     assert rows[0]["kl_windows"] == same["kl_windows"]
