@@ -9,7 +9,7 @@ many epochs that is, so a run is repeatable in its outcome, not bit for bit. Sav
 time; the last figure is that of the model loaded again from there, in float32.
 
 With ``--compile --graph`` one H100 for itself needs the default of 5.5 minutes for a top-1 of 85% or more on 5,000 test
-images: vit-tiny 86.16% (5.5 minutes, 186 epochs), deit-tiny 85.54% (5 minutes), swin-tiny 89.26% (6 minutes). Launched
+images: vit-tiny 86.2% (5.5 minutes, 185 epochs), deit-tiny 85.2% (5 minutes), swin-tiny 88.8% (6 minutes). Launched
 one by one instead of as a graph, or beside another training, steps take several times as long.
 
 The recipe is DeiT's (Touvron et al. 2021), shorter: AdamW, warm-up and cosine, mixup or CutMix in half of the batches,

@@ -86,7 +86,7 @@ class CompareConfig(Section):
     """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
     scales: Annotated[Literal["auto", "bfloat16", "float8"], Flag("--scales")] = AUTO
     """What the scales of groups are stored as, as in `lrpq compress`; the controls (uniform GPTQ, rounding to nearest)
-    and what tunes scales have bfloat16."""
+    and lrpq without allocation, which then take as many bits, have bfloat16."""
 
     @field_validator("methods")
     @classmethod

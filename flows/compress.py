@@ -23,7 +23,7 @@ from flows.image_compression import ImageCompression
 from flows.manifest_file import MANIFEST, read_manifest_file
 from flows.prefect_server import starting_api
 from flows.progress import Progress
-from flows.run_config import RunConfig, default_run_id
+from flows.run_config import RunConfig, default_run_id, stored_run
 from flows.states import close_abandoned, tagged
 from flows.task_accuracy import Task, answer_tasks, encoded_tasks, harness_tasks
 from lrpq.errors import ConfigError
@@ -135,7 +135,7 @@ def run_reallocate(
     Raises:
         StoreError: no such run.
     """
-    run = RunConfig.model_validate_json(json.dumps(read_run(open_store(store), run_id)))
+    run = stored_run(read_run(open_store(store), run_id))
     config = CompressConfig(
         run=run,
         plan=plan,

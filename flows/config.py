@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from flows.kinds import check_kind
 from flows.run_config import DEFAULT_CALIBRATION, RunConfig, check_run_id
-from flows.sections import Flag, Positive, Section, Share, WindowLength
+from flows.sections import AUTO, Flag, Positive, Section, Share, WindowLength
 from lrpq.allocate.budget import UNQUANTIZED_BITS, BudgetBits, parse_bytes
 from lrpq.allocate.keep import parse_keep
 from lrpq.allocate.parts import check_parts
@@ -182,6 +182,25 @@ class CompressConfig(Section):
     def _valid_run_id(cls, value: str | None) -> str | None:
         return value if value is None else check_run_id(value)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _scales_that_load(cls, values: Any) -> Any:
+        """A new run says what it stores, whatever its later plans ask for; a stored one has said it."""
+        run = values.get("run") if isinstance(values, Mapping) else None
+        if not isinstance(run, Mapping):
+            return values
+        candidates = run.get("candidates", {})
+        if not isinstance(candidates, Mapping) or candidates.get("scales", AUTO) != AUTO:
+            return values
+        plan = values.get("plan", {})
+        asked = plan.model_dump() if isinstance(plan, PlanConfig) else plan
+        if not isinstance(asked, Mapping) or (
+            asked.get("target", "transformers") == "transformers"
+            and asked.get("format", "compressed-tensors") == "compressed-tensors"
+        ):
+            return values
+        return {**values, "run": {**run, "candidates": {**candidates, "scales": "bfloat16"}}}
+
     @model_validator(mode="after")
     def _consistent(self) -> CompressConfig:
         check_kind(self)
@@ -253,7 +272,7 @@ class CompressConfig(Section):
         if scale_bits != 8:
             return
         if reason := self.needs_wide_scales():
-            raise ConfigError(f"--scales float8 with {reason}; compress with --scales bfloat16")
+            raise ConfigError(f"{reason}, and this run's are float8 (--scales); compress with --scales bfloat16")
         if experts and self.plan.format == "compressed-tensors":
             raise ConfigError(
                 "--scales float8 for a mixture of experts: transformers gives packed experts the type of their scales, "

@@ -14,8 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from flows.config import CompressConfig
-from flows.run_config import CandidateConfig
-from flows.sections import AUTO, Flag, Section
+from flows.sections import Flag, Section
 from lrpq.errors import ConfigError
 from tasks.store.documents import parse_object
 
@@ -209,7 +208,6 @@ def _resolved(config: CompressConfig) -> CompressConfig:
         update={
             "model": absolute_model(config.run.model),
             "images": images,
-            "candidates": _with_scales_that_load(config),
         }
     )
     source = config.evaluation_source()
@@ -223,14 +221,6 @@ def _resolved(config: CompressConfig) -> CompressConfig:
             "store": absolute_store(config.store),
         }
     )
-
-
-def _with_scales_that_load(config: CompressConfig) -> CandidateConfig:
-    """What a run stores depends on no later plan of it: where the first one needs wide scales, the run says so."""
-    asked = config.run.candidates
-    if asked.scales != AUTO or config.needs_wide_scales() is None:
-        return asked
-    return asked.model_copy(update={"scales": "bfloat16"})
 
 
 def _printable(text: object) -> str:

@@ -16,7 +16,6 @@ OF_TEXT = (
     "run.calibration.num_windows",
     "run.calibration.length",
     "run.calibration.text_column",
-    "run.candidates.scales",
     "run.candidates.cost_rows",
     "run.candidates.quantize_head",
     "run.candidates.quantize_embeddings",
@@ -64,6 +63,8 @@ def check_kind(config: CompressConfig) -> None:
             f"{_option(config, path)}{implied} with --images: is for language models"
             + (f"; an image classifier takes {instead}" if instead else "; leave it out")
         )
+    if config.run.candidates.scales == "float8":
+        raise ConfigError("--scales float8 with --images: is for language models; leave it out")
     if config.plan.share == "operations" and len(config.run.images.activations) < 2:
         raise ConfigError("--share operations: there is nothing to share; give several widths as --activations")
     if config.run.images.activations and config.plan.budget_bytes is not None:

@@ -213,13 +213,22 @@ def check_run_id(run_id: str) -> str:
     return run_id
 
 
-def read_configuration(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored run's configuration as this version understands it: fields that came later have their defaults.
+def stored_run(stored: dict[str, Any]) -> RunConfig:
+    """A stored run as this version understands it: fields that came later have their defaults, or what was so then.
 
-    One that this version does not understand is left as it is.
+    Raises:
+        ValidationError: this version does not understand it.
     """
+    candidates = stored.get("candidates")
+    if isinstance(candidates, dict):
+        stored = {**stored, "candidates": {"scales": "bfloat16", **candidates}}
+    return RunConfig.model_validate_json(json.dumps(stored))
+
+
+def read_configuration(stored: dict[str, Any]) -> dict[str, Any]:
+    """The same as a document; one that this version does not understand is left as it is."""
     try:
-        run = RunConfig.model_validate_json(json.dumps(stored))
+        run = stored_run(stored)
     except ValidationError:
         return stored
     return dict(json.loads(run.model_dump_json()))

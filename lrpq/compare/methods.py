@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lrpq.compare.planned import COOPQ, REESTIMATED, SWAPS
-from lrpq.compare.recipes import CONTROL, DEFAULT, FAST, TUNINGS, Recipe, Rounding
+from lrpq.compare.recipes import CONTROL, DEFAULT, FAST, Recipe, Rounding
 from lrpq.errors import ConfigError
 from lrpq.importance.registry import MEASURES
-from lrpq.tune.options import Trained
 
 
 class Axis(enum.Enum):
@@ -114,9 +113,7 @@ def _methods() -> dict[str, Method]:
         found[f"transform:{name}"] = Method(axis=Axis.TRANSFORM, source=source, recipe=replace(DEFAULT, transform=name))
         found[f"control+{name}"] = Method(axis=Axis.ADDED, source=source, recipe=replace(CONTROL, transform=name))
     for name, source in _TUNING_SOURCES.items():
-        wide = Trained.SCALES in TUNINGS[name]  # what is tuned is no number of float8
-        recipe = replace(DEFAULT, tuning=name, wide_scales=wide)
-        found[f"tuned:{name}"] = Method(axis=Axis.TUNING, source=source, recipe=recipe)
+        found[f"tuned:{name}"] = Method(axis=Axis.TUNING, source=source, recipe=replace(DEFAULT, tuning=name))
     removed = {
         "allocation": replace(DEFAULT, allocation="uniform", wide_scales=True),  # as many bits in all as the control
         "token-weights": replace(DEFAULT, weighting="none"),

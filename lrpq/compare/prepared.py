@@ -96,8 +96,8 @@ class Prepared:
         """The plan under lrpq's own costs, whatever chose it; those of the same widths where its scales are wider."""
         ours = {
             (row.module.name, choice): row.cost_nats
-            for name in (False, True)
-            for row in self._rows(DEFAULT.allocation, name)
+            for wide in (False, True)
+            for row in self._rows(DEFAULT.allocation, wide)
             if (choice := row.choice) is not None
         }
         return sum(ours[module, choice] for module, choice in plan.choices.items() if choice is not None)

@@ -49,7 +49,7 @@ def directional_costs(
 ) -> dict[str, dict[Choice, float]]:
     """Module -> choice -> cost, nats a token.
 
-    Memory: that of a profile, and the errors of one block's candidates in float32.
+    Memory: that of a profile, the errors of one block's candidates in float32, and G of a micro-batch's windows.
 
     Args:
         stream: the model, dense.
@@ -112,7 +112,7 @@ class _DirectionalSweep(ProfileSweep):
 
 
 def _errors(W: Float[Tensor, "d_out d_in"], rounded: Sequence[QuantizedWeight]) -> dict[Choice, Tensor]:
-    """dW of every choice, flat, in the weight's dtype and where it lies."""
+    """dW of every choice, flat, float32, where the weight lies."""
     return {q.choice: (_beside(W, q).dequantize(W.dtype) - W).flatten() for q in rounded}
 
 

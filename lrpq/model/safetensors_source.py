@@ -159,7 +159,7 @@ class ModelSource:
         return self._entry(name).nbytes
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor to host memory in its stored dtype, checked to be finite the first time.
+        """Read one tensor to new host memory in its stored dtype, checked to be finite the first time.
 
         Raises:
             ModelError: no such tensor, a damaged shard, or NaN or infinity among the values.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -232,7 +233,7 @@ def powers_of_two(folds: Sequence[Fold]) -> tuple[PowerOfTwo, ...] | None:
     return found if len(found) == len(folds) else None
 
 
-def _parts(W: Tensor, folds: Sequence[Fold]) -> Iterator[tuple[slice, ...]]:
+def _parts(W: Tensor, folds: Sequence[Fold]) -> Iterator[tuple[slice | EllipsisType, ...]]:
     """Parts of a tensor that can be folded one after the other."""
     units = [fold.column_unit for fold in folds]
     if W.ndim == 2 and all(fold.rowwise for fold in folds):
@@ -243,7 +244,7 @@ def _parts(W: Tensor, folds: Sequence[Fold]) -> Iterator[tuple[slice, ...]]:
         step = unit * max(1, CHUNK_ELEMENTS // max(len(W) * unit, 1))
         yield from ((slice(None), slice(start, start + step)) for start in range(0, W.shape[1], step))
     else:
-        yield (slice(None),)
+        yield (...,)
 
 
 def _check_range(made: Tensor, name: str) -> None:

@@ -173,7 +173,7 @@ def read_symmetric(
 
 
 def _tiles(file: BinaryIO) -> pq.ParquetFile:
-    """The pages' own checksums would say again what the tiles' say: 4% of the time of a read."""
+    """The pages' own checksums would say again what the tiles' say."""
     return parquet_file(file, check_pages=False)
 
 

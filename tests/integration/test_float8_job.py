@@ -136,8 +136,14 @@ def test_packed_experts_do_not_load_with_float8_scales_and_dense_ones_do(job: Jo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"plan": {"budget_bits": 4.5, "target": "vllm"}}, "--scales float8 with --target vllm"),
-        ({"plan": {"budget_bits": 4.5, "format": "gptq"}}, "--scales float8 with --format gptq"),
+        (
+            {"plan": {"budget_bits": 4.5, "target": "vllm"}},
+            "--target vllm: its kernels read scales of 16 bits, and this run.s are float8",
+        ),
+        (
+            {"plan": {"budget_bits": 4.5, "format": "gptq"}},
+            "--format gptq: it has scales of 16 bits, and this run.s are float8",
+        ),
         ({"candidates": {"group_sizes": [-1]}}, "--scales float8 with --group-size channel"),
         ({"images": {"source": "folder"}}, "--scales"),
     ],

@@ -11,7 +11,7 @@ from conftest import write_llama
 from tiny_models import write_tiny
 
 from flows.config_file import load_config
-from flows.run_config import RunConfig
+from flows.run_config import RunConfig, read_configuration, stored_run
 from flows.scales import stored_scale_bits
 from lrpq.errors import ConfigError, ModelError
 from lrpq.model.described import DescribedModel
@@ -51,5 +51,22 @@ def test_a_run_for_what_reads_wide_scales_has_them_and_one_with_float8_says_what
     assert stored.run.candidates.scales == "auto"
     later = stored.model_copy(update={"plan": load_config(None, asked).plan})  # as `lrpq reallocate` has it
     later.check_scales(scale_bits=16)
-    with pytest.raises(ConfigError, match=r"--scales float8 with --(target|format).*compress with --scales bfloat16"):
+    with pytest.raises(ConfigError, match=r"--(target|format).*this run's are float8.*compress with --scales bfloat16"):
         later.check_scales(scale_bits=8)
+
+
+def test_a_run_stored_before_scales_could_be_narrow_had_wide_ones() -> None:
+    stored = {"model": "m", "candidates": {"bits": [3, 4], "group_sizes": [64]}}
+    assert stored_run(stored).candidates.scales == "bfloat16"
+    assert stored_run({**stored, "candidates": {"scales": "auto"}}).candidates.scales == "auto"
+    assert read_configuration(stored)["candidates"]["scales"] == "bfloat16"
+
+
+def test_images_have_wide_scales_and_may_say_so() -> None:
+    asked: dict[str, Any] = {"plan": {"budget_bits": 4.5}, "output": "o"}
+    for scales in ("auto", "bfloat16"):
+        run = {"model": "m", "images": {"source": "photos"}, "candidates": {"scales": scales}}
+        assert load_config(None, {**asked, "run": run}).run.candidates.scales == scales
+    run = {"model": "m", "images": {"source": "photos"}, "candidates": {"scales": "float8"}}
+    with pytest.raises(ConfigError, match=r"--scales float8 with --images"):
+        load_config(None, {**asked, "run": run})
