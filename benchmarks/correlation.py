@@ -23,8 +23,6 @@ import torch
 from transformers import AutoTokenizer
 
 from lrpq.allocate.options import CostRow
-from lrpq.compare.allocation import with_costs
-from lrpq.compare.methods import DIRECTIONAL
 from lrpq.compare.recipes import DEFAULT
 from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Gathered, Workbench
@@ -42,7 +40,7 @@ from tasks.resources import windows_at_once
 GROUP_SIZE = 64
 BITS = (2, 3)
 CEILING = "measured again"
-NOISE = "noise-factors"
+NOISE, DIRECTIONAL = "noise-factors", "directional"
 PREDICTIONS: Mapping[str, Measure] = {
     **MEASURES,
     "equal-loss": Measure(source="BAQ", costs=equal_loss("none", at_bits=max(BITS)), weighting="none"),
@@ -108,16 +106,16 @@ def main() -> None:
     gathered = bench.gather(PREDICTIONS, weightings=(), candidates_by="blend", keep_candidates=True)
     print(f"{time.monotonic() - started:.0f} s: evidence gathered", flush=True)
     ours = gathered.costs[DEFAULT.allocation]
-    gathered.costs[DIRECTIONAL] = with_costs(
-        ours,
-        directional_costs(
-            bench.stream(),
-            tokens,
-            lambda spec: gathered.candidates[spec.name],
-            seed=terms.seed,
-            micro_batch=terms.micro_batch,
-        ),
+    along = directional_costs(
+        bench.stream(),
+        tokens,
+        lambda spec: gathered.candidates[spec.name],
+        seed=terms.seed,
+        micro_batch=terms.micro_batch,
     )
+    gathered.costs[DIRECTIONAL] = [
+        replace(row, cost_nats=along[row.module.name][row.choice]) for row in ours if row.choice is not None
+    ]
     print(f"{time.monotonic() - started:.0f} s: errors walked back", flush=True)
     with_noise(bench, gathered)
     print(f"{time.monotonic() - started:.0f} s: noise measured", flush=True)

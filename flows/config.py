@@ -195,8 +195,7 @@ class CompressConfig(Section):
         plan = values.get("plan", {})
         asked = plan.model_dump() if isinstance(plan, PlanConfig) else plan
         if not isinstance(asked, Mapping) or (
-            asked.get("target", "transformers") == "transformers"
-            and asked.get("format", "compressed-tensors") == "compressed-tensors"
+            asked.get("target", "transformers") == "transformers" and asked.get("format") != "gptq"
         ):
             return values
         return {**values, "run": {**run, "candidates": {**candidates, "scales": "bfloat16"}}}
