@@ -28,7 +28,7 @@ def descend_columns(
     In memory: G, D, codes and S once. Each row by itself, so cuts and threads change no digit.
 
     Args:
-        G: H D of these columns as it is before them, float32.
+        G: H D of these columns as it is before them, float32; what it holds afterwards is of no use.
         D: their errors T - Q.
         codes: int8.
         S: scales of the runs of columns that share one.

@@ -27,7 +27,9 @@ from torch import Tensor
 from lrpq.errors import QuantizationError
 from lrpq.kernels.descent import descend_columns
 from lrpq.kernels.threads import in_one_launch, usable
+from lrpq.quant.activation_sums import split
 from lrpq.quant.grid import QuantizedWeight, code_ranges, ends, fetch, group_width, largest, refuse_unless_finite
+from lrpq.quant.halves import product
 from lrpq.quant.residual import has_kernel, write_residual
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
 # one core, within 10% of each other.
 BLOCK_COLUMNS = 64
 _LEAF_COLUMNS = 8
+# On a GPU the product with all of H is by halves (quant/halves.py) and of more columns: of 64 it would be too thin to
+# fill the card. Below so many multiply-adds it is not worth the splitting.
+_GPU_BLOCK_COLUMNS = 512
+_LEAST_WORK_BY_HALVES = 2**30
 # Stacked rows at once. Swept 512 .. 4,096 on one core: more rows are faster, by 1.6 in all, as fewer calls are made.
 _CPU_ROWS = 4096
 _GPU_ELEMENTS = 2**29  # of d_in times stacked rows: 5 bytes each
@@ -83,8 +89,9 @@ def descend(
     Floor: a sweep multiplies all errors with H once, 2 d_in^2 FLOPs a row and choice, twice GPTQ's d_in^2 (whose
     matrix is triangular). What blocks add is their share of d_in. Exact Gauss-Seidel whatever ``block_columns`` is: the
     errors of other blocks are up to date in that product, those of the own block in the loop over its columns (in
-    float64 vector operations, and small products). Computes in the dtype of H; each product starts from the errors, so
-    nothing drifts. Memory besides inputs and results: 5 bytes times d_in times at most 4,096 rows on CPU.
+    float64 vector operations, and small products). Computes in the dtype of H, large layers on a GPU by its halves;
+    each product starts from the errors, so nothing drifts. Memory besides inputs and results: 5 bytes times d_in times
+    at most 4,096 rows on CPU, on a GPU 6 bytes more.
 
     Raises QuantizationError naming the layer for shapes that do not belong together, values that are not finite or so
     large that their products could overflow, or a scale of zero.
@@ -221,19 +228,50 @@ def _sweep(state: _State, H: Tensor, inverse: Tensor, run: int, *, block: int) -
     """Visit every column once, from left to right; changes ``state``. Returns which rows moved."""
     d_in, stacked = state.D.shape
     moved = torch.zeros(stacked, dtype=torch.bool, device=H.device)
+    if H.is_cuda and usable(H):
+        block = max(block, _GPU_BLOCK_COLUMNS)
     G = H.new_empty(min(block, d_in), stacked)
     runs = torch.arange(d_in, device=H.device) // run
     visit = None if usable(H) else _Vectorized(state, H, inverse, run, moved, G)
+    halves = _Halves(state.D) if _by_halves(state, H) else None
     for start in range(0, d_in, block):
         k = slice(start, min(start + block, d_in))
-        g = torch.mm(H[k], state.D, out=G[: k.stop - start])
+        g = torch.mm(H[k], state.D, out=G[: k.stop - start]) if halves is None else halves.pulls(H[k])
         if visit is None:
             descend_columns(
                 g, state.D[k], state.codes[k], state.scales, state.ranges, H[k, k], inverse[k], runs[k], moved
             )
         else:
             visit(k)
+        if halves is not None:
+            halves.follow(state.D, k)
     return moved
+
+
+def _by_halves(state: _State, H: Tensor) -> bool:
+    work = _GPU_BLOCK_COLUMNS * state.D.numel()
+    return H.is_cuda and usable(H) and work >= _LEAST_WORK_BY_HALVES
+
+
+class _Halves:
+    """Products of all errors with some rows of H, by halves."""
+
+    def __init__(self, D: Tensor) -> None:
+        self._right = torch.empty(3, *D.shape, dtype=torch.bfloat16, device=D.device)
+        self.follow(D, slice(0, len(D)))
+
+    def follow(self, D: Tensor, columns: slice) -> None:
+        """Take over errors that have changed."""
+        high, low = split(D[columns])
+        self._right[0, columns] = high
+        self._right[1, columns] = low
+        self._right[2, columns] = high
+
+    def pulls(self, H: Tensor) -> Tensor:
+        """H D for some rows of H."""
+        high, low = split(H)
+        found: Tensor = product(torch.cat([high, high, low], dim=1), self._right.flatten(0, 1))
+        return found
 
 
 class _Vectorized:

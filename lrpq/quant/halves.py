@@ -4,9 +4,10 @@ x = high + low with high = bfloat16(x), low = bfloat16(x - high) keeps 16 of 24 
 halves low times low is below what the others round, and is left out. All three are one product with a threefold inner
 dimension, summed in float32.
 
-For the column loop's updates that is enough: over random, ill-conditioned and rank-deficient Hessians with outliers,
-at 2 to 8 bits, the undamped loss differs from float64's by at most 1.3e-4, as float32's own does (1.0e-4; TF32 alone
-1.0e-3, bfloat16 alone 1.8e-3; docs/log.md). The factorisation and all losses stay in float32.
+For the column loop's updates and the descent's pulls that is enough: over random, ill-conditioned and rank-deficient
+Hessians with outliers, at 2 to 8 bits, the undamped loss differs from float64's by at most 1.3e-4, as float32's own
+does (1.0e-4; TF32 alone 1.0e-3, bfloat16 alone 1.8e-3; docs/log.md). So it is for losses of rows that are compared with
+each other (1.5e-4; quant/forms.py). The factorisation stays in float32.
 """
 
 from __future__ import annotations
@@ -39,6 +40,15 @@ def add_product(C: Float[Tensor, "m n"], A: Float[Tensor, "m k"], B: Float[Tenso
         columns = slice(start, start + _COLUMNS)
         high, low = split(B[:, columns])
         C[:, columns] += product(left, torch.cat([high, low, high]))
+
+
+def multiplied(A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+    """A B, by halves where that is worth it."""
+    if not (A.is_cuda and usable(A) and len(A) * B.numel() >= _LEAST_WORK):
+        return A @ B
+    C = A.new_zeros(len(A), B.shape[1])
+    add_product(C, A, B)
+    return C
 
 
 def product(a: BFloat16[Tensor, "m k"], b: BFloat16[Tensor, "k n"]) -> Float[Tensor, "m n"]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.quant.grid import QuantizedWeight, ends, fetch, largest, refuse_unless_finite
+from lrpq.quant.halves import multiplied
 from lrpq.quant.residual import has_kernel, write_residual
 from lrpq.quant.stored_scales import nearest
 
@@ -131,7 +132,8 @@ def _systems(T: Tensor, quantized: QuantizedWeight, rows: slice, H: Tensor) -> t
 
 
 def _refit_on_gpu(T: Tensor, quantized: QuantizedWeight, H: Tensor, new: Tensor, rejected: Tensor) -> None:
-    """The same by kernels, into new scales and which rows keep theirs. Sums over a group are float64 here."""
+    """The same by kernels, into new scales and which rows keep theirs. Sums over a group are float64 here, H D is by
+    halves."""
     from lrpq.kernels.group_products_cuda import group_products
     from lrpq.kernels.refit_cuda import group_sums, judge, part_empty
 
@@ -139,7 +141,7 @@ def _refit_on_gpu(T: Tensor, quantized: QuantizedWeight, H: Tensor, new: Tensor,
     codes, old = quantized.codes.contiguous(), quantized.scales.contiguous()
     D = write_residual(T, quantized, H.new_empty(rows, d_in))
     b = H.new_empty(rows, num_groups, dtype=torch.float64)
-    group_sums(codes, D @ H, b)
+    group_sums(codes, multiplied(D, H), b)
     A = H.new_empty(rows, num_groups, num_groups, dtype=torch.float64)
     if fills_a_gpu(d_in, num_groups):
         group_products(codes, H, A)

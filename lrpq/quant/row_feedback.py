@@ -24,6 +24,7 @@ import torch
 from lrpq.errors import QuantizationError
 from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.halves import multiplied
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -50,7 +51,7 @@ def quantize_in_blocks(
     damping: float = DEFAULT_DAMPING,
     name: str = "layer",
 ) -> QuantizedWeight:
-    """Round a layer block by block of rows, those with the largest G_jj first.
+    """Round a layer block by block of rows, those with the largest G_jj first; a block of all chunks at once.
 
     FLOPs besides those of ``round_rows``: c^3 / 3 + c^2 d_in for every chunk of c rows.
 
@@ -69,15 +70,21 @@ def quantize_in_blocks(
         raise QuantizationError(
             f"{name}: {len(T)} rows, and output gradients of {sum(len(G) for G in outputs)}; they must be of one layer"
         )
-    parts: list[QuantizedWeight] = []
+    chunks: list[_Chunk] = []
     start = 0
     for G in outputs:
-        rows = T[start : start + len(G)]
         blocks = blocks_of(len(G), num_blocks)
         factor = factorize(G, damping=damping, name=f"{name}, output gradients") if blocks > 1 else None
-        parts.append(round_rows(rows) if factor is None else _chunk(rows, factor, round_rows, num_blocks=blocks))
+        chunks.append(_Chunk(T[start : start + len(G)], factor, blocks))
         start += len(G)
-    return stacked(parts)
+    for block in range(max(len(chunk.blocks) for chunk in chunks)):
+        # chunks do not see each other: one call rounds the same block of all
+        own = [chunk for chunk in chunks if block < len(chunk.blocks)]
+        targets = [chunk.targets(block) for chunk in own]
+        found = round_rows(targets[0] if len(own) == 1 else torch.cat(targets))
+        for chunk, part in zip(own, found.split([len(rows) for rows in targets]), strict=True):
+            chunk.put(block, part)
+    return stacked([chunk.weight() for chunk in chunks])
 
 
 def interacts(outputs: Sequence[Float[Tensor, "chunk chunk"]], *, num_blocks: int) -> bool:
@@ -98,7 +105,8 @@ def joint_error(
 ) -> float:
     """tr(G E) for the errors E of all rows together, up to a term that does not depend on the codes.
 
-    E = dW C dW^T - 2 P dW^T, as `lrpq.quant.correction.target_error` has it row by row.
+    E = dW C dW^T - 2 P dW^T, as `lrpq.quant.correction.target_error` has it row by row. Large products on a GPU are by
+    halves (quant/halves.py): errors of rows together and apart differ by percents.
 
     Args:
         dW: quantized minus original weights.
@@ -111,31 +119,51 @@ def joint_error(
         rows = slice(start, start + len(G))
         start += len(G)
         part = dW[rows]
-        pull = part @ C if P is None else (part @ C).sub_(P[rows], alpha=2.0)
-        total += float(((G @ part) * pull).sum(dtype=torch.float64))
+        pull = multiplied(part, C)
+        if P is not None:
+            pull.sub_(P[rows], alpha=2.0)
+        total += float(multiplied(G, part).mul_(pull).sum(dtype=torch.float64))
     return total
 
 
-def _chunk(T: Float[Tensor, "rows d_in"], factor: Factor, round_rows: RoundRows, *, num_blocks: int) -> QuantizedWeight:
-    order = factor.order
-    T = T[order]
-    errors = torch.zeros_like(T)
-    found: list[QuantizedWeight] = []
-    size = -(-len(T) // num_blocks)
-    for start in range(0, len(T), size):
-        rows = slice(start, start + size)
-        targets = T[rows]
-        if start:  # the unit columns of factor.R cancel: R_BB and R_AB are scaled alike
-            pull = factor.R[:start, rows].T @ errors[:start]
-            targets = targets + torch.linalg.solve_triangular(
-                factor.R[rows, rows].T, pull, upper=False, unitriangular=True
-            )
-        found.append(round_rows(targets))
-        errors[rows] = T[rows] - found[-1].dequantize(T.dtype)
-    whole = stacked(found)
-    codes, scales = torch.empty_like(whole.codes), torch.empty_like(whole.scales)
-    codes[order], scales[order] = whole.codes, whole.scales
-    return QuantizedWeight(codes=codes, scales=scales, choice=whole.choice)
+class _Chunk:
+    """Rows that see each other, on the way from one block to the next."""
+
+    def __init__(self, T: Float[Tensor, "rows d_in"], factor: Factor | None, num_blocks: int) -> None:
+        self._factor = factor
+        self._T = T if factor is None else T[factor.order]
+        self._errors = None if factor is None else torch.zeros_like(self._T)
+        self._found: list[QuantizedWeight] = []
+        size = -(-len(T) // num_blocks)
+        self.blocks = [slice(start, min(start + size, len(T))) for start in range(0, len(T), size)]
+
+    def targets(self, block: int) -> Float[Tensor, "rows d_in"]:
+        """What the block should reproduce, now that those before it are rounded."""
+        rows = self.blocks[block]
+        targets = self._T[rows]
+        if block == 0 or self._factor is None or self._errors is None:
+            return targets
+        # the unit columns of factor.R cancel: R_BB and R_AB are scaled alike
+        R, start = self._factor.R, rows.start
+        pull = R[:start, rows].T @ self._errors[:start]
+        return targets + torch.linalg.solve_triangular(R[rows, rows].T, pull, upper=False, unitriangular=True)
+
+    def put(self, block: int, found: QuantizedWeight) -> None:
+        """The block, rounded."""
+        rows = self.blocks[block]
+        self._found.append(found)
+        if self._errors is not None and rows.stop < len(self._T):
+            self._errors[rows] = self._T[rows] - found.dequantize(self._T.dtype)
+
+    def weight(self) -> QuantizedWeight:
+        """All rows in their own order."""
+        whole = stacked(self._found)
+        if self._factor is None:
+            return whole
+        order = self._factor.order
+        codes, scales = torch.empty_like(whole.codes), torch.empty_like(whole.scales)
+        codes[order], scales[order] = whole.codes, whole.scales
+        return QuantizedWeight(codes=codes, scales=scales, choice=whole.choice)
 
 
 def stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

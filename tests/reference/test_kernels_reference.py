@@ -181,6 +181,24 @@ def test_a_layer_comes_out_as_by_vector_operations(leaves: bool, device: str, mo
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_descent_by_halves_moves_no_loss(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 40 columns, which do not divide the width."""
+    X = numbers(300, 192, seed=1) @ (torch.eye(192) + numbers(192, 192, seed=2) / 14)
+    H, W = (X.T @ X / 300).to(device), numbers(70, 192, seed=3).to(device)
+    start = gptq(W, factorize(H), CHOICES, grid=Grid.SIGNED)
+    expected = descend(W, start, H, sweeps=3)
+    monkeypatch.setattr(descent_module, "in_one_launch", lambda tensor, *, columns, rows: False)
+    monkeypatch.setattr(descent_module, "_by_halves", lambda state, H: True)
+    monkeypatch.setattr(descent_module, "_GPU_BLOCK_COLUMNS", 40)
+    found = descend(W, start, H, sweeps=3, block_columns=40)
+    for a, b, before in zip(found, expected, start, strict=True):
+        assert (a.weight.codes == b.weight.codes).float().mean() > 0.995
+        losses = [float(loss(W, q.dequantize(), H).sum()) for q in (a.weight, b.weight, before)]
+        assert abs(losses[0] / losses[1] - 1) < 1e-3
+        assert losses[0] < 0.98 * losses[2]
+
+
 def test_neither_threads_nor_strips_change_a_digit() -> None:
     """Of whole layers with threads; of the loops themselves also row by row: products around them may differ there."""
     W, H = layer(150, 96)
