@@ -1,7 +1,8 @@
-"""A whole model from tokens to codes through the workbench of `lrpq compare`, and where the time goes."""
+"""A whole model from tokens to a checkpoint through the workbench of `lrpq compare`, and where the time goes."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from benchmarks.gpu.layers import FUNCTIONS
 from benchmarks.gpu.measure import now
 from benchmarks.gpu.report import Figure, Report, Row
 from benchmarks.gpu.timers import Timers
+from lrpq.checkpoint.assemble import write_checkpoint
 from lrpq.compare.memory import peak_memory
 from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import DEFAULT
@@ -23,7 +25,7 @@ from lrpq.model.source import open_source
 from tasks.resources import windows_at_once
 
 PART = "end-to-end"
-STAGES = ("evidence", "plan", "codes")
+STAGES = ("evidence", "plan", "codes", "checkpoint")
 PIPELINE_FUNCTIONS = {
     **FUNCTIONS,
     **STAGE_FUNCTIONS,
@@ -43,8 +45,10 @@ PIPELINE_FUNCTIONS = {
 def measure_pipeline(
     report: Report, device: torch.device, model: Path, tokens: Tensor, *, budget_bits: float, with_breakdown: bool
 ) -> None:
-    """Evidence, plan and codes as a user's first run finds them, kernels still to be compiled; again with timers."""
+    """Evidence, plan, codes and checkpoint as a user's first run finds them, kernels still to be compiled; again with
+    timers."""
     terms = Terms(
+        scale_bits=8,
         device=str(device),
         shards=min(Terms().shards, len(tokens)),
         micro_batch=windows_at_once(
@@ -104,9 +108,18 @@ def _once(
             seconds[name] = now(device) - started
 
     with stage("evidence"):
-        bench = Workbench(open_source(model), tokens, terms)
+        bench = Workbench(open_source(model), tokens, terms).scaled()
         prepared = Prepared(bench, [DEFAULT], [budget_bits])
     with stage("plan"):
         plan = prepared.plan(DEFAULT.allocation, budget_bits)
     with stage("codes"):
-        bench.quantized(plan.choices, DEFAULT, prepared.gathered)
+        found = bench.quantized(plan.choices, DEFAULT, prepared.gathered)
+    with stage("checkpoint"), tempfile.TemporaryDirectory() as scratch:
+        write_checkpoint(
+            bench.source,
+            Path(scratch) / "checkpoint",
+            quantized=found.codes.get,
+            choices={name: choice for name, choice in plan.choices.items() if choice is not None},
+            specs=bench.stream().specs,
+            manifest={},
+        )

@@ -28,7 +28,7 @@ def is_split(exact: Tensor) -> bool:
 
 
 def add_sum(
-    total: Float[Tensor, "m n"], wide: Float[Tensor, "tokens m"], exact: Float[Tensor, "tokens n"]
+    total: Float[Tensor, "m n"], wide: Float[Tensor, "tokens m"], exact: Float[Tensor, "tokens n"], *, parts: int = 2
 ) -> Float[Tensor, "m n"]:
     """``total += wide^T exact`` in place, fp32.
 
@@ -36,10 +36,12 @@ def add_sum(
         total: fp32.
         wide: fp32.
         exact: in the model's dtype; on a GPU bfloat16 stays what it is, everything else is widened.
+        parts: on a GPU, of ``wide``; 1 rounds every number of it to bfloat16, which is enough where errors of 2^-9 that
+            are independent of each other are: not for a matrix that is to be inverted.
     """
     if not is_split(exact):
         return total.addmm_(wide.T, exact.float())
-    for part in split(wide):
+    for part in split(wide) if parts > 1 else (wide.to(torch.bfloat16),):
         total.add_(torch.mm(part.T, exact, out_dtype=torch.float32))
     return total
 

@@ -10,6 +10,9 @@ for the errors that the hidden states r bring along too. There D gives way to
 
     P = sum_t s_t (W (x_t - xq_t) + r_t - rq_t) xq_t^T.
 
+C is to be inverted and is summed at fp32's precision. What D and P are multiplied from is rounded to bfloat16 on a GPU,
+as the streams are that it is a difference of; over the tokens that averages out.
+
 Sites are visited in the order of the forward, so the inputs of a site already carry the errors of the quantized sites
 before it in the same block.
 
@@ -241,7 +244,7 @@ class RefineSweep:
                         self._move(block, module, place)
                     total = sums.shift if sums.pull is None else sums.pull
                     assert total is not None
-                    add_sum(total, lacking.mul_(s[:, None]), xq)
+                    add_sum(total, lacking.mul_(s[:, None]), xq, parts=1)
                     del lacking
                 del xq, rq
                 self.on_batch()
@@ -278,7 +281,7 @@ class RefineSweep:
             return shift
         assert r is not None
         assert rq is not None
-        return add_sum(r.to(torch.float32, copy=True).sub_(rq), shift.T, W.T)
+        return add_sum(r.to(torch.float32, copy=True).sub_(rq), shift.T, W.T, parts=1)
 
     def _empty(self, spec: LinearSpec, reader: str) -> SiteProducts:
         hessian = empty_hessian(spec.d_in, self.stream.device)
