@@ -33,7 +33,7 @@ from lrpq.quant.grid import Grid, QuantizedWeight
 
 PART = "peers"
 SEARCHED, GIVEN = "lrpq", "lrpq, symmetric scales given"
-RUNS = 2
+RUNS = 4
 """The first compiles."""
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LEAST_WORK = 2**33  # multiply-adds from which a product outweighs the splitting: a third of a millisecond in float32
-_COLUMNS = 8192  # at once: halves and their product are temporaries
+_ELEMENTS = 2**25  # of B at once: its halves are temporaries, 10 bytes each
+_LEAST_COLUMNS = 1024
 
 
 def by_halves(C: Tensor, inner: int) -> bool:
@@ -33,11 +34,12 @@ def by_halves(C: Tensor, inner: int) -> bool:
 
 
 def add_product(C: Float[Tensor, "m n"], A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> None:
-    """C += A B by halves, in place. Memory: A's halves, and of 8,192 columns B's halves and the product."""
+    """C += A B by halves, in place. Memory: A's halves, and of some columns B's halves and the product."""
     high, low = split(A)
     left = torch.cat([high, high, low], dim=1)
-    for start in range(0, B.shape[1], _COLUMNS):
-        columns = slice(start, start + _COLUMNS)
+    step = max(_LEAST_COLUMNS, _ELEMENTS // len(B))
+    for start in range(0, B.shape[1], step):
+        columns = slice(start, start + step)
         high, low = split(B[:, columns])
         C[:, columns] += product(left, torch.cat([high, low, high]))
 
