@@ -1,12 +1,14 @@
 """How well each measure of importance predicts what quantizing a module costs: Spearman correlation with measured KL.
 
     python -m benchmarks.correlation MODEL --calibration FILE [--windows 16] [--length 256] [--probe 2]
-        [--device cuda] [--json FILE]
+        [--draws 1] [--dtype float32] [--device cuda] [--json FILE]
 
 Every module alone is quantized at 2 and at 3 bits (GPTQ on the original inputs), and the KL divergence of the model is
 measured on two disjoint sets of windows of the calibration text that nothing was calibrated on. The correlation of the
 two measurements with each other is the ceiling: no prediction can be asked to agree better with a measurement than
-another measurement does. Predictions are compared with the mean of both. Needs neither Ray nor Prefect nor typer.
+another measurement does. Predictions are compared with the mean of both. A model in bfloat16 differs from itself by
+what rounding does (docs/log.md), which is much of what one layer of 3 bits costs and none of what is predicted; in
+float32 it is not. Needs neither Ray nor Prefect nor typer.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -71,6 +74,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--probe", type=int, default=2, help="windows in each of the two measurements")
+    parser.add_argument("--draws", type=int, default=1, help="of labels, over which directional costs are averaged")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -106,16 +110,7 @@ def main() -> None:
     gathered = bench.gather(PREDICTIONS, weightings=(), candidates_by="blend", keep_candidates=True)
     print(f"{time.monotonic() - started:.0f} s: evidence gathered", flush=True)
     ours = gathered.costs[DEFAULT.allocation]
-    along = directional_costs(
-        bench.stream(),
-        tokens,
-        lambda spec: gathered.candidates[spec.name],
-        seed=terms.seed,
-        micro_batch=terms.micro_batch,
-    )
-    gathered.costs[DIRECTIONAL] = [
-        replace(row, cost_nats=along[row.module.name][row.choice]) for row in ours if row.choice is not None
-    ]
+    gathered.costs[DIRECTIONAL] = along_errors(bench, gathered, ours, draws=arguments.draws)
     print(f"{time.monotonic() - started:.0f} s: errors walked back", flush=True)
     with_noise(bench, gathered)
     print(f"{time.monotonic() - started:.0f} s: noise measured", flush=True)
@@ -137,6 +132,25 @@ def main() -> None:
         settings = {name: value if isinstance(value, int) else str(value) for name, value in vars(arguments).items()}
         found = {"settings": settings, "modules": len(measured[0]), "seconds": time.monotonic() - started, "rows": rows}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def along_errors(bench: Workbench, gathered: Gathered, rows: Sequence[CostRow], *, draws: int) -> list[CostRow]:
+    """Directional costs of the same modules and choices, means over some draws of labels."""
+    found = [
+        directional_costs(
+            bench.stream(),
+            bench.tokens,
+            lambda spec: gathered.candidates[spec.name],
+            seed=bench.terms.seed + draw,
+            micro_batch=bench.terms.micro_batch,
+        )
+        for draw in range(draws)
+    ]
+    return [
+        replace(row, cost_nats=fmean(of_draw[row.module.name][row.choice] for of_draw in found))
+        for row in rows
+        if row.choice is not None
+    ]
 
 
 def with_noise(bench: Workbench, gathered: Gathered) -> None:
