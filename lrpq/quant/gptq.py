@@ -42,7 +42,7 @@ from lrpq.quant.grid import (
     refuse_unless_finite,
     zero_points,
 )
-from lrpq.quant.halves import add_product, by_halves, multiplied
+from lrpq.quant.halves import add_pulled, by_halves, multiplied
 from lrpq.quant.importance import search_importance
 from lrpq.quant.residual import has_kernel, write_residual
 from lrpq.quant.scale_search import search_scales_transposed
@@ -216,7 +216,7 @@ def _forms(dW: Tensor, H: Tensor) -> Tensor:
         stop = min(d_in, start + step)
         half = multiplied(dW[:, start:stop], H[start:stop, start:stop])
         if by_halves(half, d_in - stop):
-            add_product(half, 2.0 * dW[:, stop:], H[stop:, start:stop])
+            add_pulled(half, 2.0 * dW[:, stop:], H[stop:, start:stop])
         else:
             half.addmm_(dW[:, stop:], H[stop:, start:stop], alpha=2.0)
         products[:, : stop - start].addcmul_(half, dW[:, start:stop])

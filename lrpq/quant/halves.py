@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LEAST_WORK = 2**33  # multiply-adds from which a product outweighs the splitting: a third of a millisecond in float32
-_ELEMENTS = 2**25  # of B at once: its halves are temporaries, 10 bytes each
-_LEAST_COLUMNS = 1024
+_COLUMNS = 8192  # at once: halves and their product are temporaries
+_NARROW_COLUMNS = 1024  # where B is a Hessian, whose halves may be larger than anything else that is held
 
 
 def by_halves(C: Tensor, inner: int) -> bool:
@@ -33,15 +33,21 @@ def by_halves(C: Tensor, inner: int) -> bool:
     return C.is_cuda and usable(C) and C.numel() * inner >= _LEAST_WORK
 
 
-def add_product(C: Float[Tensor, "m n"], A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> None:
+def add_product(
+    C: Float[Tensor, "m n"], A: Float[Tensor, "m k"], B: Float[Tensor, "k n"], *, columns_at_once: int = _COLUMNS
+) -> None:
     """C += A B by halves, in place. Memory: A's halves, and of some columns B's halves and the product."""
     high, low = split(A)
     left = torch.cat([high, high, low], dim=1)
-    step = max(_LEAST_COLUMNS, _ELEMENTS // len(B))
-    for start in range(0, B.shape[1], step):
-        columns = slice(start, start + step)
+    for start in range(0, B.shape[1], columns_at_once):
+        columns = slice(start, start + columns_at_once)
         high, low = split(B[:, columns])
         C[:, columns] += product(left, torch.cat([high, low, high]))
+
+
+def add_pulled(C: Float[Tensor, "m n"], A: Float[Tensor, "m k"], H: Float[Tensor, "k n"]) -> None:
+    """``add_product`` of a part of a Hessian, in less memory."""
+    add_product(C, A, H, columns_at_once=_NARROW_COLUMNS)
 
 
 def multiplied(A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
@@ -49,7 +55,7 @@ def multiplied(A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> Float[Tensor
     if not (A.is_cuda and usable(A) and len(A) * B.numel() >= _LEAST_WORK):
         return A @ B
     C = A.new_zeros(len(A), B.shape[1])
-    add_product(C, A, B)
+    add_pulled(C, A, B)
     return C
 
 

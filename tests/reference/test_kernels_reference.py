@@ -113,12 +113,10 @@ def layer(d_out: int, d_in: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_product_by_halves_keeps_sixteen_digits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halves, "_ELEMENTS", 1)
-    monkeypatch.setattr(halves, "_LEAST_COLUMNS", 48)  # a rest of four
+def test_a_product_by_halves_keeps_sixteen_digits(device: str) -> None:
     A, B, C = numbers(70, 64, seed=1), numbers(64, 100, seed=2), numbers(70, 100, seed=3)
     found = C.to(device, copy=True)
-    halves.add_product(found, A.to(device), B.to(device))
+    halves.add_product(found, A.to(device), B.to(device), columns_at_once=48)  # a rest of four
     exact = C.double() + A.double() @ B.double()
     reach = A.double().abs() @ B.double().abs()
     assert ((found.cpu() - exact).abs() <= 2.0**-16 * reach).all()
