@@ -7,8 +7,8 @@ Every module alone is quantized at 2 and at 3 bits (GPTQ on the original inputs)
 measured on two disjoint sets of windows of the calibration text that nothing was calibrated on. The correlation of the
 two measurements with each other is the ceiling: no prediction can be asked to agree better with a measurement than
 another measurement does. Predictions are compared with the mean of both. A model in bfloat16 differs from itself by
-what rounding does (docs/log.md), which is much of what one layer of 3 bits costs and none of what is predicted; in
-float32 it is not. Needs neither Ray nor Prefect nor typer.
+what rounding does (a KL of 1e-3 to float32, docs/log.md), which is in a measurement and in no prediction; in float32 it
+is not. Needs neither Ray nor Prefect nor typer.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Parts (all of them without --only):
     memory       peaks at 4 and at 16 blocks, and of a 70B block's refinement with its quantization
     growth       seconds against tokens, width and depth, with fitted exponents (--png draws them)
     peers        llm-compressor's and GPTQModel's GPTQ on the matrices of ``gptq``, where installed
-    end-to-end   --model from tokens to codes through the workbench, and where the time goes
+    end-to-end   --model from tokens to a checkpoint through the workbench, and where the time goes
     total        minutes for the whole 70B model from the blocks of this run and of the files given with --add
 
 Needs PyTorch, transformers and lrpq's core; with --device cpu and --tiny it runs anywhere, on toy shapes. Weights and

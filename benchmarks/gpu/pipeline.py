@@ -69,7 +69,7 @@ def measure_pipeline(
             name=f"{model.name}, {len(tokens)} x {tokens.shape[1]} tokens, {budget_bits:g} bits, first run",
             seconds=whole,
             peak_bytes=peak.bytes,
-            figures=seconds,
+            figures=dict(seconds),
         )
     )
     if not with_breakdown:
@@ -77,7 +77,7 @@ def measure_pipeline(
     watched = {stage: Timers(device, PIPELINE_FUNCTIONS) for stage in STAGES}
     _once(model, tokens, terms, budget_bits, seconds, watched)
     whole = sum(float(value) for value in seconds.values())
-    report.add(Row(part=PART, name="again, with timers that wait", seconds=whole, figures=seconds))
+    report.add(Row(part=PART, name="again, with timers that wait", seconds=whole, figures=dict(seconds)))
     for stage, timers in watched.items():
         spent = float(seconds[stage])
         rest = ("everything else", spent - sum(timers.seconds.values()))

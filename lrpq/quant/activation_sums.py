@@ -28,7 +28,11 @@ def is_split(exact: Tensor) -> bool:
 
 
 def add_sum(
-    total: Float[Tensor, "m n"], wide: Float[Tensor, "tokens m"], exact: Float[Tensor, "tokens n"], *, parts: int = 2
+    total: Float[Tensor, "m n"],
+    wide: Float[Tensor, "tokens m"],
+    exact: Float[Tensor, "tokens n"],
+    *,
+    rounded: bool = False,
 ) -> Float[Tensor, "m n"]:
     """``total += wide^T exact`` in place, fp32.
 
@@ -36,12 +40,12 @@ def add_sum(
         total: fp32.
         wide: fp32.
         exact: in the model's dtype; on a GPU bfloat16 stays what it is, everything else is widened.
-        parts: on a GPU, of ``wide``; 1 rounds every number of it to bfloat16, which is enough where errors of 2^-9 that
-            are independent of each other are: not for a matrix that is to be inverted.
+        rounded: on a GPU ``wide`` is rounded to bfloat16, for half of the work. Its errors of 2^-9 are independent of
+            each other; a matrix that is to be inverted needs more digits.
     """
     if not is_split(exact):
         return total.addmm_(wide.T, exact.float())
-    for part in split(wide) if parts > 1 else (wide.to(torch.bfloat16),):
+    for part in (wide.to(torch.bfloat16),) if rounded else split(wide):
         total.add_(torch.mm(part.T, exact, out_dtype=torch.float32))
     return total
 

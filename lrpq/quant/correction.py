@@ -67,7 +67,8 @@ def target_error(
     W are the original weights, Q those used behind the quantized prefix. With dW = Q - W the error is e - dW xq, and
     its mean square, but for the first part's own: diag(dW C dW^T) - 2 diag(P dW^T). It may be
     negative and only differences between two Q have a meaning: this is what the guard of the correction compares.
-    Written in dW the terms do not cancel, so matmuls in C's dtype suffice; the rest is float64.
+    Written in dW the terms do not cancel, so products in C's dtype suffice, and large ones on a GPU by halves; the rest
+    is float64.
     """
     W = W.to(C.dtype)
     dW = Q.to(C.dtype) - W

@@ -11,7 +11,7 @@ Nair and Suggala 2024, arXiv:2406.17542; both start from GPTQ's codes or from ro
 best column of all instead). What is left is a minimum over every single code, not over pairs.
 
 Deviation: it is the *displacement* x that is rounded, half to even. So a tie between staying and moving stays, every
-move lowers the error, and zero points drop out.
+move lowers the error, and zero points drop out. (By halves all of this is so up to their rounding.)
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 # one core, within 10% of each other.
 BLOCK_COLUMNS = 64
 _LEAF_COLUMNS = 8
-# On a GPU the product with all of H is by halves (quant/halves.py) and of more columns: of 64 it would be too thin to
-# fill the card. Below so many multiply-adds it is not worth the splitting.
+# On a GPU the product with all of H is of more columns, for of 64 it is too thin to fill the card, and by halves
+# (quant/halves.py) where it has more multiply-adds: some 40 microseconds in float32. Estimates, not swept.
 _GPU_BLOCK_COLUMNS = 512
 _LEAST_WORK_BY_HALVES = 2**30
 # Stacked rows at once. Swept 512 .. 4,096 on one core: more rows are faster, by 1.6 in all, as fewer calls are made.
 _CPU_ROWS = 4096
-_GPU_ELEMENTS = 2**29  # of d_in times stacked rows: 5 bytes each
+_GPU_ELEMENTS = 2**29  # of d_in times stacked rows: 5 bytes each, 11 where products are by halves
 _CONDENSE_BELOW = 0.75  # share of rows that still move below which the others are left out of the sweep
 
 
@@ -87,11 +87,11 @@ def descend(
     when nothing moves; rows that moved nothing in a sweep are done and drop out.
 
     Floor: a sweep multiplies all errors with H once, 2 d_in^2 FLOPs a row and choice, twice GPTQ's d_in^2 (whose
-    matrix is triangular). What blocks add is their share of d_in. Exact Gauss-Seidel whatever ``block_columns`` is: the
-    errors of other blocks are up to date in that product, those of the own block in the loop over its columns (in
-    float64 vector operations, and small products). Computes in the dtype of H, large layers on a GPU by its halves;
-    each product starts from the errors, so nothing drifts. Memory besides inputs and results: 5 bytes times d_in times
-    at most 4,096 rows on CPU, on a GPU 6 bytes more.
+    matrix is triangular). What blocks add is their share of d_in; on a GPU they have 512 columns at least. Exact
+    Gauss-Seidel whatever ``block_columns`` is: the errors of other blocks are up to date in that product, those of the
+    own block in the loop over its columns (in float64 vector operations, and small products). Computes in the dtype of
+    H, large layers on a GPU by its halves; each product starts from the errors, so nothing drifts. Memory besides
+    inputs and results: 5 bytes times d_in times at most 4,096 rows on CPU, on a GPU 6 bytes more.
 
     Raises QuantizationError naming the layer for shapes that do not belong together, values that are not finite or so
     large that their products could overflow, or a scale of zero.
@@ -230,10 +230,10 @@ def _sweep(state: _State, H: Tensor, inverse: Tensor, run: int, *, block: int) -
     moved = torch.zeros(stacked, dtype=torch.bool, device=H.device)
     if H.is_cuda and usable(H):
         block = max(block, _GPU_BLOCK_COLUMNS)
-    G = H.new_empty(min(block, d_in), stacked)
     runs = torch.arange(d_in, device=H.device) // run
+    halves = _Halves(state.D, block=block) if _worth_halves(state, H) else None
+    G = H.new_empty(min(block, d_in) if halves is None else 0, stacked)
     visit = None if usable(H) else _Vectorized(state, H, inverse, run, moved, G)
-    halves = _Halves(state.D) if _by_halves(state, H) else None
     for start in range(0, d_in, block):
         k = slice(start, min(start + block, d_in))
         g = torch.mm(H[k], state.D, out=G[: k.stop - start]) if halves is None else halves.pulls(H[k])
@@ -248,7 +248,7 @@ def _sweep(state: _State, H: Tensor, inverse: Tensor, run: int, *, block: int) -
     return moved
 
 
-def _by_halves(state: _State, H: Tensor) -> bool:
+def _worth_halves(state: _State, H: Tensor) -> bool:
     work = _GPU_BLOCK_COLUMNS * state.D.numel()
     return H.is_cuda and usable(H) and work >= _LEAST_WORK_BY_HALVES
 
@@ -256,9 +256,10 @@ def _by_halves(state: _State, H: Tensor) -> bool:
 class _Halves:
     """Products of all errors with some rows of H, by halves."""
 
-    def __init__(self, D: Tensor) -> None:
+    def __init__(self, D: Tensor, *, block: int) -> None:
         self._right = torch.empty(3, *D.shape, dtype=torch.bfloat16, device=D.device)
-        self.follow(D, slice(0, len(D)))
+        for start in range(0, len(D), block):
+            self.follow(D, slice(start, start + block))
 
     def follow(self, D: Tensor, columns: slice) -> None:
         """Take over errors that have changed."""

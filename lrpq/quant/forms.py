@@ -2,7 +2,7 @@
 
 In float32 the costs of a large layer's candidates take more than its rounding does. Of costs, which are compared with
 each other, 16 digits are enough: over Hessians and codes of a language model's layers they differ from float64's by at
-most 1.5e-4 (docs/log.md), where the product in bfloat16 alone differs by 6e-2.
+most 1.4e-4 (docs/log.md), where the product in bfloat16 alone differs by 6e-2.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from lrpq.quant.grid import (
     refuse_unless_finite,
     zero_points,
 )
-from lrpq.quant.halves import add_pulled, by_halves, multiplied
+from lrpq.quant.halves import add_in_parts, by_halves, multiplied
 from lrpq.quant.importance import search_importance
 from lrpq.quant.residual import has_kernel, write_residual
 from lrpq.quant.scale_search import search_scales_transposed
@@ -162,11 +162,11 @@ def loss(
 ) -> Float[Tensor, "rows=d_out"]:
     """Layer-wise error of every row, diag((W - Q) H (W - Q)^T), with the *undamped* H; float64, not halved.
 
-    Products in the dtype of H, large ones on a GPU by halves (quant/halves.py: within 1.5e-4), as are the sums of those
-    of the 8 blocks of columns; within a block they are summed in float64. H is symmetric, so each pair of column blocks
-    is multiplied once: (1 + 1/8) d_in^2 FLOPs a row instead of 2 d_in^2. Each row is in units of a power of two
-    meanwhile, which changes no digit: errors below 1e-19 would vanish when squared in fp32 and pass for none. A form in
-    a semi-definite H is not negative; what fp32 rounds below zero, as it does where H has low rank, is zero.
+    Products are in the dtype of H, large ones on a GPU by halves (quant/halves.py), and so are sums over the 8 blocks
+    of columns; within a block they are summed in float64. H is symmetric, so each pair of column blocks is multiplied
+    once: (1 + 1/8) d_in^2 FLOPs a row instead of 2 d_in^2. Each row is in units of a power of two meanwhile, which
+    changes no digit: errors below 1e-19 would vanish when squared in fp32 and pass for none. A form in a semi-definite
+    H is not negative; what fp32 rounds below zero, as it does where H has low rank, is zero.
 
     The error that GPTQ minimises includes damping; it ranks bit widths wrongly and is nowhere returned.
     """
@@ -216,7 +216,7 @@ def _forms(dW: Tensor, H: Tensor) -> Tensor:
         stop = min(d_in, start + step)
         half = multiplied(dW[:, start:stop], H[start:stop, start:stop])
         if by_halves(half, d_in - stop):
-            add_pulled(half, 2.0 * dW[:, stop:], H[stop:, start:stop])
+            add_in_parts(half, 2.0 * dW[:, stop:], H[stop:, start:stop])
         else:
             half.addmm_(dW[:, stop:], H[stop:, start:stop], alpha=2.0)
         products[:, : stop - start].addcmul_(half, dW[:, start:stop])

@@ -4,10 +4,11 @@ x = high + low with high = bfloat16(x), low = bfloat16(x - high) keeps 16 of 24 
 halves low times low is below what the others round, and is left out. All three are one product with a threefold inner
 dimension, summed in float32.
 
-For the column loop's updates and the descent's pulls that is enough: over random, ill-conditioned and rank-deficient
-Hessians with outliers, at 2 to 8 bits, the undamped loss differs from float64's by at most 1.3e-4, as float32's own
-does (1.0e-4; TF32 alone 1.0e-3, bfloat16 alone 1.8e-3; docs/log.md). So it is for losses of rows that are compared with
-each other (1.5e-4; quant/forms.py). The factorisation stays in float32.
+For the column loop's updates that is enough: over random, ill-conditioned and rank-deficient Hessians with outliers, at
+2 to 8 bits, the undamped loss differs from float64's by at most 1.3e-4, as float32's own does (1.0e-4; TF32 alone
+1.0e-3, bfloat16 alone 1.8e-3; docs/log.md). Costs differ by at most 1.4e-4 (quant/forms.py). Descent, joint errors and
+the losses of rows that a guard compares are taken so too: what they decide there differs by more than that, or does not
+matter. A row of which much cancels is less exact. The factorisation stays in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _LEAST_WORK = 2**33  # multiply-adds from which a product outweighs the splitting: a third of a millisecond in float32
 _COLUMNS = 8192  # at once: halves and their product are temporaries
-_NARROW_COLUMNS = 1024  # where B is a Hessian, whose halves may be larger than anything else that is held
+_NARROW_COLUMNS = 1024  # the same where B is as long as a Hessian and there is nothing to gain from wider parts
 
 
 def by_halves(C: Tensor, inner: int) -> bool:
@@ -45,17 +46,17 @@ def add_product(
         C[:, columns] += product(left, torch.cat([high, low, high]))
 
 
-def add_pulled(C: Float[Tensor, "m n"], A: Float[Tensor, "m k"], H: Float[Tensor, "k n"]) -> None:
-    """``add_product`` of a part of a Hessian, in less memory."""
-    add_product(C, A, H, columns_at_once=_NARROW_COLUMNS)
+def add_in_parts(C: Float[Tensor, "m n"], A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> None:
+    """``add_product`` in less memory."""
+    add_product(C, A, B, columns_at_once=_NARROW_COLUMNS)
 
 
 def multiplied(A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
     """A B, by halves where that is worth it."""
-    if not (A.is_cuda and usable(A) and len(A) * B.numel() >= _LEAST_WORK):
-        return A @ B
-    C = A.new_zeros(len(A), B.shape[1])
-    add_pulled(C, A, B)
+    C = A.new_empty(len(A), B.shape[1])
+    if not by_halves(C, len(B)):
+        return torch.mm(A, B, out=C)
+    add_in_parts(C.zero_(), A, B)
     return C
 
 

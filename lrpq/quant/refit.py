@@ -62,8 +62,9 @@ def refit(
     A row keeps its old scales unless the new ones, *as rounded*, have the lower error, and where one of them would
     change its sign or vanish: a symmetric grid stays one. A group of zeros keeps its scale.
 
-    3 d_in^2 FLOPs a row and d_in G elementwise, products in the dtype of H; the systems are solved, and rounded scales
-    judged, in float64. Memory besides inputs and results: some temporaries of 2^22 elements, on GPUs of 2^26.
+    3 d_in^2 FLOPs a row and d_in G elementwise, products in the dtype of H, on a GPU by its halves; the systems are
+    solved, and rounded scales judged, in float64. Memory besides inputs and results: some temporaries of 2^22 elements,
+    on GPUs of 2^26.
 
     Raises QuantizationError naming the layer for shapes that do not belong together or values that are not finite.
     """

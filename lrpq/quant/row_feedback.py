@@ -53,7 +53,8 @@ def quantize_in_blocks(
 ) -> QuantizedWeight:
     """Round a layer block by block of rows, those with the largest G_jj first; a block of all chunks at once.
 
-    FLOPs besides those of ``round_rows``: c^3 / 3 + c^2 d_in for every chunk of c rows.
+    FLOPs besides those of ``round_rows``: c^3 / 3 + c^2 d_in for every chunk of c rows. Memory: T twice over, a block's
+    targets, and a factor of every chunk.
 
     Args:
         T: what the codes should reproduce, float32.
@@ -106,7 +107,7 @@ def joint_error(
     """tr(G E) for the errors E of all rows together, up to a term that does not depend on the codes.
 
     E = dW C dW^T - 2 P dW^T, as `lrpq.quant.correction.target_error` has it row by row. Large products on a GPU are by
-    halves (quant/halves.py): errors of rows together and apart differ by percents.
+    halves (quant/halves.py).
 
     Args:
         dW: quantized minus original weights.

@@ -244,7 +244,7 @@ class RefineSweep:
                         self._move(block, module, place)
                     total = sums.shift if sums.pull is None else sums.pull
                     assert total is not None
-                    add_sum(total, lacking.mul_(s[:, None]), xq, parts=1)
+                    add_sum(total, lacking.mul_(s[:, None]), xq, rounded=True)
                     del lacking
                 del xq, rq
                 self.on_batch()
@@ -281,7 +281,7 @@ class RefineSweep:
             return shift
         assert r is not None
         assert rq is not None
-        return add_sum(r.to(torch.float32, copy=True).sub_(rq), shift.T, W.T, parts=1)
+        return add_sum(r.to(torch.float32, copy=True).sub_(rq), shift.T, W.T, rounded=True)
 
     def _empty(self, spec: LinearSpec, reader: str) -> SiteProducts:
         hessian = empty_hessian(spec.d_in, self.stream.device)

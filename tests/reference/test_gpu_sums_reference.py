@@ -76,7 +76,7 @@ def test_sums_of_bfloat16_in_two_parts_are_near_fp32(d: int) -> None:
     error, of_one = ((sums.double() - wanted).square().mean().sqrt() / scale for sums in (found, one_part))
     assert error < 1e-6
     assert error < 0.1 * of_one
-    rounded = add_sum(torch.zeros(d, d, device="cuda"), X.float() * s[:, None], X, parts=1)
+    rounded = add_sum(torch.zeros(d, d, device="cuda"), X.float() * s[:, None], X, rounded=True)
     assert torch.equal(rounded, one_part)
     assert of_one < 1e-4
     outputs = empty_outputs(d, "cuda")

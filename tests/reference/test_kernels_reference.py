@@ -26,6 +26,7 @@ from lrpq.quant.forms import QuadraticForms
 from lrpq.quant.gptq import gptq, loss
 from lrpq.quant.grid import Grid
 from lrpq.quant.refit import refit
+from lrpq.quant.row_feedback import joint_error
 
 # one row, a strip, strips with a rest; fewer columns than are taken at a time, and more
 SHAPES = [(1, 1), (1, 7), (64, 4), (70, 9), (131, 48)]
@@ -123,6 +124,32 @@ def test_a_product_by_halves_keeps_sixteen_digits(device: str) -> None:
     assert float(((A.bfloat16().double() @ B.bfloat16().double() + C - exact).abs() / reach).max()) > 2.0**-11
 
 
+def test_losses_and_joint_errors_by_halves_are_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that takes every product for large; narrow parts with a rest."""
+    W, H = layer(60, 96)
+    q = gptq(W, factorize(H), [Choice(bits=3, group_size=32)], grid=Grid.SIGNED)[0]
+    dW = q.dequantize() - W
+    G, P = (lambda X: X @ X.T)(numbers(60, 80, seed=8)), numbers(60, 96, seed=9)
+    taken: list[int] = []
+    add_product = halves.add_product
+
+    def counted(C: Tensor, A: Tensor, B: Tensor, **how: int) -> None:
+        taken.append(len(B))
+        add_product(C, A, B, **how)
+
+    monkeypatch.setattr(halves, "add_product", counted)
+    monkeypatch.setattr(halves, "_NARROW_COLUMNS", 7)
+    for module in (halves, gptq_module):
+        monkeypatch.setattr(module, "by_halves", lambda C, inner: True)
+    by_row = loss(W, q.dequantize(), H)
+    together = joint_error(dW, H, P, [G])
+    assert len(taken) == 2 * gptq_module._LOSS_BLOCKS + 2
+    E = dW.double() @ H.double() @ dW.double().T
+    assert torch.allclose(by_row, E.diagonal(), rtol=1e-3)
+    expected = float((G.double() * (E - 2 * P.double() @ dW.double().T)).sum())
+    assert abs(together / expected - 1) < 1e-4
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_costs_by_halves_are_the_forms_of_the_errors(device: str) -> None:
     """Also where one input outweighs all others, and for errors whose squares float32 cannot hold."""
@@ -188,7 +215,7 @@ def test_descent_by_halves_moves_no_loss(device: str, monkeypatch: pytest.Monkey
     start = gptq(W, factorize(H), CHOICES, grid=Grid.SIGNED)
     expected = descend(W, start, H, sweeps=3)
     monkeypatch.setattr(descent_module, "in_one_launch", lambda tensor, *, columns, rows: False)
-    monkeypatch.setattr(descent_module, "_by_halves", lambda state, H: True)
+    monkeypatch.setattr(descent_module, "_worth_halves", lambda state, H: True)
     monkeypatch.setattr(descent_module, "_GPU_BLOCK_COLUMNS", 40)
     found = descend(W, start, H, sweeps=3, block_columns=40)
     for a, b, before in zip(found, expected, start, strict=True):

@@ -96,6 +96,25 @@ def test_chunks_do_not_see_each_other() -> None:
     assert torch.equal(found.scales, torch.cat([half.scales for half in halves]))
 
 
+def test_chunks_of_other_numbers_of_blocks_go_side_by_side() -> None:
+    """Two blocks, one (no factor) and three; every block of all chunks is one call."""
+    sizes = (256, 128, 384)
+    T, G = weights(3, sum(sizes)), [moments(seed, size) for seed, size in enumerate(sizes)]
+    rounded: list[int] = []
+
+    def counted(rows: torch.Tensor) -> QuantizedWeight:
+        rounded.append(len(rows))
+        return nearest(rows)
+
+    found = quantize_in_blocks(T, G, counted, num_blocks=3)
+    assert rounded == [128 + 128 + 128, 128 + 128, 128]
+    alone = [
+        quantize_in_blocks(rows, [own], nearest, num_blocks=3) for rows, own in zip(T.split(sizes), G, strict=True)
+    ]
+    assert torch.equal(found.codes, torch.cat([part.codes for part in alone]))
+    assert torch.equal(found.scales, torch.cat([part.scales for part in alone]))
+
+
 def test_joint_error_is_that_of_the_tokens() -> None:
     g = torch.Generator().manual_seed(6)
     x, xq = (torch.randn(300, COLUMNS, generator=g, dtype=torch.float64) for _ in range(2))

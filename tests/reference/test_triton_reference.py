@@ -128,6 +128,26 @@ def test_a_sweep_in_one_launch_rounds_as_the_formula_says(rows: int, columns: in
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "columns"), WHOLE)
+def test_columns_are_descended_leaf_by_leaf_as_on_a_cpu(rows: int, columns: int, device: str) -> None:
+    from lrpq.kernels import descent, descent_cuda
+
+    D, codes = numbers(columns, rows, seed=1), torch.randint(-4, 4, (columns, rows), dtype=torch.int8)
+    G, A = numbers(columns, rows, seed=2) * 2, numbers(columns, 2 * columns, seed=5)
+    S = numbers(2, rows, seed=3).sign() * (0.2 + numbers(2, rows, seed=4).abs())
+    own = A @ A.T / (2 * columns)
+    bounds = torch.tensor([-4.0, 3.0]).unsqueeze(1).expand(2, rows).contiguous()
+    fixed = (S, bounds, own, 1 / own.diagonal(), torch.arange(columns) % 2)
+    expected = [x.clone() for x in (D, codes, torch.zeros(rows, dtype=torch.bool))]
+    descent.descend_columns(G.clone(), *expected[:2], *fixed, expected[2])
+    found = [x.to(device, copy=True) for x in (D, codes, torch.zeros(rows, dtype=torch.bool))]
+    descent_cuda.descend_columns(G.to(device, copy=True), *found[:2], *(x.to(device) for x in fixed), found[2])
+    assert torch.equal(found[1].cpu(), expected[1])
+    assert torch.allclose(found[0].cpu(), expected[0], atol=1e-5)
+    assert torch.equal(found[2].cpu(), expected[2])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sweeps", [1, 3])
 @pytest.mark.parametrize(("rows", "columns"), WHOLE)
 def test_sweeps_in_one_launch_descend_as_single_columns_do(rows: int, columns: int, sweeps: int, device: str) -> None:
