@@ -61,7 +61,6 @@ _TRANSFORM_SOURCES: Mapping[str, str] = {
     "hadamard": "QuaRot, residual stream (arXiv:2404.00456); a tied head is untied",
     "random-rotation": "random orthogonal, residual stream; a tied head is untied",
     "hadamard-values": "SpinQuant's R1 and R2, not learned (arXiv:2405.16406); a tied head is untied",
-    "equalized": "columns of one size by weights and curvature (in the spirit of SINQ, arXiv:2509.22944)",
     "awq": "AWQ scaling, without clipping (arXiv:2306.00978)",
     "smoothquant+": "SmoothQuant+, one exponent for the model (arXiv:2312.03788)",
 }

@@ -10,14 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from lrpq.compare.terms import Terms
-from lrpq.compare.workbench import Workbench
-from lrpq.importance.gather import means
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
-from lrpq.relevance.rules import Pass
 from lrpq.transform.awq import search_awq
-from lrpq.transform.equalizing import search_equalizing
 from lrpq.transform.orthogonal import RotationKind
 from lrpq.transform.rotation import RotationScope, rotate
 from lrpq.transform.smoothing import smooth
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
 NONE = "none"
 SEARCH_WINDOWS = 4
 """Calibration windows that scales are searched on."""
-CURVATURE_WINDOWS = 16
-"""Calibration windows that say what rows are worth, one number a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,21 +65,10 @@ def _smoothquant(inputs: TransformInputs, folder: Path) -> None:
     smooth(inputs.source, folder, found.smoothing)
 
 
-def _equalized(inputs: TransformInputs, folder: Path) -> None:
-    bench = Workbench(inputs.source, inputs.tokens[:CURVATURE_WINDOWS], inputs.terms)
-    curvature = {
-        name: of_module[Pass.FISHER]
-        for evidence in bench.walk_back(weightings=())
-        for name, of_module in means(evidence).items()
-    }
-    smooth(inputs.source, folder, search_equalizing(inputs.stream(), curvature), dtype=torch.float32)
-
-
 TRANSFORMS: Mapping[str, Transform] = {
     "hadamard": _rotation(RotationKind.HADAMARD, RotationScope.RESIDUAL),
     "random-rotation": _rotation(RotationKind.RANDOM, RotationScope.RESIDUAL),
     "hadamard-values": _rotation(RotationKind.HADAMARD, RotationScope.RESIDUAL_AND_VALUES),
-    "equalized": _equalized,
     "awq": _awq,
     "smoothquant+": _smoothquant,
 }

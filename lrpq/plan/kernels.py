@@ -10,19 +10,29 @@ from collections.abc import Sequence
 
 from lrpq.model.layers import Choice
 from lrpq.plan.work import COUNTED, NOTHING, Work, matmul, total, work
-from lrpq.quant import column_loop, descent, gptq, hessian, scale_search
+from lrpq.quant import column_loop, descent, gptq, halves, hessian, scale_search
 from lrpq.quant import refit as refits
 from lrpq.quant.grid import Grid, group_width
 from lrpq.quant.row_feedback import blocks_of
 from lrpq.relevance.outputs import CHUNK_ROWS
 
-FP32 = "float32"
+FP32, BF16 = "float32", "bfloat16"
 F32_BYTES = 4
 
 
-def activation_sum(flops: float, *, width: int, split: bool) -> Work:
-    """``activation_sums.add_sum`` of as many FLOPs in fp32; ``split``: two products in bfloat16 take its place."""
-    return matmul(2 * flops, dtype="bfloat16", width=width) if split else matmul(flops, dtype=FP32, width=width)
+def activation_sum(flops: float, *, width: int, split: bool, rounded: bool = False) -> Work:
+    """``activation_sums.add_sum`` of as many FLOPs in fp32; ``split``: two products in bfloat16 take its place, or one
+    where what is summed is rounded."""
+    if not split:
+        return matmul(flops, dtype=FP32, width=width)
+    return matmul((1 if rounded else 2) * flops, dtype=BF16, width=width)
+
+
+def precise(flops: float, *, width: int, cpu: bool) -> Work:
+    """A product in fp32; on a GPU a large one is three of bfloat16 halves (``halves.add_product``)."""
+    if cpu or flops < 2.0 * halves._LEAST_WORK:
+        return matmul(flops, dtype=FP32, width=width)
+    return matmul(3 * flops, dtype=BF16, width=width)
 
 
 def triangle_flops(d_in: int, tokens: float, *, split: bool = False) -> float:
@@ -77,7 +87,7 @@ def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cp
     )
     chunks = -(-d_out // rows_at_once(d_in, len(choices), cpu=cpu))
     return (
-        matmul(propagated * stacked, dtype=FP32, width=min(d_in // 4, stacked))
+        precise(propagated * stacked, width=min(d_in // 4, stacked), cpu=cpu)
         + Work(
             amounts={
                 COUNTED: 0.0 if cpu else 2.0 * trials * d_out * d_in,  # compiled loops on CPUs, products elsewhere
@@ -95,11 +105,11 @@ def rows_at_once(d_in: int, num_choices: int, *, cpu: bool) -> int:
     return max(1, (gptq._CPU_ROWS if cpu else gptq._GPU_ELEMENTS // d_in) // num_choices)
 
 
-def loss(d_out: int, d_in: int) -> Work:
+def loss(d_out: int, d_in: int, *, cpu: bool) -> Work:
     """``gptq.loss``: each pair of column blocks once."""
     step = max(1, -(-d_in // gptq._LOSS_BLOCKS))
     flops = sum(2.0 * d_out * min(step, d_in - start) * (d_in - start) for start in range(0, d_in, step))
-    return matmul(flops, dtype=FP32, width=d_in) + work(wide=3 * F32_BYTES * d_out * d_in)
+    return precise(flops, width=d_in, cpu=cpu) + work(wide=3 * F32_BYTES * d_out * d_in)
 
 
 def dequantize(d_out: int, d_in: int, *, itemsize: int) -> Work:
@@ -107,9 +117,9 @@ def dequantize(d_out: int, d_in: int, *, itemsize: int) -> Work:
     return work(wide=2 * itemsize * d_out * d_in)
 
 
-def predicted_cost(d_out: int, d_in: int, num_choices: int) -> Work:
+def predicted_cost(d_out: int, d_in: int, num_choices: int, *, cpu: bool) -> Work:
     """``gptq.predicted_cost``."""
-    return num_choices * (loss(d_out, d_in) + dequantize(d_out, d_in, itemsize=F32_BYTES))
+    return num_choices * (loss(d_out, d_in, cpu=cpu) + dequantize(d_out, d_in, itemsize=F32_BYTES))
 
 
 def descend(d_out: int, d_in: int, *, sweeps: int, cpu: bool) -> Work:
@@ -118,7 +128,7 @@ def descend(d_out: int, d_in: int, *, sweeps: int, cpu: bool) -> Work:
     limit = descent._CPU_ROWS if cpu else descent._GPU_ELEMENTS // d_in
     chunks = -(-d_out // max(1, limit))
     return sweeps * (
-        matmul(flops * d_out, dtype=FP32, width=min(descent.BLOCK_COLUMNS * 4, d_in))
+        precise(flops * d_out, width=min(descent.BLOCK_COLUMNS * 4, d_in) if cpu else d_in, cpu=cpu)
         + work(descent=d_in * d_out, descent_steps=d_in * chunks)
     )
 
@@ -130,13 +140,18 @@ def refit(d_out: int, d_in: int, choice: Choice, *, cpu: bool) -> Work:
     """
     groups = choice.groups(d_in)
     width = d_in // groups
-    products = 2.0 * d_in * d_in + sum(2.0 * width * (d_in - g * width) for g in range(groups))
+    pulls = 2.0 * d_in * d_in
+    systems = sum(2.0 * width * (d_in - g * width) for g in range(groups))
     sums = 2.0 * d_in + sum(2.0 * (groups - g) * width for g in range(groups)) + 4.0 * groups * groups
     small = groups**3 // 3 + 2.0 * groups * groups
     elements = sum((groups - g) * width for g in range(groups))
     chunks = -(-d_out // refits.rows_at_once(d_in, groups, cpu=cpu))
     steps = 1 if not cpu and refits.fills_a_gpu(d_in, groups) else groups
-    return matmul(products * d_out, dtype=FP32, width=width) + Work(
+    if cpu:
+        products = matmul((pulls + systems) * d_out, dtype=FP32, width=width)
+    else:  # codes are bfloat16 numbers, so that a product with H has two halves
+        products = precise(pulls * d_out, width=d_in, cpu=cpu) + matmul(2 * systems * d_out, dtype=BF16, width=d_in)
+    return products + Work(
         amounts={
             COUNTED: (sums + small) * d_out,
             "refit": float((elements + groups**3 / 3) * d_out),
@@ -148,13 +163,13 @@ def refit(d_out: int, d_in: int, choice: Choice, *, cpu: bool) -> Work:
 def polish(d_out: int, d_in: int, choice: Choice, *, rounds: int, sweeps: int, cpu: bool) -> Work:
     """``polish.polish`` for one choice, its guard included."""
     one = descend(d_out, d_in, sweeps=sweeps, cpu=cpu) + refit(d_out, d_in, choice, cpu=cpu)
-    guard = loss(d_out, d_in) + dequantize(d_out, d_in, itemsize=F32_BYTES)
+    guard = loss(d_out, d_in, cpu=cpu) + dequantize(d_out, d_in, itemsize=F32_BYTES)
     return rounds * one + 2 * guard + work(wide=2 * F32_BYTES * d_in * d_in)
 
 
-def target_error(d_out: int, d_in: int) -> Work:
+def target_error(d_out: int, d_in: int, *, cpu: bool) -> Work:
     """``correction.target_error``, the product W D being given."""
-    return loss(d_out, d_in) + work(wide=4 * F32_BYTES * d_out * d_in)
+    return loss(d_out, d_in, cpu=cpu) + work(wide=4 * F32_BYTES * d_out * d_in)
 
 
 def quantize_refined(
@@ -177,35 +192,46 @@ def quantize_refined(
         product = NOTHING if pulled else matmul(2.0 * d_out * d_in * d_in, dtype=FP32, width=d_in)  # W D, or P as it is
         parts += [factorize(d_in), solve, product, work(wide=4 * F32_BYTES * d_in * d_in)]
         parts += [quantize(2 * d_out, d_in, [choice], kind=kind, cpu=cpu)]
-        parts += [2 * target_error(d_out, d_in), dequantize(2 * d_out, d_in, itemsize=F32_BYTES)]
+        parts += [2 * target_error(d_out, d_in, cpu=cpu), dequantize(2 * d_out, d_in, itemsize=F32_BYTES)]
     else:
         parts.append(quantize(d_out, d_in, [choice], kind=kind, cpu=cpu))
     chunks = output_chunks(d_out)
     if any(blocks_of(rows, row_blocks) > 1 for rows in chunks):
         how = {"polish_rounds": polish_rounds, "polish_sweeps": polish_sweeps}
-        parts += [
-            _in_blocks(rows, d_in, choice, blocks_of(rows, row_blocks), kind=kind, cpu=cpu, **how) for rows in chunks
-        ]
+        parts.append(_in_blocks(chunks, d_in, choice, row_blocks, kind=kind, cpu=cpu, **how))
     elif polish_rounds:
         parts.append(polish(d_out, d_in, choice, rounds=polish_rounds, sweeps=polish_sweeps, cpu=cpu))
-        parts += [2 * target_error(d_out, d_in)] if corrected else []
+        parts += [2 * target_error(d_out, d_in, cpu=cpu)] if corrected else []
     return total(parts)
 
 
 def _in_blocks(
-    rows: int, d_in: int, choice: Choice, blocks: int, *, polish_rounds: int, polish_sweeps: int, kind: Grid, cpu: bool
+    chunks: Sequence[int],
+    d_in: int,
+    choice: Choice,
+    row_blocks: int,
+    *,
+    polish_rounds: int,
+    polish_sweeps: int,
+    kind: Grid,
+    cpu: bool,
 ) -> Work:
-    """``row_feedback.quantize_in_blocks`` of one chunk, and its part of both calls of ``joint_error``."""
-    size = -(-rows // blocks)
-    joint = matmul(2.0 * rows * d_in * (rows + d_in), dtype=FP32, width=min(rows, d_in))
-    parts = [factorize(rows), 2 * (joint + dequantize(rows, d_in, itemsize=F32_BYTES))]
-    for start in range(0, rows, size):
-        own = min(size, rows - start)
-        parts.append(matmul(2.0 * start * own * d_in, dtype=FP32, width=own))
-        parts.append(work(factor=float(own * own * d_in)) if start else NOTHING)
-        parts.append(quantize(own, d_in, [choice], kind=kind, cpu=cpu))
+    """``row_feedback.quantize_in_blocks`` of chunks of so many rows, and both calls of ``joint_error``."""
+    parts: list[Work] = []
+    at_once: dict[int, int] = {}  # number of a block -> its rows in all chunks, which are rounded together
+    for rows in chunks:
+        size = -(-rows // blocks_of(rows, row_blocks))
+        joint = precise(2.0 * rows * d_in * (rows + d_in), width=min(rows, d_in), cpu=cpu)
+        parts += [factorize(rows), 2 * (joint + dequantize(rows, d_in, itemsize=F32_BYTES))]
+        for block, start in enumerate(range(0, rows, size)):
+            own = min(size, rows - start)
+            at_once[block] = at_once.get(block, 0) + own
+            parts.append(matmul(2.0 * start * own * d_in, dtype=FP32, width=own))
+            parts.append(work(factor=float(own * own * d_in)) if start else NOTHING)
+    for rows in at_once.values():
+        parts.append(quantize(rows, d_in, [choice], kind=kind, cpu=cpu))
         if polish_rounds:
-            parts.append(polish(own, d_in, choice, rounds=polish_rounds, sweeps=polish_sweeps, cpu=cpu))
+            parts.append(polish(rows, d_in, choice, rounds=polish_rounds, sweeps=polish_sweeps, cpu=cpu))
     return total(parts)
 
 

@@ -197,6 +197,10 @@ class Stages:
         """Whether sums over activations are products in bfloat16."""
         return not self.cpu and self.asked.dtype is torch.bfloat16
 
+    def _rounded_sum(self, flops: float, width: int) -> Work:
+        """Products of what the quantized stream lacks."""
+        return kernels.activation_sum(flops, width=width, split=self._split, rounded=True)
+
     def _traced(self, traced: Traced) -> Work:
         return matmul(traced.flops, dtype=self.dtype, width=self.shape.hidden) + work(vector=traced.vector_bytes)
 
@@ -275,7 +279,7 @@ class Stages:
             num = len(how.choices)
             parts.append(kernels.quantize(how.rows, d_in, how.choices, kind=self.asked.grid, cpu=self.cpu))
             if how.costs:
-                parts.append(kernels.predicted_cost(how.rows, d_in, num))
+                parts.append(kernels.predicted_cost(how.rows, d_in, num, cpu=self.cpu))
             parts.append(work(disk_read=spec.num_weights * self.shape.itemsize))
             if how.codes:
                 parts.append(work(pack=spec.num_weights * num))
@@ -391,10 +395,10 @@ class Stages:
             d_in, seen = members[0].d_in, tokens * self.shape.share(members[0])
             found += kernels.accumulate(d_in, seen, split=self._split)
             if corrected and self._adds(members[0]):  # W (x - xq), P
-                found += kernels.activation_sum(4.0 * seen * members[0].num_weights, width=d_in, split=self._split)
+                found += self._rounded_sum(4.0 * seen * members[0].num_weights, d_in)
                 found += work(wide=20.0 * seen * (d_in + members[0].d_out))
             elif corrected:
-                found += kernels.activation_sum(2.0 * seen * d_in * d_in, width=d_in, split=self._split)
+                found += self._rounded_sum(2.0 * seen * d_in * d_in, d_in)
                 found += work(wide=20.0 * seen * d_in)
         return found
 
