@@ -95,6 +95,16 @@ def configured_pool(config: CompressConfig) -> AbstractContextManager[Pool]:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebuilding:
+    """Codes that are learnt behind the rounding."""
+
+    contender: Contender
+    """Where they will be."""
+    make: Callable[[], tuple[Contender, Mapping[str, Any]]]
+    """Makes them; the better of these and those they began from, and what the manifest says of it."""
+
+
 class Compression:
     """One compression; methods in the order in which they run."""
 
@@ -255,7 +265,8 @@ class Compression:
         ours = stitching.named(plans.ours) if refined is None else Contender(codes=refined.folder, plan=plans.ours)
         uniform = self._uniform(stitching, plans)
         head = None if self.head is None else prepared.candidates
-        rebuilt = self._to_rebuild(prepared, ours)
+        rebuilding = self._rebuilding(pool, prepared, ours)
+        rebuilt = None if rebuilding is None else rebuilding.contender
         keys = [self._content_key(c, head=head) for c in (ours, rebuilt, uniform) if c is not None]
         if all(self._written(key) is None for key in keys):  # what is wrong with the output shows here, not later
             check_output(self.config.output, overwrite=self.config.overwrite)
@@ -274,8 +285,8 @@ class Compression:
         else:
             stitching.made(plans.ours, label=stitch.STAGE)
         reconstruction: Mapping[str, Any] | None = None
-        if rebuilt is not None:
-            ours, reconstruction = self._rebuilt(pool, prepared, ours, rebuilt)
+        if rebuilding is not None:
+            ours, reconstruction = rebuilding.make()
             degraded["reconstruction_diverged"] = reconstruction["diverged"]
         compared, kept = self._guarded(pool, prepared, ours, uniform, head=head)
         rows = self._rows_of(kept, rows)
@@ -351,15 +362,9 @@ class Compression:
             self.run_state, pool, prepared.stream_job, held_out, contenders, head=head, label=guard.STAGE
         )
 
-    def _to_rebuild(self, prepared: Prepared, start: Contender) -> Contender | None:
-        """Say where the codes will be that reconstruction makes of these; None where nothing is rebuilt."""
+    def _rebuilding(self, pool: Pool, prepared: Prepared, start: Contender) -> Rebuilding | None:
+        """What reconstruction makes of these codes; None where nothing is rebuilt."""
         return None
-
-    def _rebuilt(
-        self, pool: Pool, prepared: Prepared, start: Contender, rebuilt: Contender
-    ) -> tuple[Contender, Mapping[str, Any]]:
-        """Make them; the better of both, and what the manifest says of it."""
-        raise NotImplementedError("a language model has no reconstruction")
 
     def _planned_size(self, codes: StageFolder | CandidatesJob, quantized: Mapping[str, Choice]) -> dict[str, Any]:
         """Size of the checkpoint."""
@@ -463,7 +468,7 @@ class Compression:
 
     def description(self, kept: Contender) -> dict[str, Any]:
         """What the manifest says of the model besides its weights, of which ``kept`` are written."""
-        return change_json(self.change, self.source)
+        return {**change_json(self.change, self.source), "scale_bits": self.scale_bits}
 
     def _shared_budget(self, kept: Contender) -> dict[str, Any]:
         """What the manifest says of a budget that others share with the weights."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from flows import guard, jobs, reconstruction
-from flows.compression import Call, Compression, Prepared
+from flows.compression import Call, Compression, Prepared, Rebuilding
 from flows.guard import Contender, Windows
 from flows.heat_maps import HeatReport, run_heat_maps
 from flows.image_shares import none_held_out
@@ -263,16 +264,17 @@ class ImageCompression(Compression):
         job = self._scoring(held_out.key, held_out.num_windows, variants)
         return self._scores(pool, job, folder, label, labelled=False, paired=paired)
 
-    def _to_rebuild(self, prepared: Prepared, start: Contender) -> Contender | None:
+    def _rebuilding(self, pool: Pool, prepared: Prepared, start: Contender) -> Rebuilding | None:
         if not self.planner.wanted.reconstruct:
             return None
-        self.rebuild_job: RebuildJob = jobs.rebuild_job(self.context, prepared.stream_job, start)
-        return replace(start, codes=self.rebuild_job.folder)
+        job = jobs.rebuild_job(self.context, prepared.stream_job, start)
+        rebuilt = replace(start, codes=job.folder)
+        return Rebuilding(contender=rebuilt, make=partial(self._rebuilt, pool, prepared, job, start, rebuilt))
 
     def _rebuilt(
-        self, pool: Pool, prepared: Prepared, start: Contender, rebuilt: Contender
+        self, pool: Pool, prepared: Prepared, job: RebuildJob, start: Contender, rebuilt: Contender
     ) -> tuple[Contender, Mapping[str, Any]]:
-        outcome = run_rebuild(self.run_state, pool, self.rebuild_job, self.stream.num_blocks)
+        outcome = run_rebuild(self.run_state, pool, job, self.stream.num_blocks)
         contenders = {REBUILT: rebuilt, AS_ROUNDED: start}
         scores = self._compared(pool, prepared, contenders, paired=(REBUILT, AS_ROUNDED), label=CHECK)
         helps = reconstruction.helps(scores)

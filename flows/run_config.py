@@ -87,8 +87,8 @@ class CandidateConfig(Section):
     """Group sizes to choose from (columns that share a scale); -1 is one scale a row."""
     scales: Annotated[Literal["auto", "bfloat16", "float8"], Flag("--scales")] = AUTO
     """What the scales of groups are stored as. float8 (e4m3) takes half of the bytes and has 4 significant digits; the
-    budget counts it, and what it saves goes into wider codes. auto is float8 where model, --target and --format allow
-    it, else bfloat16."""
+    budget counts it, and what it saves goes into wider codes. auto is float8 where the model and what will load the
+    result allow it, else bfloat16."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the diagonal of a Hessian (share of the diagonal's mean)."""
     grid: Literal["signed", "symmetric"] = "signed"
