@@ -64,7 +64,8 @@ def polish(
     Both work under H + damping mean(diag H) I, the mean over live inputs: descent fits single codes to H, noise
     included, and more of it is noise the fewer tokens H has. GPTQ's own damping need not be the same.
 
-    Guard: a row whose error (T - Q) H (T - Q)^T under the *undamped* H has grown is as it came in, and counted.
+    Guard: a row whose error (T - Q) H (T - Q)^T under the *undamped* H has grown is as it came in, and counted (of a
+    large layer on a GPU as far as products by halves can tell).
 
     FLOPs a row and choice: (2 sweeps + 3) d_in^2 a round, and about 2 d_in^2 for the guard. Memory: a copy of H.
 
