@@ -161,7 +161,8 @@ def begin(state: WorkerState, job: ProfileJob, start: Position) -> None:
         return
     if start.block:
         _load_hidden(job, sweep, start.block)
-    state.held["blocks"] = stream.stream(range(start.block, stream.num_blocks))
+    back = range(stream.num_blocks - 1, -1, -1)  # the last block stays for both ways
+    state.held["blocks"] = stream.stream([*range(start.block, stream.num_blocks), *back])
 
 
 def _sweep(state: WorkerState, job: ProfileJob) -> ProfileSweep:
@@ -203,8 +204,6 @@ def enter_forward(state: WorkerState, job: ProfileJob, block: int) -> tuple[Prof
 def seed_gradients(state: WorkerState, job: ProfileJob) -> None:
     """Sampled labels and their gradients at the last block."""
     sweep: ProfileSweep = state.held[STAGE]
-    state.held["blocks"].close()
-    state.held["blocks"] = sweep.stream.stream(range(sweep.stream.num_blocks - 1, -1, -1))
     sweep.seed_gradients()
 
 
@@ -282,11 +281,11 @@ def storing_workers(job: ProfileJob, block: int, num_workers: int) -> dict[str, 
 
 def _backward(state: WorkerState, job: ProfileJob, block: int) -> Part:
     sweep: ProfileSweep = state.held[STAGE]
-    if sweep.lacks_inputs(block):
-        _repeat_forward(job, sweep, block)
     index, module = next(state.held["blocks"])
     if index != block:
         raise RuntimeError(f"backward sweep is at block {index}, asked for {block}")
+    if sweep.lacks_inputs(block):
+        _repeat_forward(job, sweep, block, module)
     return sweep.backward(block, module)
 
 
@@ -333,8 +332,8 @@ def _load_gradients(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
         sweep.losses[shard] = (float.fromhex(entry["nats"]), int(entry["tokens"]))
 
 
-def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
-    """Compute inputs that are not kept again, from the nearest waypoint on.
+def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int, module: nn.Module) -> None:
+    """Compute inputs that are not kept again, from the nearest waypoint on; ``module`` is the block with its weights.
 
     Raises:
         StoreError: there is no room for them, neither in memory nor on disk.
@@ -346,8 +345,9 @@ def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int) -> None:
         _load_hidden(job, sweep, first)
     else:
         sweep.embed()
-    for index, module in sweep.stream.stream(range(first, block + 1)):
-        sweep.forward(index, module)
+    for index, before in sweep.stream.stream(range(first, block)):
+        sweep.forward(index, before)
+    sweep.forward(block, module)
     sweep.hidden.clear()
     if sweep.lacks_inputs(block):
         raise StoreError(

@@ -4,11 +4,11 @@
 
 Profile, candidates and refinement run as `lrpq compress` runs them (flows/stages.py; the shape of the workers is its
 own), but for Prefect, whose task runs around calls are left out. Every run has a pool, Ray included, and an empty
-store of its own; before it is measured, its workers compress a micro-batch of the same shape for each of them (of
-random blocks two at most), so that kernels are compiled and Triton's cache is filled. With --model a checkpoint on text
-of --text; with --blocks a model of that many blocks of 70B's shape (--shape smollm2: of SmolLM2's, 30 blocks) with
-random weights, made in --folder, on random tokens. On a machine without GPUs (--device cpu --hidden 128) the same on
-toy shapes, with workers of one core.
+store of its own; before it is measured, its workers do the same once (--cold: not): fewer tokens would give another
+plan, and a plan's widths and group sizes have kernels of their own, which take seconds to compile. With --model a
+checkpoint on text of --text; with --blocks a model of that many blocks of 70B's shape (--shape smollm2: of SmolLM2's,
+30 blocks) with random weights, made in --folder, on random tokens. On a machine without GPUs (--device cpu --hidden
+128) the same on toy shapes, with workers of one core.
 
 Of every stage: seconds, memory in tensors at its peak (torch.cuda.max_memory_allocated on every worker), seconds that
 workers spent moving bytes (store, model, kept inputs, sums for other workers and from them), and waiting: the stage's
@@ -46,9 +46,6 @@ from flows.calibrate import load_for
 from lrpq.errors import LrpqError
 from tasks.opening import open_pool, resolve_device
 
-WARMING_BLOCKS = 2
-"""Of random ones: they are alike."""
-
 
 def measure(
     case: Case, folder: Path, options: argparse.Namespace, found: dict[str, Any], save: Callable[[], None]
@@ -67,7 +64,7 @@ def measure(
             found["host_threads"] = pool.shape.host_threads
             began = time.perf_counter()
             if not options.cold:
-                run_stages(case.warming(count), pool, folder / f"warming-{number}", partial(say, "  warm-up: "))
+                run_stages(case, pool, folder / f"warming-{number}", partial(say, "  warm-up: "))
                 shutil.rmtree(folder / f"warming-{number}")
             found["warming_seconds"].append(time.perf_counter() - began)
             print(f"warm-up of {count} workers: {found['warming_seconds'][-1]:.1f} s", flush=True)
@@ -131,16 +128,12 @@ def of_blocks(options: argparse.Namespace, folder: Path) -> Case:
     length = options.block_length
     shape = shape_named(options.shape, hidden=options.hidden)
     model = write_blocks(folder / "model", shape, blocks=options.blocks, length=length, device=device)
-    warming = model
-    if options.blocks > WARMING_BLOCKS:
-        warming = write_blocks(folder / "warming", shape, blocks=WARMING_BLOCKS, length=length, device=device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     name = f"{options.blocks} random {'block' if options.blocks == 1 else 'blocks'} of {options.shape}'s shape"
     return Case(
         name=f"{name}, {shape.hidden} wide",
         model=model,
-        warming_model=warming,
         tokens=random_tokens(options.block_windows, length),
         device=options.device,
         budget_bits=options.budget,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,6 @@ class Case:
     """[windows, length]"""
     device: str
     budget_bits: float
-    warming_model: Path | None = None
-    """Of the same shape, compressed before anything is measured; None is the model itself."""
     shards: int = 8
     group_sizes: tuple[int, ...] = (64, -1)
     """Of the candidates; lrpq's own."""
@@ -63,12 +61,6 @@ class Case:
         """Windows at once."""
         hidden = open_source(self.model).config.get_text_config().hidden_size
         return windows_at_once(None, device=self.device, length=self.tokens.shape[1], hidden=hidden)
-
-    def warming(self, workers: int) -> Case:
-        """A micro-batch of the same shape for every worker: what is compiled for it is there afterwards."""
-        count = min(workers * self.micro_batch, len(self.tokens))
-        model = self.warming_model or self.model
-        return replace(self, model=model, tokens=self.tokens[:count], shards=min(workers, count))
 
 
 @dataclass(frozen=True, kw_only=True)

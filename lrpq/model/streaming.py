@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -242,10 +243,11 @@ class BlockStream:
     def stream(
         self, order: Sequence[int], overrides: Mapping[int, Overrides] | None = None
     ) -> Iterator[tuple[int, nn.Module]]:
-        """Yield (index, block) with weights in memory; the weights are gone when the next one is asked for.
+        """Yield (index, block) with weights in memory; the weights are gone when another block is asked for.
 
         Args:
-            order: indices of blocks, in the order in which they are wanted.
+            order: indices of blocks, in the order in which they are wanted; a block that follows itself, as where a
+                walk turns, is read once.
             overrides: per block, weights that replace those on disk.
         """
         with ThreadPoolExecutor(max_workers=1) as reader:
@@ -254,14 +256,16 @@ class BlockStream:
                 self._read_block if self.low_memory else self._bring_block
             )
             try:
-                for position, index in enumerate(order):
+                walk = [(index, len(list(times))) for index, times in groupby(order)]
+                for position, (index, times) in enumerate(walk):
                     weights = self._arrived(upcoming.result() if upcoming is not None else self._bring_block(index))
                     upcoming = None
-                    if self.prefetch and position + 1 < len(order):
-                        upcoming = reader.submit(read, order[position + 1])
+                    if self.prefetch and position + 1 < len(walk):
+                        upcoming = reader.submit(read, walk[position + 1][0])
                     with self._with_weights(index, weights, (overrides or {}).get(index, {})) as block:
                         del weights
-                        yield index, block
+                        for _ in range(times):
+                            yield index, block
             finally:
                 if upcoming is not None and upcoming.exception() is None:  # not wanted any more
                     unwanted = upcoming.result()

@@ -54,6 +54,22 @@ def test_only_one_block_has_weights(llama_folder: Path) -> None:
     assert materialised() == []
 
 
+def test_a_walk_that_turns_reads_its_last_block_once(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = BlockStream(ModelSource(llama_folder), dtype=torch.float32)
+    stream.embed(torch.zeros(1, 4, dtype=torch.long))
+    read: list[int] = []
+    bring = stream._bring_block
+    monkeypatch.setattr(stream, "_bring_block", lambda index: (read.append(index), bring(index))[1])
+    weights: dict[int, list[torch.Tensor]] = {}
+    walked = []
+    for index, block in stream.stream([0, 1, 2, 2, 1, 0]):
+        walked.append(index)
+        weights.setdefault(index, []).append(block.self_attn.o_proj.weight.detach().clone())
+    assert walked == [0, 1, 2, 2, 1, 0]
+    assert read == [0, 1, 2, 1, 0]
+    assert all(torch.equal(*both) for both in weights.values())
+
+
 def test_overrides_replace_weights(llama_folder: Path) -> None:
     stream = BlockStream(ModelSource(llama_folder), dtype=torch.float32)
     name = stream.block_specs(1)[3].name
