@@ -204,6 +204,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=3.25, help="of end-to-end: bits a weight")
     parser.add_argument("--json", type=Path, help="where all rows are written, after each")
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="files of earlier runs, for the whole model")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="PyTorch's deterministic algorithms, as in lrpq's workers"
+    )
     options = parser.parse_args()
     options.windows = options.windows or (8 if options.tiny else 128)
     options.length = options.length or (16 if options.tiny else 2048)
@@ -219,7 +222,11 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     options = parsed()
     report = Report(options.device, options.json, tuple(options.add))
-    report.say(f"{report.device_name}, torch {torch.__version__}")
+    if options.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as workers do
+    mode = ", deterministic algorithms" if options.deterministic else ""
+    report.say(f"{report.device_name}, torch {torch.__version__}{mode}")
     measure_ceiling(report, options.device, tiny=options.tiny)
     release(options.device)
     for name, part in PARTS.items():
