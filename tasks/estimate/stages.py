@@ -123,7 +123,8 @@ class Stages:
             for kind in shape.kinds
         )
         storing = work(matrix_write=stored)
-        reading = work(disk_read=2.0 * sum(kind.disk_bytes * kind.count for kind in shape.kinds))
+        twice = 2.0 - 1 / shape.num_blocks  # the last block is read once for both ways
+        reading = work(disk_read=twice * sum(kind.disk_bytes * kind.count for kind in shape.kinds))
         tokens = self.windows * asked.length
         state = tokens * shape.hidden * shape.itemsize
         kept = state * shape.num_blocks * explained
@@ -144,6 +145,7 @@ class Stages:
             "sums of Hessians": float(sums),
         }
         at_labels = {
+            "weights of two blocks": self._blocks_at_once(2) * self.block_bytes,
             "head": float(shape.head_bytes),
             "logits": shape.labels.peak_bytes,
             "hidden states": (1 + passes * explained) * state * at_work,
