@@ -12,11 +12,12 @@ import torch
 from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.quant.factor import Factor, factorize
-from lrpq.quant.gptq import gptq, predicted_cost
+from lrpq.quant.gptq import predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum, normalized
 from lrpq.quant.packing import pack, storage_bits, unpack
 from lrpq.quant.sampled_cost import sampled_costs
+from lrpq.quant.side_by_side import quantize_side_by_side
 from lrpq.quant.starved import Evidence, hessian_of_expert, is_starved
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.weights import has_relevance
@@ -181,9 +182,9 @@ def _quantized(state: WorkerState, job: CandidatesJob, problem: SiteProblem, spe
     curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs])
     codes: dict[str, torch.Tensor] = {}
     costs: list[list[float]] = []
-    for spec in specs:
-        W = read_weight(state, job.profile.stream, spec)
-        candidates = gptq(W, problem.factor, problem.choices, grid=Grid(job.grid), name=spec.name)
+    layers = ((spec.name, read_weight(state, job.profile.stream, spec)) for spec in specs)
+    quantized = quantize_side_by_side(layers, problem.factor, problem.choices, grid=Grid(job.grid))
+    for spec, (W, candidates) in zip(specs, quantized, strict=True):
         costs.append(predicted_cost(W, candidates, problem.H, curvature[spec.name].to(W.device)))
         for candidate in candidates:
             codes |= {f"{spec.name}|{candidate.choice}|{k}": to_host(v) for k, v in pack(candidate).items()}

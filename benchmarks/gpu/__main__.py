@@ -11,6 +11,7 @@ Parts (all of them without --only):
     block        one block of the 8B, 70B and 405B shapes: profile and refinement, against necessary FLOPs (flops.py)
     candidates   the seven matrices of a 70B block at six widths and one group size
     quantize     the same refined: solve, column loop, blocks of rows, polish
+    launches     what graphs, layers side by side and both streams together would save
     memory       peaks at 4 and at 16 blocks, and of a 70B block's refinement with its quantization
     growth       seconds against tokens, width and depth, with fitted exponents (--png draws them)
     peers        llm-compressor's and GPTQModel's GPTQ on the matrices of ``gptq``, where installed
@@ -32,7 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import blocks, growth, layers, memory, peers, pipeline, quantizer, real, sums, whole
+from benchmarks.gpu import blocks, growth, launches, layers, memory, peers, pipeline, quantizer, real, sums, whole
 from benchmarks.gpu.ceiling import measure_ceiling
 from benchmarks.gpu.measure import release
 from benchmarks.gpu.model import random_tokens
@@ -72,6 +73,10 @@ def block(report: Report, options: argparse.Namespace) -> None:
 
 def candidates(report: Report, options: argparse.Namespace) -> None:
     layers.measure_candidates(report, options.device, seventy(options), group_size=options.group_size)
+
+
+def launched(report: Report, options: argparse.Namespace) -> None:
+    launches.measure_launches(report, options.device, tiny=options.tiny)
 
 
 def quantize(report: Report, options: argparse.Namespace) -> None:
@@ -161,6 +166,7 @@ PARTS: Mapping[str, Part] = {
     "block": block,
     "candidates": candidates,
     "quantize": quantize,
+    "launches": launched,
     "memory": peak,
     "growth": grown,
     "peers": compared,

@@ -16,8 +16,9 @@ from benchmarks.gpu.shapes import BlockShape
 from benchmarks.gpu.timers import Timers
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import factorize
-from lrpq.quant.gptq import gptq, predicted_cost
+from lrpq.quant.gptq import predicted_cost
 from lrpq.quant.hessian import HessianSum
+from lrpq.quant.side_by_side import quantize_side_by_side
 from lrpq.refine.quantize import Refined, quantize_refined
 from lrpq.refine.sweep import SiteProducts
 from lrpq.relevance.outputs import CHUNK_ROWS
@@ -67,8 +68,8 @@ def measure_candidates(report: Report, device: torch.device, shape: BlockShape, 
 
         def make(H: Tensor = H, weights: list[Tensor] = weights) -> int:
             factor = factorize(H)
-            for W in weights:
-                found = gptq(W, factor, choices, grid=GRID)
+            layers = ((str(i), W) for i, W in enumerate(weights))
+            for W, found in quantize_side_by_side(layers, factor, choices, grid=GRID):
                 predicted_cost(W, found, H, torch.ones(len(W), device=device))
             return len(weights)
 

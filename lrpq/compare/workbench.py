@@ -34,6 +34,7 @@ from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import storage_bits
 from lrpq.quant.rtn import round_to_nearest
+from lrpq.quant.side_by_side import quantize_side_by_side
 from lrpq.refine.quantize import quantize_refined
 from lrpq.refine.sweep import QuantizedActivations, RefineSweep, SiteProducts, merge_products
 from lrpq.relevance.composite import Relevance
@@ -232,14 +233,15 @@ class Workbench:
         for site, specs in stream.sites(block).items():
             hessians = {name: normalized(sums[site], name=specs[0].name) for name, sums in evidence.hessians.items()}
             factor = factorize(hessians[candidates_by], damping=self.terms.damping, name=specs[0].name)
-            for spec in specs:
-                W = stream.weight(spec)
+            layers = ((spec.name, stream.weight(spec)) for spec in specs)
+            quantized = quantize_side_by_side(layers, factor, self.fitting(specs[0]), grid=self.terms.grid)
+            for spec, (W, candidates) in zip(specs, quantized, strict=True):
                 sums, own = evidence.modules[spec.name], text.get(spec.name)
                 found.append(
                     ModuleEvidence(
                         spec=spec,
                         W=W,
-                        candidates=gptq(W, factor, self.fitting(spec), grid=self.terms.grid, name=spec.name),
+                        candidates=candidates,
                         rounded=self._rounded(spec, W) if with_rounded else (),
                         factor=factor,
                         grid=self.terms.grid,

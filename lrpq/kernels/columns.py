@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from lrpq.kernels import loops
 from lrpq.kernels.threads import in_threads, strips
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int8, Int64
+    from jaxtyping import BFloat16, Float, Int8, Int64
     from torch import Tensor
 
 
@@ -20,6 +22,7 @@ def round_columns(
     bounds: Float[Tensor, "choices two"],
     runs: Int64[Tensor, "columns=size"],
     codes: Int8[Tensor, "columns choices rows"],
+    halves: BFloat16[Tensor, "columns three choices rows"] | None = None,
 ) -> None:
     """Codes of these columns and, in place of their targets in T, their errors W - Q.
 
@@ -33,11 +36,13 @@ def round_columns(
         bounds: smallest and largest code of every choice.
         runs: row of S for each column, int64.
         codes: written, int8.
+        halves: written where given, contiguous: of every error its leading digits, what these leave, and the leading
+            ones again (quant/halves.py).
     """
     if T.is_cuda:
         from lrpq.kernels import columns_cuda
 
-        columns_cuda.round_columns(T, W, S, R, bounds, runs, codes)
+        columns_cuda.round_columns(T, W, S, R, bounds, runs, codes, halves)
         return
     upper = R.T.contiguous().numpy()
     arrays = [x.numpy() for x in (T, W, S, bounds, runs, codes)]
@@ -46,3 +51,11 @@ def round_columns(
         loops.round_columns(begin, end, upper, *arrays)
 
     in_threads(work, T.shape[1] * strips(T.shape[2]))
+    if halves is not None:
+        write_halves(halves, T)
+
+
+def write_halves(halves: BFloat16[Tensor, "columns three *rows"], errors: Float[Tensor, columns * rows]) -> None:
+    """Of every error its leading digits, what these leave, and the leading ones again."""
+    halves[:, 0] = halves[:, 2] = errors
+    torch.sub(errors, halves[:, 0], out=halves[:, 1])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lrpq.kernels import loops
+from lrpq.kernels.columns import write_halves
 from lrpq.kernels.threads import in_threads, strips
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int8, Int64
+    from jaxtyping import BFloat16, Bool, Float, Int8, Int64
     from torch import Tensor
 
 
@@ -22,6 +23,7 @@ def descend_columns(
     inverse: Float[Tensor, "columns=size"],
     runs: Int64[Tensor, "columns=size"],
     moved: Bool[Tensor, "stacked=rows"],
+    halves: BFloat16[Tensor, "columns three rows"] | None = None,
 ) -> None:
     """Best codes of these columns, one after another; codes, errors and which rows moved are changed in place.
 
@@ -37,11 +39,13 @@ def descend_columns(
         inverse: 1 / H_kk, 0 for a dead input.
         runs: row of S for each column, int64.
         moved: set where a code of a row changed.
+        halves: written where given, contiguous: of every error its leading digits, what these leave, and the leading
+            ones again (quant/halves.py).
     """
     if D.is_cuda:
         from lrpq.kernels import descent_cuda
 
-        descent_cuda.descend_columns(G, D, codes, S, bounds, own, inverse, runs, moved)
+        descent_cuda.descend_columns(G, D, codes, S, bounds, own, inverse, runs, moved, halves)
         return
     arrays = [x.numpy() for x in (G, D, codes, S, bounds, own.contiguous(), inverse, runs, moved)]
 
@@ -49,3 +53,5 @@ def descend_columns(
         loops.descend_columns(begin, end, *arrays)
 
     in_threads(work, strips(D.shape[1]))
+    if halves is not None:
+        write_halves(halves, D)

@@ -1,8 +1,4 @@
-"""Some columns of a sweep of coordinate descent, for CUDA devices, in Triton.
-
-A program keeps a few rows and takes the columns leaf by leaf: what a leaf needs is in registers before its columns
-follow each other, for a number that is fetched in between costs more than a column.
-"""
+"""Columns of a sweep of coordinate descent, for CUDA devices, in Triton: some of them, or sweeps of a small layer."""
 
 from __future__ import annotations
 
@@ -11,7 +7,17 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from lrpq.kernels.column_sweep_cuda import AT_ONCE, LEAF, ROWS
+from lrpq.kernels.leaves_cuda import (
+    DEPTH,
+    LEAF,
+    ROWS,
+    half_of,
+    own_rows,
+    picked,
+    product_with,
+    store_halves,
+    to_nearest,
+)
 from lrpq.kernels.threads import on_device_of
 
 if TYPE_CHECKING:
@@ -28,27 +34,90 @@ def descend_columns(
     inverse: Tensor,
     runs: Tensor,
     moved: Tensor,
+    halves: Tensor | None = None,
 ) -> None:
     """See `lrpq.kernels.descent.descend_columns`; G ends as the changes of the errors."""
     num_columns, rows = D.shape
-    own = own.contiguous()
     with on_device_of(D):
         _descend_columns[(triton.cdiv(rows, ROWS),)](
-            G, D, codes, S, bounds, own, inverse, runs, moved,
+            G, D, codes, S, bounds, own, inverse, runs, moved, D if halves is None else halves,
             num_columns, rows, own.stride(0), own.stride(1),
-            LEAF=LEAF, ROWS=ROWS, AT_ONCE=AT_ONCE, num_warps=1,
+            HALVES=halves is not None, LEAF=LEAF, ROWS=ROWS, DEPTH=DEPTH, HALF=half_of(D), num_warps=1,
+        )  # fmt: skip
+
+
+def descend_sweeps(
+    D: Tensor,
+    codes: Tensor,
+    S: Tensor,
+    bounds: Tensor,
+    H: Tensor,
+    inverse: Tensor,
+    runs: Tensor,
+    moved: Tensor,
+    *,
+    sweeps: int,
+) -> None:
+    """All sweeps of `lrpq.quant.descent`; codes and errors are changed in place. Rows of a program stop together.
+
+    Args:
+        D: errors T - Q [columns, rows], float32, contiguous.
+        codes: int8, as D.
+        S: scales of the runs of columns that share one [runs, rows], contiguous.
+        bounds: smallest and largest code of every row [2, rows], contiguous.
+        H: [columns, columns], symmetric, any strides.
+        inverse: 1 / H_kk, 0 for a dead input.
+        runs: row of S for each column, int64.
+        moved: written: rows of which a code changed in the last sweep.
+        sweeps: at most.
+    """
+    num_columns, rows = D.shape
+    with on_device_of(D):
+        _descend_sweeps[(triton.cdiv(rows, ROWS),)](
+            D.new_empty(LEAF, rows), D, codes, S, bounds, H, inverse, runs, moved,
+            num_columns, rows, sweeps, H.stride(0), H.stride(1),
+            LEAF=LEAF, ROWS=ROWS, DEPTH=DEPTH, HALF=half_of(D), num_warps=1,
         )  # fmt: skip
 
 
 @triton.jit
-def _descend_columns(
-    G, D, codes, S, bounds, own, inverse, runs, moved,
-    num_columns, rows, own_row, own_column,
-    LEAF: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+def _descend_leaf(
+    pulls, codes, S, inverse, runs, h, beside, low, high, first, num_columns, rows, last, row, inside, step,
+    LEAF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.max_contiguous(tl.arange(0, ROWS), 1)
+    """A leaf's columns one after another: changes of the errors [ROWS, LEAF], the codes, and steps of each row."""
     column = tl.max_contiguous(tl.arange(0, LEAF), 1)
-    valid = row < rows
+    run = tl.load(runs + last).to(tl.int32)
+    s = tl.load(S + run[None, :] * rows + row[:, None], mask=inside, other=1.0)
+    code = tl.load(codes + last[None, :] * rows + row[:, None], mask=inside, other=0).to(tl.float32)
+    # of tiny scales and inputs: infinity times zero would be no number
+    reach = tl.div_rn(tl.load(inverse + last)[None, :] + tl.zeros([ROWS, LEAF], tl.float32), s)
+    reach = tl.minimum(tl.maximum(reach, -3.4028234e38), 3.4028234e38)
+    reach = tl.where(inside, reach, 0.0)  # what is beyond the end stays
+    below, above = low[:, None] - code, high[:, None] - code
+    changes, steps = tl.zeros([ROWS, LEAF], tl.float32), tl.zeros([ROWS, LEAF], tl.float32)
+    for i in tl.static_range(LEAF):
+        now, later = (column == i)[None, :], (column > i)[None, :]
+        n = tl.maximum(picked(pulls, now) * picked(reach, now), picked(below, now))
+        n = to_nearest(tl.minimum(n, picked(above, now)))
+        change = n * picked(s, now)
+        changes = tl.where(now, change[:, None], changes)
+        steps = tl.where(now, n[:, None], steps)
+        if i > 0:
+            h = tl.load(beside + tl.minimum(first + i, num_columns - 1) * step, mask=later, other=0.0)
+        pulls = tl.where(later, pulls - h * change[:, None], pulls)
+    return changes, code + steps, tl.sum(tl.abs(steps), axis=1)
+
+
+@triton.jit
+def _descend_columns(
+    G, D, codes, S, bounds, own, inverse, runs, moved, halves,
+    num_columns, rows, own_row, own_column,
+    HALVES: tl.constexpr, LEAF: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    row, valid = own_rows(rows, ROWS)
+    column = tl.max_contiguous(tl.arange(0, LEAF), 1)
     low = tl.load(bounds + row, mask=valid, other=0.0)
     high = tl.load(bounds + rows + row, mask=valid, other=0.0)
     everywhere = tl.zeros([ROWS, LEAF], tl.int32)
@@ -58,38 +127,68 @@ def _descend_columns(
         inside = (k < num_columns)[None, :] & valid[:, None]
         last = tl.minimum(k, num_columns - 1)  # beyond the end anything may be computed; it is not stored
         at = last[None, :] * rows + row[:, None]
-        run = tl.load(runs + last).to(tl.int32)
-        s = tl.load(S + run[None, :] * rows + row[:, None], mask=inside, other=1.0)
-        code = tl.load(codes + at, mask=inside, other=0).to(tl.float32)
+        beside = own + last[None, :] * own_row + everywhere  # symmetric: of one line of memory all columns have some
+        h = tl.load(beside + first * own_column)  # here, so that what the columns need is near when their turn comes
         d = tl.load(D + at, mask=inside, other=0.0)
+        if first > 0:  # before a leaf G holds what pulls, behind it the changes
+            changed = product_with(own, first, last, rows, G, rows, own_row, own_column, LEAF, ROWS, DEPTH, HALF)
+            tl.store(G + at, tl.load(G + at, mask=inside, other=0.0) - changed, mask=inside)
+            tl.debug_barrier()
         pulls = tl.load(G + at, mask=inside, other=0.0)
-        # of tiny scales and inputs: infinity times zero would be no number
-        reach = tl.div_rn(tl.load(inverse + last)[None, :] + tl.zeros([ROWS, LEAF], tl.float32), s)
-        reach = tl.minimum(tl.maximum(reach, -3.4028234e38), 3.4028234e38)
-        beside = own + last[None, :] * own_column + everywhere
-        for other in range(0, first, AT_ONCE):  # a leaf is a whole number of these
-            for i in tl.static_range(AT_ONCE):
-                changed = tl.load(G + (other + i) * rows + row, mask=valid, other=0.0)
-                pulls -= tl.load(beside + (other + i) * own_row) * changed[:, None]
-        changes, after = tl.zeros([ROWS, LEAF], tl.float32), code
-        for i in tl.static_range(LEAF):
-            now = (column == i)[None, :]
-            pull = tl.sum(tl.where(now, pulls, 0.0), axis=1)
-            scale = tl.sum(tl.where(now, s, 0.0), axis=1)
-            before = tl.sum(tl.where(now, code, 0.0), axis=1)
-            n = tl.minimum(tl.maximum(pull * tl.sum(tl.where(now, reach, 0.0), axis=1), low - before), high - before)
-            n = (n + 12582912.0) - 12582912.0  # to the nearest, half to even: 1.5 * 2^23 leaves no binary places
-            n = tl.where(first + i < num_columns, n, 0.0)
-            change = n * scale
-            steps += tl.abs(n)
-            changes = tl.where(now, change[:, None], changes)
-            after = tl.where(now, (before + n)[:, None], after)
-            h = tl.load(beside + tl.minimum(first + i, num_columns - 1) * own_row)
-            pulls -= tl.where((column > i)[None, :], h, 0.0) * change[:, None]
+        changes, after, steps_of_leaf = _descend_leaf(
+            pulls, codes, S, inverse, runs, h, beside, low, high, first, num_columns, rows, last, row, inside,
+            own_column, LEAF, ROWS,
+        )  # fmt: skip
+        steps += steps_of_leaf
         tl.debug_barrier()  # all lanes have read what other lanes change
         tl.store(G + at, changes, mask=inside)
         tl.store(D + at, d - changes, mask=inside)
         tl.store(codes + at, after.to(tl.int8), mask=inside)
+        if HALVES:
+            store_halves(halves + last[None, :] * 3 * rows + row[:, None], rows, d - changes, inside)
         tl.debug_barrier()  # the next leaf reads changes that other lanes have written
     before_all = tl.load(moved + row, mask=valid, other=0)
     tl.store(moved + row, (before_all != 0) | (steps > 0), mask=valid)
+
+
+@triton.jit(do_not_specialize=["sweeps"])
+def _descend_sweeps(
+    scratch, D, codes, S, bounds, H, inverse, runs, moved,
+    num_columns, rows, sweeps, H_row, H_column,
+    LEAF: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    row, valid = own_rows(rows, ROWS)
+    column = tl.max_contiguous(tl.arange(0, LEAF), 1)
+    low = tl.load(bounds + row, mask=valid, other=0.0)
+    high = tl.load(bounds + rows + row, mask=valid, other=0.0)
+    everywhere = tl.zeros([ROWS, LEAF], tl.int32)
+    own_scratch = scratch + column[None, :] * rows + row[:, None]
+    steps = tl.zeros([ROWS], tl.float32)
+    turn, moving = 0, 1
+    while (turn < sweeps) & (moving > 0):
+        steps = tl.zeros([ROWS], tl.float32)
+        for first in range(0, num_columns, LEAF):
+            k = first + column
+            inside = (k < num_columns)[None, :] & valid[:, None]
+            last = tl.minimum(k, num_columns - 1)  # beyond the end anything may be computed; it is not stored
+            at = last[None, :] * rows + row[:, None]
+            beside = H + last[None, :] * H_row + everywhere  # symmetric: of one line of memory all columns have some
+            h = tl.load(beside + first * H_column)  # here, so that what the columns need is near when their turn comes
+            d = tl.load(D + at, mask=inside, other=0.0)
+            found = product_with(H, num_columns, last, rows, D, rows, H_row, H_column, LEAF, ROWS, DEPTH, HALF)
+            tl.store(own_scratch, found, mask=valid[:, None])
+            tl.debug_barrier()
+            pulls = tl.load(own_scratch, mask=valid[:, None], other=0.0)
+            changes, after, steps_of_leaf = _descend_leaf(
+                pulls, codes, S, inverse, runs, h, beside, low, high, first, num_columns, rows, last, row, inside,
+                H_column, LEAF, ROWS,
+            )  # fmt: skip
+            steps += steps_of_leaf
+            tl.debug_barrier()  # all lanes have read the errors of this leaf before any lane changes them
+            tl.store(D + at, d - changes, mask=inside)
+            tl.store(codes + at, after.to(tl.int8), mask=inside)
+            tl.debug_barrier()  # the next leaf reads errors that other lanes have written
+        moving = (tl.sum(tl.where(valid, steps, 0.0), axis=0) > 0).to(tl.int32)
+        turn += 1
+    tl.store(moved + row, steps > 0, mask=valid)

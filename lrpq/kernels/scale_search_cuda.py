@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from lrpq.kernels.columns_cuda import ROWS
+from lrpq.kernels.leaves_cuda import ROWS
 from lrpq.kernels.threads import on_device_of
 
 if TYPE_CHECKING:

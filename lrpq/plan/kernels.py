@@ -85,7 +85,7 @@ def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cp
         for first, middle, last in column_loop.halvings(0, d_in, column_loop.COMPILED_LEAF["cpu" if cpu else "cuda"])
         if middle < last
     )
-    chunks = -(-d_out // rows_at_once(d_in, len(choices), cpu=cpu))
+    chunks = -(-d_out // gptq.rows_at_once(d_in, len(choices), cpu=cpu))
     return (
         precise(propagated * stacked, width=min(d_in // 4, stacked), cpu=cpu)
         + Work(
@@ -98,11 +98,6 @@ def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cp
         )
         + work(wide=F32_BYTES * d_in * (d_out + stacked))
     )
-
-
-def rows_at_once(d_in: int, num_choices: int, *, cpu: bool) -> int:
-    """Rows of a weight in one sweep of ``gptq.gptq``."""
-    return max(1, (gptq._CPU_ROWS if cpu else gptq._GPU_ELEMENTS // d_in) // num_choices)
 
 
 def loss(d_out: int, d_in: int, *, cpu: bool) -> Work:

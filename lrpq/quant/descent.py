@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
+from lrpq.kernels.columns import write_halves
 from lrpq.kernels.descent import descend_columns
 from lrpq.kernels.threads import in_one_launch, usable
-from lrpq.quant.activation_sums import split
 from lrpq.quant.grid import QuantizedWeight, code_ranges, ends, fetch, group_width, largest, refuse_unless_finite
-from lrpq.quant.halves import product
+from lrpq.quant.halves import SPLIT_WHOLE, interleaved, product
 from lrpq.quant.residual import has_kernel, write_residual
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class _State:
 def _descend(state: _State, H: Tensor, inverse: Tensor, run: int, *, sweeps: int, block: int) -> tuple[Tensor, Tensor]:
     """Codes [d_in, stacked] after the sweeps, and which rows moved in the last one."""
     if usable(H) and in_one_launch(H, columns=len(H), rows=state.D.shape[1]):
-        from lrpq.kernels.descent_sweep_cuda import descend_sweeps
+        from lrpq.kernels.descent_cuda import descend_sweeps
 
         moved = torch.empty(state.D.shape[1], dtype=torch.bool, device=H.device)
         runs = torch.arange(len(H), device=H.device) // run
@@ -211,8 +211,9 @@ def _descend(state: _State, H: Tensor, inverse: Tensor, run: int, *, sweeps: int
     codes = state.codes.clone()
     moving = torch.ones(codes.shape[1], dtype=torch.bool, device=codes.device)
     active = moving.nonzero().squeeze(1)
+    split_H = interleaved(H) if _worth_halves(state, H) and len(H) <= SPLIT_WHOLE else None
     for left in range(sweeps - 1, -1, -1):
-        moved = _sweep(state, H, inverse, run, block=block)
+        moved = _sweep(state, H, inverse, run, block=block, split_H=split_H)
         moving[active] = moved
         num = int(moved.sum()) if left else 0
         if not num:
@@ -224,27 +225,26 @@ def _descend(state: _State, H: Tensor, inverse: Tensor, run: int, *, sweeps: int
     return codes, moving
 
 
-def _sweep(state: _State, H: Tensor, inverse: Tensor, run: int, *, block: int) -> Tensor:
+def _sweep(state: _State, H: Tensor, inverse: Tensor, run: int, *, block: int, split_H: Tensor | None = None) -> Tensor:
     """Visit every column once, from left to right; changes ``state``. Returns which rows moved."""
     d_in, stacked = state.D.shape
     moved = torch.zeros(stacked, dtype=torch.bool, device=H.device)
     if H.is_cuda and usable(H):
         block = max(block, _GPU_BLOCK_COLUMNS)
     runs = torch.arange(d_in, device=H.device) // run
-    halves = _Halves(state.D, block=block) if _worth_halves(state, H) else None
+    halves = _Halves(state.D, H, split_H) if _worth_halves(state, H) else None
     G = H.new_empty(min(block, d_in) if halves is None else 0, stacked)
     visit = None if usable(H) else _Vectorized(state, H, inverse, run, moved, G)
     for start in range(0, d_in, block):
         k = slice(start, min(start + block, d_in))
-        g = torch.mm(H[k], state.D, out=G[: k.stop - start]) if halves is None else halves.pulls(H[k])
+        g = torch.mm(H[k], state.D, out=G[: k.stop - start]) if halves is None else halves.pulls(k)
         if visit is None:
+            errors = None if halves is None else halves.errors[k]
             descend_columns(
-                g, state.D[k], state.codes[k], state.scales, state.ranges, H[k, k], inverse[k], runs[k], moved
+                g, state.D[k], state.codes[k], state.scales, state.ranges, H[k, k], inverse[k], runs[k], moved, errors
             )
         else:
             visit(k)
-        if halves is not None:
-            halves.follow(state.D, k)
     return moved
 
 
@@ -254,24 +254,18 @@ def _worth_halves(state: _State, H: Tensor) -> bool:
 
 
 class _Halves:
-    """Products of all errors with some rows of H, by halves."""
+    """Products of all errors with some rows of H, by halves; the errors of columns that are visited are written there
+    as well."""
 
-    def __init__(self, D: Tensor, *, block: int) -> None:
-        self._right = torch.empty(3, *D.shape, dtype=torch.bfloat16, device=D.device)
-        for start in range(0, len(D), block):
-            self.follow(D, slice(start, start + block))
+    def __init__(self, D: Tensor, H: Tensor, split_H: Tensor | None) -> None:
+        self.errors = torch.empty(len(D), 3, D.shape[1], dtype=torch.bfloat16, device=D.device)
+        write_halves(self.errors, D)
+        self._H, self._whole = H, split_H
 
-    def follow(self, D: Tensor, columns: slice) -> None:
-        """Take over errors that have changed."""
-        high, low = split(D[columns])
-        self._right[0, columns] = high
-        self._right[1, columns] = low
-        self._right[2, columns] = high
-
-    def pulls(self, H: Tensor) -> Tensor:
-        """H D for some rows of H."""
-        high, low = split(H)
-        found: Tensor = product(torch.cat([high, high, low], dim=1), self._right.flatten(0, 1))
+    def pulls(self, k: slice) -> Tensor:
+        """H D for some rows of H, which is symmetric."""
+        H = interleaved(self._H[:, k]) if self._whole is None else self._whole[:, k]
+        found: Tensor = product(H.T, self.errors.flatten(0, 1))
         return found
 
 

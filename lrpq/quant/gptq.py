@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 # Stacked rows of one sweep. On CPU they keep the inner levels of the recursion in cache (2,304 .. 18,432
 # swept: 4,608 and 9,216 are equal, 2,304 is dominated by dispatch); on GPU they only bound the memory.
 _CPU_ROWS = 4608
-_GPU_ELEMENTS = 2**30  # of d_in times stacked rows: 5 bytes each
+_GPU_ELEMENTS = 2**29  # of d_in times stacked rows: 11 bytes each
+_WHOLE_ROWS = 64  # of which a part of the rows is made up on a GPU: products of odd lengths take twice as long
 # Cut of the loss: rows whose differences stay in cache, column blocks of which only one triangle is
 # multiplied.
 _LOSS_ROWS = 1024
@@ -110,8 +111,7 @@ def gptq(
     bounds = code_ranges(tuple(choice.bits for choice in choices), Wt.dtype, Wt.device)
     codes = torch.empty(d_in, len(choices), d_out, dtype=torch.int8, device=Wt.device)
     Wt = Wt[factor.order]
-    limit = _CPU_ROWS if Wt.device.type == "cpu" else _GPU_ELEMENTS // d_in
-    num_rows = min(d_out, max(1, limit // len(choices)))
+    num_rows = min(d_out, rows_at_once(d_in, len(choices), cpu=Wt.device.type == "cpu"))
     memory = Wt.new_empty(d_in * len(choices) * num_rows)
     for start in range(0, d_out, num_rows):
         rows = slice(start, start + num_rows)
@@ -123,6 +123,13 @@ def gptq(
         QuantizedWeight(codes=codes[:, i].index_select(0, back).T.contiguous(), scales=s, choice=choice, zero_points=z)
         for i, (s, choice, z) in enumerate(zip(scales, choices, zeros or [None] * len(choices), strict=True))
     ]
+
+
+def rows_at_once(d_in: int, num_choices: int, *, cpu: bool) -> int:
+    """Rows of a weight in one sweep of ``gptq``, at most."""
+    if cpu:
+        return max(1, _CPU_ROWS // num_choices)
+    return max(1, _GPU_ELEMENTS // d_in // num_choices // _WHOLE_ROWS) * _WHOLE_ROWS
 
 
 def _check(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _LEAST_WORK = 2**33  # multiply-adds from which a product outweighs the splitting: a third of a millisecond in float32
 _COLUMNS = 8192  # at once: halves and their product are temporaries
+SPLIT_WHOLE = 8192
+"""Columns up to which a matrix that takes part in many products is split once for all of them: 400 MB at most."""
 _NARROW_COLUMNS = 1024  # the same where B is as long as a Hessian and there is nothing to gain from wider parts
 
 
@@ -58,6 +60,30 @@ def multiplied(A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> Float[Tensor
         return torch.mm(A, B, out=C)
     add_in_parts(C.zero_(), A, B)
     return C
+
+
+def interleaved(A: Float[Tensor, "k n"]) -> BFloat16[Tensor, "triple n"]:
+    """Of every row its leading digits twice, and what they leave: what ``add_interleaved`` multiplies with errors."""
+    found = torch.empty(len(A), 3, A.shape[1], dtype=torch.bfloat16, device=A.device)
+    found[:, 0] = A
+    found[:, 1] = found[:, 0]
+    torch.sub(A, found[:, 0], out=found[:, 2])
+    return found.view(-1, A.shape[1])
+
+
+def add_interleaved(C: Float[Tensor, "m n"], A: BFloat16[Tensor, "triple m"], D: BFloat16[Tensor, "triple n"]) -> None:
+    """C += A^T D by halves that are split already, in place, in one product: nothing else goes through memory.
+
+    Args:
+        C: contiguous rows.
+        A: ``interleaved``.
+        D: of every row its leading digits, what they leave, and the leading ones again, as the kernels for columns
+            write errors.
+    """
+    if C.is_cuda:
+        torch.addmm(C, A.T, D, out_dtype=torch.float32, out=C)
+    else:
+        C.addmm_(A.T.float(), D.float())
 
 
 def product(a: BFloat16[Tensor, "m k"], b: BFloat16[Tensor, "k n"]) -> Float[Tensor, "m n"]:

@@ -146,7 +146,7 @@ class _Chunk:
             return targets
         # the unit columns of factor.R cancel: R_BB and R_AB are scaled alike
         R, start = self._factor.R, rows.start
-        pull = R[:start, rows].T @ self._errors[:start]
+        pull = multiplied(R[:start, rows].T, self._errors[:start])
         return targets + torch.linalg.solve_triangular(R[rows, rows].T, pull, upper=False, unitriangular=True)
 
     def put(self, block: int, found: QuantizedWeight) -> None:

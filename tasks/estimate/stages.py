@@ -15,6 +15,7 @@ from lrpq.model.layers import Choice, LinearSpec
 from lrpq.plan import kernels
 from lrpq.plan.trace import Traced
 from lrpq.plan.work import NOTHING, Work, matmul, total, work
+from lrpq.quant import gptq, halves
 from lrpq.refine import quantize
 from lrpq.refine.row_parts import row_parts
 from lrpq.relevance.head import LABEL_RUN
@@ -292,8 +293,7 @@ class Stages:
         widest = max(rounded, key=lambda how: how.rows)
         num = len(widest.choices)
         square = 4.0 * d_in * d_in
-        rows = kernels.rows_at_once(d_in, num, cpu=self.cpu)
-        sweep = 9.0 * d_in * num * min(rows, widest.rows)
+        sweep = self._sweep_bytes(d_in, num * min(gptq.rows_at_once(d_in, num, cpu=self.cpu), widest.rows))
         weights = widest.rows * d_in
         # the column loop: W, its transpose, codes of all choices, one sweep; or the factorisation: four squares
         looping = 3 * square + (4 + 4 + 4 + num) * weights + sweep
@@ -303,6 +303,13 @@ class Stages:
             "weights, codes and the column loop": looping - 3 * square if looping > factoring else 0.0,
             **({} if not self.cpu else {"candidates of the site": _codes_of_site(members, rounded)}),
         }
+
+    def _sweep_bytes(self, d_in: int, stacked: int) -> float:
+        """Of the column loop: errors and codes of some rows; on a GPU also errors by halves, and of the factor the part
+        that a product takes."""
+        if self.cpu:
+            return 9.0 * d_in * stacked
+        return 11.0 * d_in * stacked + 6.0 * (d_in if d_in <= halves.SPLIT_WHOLE else d_in / 2) ** 2
 
     # --- refine ------------------------------------------------------------------------------------------------------
 
@@ -450,7 +457,7 @@ class Stages:
         batch = self.micro_batch * asked.length
         stacked = corrected and (self.cpu or widest.num_weights < quantize.ALONE_ELEMENTS)
         rows = (2 if stacked else 1) * widest.d_out
-        sweep = 9.0 * widest.d_in * min(kernels.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows)
+        sweep = self._sweep_bytes(widest.d_in, min(gptq.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows))
         # beside the sums C, normalized, and: its permuted copy and factor; two factors, on a CPU a copy of one, and the
         # solution; a factor and the column loop; or a factor, another C for the polish, and some weights
         factoring = 3 * square + weights

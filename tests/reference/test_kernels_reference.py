@@ -168,15 +168,26 @@ def test_costs_by_halves_are_the_forms_of_the_errors(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_updates_by_halves_move_no_loss(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_updates_by_halves_move_no_loss(whole: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     W, H = layer(200, 192, device)
     factor = factorize(H)
     monkeypatch.setattr(column_loop, "in_one_launch", lambda tensor, *, columns, rows: False)
+    monkeypatch.setattr(column_loop, "by_halves", lambda W: False)
     plain = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
     calls: list[int] = []
-    monkeypatch.setattr(column_loop, "by_halves", lambda C, inner: calls.append(inner) is None)
+    add_interleaved = column_loop.add_interleaved
+
+    def counted(C: Tensor, A: Tensor, D: Tensor) -> None:
+        calls.append(len(A))
+        add_interleaved(C, A, D)
+
+    monkeypatch.setattr(column_loop, "add_interleaved", counted)
+    monkeypatch.setattr(column_loop, "by_halves", lambda W: True)
+    monkeypatch.setattr(column_loop, "SPLIT_WHOLE", 1024 if whole else 0)
+    monkeypatch.setattr(column_loop, "COMPILED_LEAF", {"cpu": 48, "cuda": 48})
     found = gptq(W, factor, CHOICES, grid=Grid.SIGNED)
-    assert len(calls) > 1
+    assert len(calls) == 3
     for a, b in zip(found, plain, strict=True):
         assert (a.codes == b.codes).float().mean() > 0.995
         losses = [float(loss(W, q.dequantize(), H).sum()) for q in (a, b)]
@@ -208,7 +219,8 @@ def test_a_layer_comes_out_as_by_vector_operations(leaves: bool, device: str, mo
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_descent_by_halves_moves_no_loss(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_descent_by_halves_moves_no_loss(whole: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 40 columns, which do not divide the width."""
     X = numbers(300, 192, seed=1) @ (torch.eye(192) + numbers(192, 192, seed=2) / 14)
     H, W = (X.T @ X / 300).to(device), numbers(70, 192, seed=3).to(device)
@@ -217,6 +229,7 @@ def test_descent_by_halves_moves_no_loss(device: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(descent_module, "in_one_launch", lambda tensor, *, columns, rows: False)
     monkeypatch.setattr(descent_module, "_worth_halves", lambda state, H: True)
     monkeypatch.setattr(descent_module, "_GPU_BLOCK_COLUMNS", 40)
+    monkeypatch.setattr(descent_module, "SPLIT_WHOLE", 1024 if whole else 0)
     found = descend(W, start, H, sweeps=3, block_columns=40)
     for a, b, before in zip(found, expected, start, strict=True):
         assert (a.weight.codes == b.weight.codes).float().mean() > 0.995
