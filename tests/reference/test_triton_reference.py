@@ -209,7 +209,7 @@ def test_sweeps_in_one_launch_descend_as_single_columns_do(rows: int, columns: i
     assert (changed[2].cpu() == moved).double().mean() > 0.95
     after = [torch.einsum("kr,kl,lr->", E, H.double(), E) for E in (changed[0].cpu().double(), errors, D.double())]
     assert abs(after[0] / after[1] - 1) < 1e-3
-    assert after[0] < after[2]
+    assert after[0] < after[2] or rows * columns == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
