@@ -13,8 +13,9 @@ checkpoint on text of --text; with --blocks a model of that many blocks of 70B's
 Of every stage: seconds, memory in tensors at its peak (torch.cuda.max_memory_allocated on every worker), seconds that
 workers spent moving bytes (store, model, kept inputs, sums for other workers and from them), and waiting: the stage's
 seconds less those in calls, which includes Ray's copies into and out of its shared memory. Moving waits for the device
-first. Then whether both runs stored the same bytes. A case that fails says so, and the exit status is 1. What is known
-of a stage is printed, and written to --json, when it is done: a run that is cut off leaves that.
+first. Then whether both runs stored the same bytes; digests say so of runs in processes of their own (--workers 1, and
+--workers 2 on other GPUs at the same time). A case that fails says so, and the exit status is 1. What is known of a
+stage is printed, and written to --json, when it is done: a run that is cut off leaves that.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from ray.exceptions import RayError
 from benchmarks.gpu.model import random_tokens
 from benchmarks.two_gpus import ledger
 from benchmarks.two_gpus.block import HIDDEN, shape_named, write_blocks
-from benchmarks.two_gpus.objects import compare
+from benchmarks.two_gpus.objects import compare, digest
 from benchmarks.two_gpus.stages import STAGES, Case, Done, Stage, as_json, run_stages
 from benchmarks.two_gpus.table import call_lines, call_table, stage_line, stage_table, verdict
 from flows.calibrate import load_for
@@ -78,6 +79,9 @@ def measure(
                 save()
 
             runs.append(run_stages(case, pool, folder / f"run-{number}", note))
+            for name in case.stages:
+                found.setdefault("digests", []).append(f"{name}, {count} workers: {digest(runs[-1], name)}")
+                print(f"stored by {found['digests'][-1]}", flush=True)
         for loss in runs[-1].losses:
             print(f"LOST a worker: {loss}; the times are not those of an undisturbed run", flush=True)
     print(f"\n{', '.join(found['devices'])}; {found['host_threads']} threads move bytes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -29,9 +30,7 @@ class Compared:
 
 def compare(one: Done, other: Done, stage: str) -> Compared:
     """All objects of a stage but its manifest, which says how long it took."""
-    folders = one.folders[stage], other.folders[stage]
-    checksums = [_checksums(done.store, folder.prefix) for done, folder in zip((one, other), folders, strict=True)]
-    first, second = ({k: v for k, v in found.items() if not k.endswith("/manifest.json")} for found in checksums)
+    first, second = (_checksums(done.store, done.folders[stage].prefix) for done in (one, other))
     different = dict.fromkeys(sorted(first.keys() ^ second.keys()), "only one run has it")
     for key in sorted(first.keys() & second.keys()):
         if first[key] != second[key]:
@@ -40,8 +39,16 @@ def compare(one: Done, other: Done, stage: str) -> Compared:
     return Compared(objects=len(first), num_bytes=sum(size for _, size in first.values()), different=different)
 
 
+def digest(done: Done, stage: str) -> str:
+    """Of what ``compare`` looks at, names and contents: runs of two processes are compared by it."""
+    prefix = done.folders[stage].prefix
+    found = _checksums(done.store, prefix)
+    lines = (f"{key.removeprefix(prefix)} {found[key][0]}" for key in sorted(found))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def _checksums(store: ObjectStore, prefix: str) -> dict[str, tuple[str, int]]:
-    keys = list(store.list(prefix))
+    keys = [key for key in store.list(prefix) if not key.endswith("/manifest.json")]
     with ThreadPoolExecutor(8) as threads:
         records = threads.map(lambda key: record_of(store, key), keys)
         return {key: (record.sha256, record.num_bytes) for key, record in zip(keys, records, strict=True)}
