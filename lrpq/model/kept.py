@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import shutil
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -17,21 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from lrpq.model.host_copies import Fetched, HostCopies
+from lrpq.model.spill import UNDER_WAY, Key, Spill
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Key = tuple[int, ...]
-PREFIX = "lrpq-kept-"
 _AHEAD = 2
 """Tensors on their way back to a GPU at once."""
-_YOUNG_SECONDS = 60.0
-"""A folder this young may just not have its lock yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +30,8 @@ class _Place:
     device: torch.device
     shape: torch.Size
     dtype: torch.dtype
+    size: int
+    """Bytes."""
     held_bytes: int
     """In host memory; 0 of one that is spilled."""
 
@@ -49,21 +40,22 @@ class KeptInputs:
     """Tensors by key, each taken once. Those beyond ``memory_bytes`` are spilled to a folder of its own.
 
     Kept in host memory whatever device they come from, and given back on that device; a GPU goes on while they are
-    copied from it, and back to it where ``expect`` says which come next. What a killed process left on disk is removed
-    by the next one that spills there.
+    copied from it and written, and while they come back to it where ``expect`` says which come next. A few that are
+    being written are in host memory as well. What a killed process left on disk is removed by the next one that spills
+    there.
 
     Args:
         memory_bytes: how much stays in host memory.
         folder: where the spill folder is made; the system's temporary folder by default.
         may_forget: a tensor for which there is no room, neither in memory nor on disk, is not kept and can be computed
-            again; otherwise that is an OSError.
+            again; otherwise that is an OSError, of whatever is called next or asks for it.
     """
 
     def __init__(self, *, memory_bytes: int, folder: Path | None = None, may_forget: bool = False) -> None:
         self.memory_bytes = memory_bytes
         self.held_bytes = 0
-        self.spilled_bytes = 0
-        self.forgotten_bytes = 0
+        self._spilled_bytes = 0
+        self._forgotten_bytes = 0
         self.may_forget = may_forget
         self._parent = folder
         self._held: dict[Key, Tensor | Future[Tensor]] = {}
@@ -71,7 +63,7 @@ class KeptInputs:
         self._expected: deque[Key] = deque()
         self._fetched: dict[Key, Future[Fetched]] = {}
         """On their way back to the GPU, ``_AHEAD`` at most."""
-        self._spill: _SpillFolder | None = None
+        self._spill: Spill | None = None
         self._own_copies: HostCopies | None = None
 
     def _copies(self, device: torch.device) -> HostCopies:
@@ -85,12 +77,26 @@ class KeptInputs:
         return Path(tempfile.gettempdir()) if self._parent is None else self._parent
 
     def __contains__(self, key: Key) -> bool:
+        self._settle(key)
         return key in self._places
 
     @property
     def count(self) -> int:
         """Tensors that have not been taken."""
+        self._settle_all()
         return len(self._places)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """What was written to disk."""
+        self._settle_all()
+        return self._spilled_bytes
+
+    @property
+    def forgotten_bytes(self) -> int:
+        """What was not kept for want of room."""
+        self._settle_all()
+        return self._forgotten_bytes
 
     def put(self, key: Key, tensor: Tensor) -> None:
         """Keep a tensor; it must not be changed afterwards. Those of a GPU are all of the same one.
@@ -99,21 +105,52 @@ class KeptInputs:
             OSError: there is no room for it, and nothing may be forgotten.
         """
         size = tensor.numel() * tensor.element_size()
-        if self.held_bytes + size <= self.memory_bytes:
+        is_held = self.held_bytes + size <= self.memory_bytes
+        self._places[key] = _Place(
+            device=tensor.device, shape=tensor.shape, dtype=tensor.dtype, size=size, held_bytes=size if is_held else 0
+        )
+        if is_held:
             self._held[key] = self._copies(tensor.device).start(tensor) if _is_gpu(tensor.device) else tensor.cpu()
             self.held_bytes += size
         else:
-            try:
-                self._write(key, tensor.cpu())
-            except OSError:
-                if not self.may_forget:
-                    raise
-                self.forgotten_bytes += size
-                return
-            self.spilled_bytes += size
-        self._places[key] = _Place(
-            device=tensor.device, shape=tensor.shape, dtype=tensor.dtype, held_bytes=size if key in self._held else 0
-        )
+            self._start_write(key, tensor)
+
+    def _start_write(self, key: Key, tensor: Tensor) -> None:
+        try:
+            if self._spill is None:
+                self._spill = Spill(self.folder)
+        except OSError as error:
+            self._lose(key, error)
+            return
+        for earlier in self._spill.under_way():
+            if self._spill.is_done(earlier) or len(self._spill.under_way()) >= UNDER_WAY:
+                self._settle(earlier)
+        if _is_gpu(tensor.device):
+            self._spill.start(key, self._copies(tensor.device).start(tensor).result)
+        else:
+            self._spill.start(key, lambda: tensor)
+
+    def _settle(self, key: Key) -> None:
+        """Wait for the write of a tensor, where it is being written."""
+        if self._spill is None or key not in self._spill.under_way():
+            return
+        try:
+            self._spill.finish(key)
+        except OSError as error:
+            self._lose(key, error)
+        else:
+            self._spilled_bytes += self._places[key].size
+
+    def _settle_all(self) -> None:
+        for key in () if self._spill is None else self._spill.under_way():
+            self._settle(key)
+
+    def _lose(self, key: Key, error: OSError) -> None:
+        """Forget a tensor for which there is no room, where that is allowed."""
+        size = self._places.pop(key).size
+        if not self.may_forget:
+            raise error
+        self._forgotten_bytes += size
 
     def expect(self, keys: Iterable[Key]) -> None:
         """Say which tensors are taken next, in their order; those of a GPU come back to it beside what it computes."""
@@ -122,6 +159,7 @@ class KeptInputs:
 
     def take(self, key: Key) -> Tensor:
         """Return a tensor and forget it."""
+        self._settle(key)
         place = self._places[key]
         if _is_gpu(place.device):
             fetched = self._fetched.pop(key, None) or self._fetch(key)
@@ -150,17 +188,13 @@ class KeptInputs:
         if key in self._held:
             held = self._held.pop(key)
             return held.result if isinstance(held, Future) else lambda: held
-        path = self._path(key)
-
-        def read() -> Tensor:
-            spilled: Tensor = load_file(path)["x"].clone()
-            path.unlink()
-            return spilled
-
-        return read
+        spill = self._spill
+        assert spill is not None
+        return lambda: spill.read(key)
 
     def forget_before(self, first: int) -> None:
         """Make room: forget the tensors of all blocks before this one."""
+        self._settle_all()
         for key in [key for key in self._places if key[0] < first]:
             if key in self._fetched:  # its memory may be given up when it has arrived
                 self._copies(self._places[key].device).arrived(self._fetched.pop(key))
@@ -168,8 +202,8 @@ class KeptInputs:
                 held = self._held.pop(key)
                 if isinstance(held, Future):
                     held.result()
-            else:
-                self._path(key).unlink(missing_ok=True)
+            elif self._spill is not None:
+                self._spill.remove(key)
             self.held_bytes -= self._places.pop(key).held_bytes
 
     def close(self) -> None:
@@ -194,51 +228,6 @@ class KeptInputs:
     ) -> None:
         self.close()
 
-    def _write(self, key: Key, tensor: Tensor) -> None:
-        path: Path | None = None
-        try:
-            if self._spill is None:
-                self._spill = _SpillFolder(self.folder)
-            path = self._path(key)
-            save_file({"x": tensor.contiguous()}, path)
-        except (OSError, SafetensorError) as error:  # the package has its own error for a full disk
-            if path is not None:
-                path.unlink(missing_ok=True)
-            raise OSError(f"cannot keep a block's inputs in {self.folder}: {error}") from error
-
-    def _path(self, key: Key) -> Path:
-        if self._spill is None:
-            raise KeyError(key)
-        return self._spill.path / ("-".join(map(str, key)) + ".safetensors")
-
 
 def _is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-class _SpillFolder:
-    """A temporary folder with a lock that ends with the process, however that ends."""
-
-    def __init__(self, where: Path) -> None:
-        _remove_abandoned(where)
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=where))
-        self._lock = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-
-
-def _remove_abandoned(where: Path) -> None:
-    """Remove spill folders whose processes are gone: they may hold as much as the disk has."""
-    for folder in where.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # another user's, or another process was faster
-            if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
-                continue
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lrpq.model.kept
-from lrpq.model.kept import PREFIX, KeptInputs
+import lrpq.model.spill
+from lrpq.model.kept import KeptInputs
+from lrpq.model.spill import PREFIX, UNDER_WAY
 
 
 def tensor(seed: int, *, dtype: torch.dtype = torch.float32, rows: int = 3) -> Tensor:
@@ -83,6 +88,7 @@ def test_spilled_files_go_when_taken_and_the_rest_on_closing(tmp_path: Path) -> 
     kept = KeptInputs(memory_bytes=0, folder=tmp_path)
     for i in range(3):
         kept.put((i,), tensor(i))
+    assert kept.count == 3  # all are written
     (folder,) = tmp_path.iterdir()
     assert len(list(folder.iterdir())) == 3
     kept.take((1,))
@@ -130,7 +136,7 @@ def full(*_: object, **__: object) -> None:
 def test_without_room_a_tensor_is_forgotten_only_where_it_may_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lrpq.model.kept, "save_file", full)
+    monkeypatch.setattr(lrpq.model.spill, "save_file", full)
     with KeptInputs(memory_bytes=96, folder=tmp_path, may_forget=True) as kept:
         for i in range(3):
             kept.put((i,), tensor(i))
@@ -138,8 +144,69 @@ def test_without_room_a_tensor_is_forgotten_only_where_it_may_be(
         assert (kept.held_bytes, kept.spilled_bytes, kept.forgotten_bytes) == (96, 0, 192)
         assert same_bits(kept.take((0,)), tensor(0))
         assert not list(tmp_path.rglob("*.safetensors"))
-    with KeptInputs(memory_bytes=0, folder=tmp_path) as kept, pytest.raises(OSError, match="No space left on device"):
-        kept.put((0,), tensor(0))
+    asked: list[Callable[[KeptInputs], object]] = [
+        lambda kept: kept.take((0,)),
+        lambda kept: (0,) in kept,
+        lambda kept: kept.forget_before(1),
+        lambda kept: kept.spilled_bytes,
+        lambda kept: [kept.put((1 + i,), tensor(i)) for i in range(UNDER_WAY)],
+    ]
+    for ask in asked:  # whatever comes next says so, once
+        with KeptInputs(memory_bytes=0, folder=tmp_path) as kept:
+            kept.put((0,), tensor(0))
+            with pytest.raises(OSError, match=r"cannot keep a block's inputs in .*No space left on device"):
+                ask(kept)
+            assert (0,) not in kept
+    missing = KeptInputs(memory_bytes=0, folder=tmp_path / "missing")
+    with pytest.raises(OSError, match="cannot keep"):
+        missing.put((0,), tensor(0))
+
+
+@pytest.fixture
+def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
+    """Files are written when the event is set, not before."""
+    go, save_file = Event(), lrpq.model.spill.save_file
+
+    def save(*arguments: Any) -> None:
+        assert go.wait(60)
+        save_file(*arguments)
+
+    monkeypatch.setattr(lrpq.model.spill, "save_file", save)
+    yield go
+    go.set()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_files_are_written_beside_what_their_owner_does(
+    tmp_path: Path, gpu: bool, held_back: Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lrpq.model.kept, "_is_gpu", lambda _: gpu)
+    with KeptInputs(memory_bytes=0, folder=tmp_path) as kept, ThreadPoolExecutor(1) as beside:
+        for i in range(UNDER_WAY):
+            kept.put((i,), tensor(i))  # returns, though nothing can be written
+        assert not list(tmp_path.rglob("*.safetensors"))
+        more = beside.submit(kept.put, (UNDER_WAY,), tensor(UNDER_WAY))
+        with pytest.raises(TimeoutError):  # no more at once than that
+            more.result(0.2)
+        held_back.set()
+        more.result(60)
+        for i in reversed(range(UNDER_WAY + 1)):
+            assert same_bits(kept.take((i,)), tensor(i))
+        assert kept.spilled_bytes == (UNDER_WAY + 1) * 96
+
+
+def test_closing_waits_for_the_write_that_is_made_and_makes_no_other(tmp_path: Path, held_back: Event) -> None:
+    kept = KeptInputs(memory_bytes=0, folder=tmp_path)
+    for i in range(UNDER_WAY):
+        kept.put((i,), tensor(i))
+    with ThreadPoolExecutor(1) as beside:
+        closed = beside.submit(kept.close)
+        with pytest.raises(TimeoutError):
+            closed.result(0.2)
+        held_back.set()
+        closed.result(60)
+    assert list(tmp_path.iterdir()) == []
+    assert kept.count == 0
 
 
 def test_room_is_made_by_forgetting_the_first_blocks(tmp_path: Path) -> None:
@@ -161,7 +228,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_keeps_is_no
     abandoned = tmp_path / f"{PREFIX}abandoned"
     abandoned.mkdir()
     (abandoned / "0-0.safetensors").write_bytes(b"x")
-    monkeypatch.setattr(lrpq.model.kept, "_YOUNG_SECONDS", -1.0)
+    monkeypatch.setattr(lrpq.model.spill, "_YOUNG_SECONDS", -1.0)
     with KeptInputs(memory_bytes=0, folder=tmp_path) as first, KeptInputs(memory_bytes=0, folder=tmp_path) as second:
         first.put((0,), tensor(0))
         second.put((0,), tensor(1))
@@ -214,6 +281,7 @@ def test_a_file_that_is_gone_is_an_error_of_its_taker(tmp_path: Path) -> None:
     with KeptInputs(memory_bytes=0, folder=tmp_path) as kept:
         kept.put((0,), tensor(0))
         kept.put((1,), tensor(1))
+        assert kept.count == 2  # both are written
         for path in tmp_path.rglob("0.safetensors"):
             path.unlink()
         kept.expect([(0,), (1,)])
