@@ -35,6 +35,7 @@ from flows.config import CompressConfig
 from flows.prefect_server import prefect_api, starting_api
 from flows.progress import PlainProgress
 from flows.run import shown_step
+from lrpq.determinism import compute_deterministically
 from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice, all_choices
 from lrpq.model.safetensors_source import ModelSource
@@ -200,8 +201,7 @@ class Piped:
 def compare(model: Path, windows: int, length: int, budget: float, output: Path | None) -> None:
     """The pipeline, the plain calls, and the pipeline again."""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as workers do
+    compute_deterministically()  # as workers do
     with tempfile.TemporaryDirectory() as folder:
         config = CompressConfig.model_validate(
             {

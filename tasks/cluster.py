@@ -83,8 +83,6 @@ class Pool:
         environment = {**QUIET, **{k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}}
         if device == "cpu":
             environment |= _HEAP
-        if device == "cuda":
-            environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic matrix products
         self._actor = ray.remote(concurrency_groups={"pulse": 1, "beside": 1, "overlapped": AT_ONCE})(Worker).options(
             num_cpus=shape.num_cpus, num_gpus=shape.num_gpus, runtime_env={"env_vars": environment}
         )

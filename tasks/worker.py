@@ -164,12 +164,10 @@ class Worker:
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        import torch
-
+        from lrpq.determinism import compute_deterministically
         from lrpq.quant.ahead import compile_ahead
 
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+        compute_deterministically()
         send_tensors_by_buffer()
         for module in _MOST_RUNS:
             import_module(module)

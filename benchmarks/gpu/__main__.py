@@ -40,6 +40,7 @@ from benchmarks.gpu.model import random_tokens
 from benchmarks.gpu.report import Report, Row
 from benchmarks.gpu.shapes import LLAMA, TINY, BlockShape, of_width
 from lrpq.compare.recipes import DEFAULT
+from lrpq.determinism import compute_deterministically
 
 REAL_WINDOWS = 32
 """Windows for the Hessians of a real model."""
@@ -227,10 +228,9 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     options = parsed()
+    if options.deterministic:  # before the report asks the GPU for its name
+        compute_deterministically()
     report = Report(options.device, options.json, tuple(options.add))
-    if options.deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as workers do
     mode = ", deterministic algorithms" if options.deterministic else ""
     report.say(f"{report.device_name}, torch {torch.__version__}{mode}")
     measure_ceiling(report, options.device, tiny=options.tiny)
