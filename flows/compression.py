@@ -225,7 +225,7 @@ class Compression:
 
     def _jobs(self, windows: StoredWindows) -> Prepared:
         stream_job = jobs.stream_job(self.context, windows)
-        profile_job = jobs.profile_job(self.context, stream_job, windows)
+        profile_job = jobs.profile_job(self.context, stream_job, windows, specs=self.stream.specs)
         candidates_job = jobs.candidates_job(self.context, profile_job, specs=self.stream.specs, head=self.head)
         return Prepared(stream=self.stream, stream_job=stream_job, profile=profile_job, candidates=candidates_job)
 

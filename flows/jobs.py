@@ -23,6 +23,7 @@ from tasks.activations import ActivationsJob
 from tasks.candidates import CandidatesJob
 from tasks.chosen_grids import ChosenGrids
 from tasks.heat_maps import HeatMapsJob
+from tasks.hessian_bands import wide_sites
 from tasks.profile import ProfileJob
 from tasks.rebuild import RebuildJob
 from tasks.refine import RefineJob
@@ -76,7 +77,9 @@ def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
     )
 
 
-def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) -> ProfileJob:
+def profile_job(
+    context: JobContext, stream: StreamJob, windows: StoredWindows, *, specs: Sequence[LinearSpec]
+) -> ProfileJob:
     """Depends on the model, the windows' tokens and how relevance is computed, and on whether activations follow."""
     config = context.config.run
     with_head = config.candidates.quantize_head is not None
@@ -105,6 +108,7 @@ def profile_job(context: JobContext, stream: StreamJob, windows: StoredWindows) 
         seed=config.seed,
         with_head=with_head,
         gradients_every=config.gradients_every,
+        cut=wide_sites(specs),
         for_activations=for_activations,
     )
 

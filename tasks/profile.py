@@ -31,13 +31,14 @@ from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.chosen_grids import folding_at
 from tasks.device_copies import added, to_host
+from tasks.hessian_bands import FIRST, REST, SECOND
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
 from tasks.streams import StreamJob, my_shards, open_copies, open_stream, shard_slices
-from tasks.upper_triangle import UpperTriangle, packed
+from tasks.upper_triangle import WHOLE, Band, UpperTriangle, packed
 from tasks.waypoints import (
     blocks_with_waypoint,
     is_waypoint,
@@ -69,8 +70,9 @@ SQUARES, INPUTS = "squared-gradients", "inputs"
 ACTIVATION_OBJECTS = ((SQUARES, "safetensors"), (INPUTS, "safetensors"))
 """What there is besides where activations are to be quantized: squared gradients by site and token, and by site the
 weighted sum of its inputs."""
-HESSIANS, OUTPUTS = "hessians", "outputs"
-"""Shares of a block's sums, stored by two workers where there are so many: the Hessians of its sites, and the rest."""
+HESSIANS, BANDS, OUTPUTS = "hessians", "bands", "outputs"
+"""Shares of a block's sums, each stored by another worker where there are so many: the Hessians of its sites, second
+bands of wide ones (tasks.hessian_bands), and the rest."""
 FORWARD, BACKWARD = "forward", "backward"
 """Kinds of waypoints."""
 SCORE_UNITS = {"value": "as named in the column unit"}
@@ -93,6 +95,8 @@ class ProfileJob:
     gradients_every: int = 1
     """Of how many windows one has its gradients taken; above 1 Hessians are plain and summed on the way forward
     (tasks.profile_inputs)."""
+    cut: frozenset[tuple[int, str]] = frozenset()
+    """(block, input site) of the sites whose Hessians are in two objects (tasks.hessian_bands)."""
     for_activations: bool = False
     """Also what quantizing activations needs. The walk is on the model as it was; with a ``stream`` whose activations
     have grids, Hessians are read as those of the model that is folded for them."""
@@ -102,12 +106,16 @@ class ProfileJob:
         """Whether tokens are weighed by their gradients; otherwise gradients give the curvature alone."""
         return self.gradients_every == 1
 
-    @property
-    def block_objects(self) -> tuple[tuple[str, str], ...]:
+    def block_objects(self, block: int) -> tuple[tuple[str, str], ...]:
         """Kind and ending of what is stored of a block."""
         if not self.weighs_tokens:
             return PLAIN_OBJECTS
-        return BLOCK_OBJECTS + ACTIVATION_OBJECTS if self.for_activations else BLOCK_OBJECTS
+        rest = ((REST, "parquet"),) if self.cut_of(block) else ()
+        return BLOCK_OBJECTS + rest + (ACTIVATION_OBJECTS if self.for_activations else ())
+
+    def cut_of(self, block: int) -> frozenset[str]:
+        """Input sites of a block whose Hessians are in two objects: of plain ones none."""
+        return frozenset(site for of, site in self.cut if of == block) if self.weighs_tokens else frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +135,7 @@ def position(job: ProfileJob, *, num_blocks: int) -> Position:
     store = open_store(job.stream.store)
     present = set(store.list(job.folder.prefix))
     names = [
-        *((b, job.block_objects) for b in range(num_blocks)),
+        *((b, job.block_objects(b)) for b in range(num_blocks)),
         *([(num_blocks, HEAD_OBJECTS)] if job.with_head else []),
     ]
     stored = frozenset(b for b, kinds in names if all(job.folder.block(*_name(kind, b)) in present for kind in kinds))
@@ -250,11 +258,35 @@ def backward(state: WorkerState, job: ProfileJob, block: int) -> None:
     are stored here or taken."""
     sums, weights = _backward(state, job, block)
     stays = state.num_workers == 1 and state.device == "cpu"  # nothing is copied, so that nothing is in memory twice
-    kept = {node: on_host(found, to_host) if stays else sent_sums(found) for node, found in sums.items()}
     parts: dict[tuple[int, str], Part] = state.held[PARTS]
-    parts[block, OUTPUTS] = {node: replace(found, hessians={}) for node, found in kept.items()}, weights
-    if job.weighs_tokens:
-        parts[block, HESSIANS] = {node: replace(s, curvature={}, outputs={}) for node, s in kept.items()}, {}
+    for share in shares(job, block):
+        found = {node: _of_share(found, share, job.cut_of(block), stays=stays) for node, found in sums.items()}
+        parts[block, share] = found, weights if share == OUTPUTS else {}
+
+
+def shares(job: ProfileJob, block: int) -> tuple[str, ...]:
+    """Shares that a block's sums are stored in."""
+    if not job.weighs_tokens:
+        return (OUTPUTS,)
+    return (HESSIANS, BANDS, OUTPUTS) if job.cut_of(block) else (HESSIANS, OUTPUTS)
+
+
+def _of_share(sums: BlockSums, share: str, cut: frozenset[str], *, stays: bool) -> BlockSums:
+    """A share of a worker's sums, in host memory; those that are sent as upper triangles or bands of them."""
+    if share == OUTPUTS:
+        rest = replace(sums, hessians={})
+        return on_host(rest, to_host) if stays else sent_sums(rest)
+    is_first = share == HESSIANS
+    whole = {site: H for site, H in sums.hessians.items() if site not in cut and is_first}
+    bands = {site: H for site, H in sums.hessians.items() if site in cut}
+    alone = replace(sums, hessians=whole, curvature={}, outputs={})
+    found = on_host(alone, to_host) if stays else sent_sums(alone)
+    hessians = dict(found.hessians)
+    for site, H in bands.items():
+        xx = H.xx if stays else packed(H.xx, FIRST if is_first else SECOND)
+        x = to_host(H.x) if H.x is not None and is_first else None
+        hessians[site] = replace(H, xx=to_host(xx), x=x)
+    return replace(found, hessians=hessians)
 
 
 def take(state: WorkerState, block: int, share: str) -> Part:
@@ -268,15 +300,14 @@ def sent_sums(sums: BlockSums) -> BlockSums:
     return on_host(sums, lambda values: to_host(packed(values) if values.ndim == 2 else values))
 
 
-def stored_matrix(values: Tensor) -> Tensor | UpperTriangle:
-    """A matrix of sums as it is stored, which ``sent_sums`` may have packed."""
-    return values.cpu() if values.ndim == 2 else UpperTriangle(values)
+def stored_matrix(values: Tensor, band: Band = WHOLE) -> Tensor | UpperTriangle:
+    """A matrix of sums as it is stored, of which a band may have been packed."""
+    return values.cpu() if values.ndim == 2 else UpperTriangle(values, band)
 
 
 def storing_workers(job: ProfileJob, block: int, num_workers: int) -> dict[str, int]:
     """Share of a block's sums -> by whom it is merged with those of the others and stored."""
-    shares = (HESSIANS, OUTPUTS) if job.weighs_tokens else (OUTPUTS,)
-    return {share: (block + i) % num_workers for i, share in enumerate(shares)}
+    return {share: (block + i) % num_workers for i, share in enumerate(shares(job, block))}
 
 
 def _backward(state: WorkerState, job: ProfileJob, block: int) -> Part:
@@ -377,6 +408,8 @@ def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kep
     store = open_store(job.stream.store)
     if share == HESSIANS:
         _write_hessians(store, job, block, merged)
+    elif share == BANDS:
+        write_hessians(store, job, block, merged, kind=REST, bands=dict.fromkeys(job.cut_of(block), SECOND))
     else:
         _write_outputs(store, job, block, merged, weights)
     del merged
@@ -386,7 +419,7 @@ def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kep
 
 def _write_hessians(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> None:
     """Where tokens are weighed; profile_inputs.py stores plain ones."""
-    write_hessians(store, job, block, merged)
+    write_hessians(store, job, block, merged, bands=dict.fromkeys(job.cut_of(block), FIRST))
     if not job.for_activations:
         return
     sums: dict[str, Tensor] = {}
@@ -442,15 +475,24 @@ def store_head(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Nod
     return {name: float(c.sum()) for name, c in curvature.items()}
 
 
-def write_hessians(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> None:
-    """Store the sums of every site, and of all experts together."""
+def write_hessians(
+    store: ObjectStore,
+    job: ProfileJob,
+    block: int,
+    merged: BlockSums,
+    *,
+    kind: str = HESSIANS,
+    bands: Mapping[str, Band] | None = None,
+) -> None:
+    """Store the sums of every site, and of all experts together; of some sites a band."""
     hessians = {**merged.hessians, **_pooled(merged.hessians)}
-    total = merged.num_tokens
+    total, bands = merged.num_tokens, bands or {}
     write_symmetric(
         store,
-        job.folder.block("hessians", block, "parquet"),
-        {site: stored_matrix(h.xx) for site, h in hessians.items()},
+        job.folder.block(kind, block, "parquet"),
+        {site: stored_matrix(h.xx, bands.get(site, WHOLE)) for site, h in hessians.items()},
         {s: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens, "total": total} for s, h in hessians.items()},
+        bands=bands,
     )
 
 
@@ -521,8 +563,9 @@ def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, in
     run (an expert saw fewer). As where they are added up, the upper triangle is filled."""
     store = open_store(job.stream.store)
     folding = None if job.stream.activations is None else folding_at(job.stream.activations, block, site)
-    key = job.folder.block("hessians", block, "parquet")
-    xx, scalars = read_symmetric(store, key, site, lower=folding is not None)
+    key, rest = (job.folder.block(kind, block, "parquet") for kind in (HESSIANS, REST))
+    others = (rest,) if site in job.cut_of(block) else ()
+    xx, scalars = read_symmetric(store, key, site, lower=folding is not None, rest=others)
     sums = HessianSum(xx=xx, weight_sum=scalars["weight_sum"], num_tokens=int(scalars["num_tokens"]))
     if folding is not None:
         inputs = read_tensors(store, job.folder.block(INPUTS, block, "safetensors"), [site])

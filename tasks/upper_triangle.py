@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import deque
 from contextlib import closing
 from functools import partial
-from math import isqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,14 +24,33 @@ STRIP = 512
 """Rows of a strip, which begins with the first one's diagonal: 2% more than the triangle at a width of 28,672."""
 
 
-def packed(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " packed"]:
-    """The strips one after the other, on the matrix's device; a copy."""
-    width = len(matrix)
-    return torch.cat([matrix[rows, rows.start :].reshape(-1) for rows in _strips(width)])
+class Band(NamedTuple):
+    """Some of the strips: of ``total`` bands that have all of them together, and nearly as many values each."""
+
+    number: int
+    total: int
+
+    def has(self, strip: int) -> bool:
+        """Whether a strip is in it: strips are dealt out forth and back, as each is shorter than the one before."""
+        place = strip % (2 * self.total)
+        return self.number in (place, 2 * self.total - 1 - place)
+
+    def has_row(self, row: int) -> bool:
+        """Whether the strip of a row is in it."""
+        return self.has(row // STRIP)
+
+
+WHOLE = Band(0, 1)
+
+
+def packed(matrix: Float[Tensor, "d d"], band: Band = WHOLE) -> Float[Tensor, " packed"]:
+    """The strips of a band one after the other, on the matrix's device; a copy."""
+    strips = _strips(len(matrix), band)
+    return torch.cat([matrix.new_empty(0), *(matrix[rows, rows.start :].reshape(-1) for rows in strips)])
 
 
 def unpacked(values: Float[Tensor, " packed"]) -> Float[Tensor, "d d"]:
-    """The matrix, on the device of ``values``, with zeros below the strips."""
+    """The matrix of all strips, on the device of ``values``, with zeros below them."""
     width = _width(values.numel())
     matrix = zeros(width, values)
     start = 0
@@ -50,18 +68,21 @@ def unpacked(values: Float[Tensor, " packed"]) -> Float[Tensor, "d d"]:
 
 
 class UpperTriangle:
-    """A matrix of which ``values`` are the packed strips, read part by part where it lies.
+    """A matrix of which ``values`` are the packed strips, or those of a band, read part by part where it lies.
 
     Raises:
         ValueError: they are no upper triangle.
     """
 
-    def __init__(self, values: Float[Tensor, " packed"]) -> None:
-        self.width = _width(values.numel())
+    def __init__(self, values: Float[Tensor, " packed"], band: Band = WHOLE) -> None:
+        self.width = _width(values.numel(), band)
         self.dtype = values.dtype
-        sizes = [(rows.stop - rows.start, self.width - rows.start) for rows in _strips(self.width)]
+        strips = _strips(self.width, band)
+        sizes = [(rows.stop - rows.start, self.width - rows.start) for rows in strips]
         flat = values.split([height * length for height, length in sizes])
-        self._strips = [strip.view(size) for strip, size in zip(flat, sizes, strict=True)]
+        self._strips = {
+            rows.start // STRIP: strip.view(size) for rows, strip, size in zip(strips, flat, sizes, strict=True)
+        }
 
     def part(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
         """Some rows of one strip in some columns from its diagonal on, as a view."""
@@ -77,24 +98,27 @@ def zeros(width: int, like: Tensor) -> Float[Tensor, "d d"]:
     return torch.from_numpy(np.zeros((width, width), dtype=str(like.dtype).removeprefix("torch.")))
 
 
-def _strips(width: int) -> list[slice]:
-    return [slice(start, min(start + STRIP, width)) for start in range(0, width, STRIP)]
+def _strips(width: int, band: Band = WHOLE) -> list[slice]:
+    starts = (start for start in range(0, width, STRIP) if band.has_row(start))
+    return [slice(start, min(start + STRIP, width)) for start in starts]
 
 
-def _numel(width: int) -> int:
-    return sum((rows.stop - rows.start) * (width - rows.start) for rows in _strips(width))
+def _numel(width: int, band: Band = WHOLE) -> int:
+    return sum((rows.stop - rows.start) * (width - rows.start) for rows in _strips(width, band))
 
 
-def _width(numel: int) -> int:
-    """Of the matrix of so many packed values, which is more than half of its values and no more than all.
+def _width(numel: int, band: Band = WHOLE) -> int:
+    """Of the matrix of so many packed values: the wider it is, the more it has, from a band's first strip on.
 
     Raises:
         ValueError: there is none.
     """
-    low, high = isqrt(numel), isqrt(2 * numel) + 1
+    low, high = 0, STRIP
+    while _numel(high, band) < numel:
+        low, high = high, 2 * high
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if _numel(middle) < numel else (low, middle)
-    if _numel(low) != numel:
+        low, high = (middle + 1, high) if _numel(middle, band) < numel else (low, middle)
+    if _numel(low, band) != numel or not numel:
         raise ValueError(f"{numel} values are no upper triangle in strips of {STRIP} rows")
     return low

@@ -120,7 +120,7 @@ def run_stages(case: Case, pool: Pool, folder: Path, note: Callable[[str, Stage]
         key=f"two/windows-{digest[:24]}.parquet", digest=digest, num_windows=len(case.tokens), source=case.name
     )
     write_windows(store, windows.key, case.tokens)
-    profile = jobs.profile_job(context, jobs.stream_job(context, windows), windows)
+    profile = jobs.profile_job(context, jobs.stream_job(context, windows), windows, specs=stream.specs)
     candidates = jobs.candidates_job(context, profile, specs=stream.specs, head=None)
     stages: dict[str, Stage] = {}
 

@@ -10,6 +10,7 @@ from lrpq.notation import BITS_PER_BYTE
 from lrpq.quant.packing import storage_bits
 from tasks.estimate.asked import Asked
 from tasks.estimate.model import BlockKind, ModelShape
+from tasks.hessian_bands import wide_sites
 
 COMPRESSED = 0.84
 """zstd on split bytes of float32 values that look random: measured where tasks/store/symmetric.py sets its writer."""
@@ -110,7 +111,9 @@ def _profile(kind: BlockKind, shape: ModelShape, asked: Asked) -> Stored:
     pooled = next((hessian_bytes(s.d_in) for s in kind.specs if s.routed), 0.0)  # over all experts
     curvature = sum(8 * spec.d_out for spec in kind.specs)
     num_bytes = hessians + pooled + curvature + tokens + names * HEADER_BYTES + 2 * TABLE_BYTES
-    return Stored(num_bytes=num_bytes, num_objects=5 if asked.weighs_tokens else 3)
+    if not asked.weighs_tokens:
+        return Stored(num_bytes=num_bytes, num_objects=3)
+    return Stored(num_bytes=num_bytes, num_objects=6 if wide_sites(kind.specs) else 5)
 
 
 def _candidates(kind: BlockKind, asked: Asked) -> Stored:

@@ -2,7 +2,8 @@
 
 One row a tile of 256 x 256, in the order (0,0), (0,1), ..., (1,1), ...; edge tiles and the lower half of the
 tiles on the diagonal are zeros. A row group holds tiles of one matrix only, so a reader of one matrix reads
-nothing else. Every tile has its own checksum; the names, widths and scalars of all matrices are in the
+nothing else. Of a matrix that is cut into bands (tasks.upper_triangle) an object has the tiles of one band; the others
+are in objects of their own. Every tile has its own checksum; the names, widths and scalars of all matrices are in the
 metadata, under the checksum of schema.py. Memory beyond the matrix itself: some row groups (docs/log.md) for
 every thread of host_threads.py, whatever its width.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from tasks.store.host_threads import host_threads, in_order
 from tasks.store.objects import ObjectStore
 from tasks.store.row_groups import write_row_groups
 from tasks.store.schema import described, metadata_of, opened, parquet_file, sealed, verify
-from tasks.upper_triangle import UpperTriangle
+from tasks.upper_triangle import WHOLE, Band, UpperTriangle
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -46,6 +47,8 @@ Smaller tiles hold less padding (a matrix of 576 a third less than in tiles of 5
 KIND = "symmetric"
 _MATRICES = "lrpq.matrices"
 _MAX_GROUP_BYTES = 16_000_000
+MOST_BANDS = 64
+"""Of a matrix."""
 
 _SCHEMA = pa.schema(
     [
@@ -75,6 +78,8 @@ class SymmetricIndex:
     """Width of every matrix, in the order of the object."""
     scalars: Mapping[str, Mapping[str, float]]
     """Named numbers that belong to a matrix, such as its token count."""
+    bands: Mapping[str, Band]
+    """Which part of a matrix the object holds."""
 
 
 def write_symmetric(
@@ -83,11 +88,13 @@ def write_symmetric(
     matrices: Mapping[str, Float[Tensor, "d d"] | UpperTriangle],
     scalars: Mapping[str, Mapping[str, float]] | None = None,
     *,
+    bands: Mapping[str, Band] | None = None,
     unit: str = "1",
 ) -> None:
     """Publish symmetric float32 matrices of any device; only their upper triangles are looked at, or are there.
 
-    ``unit`` is that of the values. The mapping is asked for one matrix at a time, twice (width, values), so
+    Of the matrices in ``bands`` a band alone is stored, and only that needs to be there. ``unit`` is that of the
+    values. The mapping is asked for one matrix at a time, twice (width, values), so
     it may load them lazily. The same content gives the same bytes.
 
     Raises:
@@ -103,25 +110,37 @@ def write_symmetric(
                 raise StoreError(
                     f"cannot write {key}: scalar {item!r} of {name!r} is {value!r}, expected a finite number"
                 )
-    index = [{"name": name, "width": width, "scalars": numbers[name]} for name, width in widths.items()]
-    rows = sum(_num_tiles(width) for width in widths.values())
+    parts = {name: (bands or {}).get(name, WHOLE) for name in widths}
+    index = [
+        {
+            "name": name,
+            "width": width,
+            "scalars": numbers[name],
+            **({} if parts[name] == WHOLE else {"band": list(parts[name])}),
+        }
+        for name, width in widths.items()
+    ]
+    rows = sum(_num_tiles(width, parts[name]) for name, width in widths.items())
     metadata = described(_SCHEMA, key=key, kind=KIND, rows=rows, units={"values": unit})
     metadata[_MATRICES] = canonical_text(plain_json(index, where=key))
     schema = sealed(_SCHEMA, metadata)
 
     def write(file: BinaryIO) -> None:
-        write_row_groups(file, schema, _tables(schema, matrices, widths), _WRITER)
+        write_row_groups(file, schema, _tables(schema, matrices, widths, parts), _WRITER)
 
     store.publish(key, write)
 
 
 def _tables(
-    schema: pa.Schema, matrices: Mapping[str, Tensor | UpperTriangle], widths: Mapping[str, int]
+    schema: pa.Schema,
+    matrices: Mapping[str, Tensor | UpperTriangle],
+    widths: Mapping[str, int],
+    bands: Mapping[str, Band],
 ) -> Iterator[Callable[[], pa.Table]]:
     """The row groups of all matrices, each made when it is called."""
     for name, width in widths.items():
         matrix = matrices[name]
-        for group in _groups(width):
+        for group in _groups(width, bands[name]):
             yield partial(_group_table, schema, name, matrix, group)
 
 
@@ -136,40 +155,102 @@ def symmetric_index(store: ObjectStore, key: str) -> SymmetricIndex:
 
 
 def read_symmetric(
-    store: ObjectStore, key: str, name: str, *, lower: bool = True
+    store: ObjectStore, key: str, name: str, *, lower: bool = True, rest: Sequence[str] = ()
 ) -> tuple[Float[Tensor, "d d"], dict[str, float]]:
     """One matrix (float32, CPU, exactly symmetric; without ``lower`` its upper triangle) and its scalars.
 
-    Only the matrix's own row groups are read, and every tile is verified.
+    Only the matrix's own row groups are read, and every tile is verified. Of a matrix that is cut into bands, ``rest``
+    are the objects of those that ``key`` does not hold.
 
     Raises:
-        StoreError: no such object, no such matrix, or the object is truncated, changed or foreign.
+        StoreError: no such object, no such matrix, or an object is truncated, changed or foreign, or not of the bands
+            that are missing.
     """
-    with opened(store, key) as file:
-        parquet = _tiles(file)
-        index = _index(parquet, key)
-        if name not in index.widths:
-            raise StoreError(f"{key} in {store.url} has no matrix {name!r}: it has {', '.join(index.widths)}")
-        width = index.widths[name]
-        first = 0
-        for other, other_width in index.widths.items():
-            if other == name:
-                break
-            first += _num_groups(other_width)
-        groups = list(_groups(width))
-        for offset, group in enumerate(groups, first):
-            shape = parquet.metadata.row_group(offset)
-            if shape.num_rows != len(group) or shape.total_byte_size > _MAX_GROUP_BYTES:
-                raise ValueError(f"row group {offset} does not fit matrix {name!r}")
+    found: _Matrix | None = None
+    for part in (key, *rest):
+        with opened(store, part) as file:
+            parquet = _tiles(file)
+            index = _index(parquet, part)
+            if name not in index.widths:
+                raise StoreError(f"{part} in {store.url} has no matrix {name!r}: it has {', '.join(index.widths)}")
+            if found is None:
+                found = _Matrix.of(index, name)
+            found.check(index, store=store, key=part)
+            _read_band(store, part, parquet, index, name, found.values, lower=lower)
+    assert found is not None
+    if found.missing:
+        raise StoreError(
+            f"matrix {name!r} is in {found.count} objects, of which {key} in {store.url} is one; band "
+            f"{min(found.missing)} is in none of those that were read: {', '.join((key, *rest))}"
+        )
+    return torch.from_numpy(found.values), found.scalars
+
+
+@dataclass(slots=True, kw_only=True)
+class _Matrix:
+    """A matrix of which bands are read."""
+
+    name: str
+    values: NDArray[np.float32]
+    scalars: dict[str, float]
+    count: int
+    missing: set[int]
+    """Bands."""
+
+    @classmethod
+    def of(cls, index: SymmetricIndex, name: str) -> _Matrix:
+        width, count = index.widths[name], index.bands[name].total
         if host_threads() == 1:  # zeros that are written: pages come in order, in half the time of the read as a whole
-            matrix = torch.zeros(width, width)
-            with closing(_read_ahead(parquet, range(first, first + len(groups)))) as tables:
-                for group, table in zip(groups, tables, strict=True):
-                    _place_group(table, name, group, matrix.numpy(), lower=lower)
+            values = torch.zeros(width, width).numpy()
         else:  # zeros that are not: the threads touch the pages with their tiles
-            matrix = torch.from_numpy(np.zeros((width, width), dtype=np.float32))
-            _read_by_threads(store, key, name, dict(enumerate(groups, first)), matrix.numpy(), lower=lower)
-        return matrix, dict(index.scalars[name])
+            values = np.zeros((width, width), dtype=np.float32)
+        scalars, missing = dict(index.scalars[name]), set(range(count))
+        return cls(name=name, values=values, scalars=scalars, count=count, missing=missing)
+
+    def check(self, index: SymmetricIndex, *, store: ObjectStore, key: str) -> None:
+        """Count a band as read.
+
+        Raises:
+            StoreError: it is none of those that are missing, or of another matrix.
+        """
+        band = index.bands[self.name]
+        same = index.widths[self.name] == len(self.values) and dict(index.scalars[self.name]) == self.scalars
+        if not same or band.total != self.count or band.number not in self.missing:
+            wanted = " or ".join(map(str, sorted(self.missing))) or "none"
+            raise StoreError(
+                f"{key} in {store.url} has band {band.number} of {band.total} of matrix {self.name!r}, "
+                f"{index.widths[self.name]} wide: expected band {wanted} of {self.count}, {len(self.values)} wide, "
+                "with the same scalars; run the stage that writes it again"
+            )
+        self.missing.remove(band.number)
+
+
+def _read_band(
+    store: ObjectStore,
+    key: str,
+    parquet: pq.ParquetFile,
+    index: SymmetricIndex,
+    name: str,
+    matrix: NDArray[np.float32],
+    *,
+    lower: bool,
+) -> None:
+    first = 0
+    for other, other_width in index.widths.items():
+        if other == name:
+            break
+        first += _num_groups(other_width, index.bands[other])
+    groups = list(_groups(len(matrix), index.bands[name]))
+    for offset, group in enumerate(groups, first):
+        shape = parquet.metadata.row_group(offset)
+        if shape.num_rows != len(group) or shape.total_byte_size > _MAX_GROUP_BYTES:
+            raise ValueError(f"row group {offset} does not fit matrix {name!r}")
+    if host_threads() == 1:
+        with closing(_read_ahead(parquet, range(first, first + len(groups)))) as tables:
+            for group, table in zip(groups, tables, strict=True):
+                _place_group(table, name, group, matrix, lower=lower)
+    else:
+        _read_by_threads(store, key, name, dict(enumerate(groups, first)), matrix, lower=lower)
 
 
 def _tiles(file: BinaryIO) -> pq.ParquetFile:
@@ -232,11 +313,11 @@ def _width(key: str, name: str, matrix: Tensor | UpperTriangle) -> int:
     return len(matrix)
 
 
-def _groups(width: int) -> Iterator[list[tuple[int, int]]]:
+def _groups(width: int, band: Band) -> Iterator[list[tuple[int, int]]]:
     """Tile positions of each row group."""
     count = -(-width // TILE)
     group: list[tuple[int, int]] = []
-    for row in range(count):
+    for row in (row for row in range(count) if band.has_row(row * TILE)):
         for column in range(row, count):
             group.append((row, column))
             if len(group) == TILES_PER_GROUP:
@@ -246,13 +327,13 @@ def _groups(width: int) -> Iterator[list[tuple[int, int]]]:
         yield group
 
 
-def _num_tiles(width: int) -> int:
+def _num_tiles(width: int, band: Band) -> int:
     count = -(-width // TILE)
-    return count * (count + 1) // 2
+    return sum(count - row for row in range(count) if band.has_row(row * TILE))
 
 
-def _num_groups(width: int) -> int:
-    return -(-_num_tiles(width) // TILES_PER_GROUP)
+def _num_groups(width: int, band: Band) -> int:
+    return -(-_num_tiles(width, band) // TILES_PER_GROUP)
 
 
 def _part(matrix: Tensor | UpperTriangle, rows: slice, columns: slice) -> Tensor:
@@ -316,19 +397,31 @@ def _index(parquet: pq.ParquetFile, key: str) -> SymmetricIndex:
     verify(schema, metadata)
     widths: dict[str, int] = {}
     scalars: dict[str, Mapping[str, float]] = {}
+    bands: dict[str, Band] = {}
     entries = json.loads(metadata.get(_MATRICES, ""))
     for entry in entries if isinstance(entries, list) else [entries]:
         match entry:
             case {"name": str(name), "width": int(width), "scalars": dict(found)} if (
                 type(width) is int and width > 0 and name not in widths and all(map(_is_scalar, found.values()))
             ):
-                widths[name], scalars[name] = width, found
+                widths[name], scalars[name], bands[name] = width, found, _band(entry.get("band"))
             case _:
                 raise ValueError("its list of matrices is malformed")
-    groups = sum(map(_num_groups, widths.values()))
+    groups = sum(_num_groups(width, bands[name]) for name, width in widths.items())
     if parquet.metadata.num_row_groups != groups or metadata.get("lrpq.rows") != str(parquet.metadata.num_rows):
         raise ValueError(f"it has {parquet.metadata.num_row_groups} row groups, expected {groups}")
-    return SymmetricIndex(widths=widths, scalars=scalars)
+    return SymmetricIndex(widths=widths, scalars=scalars, bands=bands)
+
+
+def _band(entry: object) -> Band:
+    """What the index says of a matrix's band, or nothing of a whole one."""
+    match entry:
+        case None:
+            return WHOLE
+        case [int(number), int(count)] if bool not in (type(number), type(count)) and 0 <= number < count <= MOST_BANDS:
+            return Band(number, count)
+        case _:
+            raise ValueError("its list of matrices is malformed")
 
 
 def _is_scalar(value: object) -> bool:

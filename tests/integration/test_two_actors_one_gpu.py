@@ -27,13 +27,18 @@ from lrpq.model.layers import Choice
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.grid import code_range
+from tasks import hessian_bands
 from tasks.cluster import Pool
+from tasks.hessian_bands import FIRST, REST, SECOND
+from tasks.profile import HESSIANS
 from tasks.refine import read_refined
 from tasks.resources import WorkerShape, worker_shape
-from tasks.store.tensors import read_tensors
+from tasks.store.tensors import read_symmetric, read_tensors, symmetric_index
+from tasks.upper_triangle import WHOLE
 from tasks.worker import WorkerState
 
-LAYERS, HIDDEN, FFN = 2, 256, 512
+LAYERS, HIDDEN, FFN = 2, 256, 1536
+WIDE = 1024  # inputs of a site whose Hessian is in two objects here: the down projection's
 SITES = 4
 """Input sites of a block: of q, k and v; o; gate and up; down."""
 WINDOWS, LENGTH, SHARDS = 18, 128, 6
@@ -122,13 +127,16 @@ def runs(
         group_sizes=(GROUP,),
         bits=BITS,
     )
-    found = {}
-    for workers in (1, 2):
-        with pool_of(workers, device) as pool:
-            places = pool.each(where)
-            done = run_stages(case, pool, tmp_path_factory.mktemp(f"{device}-{workers}"))
-            found[workers] = Ran(shape=pool.shape, workers=places, done=done)
-    return case, found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hessian_bands, "LEAST_WIDTH", WIDE)
+        return case, {workers: ran(case, workers, tmp_path_factory) for workers in (1, 2)}
+
+
+def ran(case: Case, workers: int, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    with pool_of(workers, case.device) as pool:
+        places = pool.each(where)
+        done = run_stages(case, pool, tmp_path_factory.mktemp(f"{case.device}-{workers}"))
+        return Ran(shape=pool.shape, workers=places, done=done)
 
 
 def test_both_workers_are_processes_of_one_device(runs: tuple[Case, dict[int, Ran]]) -> None:
@@ -175,6 +183,19 @@ def test_they_store_the_bytes_of_one_worker(runs: tuple[Case, dict[int, Ran]], s
     assert compared.objects >= LAYERS
     assert compared.num_bytes > 0
     assert compared.different == {}
+
+
+def test_wide_hessians_are_in_two_objects_and_whole(runs: tuple[Case, dict[int, Ran]]) -> None:
+    _, found = runs
+    done = found[2].done
+    for block in range(LAYERS):
+        keys = [done.folders["profile"].block(kind, block, "parquet") for kind in (HESSIANS, REST)]
+        first, rest = (symmetric_index(done.store, key) for key in keys)
+        assert (first.bands["down"], rest.bands) == (FIRST, {"down": SECOND})
+        assert [name for name, band in first.bands.items() if band == WHOLE] == ["gate_up", "o", "qkv"]
+        H = read_symmetric(done.store, keys[0], "down", rest=keys[1:])[0]
+        assert (H.diagonal() > 0).all()
+        assert torch.linalg.eigvalsh(H.double()).min() > -1e-5 * H.diagonal().max()
 
 
 def test_the_codes_are_not_the_nearest_ones(runs: tuple[Case, dict[int, Ran]]) -> None:

@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrpq.errors import StoreError
+from tasks.store.host_threads import host_threads, set_host_threads
 from tasks.store.objects import ObjectStore, open_store, record_of
 from tasks.store.symmetric import TILE, TILES_PER_GROUP, symmetric_index
 from tasks.store.tensors import read_metadata, read_symmetric, read_tensors, write_symmetric, write_tensors
+from tasks.upper_triangle import STRIP, WHOLE, Band, UpperTriangle, packed
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
@@ -323,3 +325,42 @@ def test_a_changed_tile_or_index_is_found(store: ObjectStore, tmp_path: Path) ->
     pq.write_table(table.replace_schema_metadata(metadata), path)
     with pytest.raises(StoreError, match="checksum"):
         read_symmetric(store, "h.parquet", "x")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("width", [600, 2500])
+def test_a_matrix_in_two_bands_is_read_as_one(tmp_path: Path, width: int, threads: int) -> None:
+    """Whole or packed; beside other matrices, from either object first, and never without one of them."""
+    store = open_store(str(tmp_path))
+    matrix, other = symmetric(width), symmetric(300)
+    scalars = {"x": {"tokens": 128.0}, "y": {"tokens": 1.0}}
+    bands = (Band(0, 2), Band(1, 2))
+    write_symmetric(store, "a", {"x": matrix, "y": other}, scalars, bands={"x": bands[0]})
+    triangle = UpperTriangle(packed(matrix, bands[1]), bands[1]) if width > STRIP else matrix
+    write_symmetric(store, "b", {"x": triangle}, {"x": scalars["x"]}, bands={"x": bands[1]})
+    write_symmetric(store, "whole", {"x": matrix, "y": other}, scalars)
+    index = symmetric_index(store, "a")
+    assert index.bands == {"x": bands[0], "y": WHOLE}
+    assert index.widths == symmetric_index(store, "whole").widths
+    before = host_threads()
+    set_host_threads(threads)
+    try:
+        for first, second in (("a", "b"), ("b", "a")):
+            found, numbers = read_symmetric(store, first, "x", rest=[second])
+            assert torch.equal(found, matrix)
+            assert numbers == scalars["x"]
+        assert torch.equal(read_symmetric(store, "a", "x", lower=False, rest=["b"])[0], matrix.triu())
+        assert torch.equal(read_symmetric(store, "a", "y")[0], other)
+        with pytest.raises(StoreError, match=r"in 2 objects, of which a .*band 1 is in none"):
+            read_symmetric(store, "a", "x")
+        with pytest.raises(StoreError, match=r"band 0 of 2 .*expected band 1 of 2"):
+            read_symmetric(store, "a", "x", rest=["a"])
+        with pytest.raises(StoreError, match=r"band 0 of 1 .*expected band 1 of 2"):
+            read_symmetric(store, "a", "x", rest=["whole"])
+        with pytest.raises(StoreError, match="no object c"):
+            read_symmetric(store, "a", "x", rest=["c"])
+    finally:
+        set_host_threads(before)
+    write_symmetric(store, "wider", {"x": symmetric(width + 1)}, {"x": scalars["x"]}, bands={"x": bands[1]})
+    with pytest.raises(StoreError, match=f"{width + 1} wide: expected band 1 of 2, {width} wide"):
+        read_symmetric(store, "a", "x", rest=["wider"])

@@ -10,7 +10,7 @@ import torch
 from tasks import upper_triangle
 from tasks.store.opened import open_store
 from tasks.store.symmetric import write_symmetric
-from tasks.upper_triangle import UpperTriangle, packed, unpacked
+from tasks.upper_triangle import WHOLE, Band, UpperTriangle, packed, unpacked
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 16, 61])
@@ -27,6 +27,29 @@ def test_the_upper_triangle_arrives(width: int, monkeypatch: pytest.MonkeyPatch)
 def test_every_width_is_known_by_its_number_of_values() -> None:
     for width in (*range(1, 30), 511, 512, 513, 4096, 28672):
         assert upper_triangle._width(upper_triangle._numel(width)) == width
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+@pytest.mark.parametrize("width", [33, 64, 190])
+def test_bands_have_every_strip_once_and_nearly_as_many_values(
+    width: int, total: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upper_triangle, "STRIP", 8)
+    matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(width))
+    found = torch.zeros(width, width)
+    sizes = []
+    for band in (Band(number, total) for number in range(total)):
+        values = packed(matrix, band)
+        triangle = UpperTriangle(values, band)
+        assert triangle.width == width
+        sizes.append(values.numel())
+        for row in range(width):
+            if band.has_row(row):
+                assert (found[row] == 0).all()
+                found[row, row:] = triangle.part(slice(row, row + 1), slice(row, width))
+    assert torch.equal(found, matrix.triu())
+    assert sum(sizes) == packed(matrix, WHOLE).numel()
+    assert max(sizes) - min(sizes) <= 2 * 8 * 8 * total + 8 * 8 * 2  # a few strips' steps
 
 
 def test_what_is_no_triangle_is_refused() -> None:

@@ -1,0 +1,24 @@
+"""Hessians of wide sites in two bands of rows, each merged by one worker and stored in an object of its own.
+
+The down projection of a 70B block has four fifths of its block's Hessians, 1.6 GB; stored by one worker, these take
+longer than the rest of its way back. What is cut depends on widths alone: any number of workers stores the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lrpq.model.layers import HEAD, LinearSpec
+from tasks.upper_triangle import Band
+
+LEAST_WIDTH = 16384
+"""Inputs of a site that is cut: its Hessian has half a gigabyte, and takes longer to store than another object does."""
+FIRST, SECOND = BANDS = (Band(0, 2), Band(1, 2))
+REST = "hessians-rest"
+"""Kind of the object of the second bands; the first ones lie beside the whole Hessians of narrow sites."""
+
+
+def wide_sites(specs: Iterable[LinearSpec]) -> frozenset[tuple[int, str]]:
+    """(block, input site) of the sites whose Hessians are cut; experts' are not, whose sums are pooled."""
+    wide = (s for s in specs if s.d_in >= LEAST_WIDTH and not s.routed and s.input_site != HEAD)
+    return frozenset((spec.block, spec.input_site) for spec in wide)
