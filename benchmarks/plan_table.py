@@ -40,7 +40,13 @@ COLUMNS = (
 
 
 def planned(
-    model: str, *, gpus: int = 8, node_memory: str = "2TB", budget: float = 3.25, low_memory: bool = False
+    model: str,
+    *,
+    gpus: int = 8,
+    node_memory: str = "2TB",
+    budget: float = 3.25,
+    low_memory: bool = False,
+    workers: int | None = None,
 ) -> Estimate:
     source = DescribedModel(CONFIGS / model)
     config = CompressConfig.model_validate(
@@ -64,6 +70,7 @@ def planned(
         disk_bytes=10**13,
         network_bytes_per_second=3e9,
         remote_store=True,
+        workers=workers,
     )
     return estimate(source, asked_of(config, source, device="cuda"), cluster)
 

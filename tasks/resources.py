@@ -9,6 +9,8 @@ CPU_WINDOWS = 4
 GPU_TOKENS = 1 << 14
 GPU_ELEMENTS = 1 << 26
 """Of one micro-batch's hidden states, at most."""
+SLACK = 1e-6
+"""Of sums of shares such as 1/3."""
 HOST_THREADS = 12
 """Of a GPU's worker, at most: each holds some 60 MB while it compresses."""
 
@@ -26,6 +28,11 @@ class WorkerShape:
     host_threads: int = 1
     """Threads that move a worker's bytes (tasks.store.host_threads); they change no result. Those of a GPU's worker use
     its share of the cores, of which its computations need one; they reserve none, because they are seldom at work."""
+
+    @property
+    def workers_a_gpu(self) -> int:
+        """Workers that may be on one GPU, each with all that it needs of its memory; 0 on CPUs."""
+        return int((1 + SLACK) / self.num_gpus) if self.num_gpus else 0
 
 
 def worker_shape(
@@ -83,9 +90,8 @@ def windows_at_once(asked: int | None, *, device: str, length: int, hidden: int)
 
 def workers_that_fit(shape: WorkerShape, *, cluster_cpus: float, cluster_gpus: float) -> int:
     """Workers of this shape that a cluster has room for, which may have shrunk since the shape was made."""
-    slack = 1e-6  # of shares such as 1/3
-    by_cpu = int((cluster_cpus + slack) / shape.num_cpus) if shape.num_cpus else shape.num_workers
-    by_gpu = int((cluster_gpus + slack) / shape.num_gpus) if shape.num_gpus else by_cpu
+    by_cpu = int((cluster_cpus + SLACK) / shape.num_cpus) if shape.num_cpus else shape.num_workers
+    by_gpu = int((cluster_gpus + SLACK) / shape.num_gpus) if shape.num_gpus else by_cpu
     return min(by_cpu, by_gpu)
 
 

@@ -255,7 +255,13 @@ def _problems(
         found.append(f"no group size divides rows of {unfit[0]}: give --group-size 32, 64 or channel")
     if cluster.machine.device == "cuda":
         worst = max(stages, key=lambda stage: stage.device_bytes)
-        if worst.device_bytes > cluster.device_bytes:
+        sharing = workers.workers_a_gpu
+        if sharing > 1 and worst.device_bytes <= cluster.device_bytes < sharing * worst.device_bytes:
+            found.append(
+                f"{worst.stage}: {gigabytes(sharing * worst.device_bytes)} on a GPU of "
+                f"{gigabytes(cluster.device_bytes)}, for {sharing} workers share it: use one worker a GPU"
+            )
+        elif worst.device_bytes > cluster.device_bytes:
             largest = max(worst.parts, key=lambda part: worst.parts[part])
             change = {
                 "one micro-batch": f"set micro_batch below {asked.micro_batch}, or shorter windows (--length)",
@@ -314,6 +320,8 @@ def _assumptions(shape: ModelShape, asked: Asked, cluster: Cluster, workers: Wor
         )
     if asked.low_memory:
         texts.append("copies between the GPU and host memory, which low memory makes, take no time")
+    if workers.workers_a_gpu > 1:
+        texts.append(f"{workers.workers_a_gpu} workers share a GPU; times are those of workers with a GPU each")
     if shape.routed_share < 1:
         texts.append(f"experts see {shape.routed_share:.0%} of the tokens each: routing is taken as even")
     if cluster.nodes > 1 or cluster.remote_store:

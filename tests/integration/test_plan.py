@@ -171,6 +171,17 @@ def test_low_memory_takes_less_of_a_gpu_and_more_of_the_host() -> None:
         assert after.host_bytes > before.host_bytes + 10e9
 
 
+def test_workers_that_share_a_gpu_have_to_fit_together() -> None:
+    one, three = (planned("llama-3-70b", gpus=1, workers=workers) for workers in (1, 3))
+    assert not any("on a GPU" in problem for problem in one.problems)
+    worst = max(three.stages, key=lambda stage: stage.device_bytes)
+    assert worst.device_bytes < 80e9 < 3 * worst.device_bytes
+    together = f"{worst.stage}: {3 * worst.device_bytes / 1e9:.1f} GB on a GPU of 80.0 GB, for 3 workers share it"
+    assert f"{together}: use one worker a GPU" in three.problems
+    assert sum("share a GPU" in text for text in three.assumptions) == 1
+    assert not any("share a GPU" in text for text in one.assumptions)
+
+
 def test_what_does_not_fit_is_said() -> None:
     small = planned("llama-3-70b", node_memory="160GB")
     (problem,) = small.problems

@@ -56,6 +56,20 @@ def test_a_gpus_worker_moves_bytes_with_its_share_of_the_cores(changes: dict[str
     assert shape(**changes).host_threads == threads
 
 
+@pytest.mark.parametrize(
+    ("changes", "workers"),
+    [
+        ({}, 0),
+        ({"device": "cuda", "cluster_gpus": 4.0}, 1),
+        ({"device": "cuda", "cluster_gpus": 1.0, "requested": 2}, 2),
+        ({"device": "cuda", "cluster_gpus": 2.0, "requested": 3}, 2),  # one has a card to itself
+        ({"device": "cuda", "cluster_gpus": 1.0, "requested": 49}, 49),  # 49 * (1 / 49) < 1
+    ],
+)
+def test_workers_that_share_a_gpu(changes: dict[str, Any], workers: int) -> None:
+    assert shape(**changes).workers_a_gpu == workers
+
+
 @given(
     device=st.sampled_from(["cpu", "cuda"]),
     requested=st.none() | st.integers(1, 64),
