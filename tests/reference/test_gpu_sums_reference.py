@@ -90,8 +90,9 @@ def test_sums_of_bfloat16_in_two_parts_are_near_fp32(d: int) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_copies_hold_what_was_put() -> None:
-    with KeptInputs(memory_bytes=1 << 30) as kept:
+@pytest.mark.parametrize("memory_bytes", [0, 10 << 20, 1 << 30])
+def test_copies_hold_what_was_put(memory_bytes: int) -> None:
+    with KeptInputs(memory_bytes=memory_bytes) as kept:
         for key in range(40):
             x = torch.full((512, 512), float(key), device="cuda")
             kept.put((key,), x * 2)
@@ -105,14 +106,15 @@ def test_copies_hold_what_was_put() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 33])
 @pytest.mark.parametrize("expected", [True, False])
-def test_copies_keep_up_with_a_stream_that_goes_on(expected: bool) -> None:
+def test_copies_keep_up_with_a_stream_that_goes_on(expected: bool, memory_bytes: int) -> None:
     """Tensors larger than a buffer, while the device computes on what they were and on what came back."""
     generator = torch.Generator("cuda").manual_seed(0)
     first = torch.randn(4, 2048, 4096, device="cuda", generator=generator).bfloat16()
     W = torch.randn(4096, 4096, device="cuda", generator=generator).bfloat16() / 64
     hidden, sums = first, []
-    with KeptInputs(memory_bytes=1 << 33) as kept:
+    with KeptInputs(memory_bytes=memory_bytes) as kept:
         for key in range(12):
             kept.put((key,), hidden)
             sums.append(hidden.double().sum())
