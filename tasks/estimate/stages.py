@@ -456,7 +456,8 @@ class Stages:
         square, weights = 4.0 * widest.d_in**2, 4.0 * widest.num_weights
         batch = self.micro_batch * asked.length
         stacked = corrected and (self.cpu or widest.num_weights < quantize.ALONE_ELEMENTS)
-        rows = (2 if stacked else 1) * widest.d_out
+        part = max(rows.stop - rows.start for rows in row_parts(widest.d_out, widest.d_in))
+        rows = (2 if stacked else 1) * part
         sweep = self._sweep_bytes(widest.d_in, min(gptq.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows))
         # beside the sums C, normalized, and: its permuted copy and factor; two factors, on a CPU a copy of one, and the
         # solution; a factor and the column loop; or a factor, another C for the polish, and some weights
