@@ -33,7 +33,7 @@ from tasks.store.host_threads import host_threads, in_order
 from tasks.store.objects import ObjectStore
 from tasks.store.row_groups import write_row_groups
 from tasks.store.schema import described, metadata_of, opened, parquet_file, sealed, verify
-from tasks.upper_triangle import WHOLE, Band, UpperTriangle
+from tasks.upper_triangle import STRIP, WHOLE, Band, UpperTriangle
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -332,6 +332,11 @@ def _num_tiles(width: int, band: Band) -> int:
     return sum(count - row for row in range(count) if band.has_row(row * TILE))
 
 
+def _longest_row(width: int, band: Band) -> int:
+    """Tiles of the first row of a band, which is that of the strip of its number."""
+    return -(-width // TILE) - band.number * STRIP // TILE
+
+
 def _num_groups(width: int, band: Band) -> int:
     return -(-_num_tiles(width, band) // TILES_PER_GROUP)
 
@@ -407,6 +412,9 @@ def _index(parquet: pq.ParquetFile, key: str) -> SymmetricIndex:
                 widths[name], scalars[name], bands[name] = width, found, _band(entry.get("band"))
             case _:
                 raise ValueError("its list of matrices is malformed")
+    for name, width in widths.items():  # before tiles of a width that somebody made up are counted row by row
+        if _longest_row(width, bands[name]) > parquet.metadata.num_rows:
+            raise ValueError(f"matrix {name!r} cannot be {width} wide: it has {parquet.metadata.num_rows} tiles in all")
     groups = sum(_num_groups(width, bands[name]) for name, width in widths.items())
     if parquet.metadata.num_row_groups != groups or metadata.get("lrpq.rows") != str(parquet.metadata.num_rows):
         raise ValueError(f"it has {parquet.metadata.num_row_groups} row groups, expected {groups}")
