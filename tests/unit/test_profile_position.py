@@ -59,8 +59,8 @@ def test_a_block_of_which_a_band_is_missing_is_not_stored(tmp_path: Path) -> Non
 def test_only_blocks_with_wide_sites_have_a_second_object(tmp_path: Path) -> None:
     job = job_of(tmp_path, frozenset({(1, "down")}))
     assert [REST in dict(job.block_objects(block)) for block in range(BLOCKS)] == [False, True, False]
-    assert [profile.shares(job, block) for block in (0, 1)] == [(HESSIANS, OUTPUTS), (HESSIANS, BANDS, OUTPUTS)]
-    assert profile.storing_workers(job, 1, 2) == {HESSIANS: 1, BANDS: 0, OUTPUTS: 1}
+    assert [profile.shares(job, block) for block in (0, 1)] == [(HESSIANS, OUTPUTS), (BANDS, HESSIANS, OUTPUTS)]
+    assert profile.storing_workers(job, 1, 2) == {BANDS: 1, HESSIANS: 0, OUTPUTS: 1}
     plain = job_of(tmp_path, job.cut, gradients_every=8)  # plain Hessians are stored on the way forward, whole
     assert not any(REST in dict(plain.block_objects(block)) for block in range(BLOCKS))
 

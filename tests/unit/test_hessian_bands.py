@@ -1,0 +1,86 @@
+"""What of a block's sums each worker merges and stores: whatever their number, no one has much more than its part."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lrpq.model.layers import LinearSpec
+from lrpq.relevance.outputs import CHUNK_ROWS
+from tasks.artifacts import StageFolder
+from tasks.hessian_bands import FIRST, SECOND, wide_sites
+from tasks.profile import BANDS, HESSIANS, OUTPUTS, ProfileJob, storing_workers
+from tasks.streams import StreamJob
+from tasks.upper_triangle import WHOLE, _numel
+
+
+def layers(block: int, *, hidden: int, key_value: int, ffn: int) -> list[LinearSpec]:
+    """Of a Llama's block."""
+    shapes = {
+        "q": ("qkv", hidden, hidden),
+        "k": ("qkv", key_value, hidden),
+        "v": ("qkv", key_value, hidden),
+        "o": ("o", hidden, hidden),
+        "gate": ("gate_up", ffn, hidden),
+        "up": ("gate_up", ffn, hidden),
+        "down": ("down", hidden, ffn),
+    }
+    return [
+        LinearSpec(name=f"{block}.{name}", block=block, d_out=d_out, d_in=d_in, input_site=site, fused_group=name)
+        for name, (site, d_out, d_in) in shapes.items()
+    ]
+
+
+def job(specs: list[LinearSpec]) -> ProfileJob:
+    stream = StreamJob(
+        model="m", dtype="bfloat16", store="s", windows="w", length=8, num_tokens=64, num_shards=8, micro_batch=1
+    )
+    return ProfileJob(
+        stream=stream,
+        folder=StageFolder(run_id="r", stage="profile", key="0" * 64),
+        relevance="fisher",
+        floor=0.0,
+        power=0.5,
+        seed=0,
+        cut=wide_sites(specs),
+    )
+
+
+def share_values(job: ProfileJob, specs: list[LinearSpec]) -> dict[str, int]:
+    """Share -> values of its matrices as they travel."""
+    widths = {spec.input_site: spec.d_in for spec in specs}
+    cut = job.cut_of(0)
+    first = sum(_numel(width, FIRST if site in cut else WHOLE) for site, width in widths.items())
+    second = sum(_numel(widths[site], SECOND) for site in cut)
+    chunks = [min(CHUNK_ROWS, s.d_out - start) for s in specs for start in range(0, s.d_out, CHUNK_ROWS)]
+    return {HESSIANS: first, BANDS: second, OUTPUTS: sum(map(_numel, chunks))}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden": 8192, "key_value": 1024, "ffn": 28672},
+        {"hidden": 16384, "key_value": 1024, "ffn": 53248},
+        {"hidden": 5120, "key_value": 1024, "ffn": 25600},
+    ],
+    ids=["70B", "405B", "32B"],
+)
+def test_two_workers_have_about_half_of_a_block_s_sums_each(shape: dict[str, int]) -> None:
+    specs = layers(0, **shape)
+    sizes = share_values(job(specs), specs)
+    for block in (0, 1):
+        of_worker = [0, 0]
+        cut = replace(job(specs), cut=frozenset((block, site) for _, site in wide_sites(specs)))
+        for share, worker in storing_workers(cut, block, 2).items():
+            of_worker[worker] += sizes[share]
+        assert sum(of_worker) == sum(sizes.values())
+        assert max(of_worker) < 0.6 * sum(of_worker)
+
+
+def test_three_workers_store_a_share_each_in_turns() -> None:
+    specs = [spec for block in range(3) for spec in layers(block, hidden=8192, key_value=1024, ffn=28672)]
+    turns = [storing_workers(job(specs), block, 3) for block in range(3)]
+    assert all(sorted(turn.values()) == [0, 1, 2] for turn in turns)
+    for share in (HESSIANS, BANDS, OUTPUTS):
+        assert sorted(turn[share] for turn in turns) == [0, 1, 2]
