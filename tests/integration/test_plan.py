@@ -24,9 +24,11 @@ from lrpq.model.described import DescribedModel, resolve_description
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.plan.machine import Machine
 from lrpq.plan.work import COUNTED, Work, nearest
+from tasks import hessian_bands
 from tasks.estimate.asked import Cluster
 from tasks.estimate.machines import known_gpu, read_machine, write_machine
 from tasks.estimate.report import estimate
+from tasks.hessian_bands import REST
 
 PARAMETERS = {  # billions, as published
     "llama-3-8b": 8.03,
@@ -37,6 +39,8 @@ PARAMETERS = {  # billions, as published
     "mixtral-8x22b": 140.63,
 }
 ROOT = Path(__file__).parents[2]
+WIDE = 1056
+"""Inputs of a site that counts as wide here: more than the two strips of which bands are dealt out."""
 
 
 def machine(**changes: Any) -> Machine:
@@ -79,13 +83,16 @@ def config_of(model: Path, folder: Path, *, fast: bool = False) -> CompressConfi
     )
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["default", "fast"])
-def test_what_is_planned_is_what_runs(request: pytest.FixtureRequest, tmp_path: Path, fast: bool) -> None:
-    """A whole compression in this process, every product counted."""
+@pytest.mark.parametrize(("fast", "ffn"), [(False, 128), (True, 128), (False, WIDE)], ids=["default", "fast", "wide"])
+def test_what_is_planned_is_what_runs(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, ffn: int
+) -> None:
+    """A whole compression in this process, every product counted; of a wide site Hessians are in two objects."""
     from flows.compress import run_compress
 
+    monkeypatch.setattr(hessian_bands, "LEAST_WIDTH", WIDE)
     start_server(request)
-    model = write_model(tmp_path / "model", layers=2, hidden=64, ffn=128)
+    model = write_model(tmp_path / "model", layers=2, hidden=64, ffn=ffn)
     described = tmp_path / "described"
     described.mkdir()
     shutil.copy(model / "config.json", described)
@@ -124,6 +131,7 @@ def test_what_is_planned_is_what_runs(request: pytest.FixtureRequest, tmp_path: 
         assert counted[name] * 0.99 <= stages[name].flops <= counted[name] * most, name
     files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
     assert found.store_objects == len(files)
+    assert len([path for path in files if path.name.startswith(REST)]) == (2 if ffn == WIDE else 0)
     stored = sum(path.stat().st_size for path in files)
     assert abs(found.store_bytes / stored - 1) < 0.25, "headers and tables are most of so small a store"
     reached = manifest["budget"]["reached_bytes"]
