@@ -1,7 +1,7 @@
 """Hessians of wide sites in two bands of rows, each merged by one worker and stored in an object of its own.
 
-The down projection of a 70B block has four fifths of its block's Hessians, 1.6 GB; stored by one worker, these take
-longer than the rest of its way back. What is cut depends on widths alone: any number of workers stores the same bytes.
+The down projection of a 70B block has four fifths of its block's Hessians, 1.6 GB; stored by one worker, these are
+what a profile ends with. What is cut depends on widths alone: any number of workers stores the same bytes.
 """
 
 from __future__ import annotations

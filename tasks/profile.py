@@ -333,8 +333,8 @@ def end(state: WorkerState) -> dict[str, int]:
     """Free what the stage holds; returns what was spilled, and what had to be computed twice for want of room."""
     state.held.pop("blocks").close()
     sweep: ProfileSweep = state.held.pop(STAGE)
-    kept = {"spilled_bytes": sweep.kept.spilled_bytes, "forgotten_bytes": sweep.kept.forgotten_bytes}
-    sweep.kept.close()
+    with sweep.kept as inputs:
+        kept = {"spilled_bytes": inputs.spilled_bytes, "forgotten_bytes": inputs.forgotten_bytes}
     state.held.pop(PARTS)
     state.held.pop(GRADIENTS)
     state.close_copies()

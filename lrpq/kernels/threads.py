@@ -14,7 +14,8 @@ from torch import Tensor
 from lrpq.kernels.loops import LANES
 
 # Columns up to which launches take longer than what one program does alone. Measured on an H100 at 576, 1,024,
-# 1,536 and 2,048 columns, one width: a sweep in one launch takes .81, 1.17, 1.4 and 2.2 times what leaves of 256 take.
+# 1,536 and 2,048 columns, one width: a sweep in one launch takes .81, 1.17, 1.4 and 2.2 times what leaves of 256 take
+# (descent 1.2 times what blocks take at 576, .8 at six widths, and more above).
 _ONE_LAUNCH_COLUMNS = 768
 _ONE_LAUNCH_PRODUCTS = 2**35
 

@@ -106,29 +106,38 @@ class KeptInputs:
         """
         size = tensor.numel() * tensor.element_size()
         is_held = self.held_bytes + size <= self.memory_bytes
-        self._places[key] = _Place(
+        if not is_held:
+            self._make_way()
+        place = _Place(
             device=tensor.device, shape=tensor.shape, dtype=tensor.dtype, size=size, held_bytes=size if is_held else 0
         )
         if is_held:
             self._held[key] = self._copies(tensor.device).start(tensor) if _is_gpu(tensor.device) else tensor.cpu()
             self.held_bytes += size
+            self._places[key] = place
         else:
-            self._start_write(key, tensor)
+            self._start_write(key, tensor, place)
 
-    def _start_write(self, key: Key, tensor: Tensor) -> None:
-        try:
-            if self._spill is None:
-                self._spill = Spill(self.folder)
-        except OSError as error:
-            self._lose(key, error)
+    def _make_way(self) -> None:
+        """Wait for earlier writes, so that no more than ``UNDER_WAY`` are."""
+        if self._spill is None:
             return
         for earlier in self._spill.under_way():
             if self._spill.is_done(earlier) or len(self._spill.under_way()) >= UNDER_WAY:
                 self._settle(earlier)
-        if _is_gpu(tensor.device):
-            self._spill.start(key, self._copies(tensor.device).start(tensor).result)
-        else:
-            self._spill.start(key, lambda: tensor)
+
+    def _start_write(self, key: Key, tensor: Tensor, place: _Place) -> None:
+        try:
+            if self._spill is None:
+                self._spill = Spill(self.folder)
+        except OSError:
+            if not self.may_forget:
+                raise
+            self._forgotten_bytes += place.size
+            return
+        host = self._copies(tensor.device).start(tensor).result if _is_gpu(tensor.device) else lambda: tensor
+        self._places[key] = place
+        self._spill.start(key, host)
 
     def _settle(self, key: Key) -> None:
         """Wait for the write of a tensor, where it is being written."""
@@ -136,21 +145,17 @@ class KeptInputs:
             return
         try:
             self._spill.finish(key)
-        except OSError as error:
-            self._lose(key, error)
+        except BaseException as error:
+            size = self._places.pop(key).size
+            if not (self.may_forget and isinstance(error, OSError)):
+                raise
+            self._forgotten_bytes += size
         else:
             self._spilled_bytes += self._places[key].size
 
     def _settle_all(self) -> None:
         for key in () if self._spill is None else self._spill.under_way():
             self._settle(key)
-
-    def _lose(self, key: Key, error: OSError) -> None:
-        """Forget a tensor for which there is no room, where that is allowed."""
-        size = self._places.pop(key).size
-        if not self.may_forget:
-            raise error
-        self._forgotten_bytes += size
 
     def expect(self, keys: Iterable[Key]) -> None:
         """Say which tensors are taken next, in their order; those of a GPU come back to it beside what it computes."""
@@ -208,17 +213,19 @@ class KeptInputs:
 
     def close(self) -> None:
         """Forget everything and remove the spill folder."""
-        if self._own_copies is not None:
-            self._own_copies.close()
-            self._own_copies = None
-        self._held.clear()
-        self._places.clear()
-        self._expected.clear()
-        self._fetched.clear()
-        self.held_bytes = 0
-        if self._spill is not None:
-            self._spill.close()
-            self._spill = None
+        copies, self._own_copies = self._own_copies, None
+        try:
+            if copies is not None:
+                copies.close()
+        finally:
+            self._held.clear()
+            self._places.clear()
+            self._expected.clear()
+            self._fetched.clear()
+            self.held_bytes = 0
+            if self._spill is not None:
+                self._spill.close()
+                self._spill = None
 
     def __enter__(self) -> KeptInputs:
         return self

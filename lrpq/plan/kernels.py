@@ -86,8 +86,10 @@ def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cp
         if middle < last
     )
     chunks = -(-d_out // gptq.rows_at_once(d_in, len(choices), cpu=cpu))
+    width = min(d_in // 4, stacked)
+    updates = propagated * stacked
     return (
-        precise(propagated * stacked, width=min(d_in // 4, stacked), cpu=cpu)
+        (matmul(updates, dtype=FP32, width=width) if cpu else matmul(3 * updates, dtype=BF16, width=width))
         + Work(
             amounts={
                 COUNTED: 0.0 if cpu else 2.0 * trials * d_out * d_in,  # compiled loops on CPUs, products elsewhere

@@ -60,7 +60,8 @@ def sweep(
         columns_cuda.round_columns(T, *arguments, fresh=True)
         return Sweep(codes, T)
     T.copy_(W.unsqueeze(1))
-    halves = _Halves(T, factor) if is_compiled(W, Z) and by_halves(W) else None
+    is_cut = is_compiled(W, Z) and d_in > COMPILED_LEAF[W.device.type]
+    halves = _Halves(T, factor) if is_cut and by_halves(W) else None
     round_leaf, leaf = (_compiled if is_compiled(W, Z) else _vectorized)(W, T, codes, factor, S, Z, bounds, run, halves)
     columns = T.view(d_in, -1)
     for first, middle, last in halvings(0, d_in, leaf):

@@ -91,7 +91,8 @@ def descend(
     Gauss-Seidel whatever ``block_columns`` is: the errors of other blocks are up to date in that product, those of the
     own block in the loop over its columns (in float64 vector operations, and small products). Computes in the dtype of
     H, large layers on a GPU by its halves; each product starts from the errors, so nothing drifts. Memory besides
-    inputs and results: 5 bytes times d_in times at most 4,096 rows on CPU, on a GPU 6 bytes more.
+    inputs and results: 5 bytes times d_in times at most 4,096 rows on CPU; on a GPU 6 bytes more, and 6 bytes times
+    d_in squared up to 8,192 inputs, times 512 d_in above.
 
     Raises QuantizationError naming the layer for shapes that do not belong together, values that are not finite or so
     large that their products could overflow, or a scale of zero.

@@ -4,11 +4,12 @@ x = high + low with high = bfloat16(x), low = bfloat16(x - high) keeps 16 of 24 
 halves low times low is below what the others round, and is left out. All three are one product with a threefold inner
 dimension, summed in float32.
 
-For the column loop's updates that is enough: over random, ill-conditioned and rank-deficient Hessians with outliers, at
-2 to 8 bits, the undamped loss differs from float64's by at most 1.3e-4, as float32's own does (1.0e-4; TF32 alone
-1.0e-3, bfloat16 alone 1.8e-3; docs/log.md). Costs differ by at most 1.4e-4 (quant/forms.py). Descent, joint errors and
-the losses of rows that a guard compares are taken so too: what they decide there differs by more than that, or does not
-matter. A row of which much cancels is less exact. The factorisation stays in float32.
+For the column loop's updates that is enough: with the large ones by halves, over random, ill-conditioned and
+rank-deficient Hessians with outliers, at 2 to 8 bits, the undamped loss differs from float64's by at most 1.3e-4, as
+float32's own does (1.0e-4; TF32 alone 1.0e-3, bfloat16 alone 1.8e-3; docs/log.md); with all of them so, on a real
+model's Hessians, by at most 1.4e-4 (docs/gpu.md). Costs differ by at most 1.4e-4 (quant/forms.py). Descent, joint
+errors and the losses of rows that a guard compares are taken so too: what they decide there differs by more than that,
+or does not matter. A row of which much cancels is less exact. The factorisation stays in float32.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import Factor
 from lrpq.quant.gptq import gptq
@@ -39,7 +40,7 @@ def quantize_side_by_side(
         grid: of the codes.
 
     Raises:
-        QuantizationError: as ``gptq``, naming the layers that are swept together.
+        QuantizationError: as ``gptq``.
     """
     waiting: list[tuple[str, Tensor]] = []
     for name, W in layers:
@@ -47,7 +48,7 @@ def quantize_side_by_side(
             yield from _together(waiting, factor, choices, grid)
             waiting = []
         waiting.append((name, W))
-        if not W.is_cuda:
+        if not _is_gpu(W):
             yield from _together(waiting, factor, choices, grid)
             waiting = []
     if waiting:
@@ -59,7 +60,16 @@ def _together(
 ) -> Iterator[tuple[Tensor, list[QuantizedWeight]]]:
     weights = [W for _, W in layers]
     stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
-    found = gptq(stacked, factor, choices, grid=grid, name=" + ".join(name for name, _ in layers))
+    try:
+        found = gptq(stacked, factor, choices, grid=grid, name=" + ".join(name for name, _ in layers))
+    except QuantizationError:
+        for name, W in layers if len(layers) > 1 else ():
+            gptq(W, factor, choices, grid=grid, name=name)  # the one at fault says so under its own name
+        raise
     parts = [q.split([len(W) for W in weights]) for q in found]
     for i, W in enumerate(weights):
         yield W, [of_choice[i] for of_choice in parts]
+
+
+def _is_gpu(W: Tensor) -> bool:
+    return W.is_cuda

@@ -15,7 +15,7 @@ from lrpq.model.layers import Choice, LinearSpec
 from lrpq.plan import kernels
 from lrpq.plan.trace import Traced
 from lrpq.plan.work import NOTHING, Work, matmul, total, work
-from lrpq.quant import gptq, halves
+from lrpq.quant import descent, gptq, halves
 from lrpq.refine import quantize
 from lrpq.refine.row_parts import row_parts
 from lrpq.relevance.head import LABEL_RUN
@@ -464,7 +464,9 @@ class Stages:
         factoring = 3 * square + weights
         solving = (4 if self.cpu else 3) * square + 4 * weights if corrected else 0.0
         looping = 2 * square + weights * ((8 if stacked else 5) if corrected else 3) + sweep
-        polishing = 3 * square + 4 * weights if polish_rounds else 0.0
+        at_once = widest.d_in if widest.d_in <= halves.SPLIT_WHOLE else descent._GPU_BLOCK_COLUMNS
+        halved = 0.0 if self.cpu else 6.0 * widest.d_in * at_once  # of C
+        polishing = 3 * square + 4 * weights + halved if polish_rounds else 0.0
         rounding = max(factoring, solving, looping, polishing)
         sets = min(self.levels, 2) if asked.low_memory else self.levels
         summing = sets * squares + batch * widest.d_in * 4.0 * (5 if corrected else 3)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lrpq.model.spill
+from lrpq.model.host_copies import HostCopies
 from lrpq.model.kept import KeptInputs
 from lrpq.model.spill import PREFIX, UNDER_WAY
 
@@ -160,6 +161,56 @@ def test_without_room_a_tensor_is_forgotten_only_where_it_may_be(
     missing = KeptInputs(memory_bytes=0, folder=tmp_path / "missing")
     with pytest.raises(OSError, match="cannot keep"):
         missing.put((0,), tensor(0))
+    assert (0,) not in missing
+
+
+def test_what_a_put_that_raises_was_to_keep_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lrpq.model.spill, "save_file", full)
+    with KeptInputs(memory_bytes=0, folder=tmp_path) as kept:
+        for i in range(UNDER_WAY + 1):
+            try:
+                kept.put((i,), tensor(i))
+            except OSError:
+                break
+        else:
+            pytest.fail("no put has raised")
+        assert i > 0  # an earlier one's error
+        assert (i,) not in kept
+        with pytest.raises(KeyError):
+            kept.take((i,))
+
+
+@pytest.mark.parametrize("may_forget", [False, True])
+def test_an_error_that_is_no_want_of_room_is_one_and_the_tensor_gone(
+    tmp_path: Path, may_forget: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(lrpq.model.spill, "save_file", fails)
+    with KeptInputs(memory_bytes=0, folder=tmp_path, may_forget=may_forget) as kept:
+        kept.put((0,), tensor(0))
+        with pytest.raises(MemoryError):
+            kept.take((0,))
+        assert (0,) not in kept
+        assert (kept.spilled_bytes, kept.forgotten_bytes) == (0, 0)
+
+
+@pytest.mark.usefixtures("copied")
+def test_nothing_is_left_where_copies_end_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = KeptInputs(memory_bytes=0, folder=tmp_path)
+    kept.put((0,), tensor(0))
+    close = HostCopies.close
+
+    def fails(copies: HostCopies) -> None:
+        close(copies)
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(HostCopies, "close", fails)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        kept.close()
+    assert list(tmp_path.iterdir()) == []
+    kept.close()
 
 
 @pytest.fixture

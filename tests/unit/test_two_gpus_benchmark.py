@@ -8,12 +8,13 @@ from typing import BinaryIO
 import torch
 
 from benchmarks.two_gpus.ledger import Ledger
-from benchmarks.two_gpus.objects import compare
+from benchmarks.two_gpus.objects import compare, digest
 from benchmarks.two_gpus.stages import Done, Stage
 from benchmarks.two_gpus.table import stage_table
 from tasks.artifacts import StageFolder
 from tasks.store.objects import ObjectStore, open_store
 from tasks.store.tensors import write_symmetric, write_tensors
+from tasks.upper_triangle import Band
 
 FOLDER = StageFolder(run_id="two", stage="profile", key="0" * 64)
 
@@ -40,6 +41,7 @@ def test_same_bytes_are_identical_whatever_the_manifests_say(tmp_path: Path) -> 
     found = compare(one, two, "profile")
     assert found.objects == 2
     assert found.different == {}
+    assert digest(one, "profile") == digest(two, "profile")
 
 
 def test_a_difference_is_named_and_measured(tmp_path: Path) -> None:
@@ -56,6 +58,25 @@ def test_a_difference_is_named_and_measured(tmp_path: Path) -> None:
     assert found[FOLDER.module("q_proj")] == "1.56% of values, by up to 1.6e-02 of the tensor's largest"
     assert found[FOLDER.block("hessians", 0, "parquet")] == "1.56% of values, by up to 2.5e-01 of the tensor's largest"
     assert len(found) == 2
+
+
+def test_a_digest_is_of_names_and_contents(tmp_path: Path) -> None:
+    values = {"codes": torch.arange(64, dtype=torch.int8), "hessian": torch.eye(8)}
+    runs = [stored(tmp_path / name, **values, manifest=b"a") for name in ("one", "two")]
+    put(runs[1].store, FOLDER.object("more.json"), b"{}")
+    runs.append(stored(tmp_path / "three", **{**values, "hessian": 2 * torch.eye(8)}, manifest=b"a"))
+    assert len({digest(run, "profile") for run in runs}) == 3
+
+
+def test_parts_of_matrices_are_not_said_to_be_equal(tmp_path: Path) -> None:
+    stores = []
+    for value in (1.0, 9.0):
+        store = open_store(str(tmp_path / str(value)))
+        matrices = {"down": value * torch.eye(1200), "qkv": torch.eye(8)}
+        write_symmetric(store, FOLDER.block("hessians", 0, "parquet"), matrices, bands={"down": Band(0, 2)})
+        stores.append(Done(store=store, stages={}, folders={"profile": FOLDER}, losses=[]))
+    (said,) = compare(*stores, "profile").different.values()
+    assert said == "other bytes, and parts of matrices among them, which are not compared"
 
 
 def test_waiting_is_what_workers_did_not_spend_in_calls() -> None:
