@@ -267,8 +267,8 @@ def backward(state: WorkerState, job: ProfileJob, block: int) -> None:
 def shares(job: ProfileJob, block: int) -> tuple[str, ...]:
     """Shares that a block's sums are stored in, in the order in which workers take turns.
 
-    Of three the largest is in the middle, so that of two workers one has nothing else: of a 70B block's 2.9 GB one has
-    1.3 and the other 1.6. With the largest first it was .8 and 2.0, without bands .8 and 2.1.
+    Of three the largest is in the middle, so that of two workers one has nothing else: of a 70B block's 2.86 GB both
+    have 1.43 (docs/adr/0025-hessians-in-two-objects.md).
     """
     if not job.weighs_tokens:
         return (OUTPUTS,)

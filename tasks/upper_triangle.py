@@ -25,22 +25,32 @@ STRIP = 512
 
 
 class Band(NamedTuple):
-    """Some of the strips: of ``total`` bands that have all of them together, and nearly as many values each."""
+    """Some of the strips: of ``total`` places that have nearly as many values each, ``start`` to ``stop - 1``.
 
-    number: int
+    Three bands at places 0 to 2, 3 and 4 of 5 have all strips together, and three fifths of the values and one fifth
+    each.
+    """
+
+    start: int
+    stop: int
     total: int
+
+    @property
+    def places(self) -> range:
+        """Places whose strips are in it."""
+        return range(self.start, self.stop)
 
     def has(self, strip: int) -> bool:
         """Whether a strip is in it: strips are dealt out forth and back, as each is shorter than the one before."""
         place = strip % (2 * self.total)
-        return self.number in (place, 2 * self.total - 1 - place)
+        return min(place, 2 * self.total - 1 - place) in self.places
 
     def has_row(self, row: int) -> bool:
         """Whether the strip of a row is in it."""
         return self.has(row // STRIP)
 
 
-WHOLE = Band(0, 1)
+WHOLE = Band(0, 1, 1)
 
 
 def packed(matrix: Float[Tensor, "d d"], band: Band = WHOLE) -> Float[Tensor, " packed"]:

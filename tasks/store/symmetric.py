@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ Smaller tiles hold less padding (a matrix of 576 a third less than in tiles of 5
 KIND = "symmetric"
 _MATRICES = "lrpq.matrices"
 _MAX_GROUP_BYTES = 16_000_000
-MOST_BANDS = 64
-"""Of a matrix."""
+MOST_PLACES = 64
+"""Of bands of a matrix."""
 
 _SCHEMA = pa.schema(
     [
@@ -180,8 +180,9 @@ def read_symmetric(
     assert found is not None
     if found.missing:
         raise StoreError(
-            f"matrix {name!r} is in {found.count} objects, of which {key} in {store.url} is one; band "
-            f"{min(found.missing)} is in none of those that were read: {', '.join((key, *rest))}"
+            f"matrix {name!r} is in several objects, of which {key} in {store.url} is one; places "
+            f"{_listed(found.missing)} of {found.count} are in none of those that were read: "
+            f"{', '.join((key, *rest))}"
         )
     return torch.from_numpy(found.values), found.scalars
 
@@ -195,7 +196,7 @@ class _Matrix:
     scalars: dict[str, float]
     count: int
     missing: set[int]
-    """Bands."""
+    """Places of bands."""
 
     @classmethod
     def of(cls, index: SymmetricIndex, name: str) -> _Matrix:
@@ -211,18 +212,17 @@ class _Matrix:
         """Count a band as read.
 
         Raises:
-            StoreError: it is none of those that are missing, or of another matrix.
+            StoreError: some of it is not missing, or it is of another matrix.
         """
         band = index.bands[self.name]
         same = index.widths[self.name] == len(self.values) and dict(index.scalars[self.name]) == self.scalars
-        if not same or band.total != self.count or band.number not in self.missing:
-            wanted = " or ".join(map(str, sorted(self.missing))) or "none"
+        if not same or band.total != self.count or not self.missing.issuperset(band.places):
             raise StoreError(
-                f"{key} in {store.url} has band {band.number} of {band.total} of matrix {self.name!r}, "
-                f"{index.widths[self.name]} wide: expected band {wanted} of {self.count}, {len(self.values)} wide, "
-                "with the same scalars; run the stage that writes it again"
+                f"{key} in {store.url} has places {_listed(band.places)} of {band.total} of matrix "
+                f"{self.name!r}, {index.widths[self.name]} wide: expected {_listed(self.missing)} of "
+                f"{self.count}, {len(self.values)} wide, with the same scalars; run the stage that writes it again"
             )
-        self.missing.remove(band.number)
+        self.missing.difference_update(band.places)
 
 
 def _read_band(
@@ -333,8 +333,8 @@ def _num_tiles(width: int, band: Band) -> int:
 
 
 def _longest_row(width: int, band: Band) -> int:
-    """Tiles of the first row of a band, which is that of the strip of its number."""
-    return -(-width // TILE) - band.number * STRIP // TILE
+    """Tiles of the first row of a band, which is that of the strip of its first place."""
+    return -(-width // TILE) - band.start * STRIP // TILE
 
 
 def _num_groups(width: int, band: Band) -> int:
@@ -426,10 +426,16 @@ def _band(entry: object) -> Band:
     match entry:
         case None:
             return WHOLE
-        case [int(number), int(count)] if bool not in (type(number), type(count)) and 0 <= number < count <= MOST_BANDS:
-            return Band(number, count)
+        case [int(start), int(stop), int(total)] if (
+            bool not in map(type, entry) and 0 <= start < stop <= total <= MOST_PLACES
+        ):
+            return Band(start, stop, total)
         case _:
             raise ValueError("its list of matrices is malformed")
+
+
+def _listed(places: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(places))) or "none"
 
 
 def _is_scalar(value: object) -> bool:

@@ -12,7 +12,7 @@ from tasks.artifacts import StageFolder
 from tasks.hessian_bands import FIRST, SECOND, wide_sites
 from tasks.profile import BANDS, HESSIANS, OUTPUTS, ProfileJob, storing_workers
 from tasks.streams import StreamJob
-from tasks.upper_triangle import WHOLE, _numel
+from tasks.upper_triangle import STRIP, WHOLE, _numel
 
 
 def layers(block: int, *, hidden: int, key_value: int, ffn: int) -> list[LinearSpec]:
@@ -58,15 +58,15 @@ def share_values(job: ProfileJob, specs: list[LinearSpec]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "most"),
     [
-        {"hidden": 8192, "key_value": 1024, "ffn": 28672},
-        {"hidden": 16384, "key_value": 1024, "ffn": 53248},
-        {"hidden": 5120, "key_value": 1024, "ffn": 25600},
+        ({"hidden": 8192, "key_value": 1024, "ffn": 28672}, 0.502),
+        ({"hidden": 16384, "key_value": 1024, "ffn": 53248}, 0.504),
+        ({"hidden": 5120, "key_value": 1024, "ffn": 25600}, 0.54),
     ],
     ids=["70B", "405B", "32B"],
 )
-def test_two_workers_have_about_half_of_a_block_s_sums_each(shape: dict[str, int]) -> None:
+def test_two_workers_have_about_half_of_a_block_s_sums_each(shape: dict[str, int], most: float) -> None:
     specs = layers(0, **shape)
     sizes = share_values(job(specs), specs)
     for block in (0, 1):
@@ -75,7 +75,14 @@ def test_two_workers_have_about_half_of_a_block_s_sums_each(shape: dict[str, int
         for share, worker in storing_workers(cut, block, 2).items():
             of_worker[worker] += sizes[share]
         assert sum(of_worker) == sum(sizes.values())
-        assert max(of_worker) < 0.6 * sum(of_worker)
+        assert max(of_worker) < most * sum(of_worker)
+
+
+def test_three_fifths_of_a_wide_site_are_in_first_bands() -> None:
+    for width in (16384, 25600, 28672, 28673, 53248):
+        first, second = _numel(width, FIRST), _numel(width, SECOND)
+        assert first + second == _numel(width)
+        assert abs(first - 0.6 * _numel(width)) < STRIP * width
 
 
 def test_three_workers_store_a_share_each_in_turns() -> None:

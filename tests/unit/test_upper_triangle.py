@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -29,27 +30,29 @@ def test_every_width_is_known_by_its_number_of_values() -> None:
         assert upper_triangle._width(upper_triangle._numel(width)) == width
 
 
-@pytest.mark.parametrize("total", [1, 2, 3])
+@pytest.mark.parametrize("ends", [(1,), (1, 2), (1, 2, 3), (3, 5), (1, 4, 5)])
 @pytest.mark.parametrize("width", [33, 64, 190])
-def test_bands_have_every_strip_once_and_nearly_as_many_values(
-    width: int, total: int, monkeypatch: pytest.MonkeyPatch
+def test_bands_have_every_strip_once_and_values_by_their_places(
+    width: int, ends: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upper_triangle, "STRIP", 8)
     matrix = torch.randn(width, width, generator=torch.Generator().manual_seed(width))
     found = torch.zeros(width, width)
-    sizes = []
-    for band in (Band(number, total) for number in range(total)):
+    sizes = {}
+    for band in (Band(start, stop, ends[-1]) for start, stop in itertools.pairwise((0, *ends))):
         values = packed(matrix, band)
         triangle = UpperTriangle(values, band)
         assert triangle.width == width
-        sizes.append(values.numel())
+        sizes[band] = values.numel()
         for row in range(width):
             if band.has_row(row):
                 assert (found[row] == 0).all()
                 found[row, row:] = triangle.part(slice(row, row + 1), slice(row, width))
     assert torch.equal(found, matrix.triu())
-    assert sum(sizes) == packed(matrix, WHOLE).numel()
-    assert max(sizes) - min(sizes) <= 2 * 8 * 8 * total + 8 * 8 * 2  # a few strips' steps
+    total = packed(matrix, WHOLE).numel()
+    assert sum(sizes.values()) == total
+    for band, size in sizes.items():
+        assert abs(size - total * len(band.places) / band.total) <= 2 * 8 * 8 * band.total  # a few strips' steps
 
 
 def test_what_is_no_triangle_is_refused() -> None:
