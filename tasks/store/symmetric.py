@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -137,11 +138,20 @@ def _tables(
     widths: Mapping[str, int],
     bands: Mapping[str, Band],
 ) -> Iterator[Callable[[], pa.Table]]:
-    """The row groups of all matrices, each made when it is called."""
+    """The row groups of all matrices, each made when it is called, in memory that its thread's next one takes over."""
+    memory = _Memory()
     for name, width in widths.items():
         matrix = matrices[name]
         for group in _groups(width, bands[name]):
-            yield partial(_group_table, schema, name, matrix, group)
+            yield partial(_group_table, schema, name, matrix, group, memory)
+
+
+class _Memory(threading.local):
+    """Tiles of a row group, of every thread its own: of fresh ones the system clears each page first, for one thread
+    of a process at a time."""
+
+    def __init__(self) -> None:
+        self.tiles = np.empty((TILES_PER_GROUP, TILE, TILE), dtype=np.float32)
 
 
 def symmetric_index(store: ObjectStore, key: str) -> SymmetricIndex:
@@ -346,12 +356,15 @@ def _part(matrix: Tensor | UpperTriangle, rows: slice, columns: slice) -> Tensor
 
 
 def _group_table(
-    schema: pa.Schema, name: str, matrix: Tensor | UpperTriangle, group: list[tuple[int, int]]
+    schema: pa.Schema, name: str, matrix: Tensor | UpperTriangle, group: list[tuple[int, int]], memory: _Memory
 ) -> pa.Table:
-    values = np.zeros((len(group), TILE, TILE), dtype=np.float32)
+    """The row group, as long as nothing else is made in this memory."""
+    values = memory.tiles[: len(group)]
     for place, (row, column) in zip(values, group, strict=True):
         rows, columns = (slice(i * TILE, (i + 1) * TILE) for i in (row, column))
         block = _part(matrix, rows, columns).detach().cpu().numpy()
+        if block.shape != place.shape:
+            place[:] = 0.0
         place[: block.shape[0], : block.shape[1]] = np.triu(block) if row == column else block
     digests = [_digest(name, position, tile) for position, tile in zip(group, values, strict=True)]
     return pa.table(
