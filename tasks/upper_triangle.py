@@ -101,6 +101,26 @@ class UpperTriangle:
         return strip[rows.start - first : rows.stop - first, columns.start - first : columns.stop - first]
 
 
+class Sum(UpperTriangle):
+    """Two of them added up part by part as they are read, in no pass over memory of its own; bits are those of adding
+    the values, as every one is the same addition.
+
+    Raises:
+        ValueError: they are of different widths or dtypes.
+    """
+
+    def __init__(self, left: UpperTriangle, right: UpperTriangle) -> None:
+        if (left.width, left.dtype) != (right.width, right.dtype):
+            raise ValueError(f"{left.dtype} {left.width} wide and {right.dtype} {right.width} wide have no sum")
+        self.width, self.dtype = left.width, left.dtype
+        self._addends = left, right
+
+    def part(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
+        """The same of the sum, in new memory."""
+        left, right = self._addends
+        return left.part(rows, columns) + right.part(rows, columns)
+
+
 def zeros(width: int, like: Tensor) -> Float[Tensor, "d d"]:
     """Zeros of the dtype and on the device of a tensor; in host memory pages that nobody touches are none."""
     if like.device.type != "cpu":

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tasks import upper_triangle
+from tasks.store.host_threads import host_threads, set_host_threads
 from tasks.store.opened import open_store
 from tasks.store.symmetric import write_symmetric
-from tasks.upper_triangle import WHOLE, Band, UpperTriangle, packed, unpacked
+from tasks.upper_triangle import WHOLE, Band, Sum, UpperTriangle, packed, unpacked
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 16, 61])
@@ -73,3 +74,34 @@ def test_a_packed_triangle_is_stored_as_its_matrix(tmp_path: Path) -> None:
         with store.open("h.parquet") as file:
             stored.append(file.read())
     assert stored[0] == stored[1]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_sum_is_stored_as_the_added_matrices(tmp_path: Path, threads: int) -> None:
+    """Bits of the same tree, though nothing is added before a tile is read; whole and in a band."""
+    band = Band(1, 2, 2)
+    generator = torch.Generator().manual_seed(threads)
+    parts = [torch.randn(1100, 1100, generator=generator) * 10.0**i for i in range(4)]
+    added = (parts[0] + parts[1]) + (parts[2] + parts[3])
+    bands = {"whole": WHOLE, "band": band}
+    sums = {}
+    for name, of in bands.items():
+        a, b, c, d = (UpperTriangle(packed(part, of), of) for part in parts)
+        sums[name] = Sum(Sum(a, b), Sum(c, d))
+    stored = []
+    before = host_threads()
+    set_host_threads(threads)
+    try:
+        for name, found in (("added", dict.fromkeys(bands, added)), ("sums", sums)):
+            store = open_store(str(tmp_path / name))
+            write_symmetric(store, "h.parquet", found, bands={"band": band})
+            with store.open("h.parquet") as file:
+                stored.append(file.read())
+    finally:
+        set_host_threads(before)
+    assert stored[0] == stored[1]
+
+
+def test_triangles_of_different_widths_have_no_sum() -> None:
+    with pytest.raises(ValueError, match=r"8 wide and .* 9 wide have no sum"):
+        Sum(UpperTriangle(packed(torch.zeros(8, 8))), UpperTriangle(packed(torch.zeros(9, 9))))
