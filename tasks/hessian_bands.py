@@ -1,6 +1,6 @@
 """Hessians of wide sites in two bands of rows, each merged by one worker and stored in an object of its own.
 
-The down projection of a 70B block has four fifths of its block's Hessians, 1.6 GB; stored by one worker, these are
+The down projection of a 70B block has four fifths of its block's Hessians, 1.7 GB; stored by one worker, these are
 what a profile ends with. What is cut depends on widths alone: any number of workers stores the same bytes.
 """
 
@@ -13,7 +13,8 @@ from tasks.upper_triangle import Band
 
 LEAST_WIDTH = 16384
 """Inputs of a site that is cut: its Hessian has half a gigabyte, and takes longer to store than another object does."""
-FIRST, SECOND = BANDS = (Band(0, 2), Band(1, 2))
+FIRST, SECOND = Band(0, 3, 5), Band(3, 5, 5)
+"""Three fifths of a wide site are, with the whole Hessians of narrow sites, half of what is stored of a 70B block."""
 REST = "hessians-rest"
 """Kind of the object of the second bands; the first ones lie beside the whole Hessians of narrow sites."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import pyarrow as pa
@@ -38,7 +38,7 @@ from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
 from tasks.streams import StreamJob, my_shards, open_copies, open_stream, shard_slices
-from tasks.upper_triangle import WHOLE, Band, UpperTriangle, packed
+from tasks.upper_triangle import WHOLE, Band, Sum, UpperTriangle, packed
 from tasks.waypoints import (
     blocks_with_waypoint,
     is_waypoint,
@@ -267,8 +267,8 @@ def backward(state: WorkerState, job: ProfileJob, block: int) -> None:
 def shares(job: ProfileJob, block: int) -> tuple[str, ...]:
     """Shares that a block's sums are stored in, in the order in which workers take turns.
 
-    Of three the largest is in the middle, so that of two workers one has nothing else: of a 70B block's 2.9 GB one has
-    1.3 and the other 1.6. With the largest first it was .8 and 2.0, without bands .8 and 2.1.
+    Of three the largest is in the middle, so that of two workers one has nothing else: of a 70B block's 2.86 GB both
+    have 1.43 (docs/adr/0025-hessians-in-two-objects.md).
     """
     if not job.weighs_tokens:
         return (OUTPUTS,)
@@ -407,23 +407,21 @@ def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kep
     for sums, shard_weights in others:
         nodes |= sums
         weights |= shard_weights
-    merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
-    del nodes, others
     store = open_store(job.stream.store)
     if share == HESSIANS:
-        _write_hessians(store, job, block, merged)
+        _write_hessians(store, job, block, nodes)
     elif share == BANDS:
-        write_hessians(store, job, block, merged, kind=REST, bands=dict.fromkeys(job.cut_of(block), SECOND))
+        write_hessians(store, job, block, nodes, kind=REST, bands=dict.fromkeys(job.cut_of(block), SECOND))
     else:
-        _write_outputs(store, job, block, merged, weights)
-    del merged
+        _write_outputs(store, job, block, nodes, weights)
+    del nodes, others
     if not any(of_block == block for of_block, _ in list(held)):  # once a block: it computes meanwhile, in fresh pages
         release_freed_memory()
 
 
-def _write_hessians(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> None:
+def _write_hessians(store: ObjectStore, job: ProfileJob, block: int, nodes: Mapping[Node, BlockSums]) -> None:
     """Where tokens are weighed; profile_inputs.py stores plain ones."""
-    write_hessians(store, job, block, merged, bands=dict.fromkeys(job.cut_of(block), FIRST))
+    merged = write_hessians(store, job, block, nodes, bands=dict.fromkeys(job.cut_of(block), FIRST))
     if not job.for_activations:
         return
     sums: dict[str, Tensor] = {}
@@ -435,20 +433,25 @@ def _write_hessians(store: ObjectStore, job: ProfileJob, block: int, merged: Blo
 
 
 def _write_outputs(
-    store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums, weights: Mapping[int, SiteWeights]
+    store: ObjectStore,
+    job: ProfileJob,
+    block: int,
+    nodes: Mapping[Node, BlockSums],
+    weights: Mapping[int, SiteWeights],
 ) -> None:
     """Curvature and scores, and where tokens are weighed their weights and the outputs."""
+    merged = _without_matrices(nodes, job.stream.num_shards)
     curvature = _write_curvature(store, job, block, merged)
     tokens: dict[str, Tensor] = {}
     if job.weighs_tokens:
         tokens = _write_token_weights(store, job, block, weights)
+        chunks = [(name, i) for name, found in next(iter(nodes.values())).outputs.items() for i in range(len(found))]
         write_symmetric(
             store,
             job.folder.block("outputs", block, "parquet"),
             {
-                _chunk(name, i): stored_matrix(G)
-                for name, chunks in merged.outputs.items()
-                for i, G in enumerate(chunks)
+                _chunk(name, i): _stored_sum({at: sums.outputs[name][i] for at, sums in nodes.items()}, job)
+                for name, i in chunks
             },
         )
     if job.for_activations:
@@ -473,8 +476,7 @@ def store_head(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Nod
     nodes: dict[Node, BlockSums] = {}
     for sums in parts:
         nodes |= sums
-    merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
-    write_hessians(open_store(job.stream.store), job, block, merged)
+    merged = write_hessians(open_store(job.stream.store), job, block, nodes)
     curvature = _write_curvature(open_store(job.stream.store), job, block, merged)
     return {name: float(c.sum()) for name, c in curvature.items()}
 
@@ -483,21 +485,58 @@ def write_hessians(
     store: ObjectStore,
     job: ProfileJob,
     block: int,
-    merged: BlockSums,
+    nodes: Mapping[Node, BlockSums],
     *,
     kind: str = HESSIANS,
     bands: Mapping[str, Band] | None = None,
-) -> None:
-    """Store the sums of every site, and of all experts together; of some sites a band."""
-    hessians = {**merged.hessians, **_pooled(merged.hessians)}
+) -> BlockSums:
+    """Merge and store the sums of every site, and of all experts together; of some sites a band.
+
+    Returns:
+        The merged sums without their matrices.
+    """
+    merged = _without_matrices(nodes, job.stream.num_shards)
     total, bands = merged.num_tokens, bands or {}
+    matrices = {
+        site: _stored_sum({at: sums.hessians[site].xx for at, sums in nodes.items()}, job, bands.get(site, WHOLE))
+        for site in merged.hessians
+    }
+    hessians = dict(merged.hessians)
+    if experts := [site for site in hessians if site.startswith(f"{EXPERTS}.") and site.endswith(".gate_up")]:
+        # all experts' gate and up projections read the same; a dense block has none
+        hessians[POOLED] = reduce(merge, (hessians[site] for site in experts))
+        matrices[POOLED] = reduce(_plus, (matrices[site] for site in experts))
     write_symmetric(
         store,
         job.folder.block(kind, block, "parquet"),
-        {site: stored_matrix(h.xx, bands.get(site, WHOLE)) for site, h in hessians.items()},
+        matrices,
         {s: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens, "total": total} for s, h in hessians.items()},
         bands=bands,
     )
+    return merged
+
+
+def _without_matrices(nodes: Mapping[Node, BlockSums], num_shards: int) -> BlockSums:
+    """All but the matrices, merged."""
+    bare = {
+        node: replace(sums, hessians={s: replace(H, xx=H.xx[:0]) for s, H in sums.hessians.items()}, outputs={})
+        for node, sums in nodes.items()
+    }
+    return root(bare, num_shards, merge_block_sums)
+
+
+def _stored_sum(parts: Mapping[Node, Tensor], job: ProfileJob, band: Band = WHOLE) -> Tensor | UpperTriangle:
+    """A matrix merged in the fixed tree, as it is stored: of upper triangles what adds them up where it is read."""
+    return root({node: stored_matrix(part, band) for node, part in parts.items()}, job.stream.num_shards, _plus)
+
+
+def _plus(left: Tensor | UpperTriangle, right: Tensor | UpperTriangle) -> Tensor | UpperTriangle:
+    """Squares, of which the head's are some, are added up here."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return added(left, right)
+    if isinstance(left, UpperTriangle) and isinstance(right, UpperTriangle):
+        return Sum(left, right)
+    raise TypeError("a matrix and an upper triangle have no sum")
 
 
 def _write_curvature(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> dict[str, Tensor]:
@@ -505,12 +544,6 @@ def _write_curvature(store: ObjectStore, job: ProfileJob, block: int, merged: Bl
     curvature = {name: g2 / merged.num_explained for name, g2 in merged.curvature.items()}
     write_tensors(store, job.folder.block("curvature", block, "safetensors"), curvature, {})
     return curvature
-
-
-def _pooled(hessians: Mapping[str, HessianSum]) -> dict[str, HessianSum]:
-    """The sum over all experts' gate and up projections, which read the same; nothing in a dense block."""
-    found = [h for site, h in hessians.items() if site.startswith(f"{EXPERTS}.") and site.endswith(".gate_up")]
-    return {POOLED: reduce(merge, found)} if found else {}
 
 
 def _write_token_weights(

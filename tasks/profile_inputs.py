@@ -7,12 +7,9 @@ before it.
 
 from __future__ import annotations
 
-from functools import partial
-
 from lrpq.relevance.partial import PartialSweep
-from lrpq.relevance.sweep import BlockSums, merge_block_sums
-from lrpq.shards import Node, root
-from tasks.device_copies import added
+from lrpq.relevance.sweep import BlockSums
+from lrpq.shards import Node
 from tasks.profile import ProfileJob, enter_forward, sent_sums, write_hessians
 from tasks.store.opened import open_store
 from tasks.worker import WorkerState
@@ -31,5 +28,4 @@ def store_inputs(state: WorkerState, job: ProfileJob, block: int, *parts: dict[N
     nodes: dict[Node, BlockSums] = {}
     for sums in parts:
         nodes |= sums
-    merged = root(nodes, job.stream.num_shards, partial(merge_block_sums, plus=added))
-    write_hessians(open_store(job.stream.store), job, block, merged)
+    write_hessians(open_store(job.stream.store), job, block, nodes)

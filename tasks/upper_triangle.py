@@ -25,22 +25,32 @@ STRIP = 512
 
 
 class Band(NamedTuple):
-    """Some of the strips: of ``total`` bands that have all of them together, and nearly as many values each."""
+    """Some of the strips: of ``total`` places that have nearly as many values each, ``start`` to ``stop - 1``.
 
-    number: int
+    Three bands at places 0 to 2, 3 and 4 of 5 have all strips together, and three fifths of the values and one fifth
+    each.
+    """
+
+    start: int
+    stop: int
     total: int
+
+    @property
+    def places(self) -> range:
+        """Places whose strips are in it."""
+        return range(self.start, self.stop)
 
     def has(self, strip: int) -> bool:
         """Whether a strip is in it: strips are dealt out forth and back, as each is shorter than the one before."""
         place = strip % (2 * self.total)
-        return self.number in (place, 2 * self.total - 1 - place)
+        return min(place, 2 * self.total - 1 - place) in self.places
 
     def has_row(self, row: int) -> bool:
         """Whether the strip of a row is in it."""
         return self.has(row // STRIP)
 
 
-WHOLE = Band(0, 1)
+WHOLE = Band(0, 1, 1)
 
 
 def packed(matrix: Float[Tensor, "d d"], band: Band = WHOLE) -> Float[Tensor, " packed"]:
@@ -89,6 +99,26 @@ class UpperTriangle:
         strip = self._strips[rows.start // STRIP]
         first = rows.start // STRIP * STRIP
         return strip[rows.start - first : rows.stop - first, columns.start - first : columns.stop - first]
+
+
+class Sum(UpperTriangle):
+    """Two of them added up part by part as they are read, in no pass over memory of its own; bits are those of adding
+    the values, as every one is the same addition.
+
+    Raises:
+        ValueError: they are of different widths or dtypes.
+    """
+
+    def __init__(self, left: UpperTriangle, right: UpperTriangle) -> None:
+        if (left.width, left.dtype) != (right.width, right.dtype):
+            raise ValueError(f"{left.dtype} {left.width} wide and {right.dtype} {right.width} wide have no sum")
+        self.width, self.dtype = left.width, left.dtype
+        self._addends = left, right
+
+    def part(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
+        """The same of the sum, in new memory."""
+        left, right = self._addends
+        return left.part(rows, columns) + right.part(rows, columns)
 
 
 def zeros(width: int, like: Tensor) -> Float[Tensor, "d d"]:

@@ -7,7 +7,6 @@ normalised once, at the end. Signed token weights would make H indefinite, so th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -108,11 +107,10 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
     )
 
 
-def merge(a: HessianSum, b: HessianSum, *, plus: Callable[[Tensor, Tensor], Tensor] = torch.add) -> HessianSum:
-    """Sum over the tokens of both, in new memory; ``plus`` adds two tensors. lrpq.shards fixes the order in which parts
-    are merged."""
+def merge(a: HessianSum, b: HessianSum) -> HessianSum:
+    """Sum over the tokens of both, in new memory. lrpq.shards fixes the order in which parts are merged."""
     return HessianSum(
-        xx=plus(a.xx, b.xx),
+        xx=a.xx + b.xx,
         weight_sum=a.weight_sum + b.weight_sum,
         num_tokens=a.num_tokens + b.num_tokens,
         x=None if a.x is None or b.x is None else a.x + b.x,

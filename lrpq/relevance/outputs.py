@@ -8,7 +8,6 @@ most of the squared gradient, and a sum that they rule is noise on other text (d
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,9 +66,9 @@ def _add_split(
         G[rows.stop :, rows] = G[rows, rows.stop :].T
 
 
-def merge_outputs(left: Outputs, right: Outputs, *, plus: Callable[[Tensor, Tensor], Tensor] = torch.add) -> Outputs:
-    """Sum of two disjoint sets of tokens; ``plus`` adds two tensors."""
-    return [plus(a, b) for a, b in zip(left, right, strict=True)]
+def merge_outputs(left: Outputs, right: Outputs) -> Outputs:
+    """Sum of two disjoint sets of tokens."""
+    return [a + b for a, b in zip(left, right, strict=True)]
 
 
 def merge_outputs_into(left: Outputs, right: Outputs) -> Outputs:

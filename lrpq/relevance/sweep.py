@@ -64,14 +64,12 @@ def on_host(sums: BlockSums, copy: Callable[[Tensor], Tensor] = Tensor.cpu) -> B
     )
 
 
-def merge_block_sums(
-    left: BlockSums, right: BlockSums, *, plus: Callable[[Tensor, Tensor], Tensor] = torch.add
-) -> BlockSums:
-    """Sum of two disjoint sets of shards, in new memory; ``plus`` adds two tensors."""
+def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
+    """Sum of two disjoint sets of shards, in new memory."""
     return BlockSums(
-        hessians={site: merge(left.hessians[site], right.hessians[site], plus=plus) for site in left.hessians},
+        hessians={site: merge(left.hessians[site], right.hessians[site]) for site in left.hessians},
         curvature={name: left.curvature[name] + right.curvature[name] for name in left.curvature},
-        outputs={name: merge_outputs(left.outputs[name], right.outputs[name], plus=plus) for name in left.outputs},
+        outputs={name: merge_outputs(left.outputs[name], right.outputs[name]) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
         num_explained=left.num_explained + right.num_explained,
     )

@@ -10,16 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from typing import Any, BinaryIO
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.store.host_threads import host_threads, in_order
 from tasks.store.thrift import Struct, decode, encode, field
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 _MAGIC = b"PAR1"
 _LENGTH_BYTES = 4
+_SLACK_BYTES = 1 << 20
+"""Of a file in memory, for levels and headers; beside it twice its values, and its footer with the schema twice."""
 # Field ids of parquet.thrift.
 _FILE_ROWS, _FILE_GROUPS = 3, 4
 _GROUP_COLUMNS, _GROUP_OFFSET, _GROUP_ORDINAL = 1, 5, 7
@@ -50,10 +57,12 @@ def write_row_groups(
     at = len(_MAGIC)
     file.write(_MAGIC)
     rows = 0
-    calls = ((lambda table=table: _encoded(schema, table, options)) for table in tables)
+    free: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
+    calls = ((lambda table=table: _encoded(schema, table, options, free)) for table in tables)
     with closing(in_order(calls)) as encoded:
-        for pages, alone in encoded:
+        for pages, alone, memory in encoded:
             file.write(pages)
+            free.put(memory)
             group = field(alone, _FILE_GROUPS)[2][1][0]
             _move(group, at - len(_MAGIC), len(groups))
             groups.append(group)
@@ -69,16 +78,32 @@ def write_row_groups(
     file.write(text + len(text).to_bytes(_LENGTH_BYTES, "little") + _MAGIC)
 
 
-def _encoded(schema: pa.Schema, table: Callable[[], pa.Table], options: Mapping[str, Any]) -> tuple[memoryview, Struct]:
-    """Pages of a table's one row group, and the footer of a file that holds nothing else."""
+def _encoded(
+    schema: pa.Schema,
+    table: Callable[[], pa.Table],
+    options: Mapping[str, Any],
+    free: SimpleQueue[NDArray[np.uint8]],
+) -> tuple[memoryview, Struct, NDArray[np.uint8]]:
+    """Pages of a table's one row group, the footer of a file that holds nothing else, and the memory that this is in:
+    of ``free`` where there is some, for fresh pages have to be cleared for one thread of a process at a time."""
     made = table()
-    sink = pa.BufferOutputStream()
+    memory = _memory(2 * made.nbytes + 4 * schema.serialize().size + _SLACK_BYTES, free)
+    sink = pa.FixedSizeBufferWriter(pa.py_buffer(memory))
     with pq.ParquetWriter(sink, schema, **options) as writer:
         writer.write_table(made, row_group_size=len(made))
-    raw = memoryview(sink.getvalue())
+    raw = memory.data[: sink.tell()]
     end = len(raw) - len(_MAGIC) - _LENGTH_BYTES
     start = end - int.from_bytes(raw[end : end + _LENGTH_BYTES], "little")
-    return raw[len(_MAGIC) : start], decode(bytes(raw[start:end]))[0]
+    return raw[len(_MAGIC) : start], decode(bytes(raw[start:end]))[0], memory
+
+
+def _memory(num_bytes: int, free: SimpleQueue[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """What is free, if it is large enough; pages of new memory that nobody touches are none."""
+    try:
+        memory = free.get_nowait()
+    except Empty:
+        return np.empty(num_bytes, dtype=np.uint8)
+    return memory if len(memory) >= num_bytes else np.empty(num_bytes, dtype=np.uint8)
 
 
 def _move(group: Struct, distance: int, ordinal: int) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ Smaller tiles hold less padding (a matrix of 576 a third less than in tiles of 5
 KIND = "symmetric"
 _MATRICES = "lrpq.matrices"
 _MAX_GROUP_BYTES = 16_000_000
-MOST_BANDS = 64
-"""Of a matrix."""
+MOST_PLACES = 64
+"""Of bands of a matrix."""
 
 _SCHEMA = pa.schema(
     [
@@ -137,11 +138,20 @@ def _tables(
     widths: Mapping[str, int],
     bands: Mapping[str, Band],
 ) -> Iterator[Callable[[], pa.Table]]:
-    """The row groups of all matrices, each made when it is called."""
+    """The row groups of all matrices, each made when it is called, in memory that its thread's next one takes over."""
+    memory = _Memory()
     for name, width in widths.items():
         matrix = matrices[name]
         for group in _groups(width, bands[name]):
-            yield partial(_group_table, schema, name, matrix, group)
+            yield partial(_group_table, schema, name, matrix, group, memory)
+
+
+class _Memory(threading.local):
+    """Tiles of a row group, of every thread its own: of fresh ones the system clears each page first, for one thread
+    of a process at a time."""
+
+    def __init__(self) -> None:
+        self.tiles = np.empty((TILES_PER_GROUP, TILE, TILE), dtype=np.float32)
 
 
 def symmetric_index(store: ObjectStore, key: str) -> SymmetricIndex:
@@ -180,8 +190,9 @@ def read_symmetric(
     assert found is not None
     if found.missing:
         raise StoreError(
-            f"matrix {name!r} is in {found.count} objects, of which {key} in {store.url} is one; band "
-            f"{min(found.missing)} is in none of those that were read: {', '.join((key, *rest))}"
+            f"matrix {name!r} is in several objects, of which {key} in {store.url} is one; places "
+            f"{_listed(found.missing)} of {found.count} are in none of those that were read: "
+            f"{', '.join((key, *rest))}"
         )
     return torch.from_numpy(found.values), found.scalars
 
@@ -195,7 +206,7 @@ class _Matrix:
     scalars: dict[str, float]
     count: int
     missing: set[int]
-    """Bands."""
+    """Places of bands."""
 
     @classmethod
     def of(cls, index: SymmetricIndex, name: str) -> _Matrix:
@@ -211,18 +222,17 @@ class _Matrix:
         """Count a band as read.
 
         Raises:
-            StoreError: it is none of those that are missing, or of another matrix.
+            StoreError: some of it is not missing, or it is of another matrix.
         """
         band = index.bands[self.name]
         same = index.widths[self.name] == len(self.values) and dict(index.scalars[self.name]) == self.scalars
-        if not same or band.total != self.count or band.number not in self.missing:
-            wanted = " or ".join(map(str, sorted(self.missing))) or "none"
+        if not same or band.total != self.count or not self.missing.issuperset(band.places):
             raise StoreError(
-                f"{key} in {store.url} has band {band.number} of {band.total} of matrix {self.name!r}, "
-                f"{index.widths[self.name]} wide: expected band {wanted} of {self.count}, {len(self.values)} wide, "
-                "with the same scalars; run the stage that writes it again"
+                f"{key} in {store.url} has places {_listed(band.places)} of {band.total} of matrix "
+                f"{self.name!r}, {index.widths[self.name]} wide: expected {_listed(self.missing)} of "
+                f"{self.count}, {len(self.values)} wide, with the same scalars; run the stage that writes it again"
             )
-        self.missing.remove(band.number)
+        self.missing.difference_update(band.places)
 
 
 def _read_band(
@@ -333,8 +343,8 @@ def _num_tiles(width: int, band: Band) -> int:
 
 
 def _longest_row(width: int, band: Band) -> int:
-    """Tiles of the first row of a band, which is that of the strip of its number."""
-    return -(-width // TILE) - band.number * STRIP // TILE
+    """Tiles of the first row of a band, which is that of the strip of its first place."""
+    return -(-width // TILE) - band.start * STRIP // TILE
 
 
 def _num_groups(width: int, band: Band) -> int:
@@ -346,12 +356,15 @@ def _part(matrix: Tensor | UpperTriangle, rows: slice, columns: slice) -> Tensor
 
 
 def _group_table(
-    schema: pa.Schema, name: str, matrix: Tensor | UpperTriangle, group: list[tuple[int, int]]
+    schema: pa.Schema, name: str, matrix: Tensor | UpperTriangle, group: list[tuple[int, int]], memory: _Memory
 ) -> pa.Table:
-    values = np.zeros((len(group), TILE, TILE), dtype=np.float32)
+    """The row group, as long as nothing else is made in this memory."""
+    values = memory.tiles[: len(group)]
     for place, (row, column) in zip(values, group, strict=True):
         rows, columns = (slice(i * TILE, (i + 1) * TILE) for i in (row, column))
         block = _part(matrix, rows, columns).detach().cpu().numpy()
+        if block.shape != place.shape:
+            place[:] = 0.0
         place[: block.shape[0], : block.shape[1]] = np.triu(block) if row == column else block
     digests = [_digest(name, position, tile) for position, tile in zip(group, values, strict=True)]
     return pa.table(
@@ -426,10 +439,16 @@ def _band(entry: object) -> Band:
     match entry:
         case None:
             return WHOLE
-        case [int(number), int(count)] if bool not in (type(number), type(count)) and 0 <= number < count <= MOST_BANDS:
-            return Band(number, count)
+        case [int(start), int(stop), int(total)] if (
+            bool not in map(type, entry) and 0 <= start < stop <= total <= MOST_PLACES
+        ):
+            return Band(start, stop, total)
         case _:
             raise ValueError("its list of matrices is malformed")
+
+
+def _listed(places: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(places))) or "none"
 
 
 def _is_scalar(value: object) -> bool:

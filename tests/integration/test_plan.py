@@ -39,8 +39,8 @@ PARAMETERS = {  # billions, as published
     "mixtral-8x22b": 140.63,
 }
 ROOT = Path(__file__).parents[2]
-WIDE = 1056
-"""Inputs of a site that counts as wide here: more than the two strips of which bands are dealt out."""
+WIDE = 1568
+"""Inputs of a site that counts as wide here: more than the three strips that first bands begin with."""
 
 
 def machine(**changes: Any) -> Machine:

@@ -114,7 +114,7 @@ def test_what_is_read_of_two_objects_is_what_one_would_hold(case: Case, alone: D
         assert numbers == scalars
         for site in SITES - {"down"}:
             assert torch.equal(read_symmetric(alone.store, first, site)[0], read_symmetric(whole.store, one, site)[0])
-        with pytest.raises(StoreError, match="band 1 is in none of those that were read"):
+        with pytest.raises(StoreError, match="places 3, 4 of 5 are in none of those that were read"):
             read_symmetric(alone.store, first, "down")
 
 

@@ -37,7 +37,7 @@ from tasks.store.tensors import read_symmetric, read_tensors, symmetric_index
 from tasks.upper_triangle import WHOLE
 from tasks.worker import WorkerState
 
-LAYERS, HIDDEN, FFN = 2, 256, 1536
+LAYERS, HIDDEN, FFN = 2, 256, 2048
 WIDE = 1024  # inputs of a site whose Hessian is in two objects here: the down projection's
 SITES = 4
 """Input sites of a block: of q, k and v; o; gate and up; down."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from lrpq.model.layers import LinearSpec
+from lrpq.quant.hessian import HessianSum
+from lrpq.refine.routed import POOLED
 from lrpq.relevance.outputs import CHUNK_ROWS
+from lrpq.relevance.sweep import BlockSums
 from tasks.artifacts import StageFolder
 from tasks.hessian_bands import FIRST, SECOND, wide_sites
-from tasks.profile import BANDS, HESSIANS, OUTPUTS, ProfileJob, storing_workers
+from tasks.profile import BANDS, HESSIANS, OUTPUTS, ProfileJob, storing_workers, write_hessians
+from tasks.store.opened import open_store
+from tasks.store.symmetric import read_symmetric
 from tasks.streams import StreamJob
-from tasks.upper_triangle import WHOLE, _numel
+from tasks.upper_triangle import STRIP, WHOLE, _numel, packed
 
 
 def layers(block: int, *, hidden: int, key_value: int, ffn: int) -> list[LinearSpec]:
@@ -58,15 +65,15 @@ def share_values(job: ProfileJob, specs: list[LinearSpec]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "most"),
     [
-        {"hidden": 8192, "key_value": 1024, "ffn": 28672},
-        {"hidden": 16384, "key_value": 1024, "ffn": 53248},
-        {"hidden": 5120, "key_value": 1024, "ffn": 25600},
+        ({"hidden": 8192, "key_value": 1024, "ffn": 28672}, 0.502),
+        ({"hidden": 16384, "key_value": 1024, "ffn": 53248}, 0.504),
+        ({"hidden": 5120, "key_value": 1024, "ffn": 25600}, 0.54),
     ],
     ids=["70B", "405B", "32B"],
 )
-def test_two_workers_have_about_half_of_a_block_s_sums_each(shape: dict[str, int]) -> None:
+def test_two_workers_have_about_half_of_a_block_s_sums_each(shape: dict[str, int], most: float) -> None:
     specs = layers(0, **shape)
     sizes = share_values(job(specs), specs)
     for block in (0, 1):
@@ -75,7 +82,14 @@ def test_two_workers_have_about_half_of_a_block_s_sums_each(shape: dict[str, int
         for share, worker in storing_workers(cut, block, 2).items():
             of_worker[worker] += sizes[share]
         assert sum(of_worker) == sum(sizes.values())
-        assert max(of_worker) < 0.6 * sum(of_worker)
+        assert max(of_worker) < most * sum(of_worker)
+
+
+def test_three_fifths_of_a_wide_site_are_in_first_bands() -> None:
+    for width in (16384, 25600, 28672, 28673, 53248):
+        first, second = _numel(width, FIRST), _numel(width, SECOND)
+        assert first + second == _numel(width)
+        assert abs(first - 0.6 * _numel(width)) < STRIP * width
 
 
 def test_three_workers_store_a_share_each_in_turns() -> None:
@@ -84,3 +98,31 @@ def test_three_workers_store_a_share_each_in_turns() -> None:
     assert all(sorted(turn.values()) == [0, 1, 2] for turn in turns)
     for share in (HESSIANS, BANDS, OUTPUTS):
         assert sorted(turn[share] for turn in turns) == [0, 1, 2]
+
+
+def test_what_workers_have_is_added_up_in_the_fixed_tree_and_experts_together(tmp_path: Path) -> None:
+    """As packed triangles of three workers, against squares added one after the other."""
+    sites = ("experts.0.gate_up", "experts.1.gate_up", "qkv")
+    generator = torch.Generator().manual_seed(0)
+    xx = {(0, i): {site: torch.randn(40, 40, generator=generator) for site in sites} for i in range(3)}
+    nodes = {
+        node: BlockSums(
+            hessians={s: HessianSum(xx=packed(m), weight_sum=0.5, num_tokens=7) for s, m in found.items()},
+            curvature={},
+            outputs={},
+            num_tokens=9,
+            num_explained=9,
+        )
+        for node, found in xx.items()
+    }
+    one = replace(job([]), stream=replace(job([]).stream, num_shards=3))
+    store = open_store(str(tmp_path))
+    merged = write_hessians(store, one, 0, nodes)
+    assert merged.num_tokens == 27
+    sums = {site: (xx[0, 0][site] + xx[0, 1][site]) + xx[0, 2][site] for site in sites}
+    sums[POOLED] = sums[sites[0]] + sums[sites[1]]
+    for site, matrix in sums.items():
+        found, scalars = read_symmetric(store, one.folder.block(HESSIANS, 0, "parquet"), site, lower=False)
+        assert torch.equal(found, matrix.triu())
+        experts = 2 if site == POOLED else 1
+        assert scalars == {"weight_sum": experts * 1.5, "num_tokens": experts * 21, "total": 27}

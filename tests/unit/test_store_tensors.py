@@ -334,7 +334,7 @@ def test_a_matrix_in_two_bands_is_read_as_one(tmp_path: Path, width: int, thread
     store = open_store(str(tmp_path))
     matrix, other = symmetric(width), symmetric(300)
     scalars = {"x": {"tokens": 128.0}, "y": {"tokens": 1.0}}
-    bands = (Band(0, 2), Band(1, 2))
+    bands = (Band(0, 1, 2), Band(1, 2, 2))
     write_symmetric(store, "a", {"x": matrix, "y": other}, scalars, bands={"x": bands[0]})
     triangle = UpperTriangle(packed(matrix, bands[1]), bands[1]) if width > STRIP else matrix
     write_symmetric(store, "b", {"x": triangle}, {"x": scalars["x"]}, bands={"x": bands[1]})
@@ -351,16 +351,16 @@ def test_a_matrix_in_two_bands_is_read_as_one(tmp_path: Path, width: int, thread
             assert numbers == scalars["x"]
         assert torch.equal(read_symmetric(store, "a", "x", lower=False, rest=["b"])[0], matrix.triu())
         assert torch.equal(read_symmetric(store, "a", "y")[0], other)
-        with pytest.raises(StoreError, match=r"in 2 objects, of which a .*band 1 is in none"):
+        with pytest.raises(StoreError, match=r"in several objects, of which a .*places 1 of 2 are in none"):
             read_symmetric(store, "a", "x")
-        with pytest.raises(StoreError, match=r"band 0 of 2 .*expected band 1 of 2"):
+        with pytest.raises(StoreError, match=r"a in .* has places 0 of 2 .*expected 1 of 2"):
             read_symmetric(store, "a", "x", rest=["a"])
-        with pytest.raises(StoreError, match=r"band 0 of 1 .*expected band 1 of 2"):
+        with pytest.raises(StoreError, match=r"whole in .* has places 0 of 1 .*expected 1 of 2"):
             read_symmetric(store, "a", "x", rest=["whole"])
         with pytest.raises(StoreError, match="no object c"):
             read_symmetric(store, "a", "x", rest=["c"])
     finally:
         set_host_threads(before)
     write_symmetric(store, "wider", {"x": symmetric(width + 1)}, {"x": scalars["x"]}, bands={"x": bands[1]})
-    with pytest.raises(StoreError, match=f"{width + 1} wide: expected band 1 of 2, {width} wide"):
+    with pytest.raises(StoreError, match=f"{width + 1} wide: expected 1 of 2, {width} wide"):
         read_symmetric(store, "a", "x", rest=["wider"])
