@@ -20,6 +20,7 @@ from lrpq.checkpoint.layout import INDEX_FILE
 from lrpq.checkpoint.modules import WEIGHT
 from lrpq.checkpoint.publish import MANIFEST
 from lrpq.errors import CheckpointError
+from lrpq.finite import all_finite
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import one_line
 from lrpq.quant.grid import QuantizedWeight
@@ -130,7 +131,7 @@ class StoredCheckpoint:
         parts: list[Tensor]
         if self.format is CheckpointFormat.DENSE:
             parts = [self.part(module, DENSE).to(dtype) for module in modules]
-            if not all(bool(torch.isfinite(part).all()) for part in parts):
+            if not all(map(all_finite, parts)):
                 raise CheckpointError(f"module {spec.name} in {self.folder}: a weight is not finite; fetch it again")
         else:
             codes = [found for module in modules if (found := self.codes(module)) is not None]

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from lrpq.errors import ModelError
+from lrpq.finite import all_finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +44,6 @@ ORIGINAL_WANTED = (
     "expected F32, F16 or BF16 weights (an already quantized model cannot be compressed: give the original)"
 )
 DOWNLOADED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-CHECKED_ELEMENTS = 1 << 22
-"""Values looked at at once."""
 MAX_DIMENSIONS = 64  # torch's limit
 MAX_NUMEL = 2**63 - 1  # torch counts elements in 64 bits with a sign, sizes of zero left out
 LISTED = re.compile(r"(?:^|_)(?:layers?|depths?|repeats?)$|^num_labels$")
@@ -170,8 +169,7 @@ class ModelSource:
         if entry.nbytes:
             self._read_bytes(name, 0, tensor.view(-1).view(torch.uint8).numpy())
         if name not in self._checked:
-            # in runs: of a whole embedding the check would take more memory than its values do
-            if not all(bool(torch.isfinite(run).all()) for run in torch.split(tensor.view(-1), CHECKED_ELEMENTS)):
+            if not all_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise ModelError(f"tensor {name} in {path}: {bad} values are NaN or infinite")
             self._checked.add(name)
@@ -218,10 +216,8 @@ class ModelSource:
             ModelError: as `read`.
         """
         self._read_bytes(name, start, memory)
-        if name not in self._checked:
-            values = torch.from_numpy(memory).view(self.dtype(name))
-            if not all(bool(torch.isfinite(run).all()) for run in torch.split(values, CHECKED_ELEMENTS)):
-                self.read(name)  # counts all of them
+        if name not in self._checked and not all_finite(torch.from_numpy(memory).view(self.dtype(name))):
+            self.read(name)  # counts all of them
 
     def pieces_read(self, name: str) -> None:
         """All bytes of a tensor went through ``read_piece``."""
