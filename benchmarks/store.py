@@ -48,7 +48,8 @@ def tile_groups(H: Any) -> Any:
     import numpy as np
     import pyarrow as pa
 
-    from tasks.store.symmetric import TILE, TILES_PER_GROUP
+    from tasks.store.symmetric import TILES_PER_GROUP
+    from tasks.store.tiles import TILE
 
     count = -(-len(H) // TILE)
     places = [(row, column) for row in range(count) for column in range(row, count)]
@@ -114,7 +115,7 @@ def read(method: str, width: int, key: str) -> Any:
         return read_symmetric(open_store(f"s3://{BUCKET}/lrpq"), key, "x")[0]
     import pyarrow.parquet as pq
 
-    from tasks.store.symmetric import TILE
+    from tasks.store.tiles import TILE
 
     H = torch.zeros(width, width)
     target = H.numpy()

@@ -38,7 +38,7 @@ from tasks.store.symmetric import read_symmetric, write_symmetric
 from tasks.store.tables import write_table
 from tasks.store.tensors import read_tensors, write_tensors
 from tasks.streams import StreamJob, my_shards, open_copies, open_stream, shard_slices
-from tasks.upper_triangle import WHOLE, Band, Sum, UpperTriangle, packed
+from tasks.upper_triangle import WHOLE, Band, Sum, Triangle, UpperTriangle, packed
 from tasks.waypoints import (
     blocks_with_waypoint,
     is_waypoint,
@@ -304,7 +304,7 @@ def sent_sums(sums: BlockSums) -> BlockSums:
     return on_host(sums, lambda values: to_host(packed(values) if values.ndim == 2 else values))
 
 
-def stored_matrix(values: Tensor, band: Band = WHOLE) -> Tensor | UpperTriangle:
+def stored_matrix(values: Tensor, band: Band = WHOLE) -> Tensor | Triangle:
     """A matrix of sums as it is stored, of which a band may have been packed."""
     return values.cpu() if values.ndim == 2 else UpperTriangle(values, band)
 
@@ -525,16 +525,16 @@ def _without_matrices(nodes: Mapping[Node, BlockSums], num_shards: int) -> Block
     return root(bare, num_shards, merge_block_sums)
 
 
-def _stored_sum(parts: Mapping[Node, Tensor], job: ProfileJob, band: Band = WHOLE) -> Tensor | UpperTriangle:
+def _stored_sum(parts: Mapping[Node, Tensor], job: ProfileJob, band: Band = WHOLE) -> Tensor | Triangle:
     """A matrix merged in the fixed tree, as it is stored: of upper triangles what adds them up where it is read."""
     return root({node: stored_matrix(part, band) for node, part in parts.items()}, job.stream.num_shards, _plus)
 
 
-def _plus(left: Tensor | UpperTriangle, right: Tensor | UpperTriangle) -> Tensor | UpperTriangle:
+def _plus(left: Tensor | Triangle, right: Tensor | Triangle) -> Tensor | Triangle:
     """Squares, of which the head's are some, are added up here."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return added(left, right)
-    if isinstance(left, UpperTriangle) and isinstance(right, UpperTriangle):
+    if isinstance(left, Triangle) and isinstance(right, Triangle):
         return Sum(left, right)
     raise TypeError("a matrix and an upper triangle have no sum")
 

@@ -6,8 +6,11 @@ Sums of products of inputs with themselves are symmetric: only their upper trian
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from collections import deque
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +22,7 @@ from tasks.store.host_threads import in_order
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+    from numpy.typing import NDArray
 
 STRIP = 512
 """Rows of a strip, which begins with the first one's diagonal: 2% more than the triangle at a width of 28,672."""
@@ -77,8 +81,26 @@ def unpacked(values: Float[Tensor, " packed"]) -> Float[Tensor, "d d"]:
     return matrix
 
 
-class UpperTriangle:
-    """A matrix of which ``values`` are the packed strips, or those of a band, read part by part where it lies.
+class Triangle(ABC):
+    """The upper triangle of a matrix, read part by part: some rows of one strip, in columns from its diagonal on.
+
+    What a part goes to is [rows, columns], or has the columns in equal pieces, [rows, pieces, columns of a piece].
+    """
+
+    width: int
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> None:
+        """Copy a part."""
+
+    @abstractmethod
+    def add_to(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> None:
+        """Add a part."""
+
+
+class UpperTriangle(Triangle):
+    """A matrix of which ``values`` are the packed strips, or those of a band.
 
     Raises:
         ValueError: they are no upper triangle.
@@ -94,14 +116,24 @@ class UpperTriangle:
             rows.start // STRIP: strip.view(size) for rows, strip, size in zip(strips, flat, sizes, strict=True)
         }
 
-    def part(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
-        """Some rows of one strip in some columns from its diagonal on, as a view."""
+    def read(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> None:
+        """Copy a part."""
+        np.copyto(out, self._part(rows, columns, out))
+
+    def add_to(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> None:
+        """Add a part."""
+        np.add(out, self._part(rows, columns, out), out=out)
+
+    def _part(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A view in the shape of ``out`` where the strips are in host memory."""
         strip = self._strips[rows.start // STRIP]
         first = rows.start // STRIP * STRIP
-        return strip[rows.start - first : rows.stop - first, columns.start - first : columns.stop - first]
+        part = strip[rows.start - first : rows.stop - first, columns.start - first : columns.stop - first]
+        found: NDArray[np.float32] = part.cpu().numpy().reshape(out.shape)
+        return found
 
 
-class Sum(UpperTriangle):
+class Sum(Triangle):
     """Two of them added up part by part as they are read, in no pass over memory of its own; bits are those of adding
     the values, as every one is the same addition.
 
@@ -109,16 +141,45 @@ class Sum(UpperTriangle):
         ValueError: they are of different widths or dtypes.
     """
 
-    def __init__(self, left: UpperTriangle, right: UpperTriangle) -> None:
+    def __init__(self, left: Triangle, right: Triangle) -> None:
         if (left.width, left.dtype) != (right.width, right.dtype):
             raise ValueError(f"{left.dtype} {left.width} wide and {right.dtype} {right.width} wide have no sum")
         self.width, self.dtype = left.width, left.dtype
-        self._addends = left, right
+        self._left, self._right = left, right
 
-    def part(self, rows: slice, columns: slice) -> Float[Tensor, "rows columns"]:
-        """The same of the sum, in new memory."""
-        left, right = self._addends
-        return left.part(rows, columns) + right.part(rows, columns)
+    def read(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> None:
+        """Copy a part of the sum."""
+        self._left.read(rows, columns, out)
+        self._right.add_to(rows, columns, out)
+
+    def add_to(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> None:
+        """Add a part of the sum, which is added up first."""
+        with _spare.memory(out.size) as memory:
+            found = memory.reshape(out.shape)
+            self.read(rows, columns, found)
+            np.add(out, found, out=out)
+
+
+class _Spare(threading.local):
+    """Memory for a part, of every thread its own: of fresh memory the system clears each page first, for one thread of
+    a process at a time."""
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.float32]] = []
+
+    @contextmanager
+    def memory(self, size: int) -> Iterator[NDArray[np.float32]]:
+        """``size`` values."""
+        held = self._free.pop() if self._free else np.empty(0, dtype=np.float32)
+        if len(held) < size:
+            held = np.empty(size, dtype=np.float32)
+        try:
+            yield held[:size]
+        finally:
+            self._free.append(held)
+
+
+_spare = _Spare()
 
 
 def zeros(width: int, like: Tensor) -> Float[Tensor, "d d"]:

@@ -24,7 +24,8 @@ from tasks.estimate.asked import Asked
 from tasks.estimate.model import BlockKind, ModelShape
 from tasks.estimate.objects import codes_bytes, hessian_bytes
 from tasks.site_parts import NUM_PARTS, cut_sites, part_of
-from tasks.store.symmetric import TILE, TILES_PER_GROUP
+from tasks.store.symmetric import TILES_PER_GROUP
+from tasks.store.tiles import TILE
 
 POLISH_SWEEPS = 2
 """Default of ``polish``."""

@@ -34,13 +34,13 @@ from tasks.store.host_threads import host_threads, in_order
 from tasks.store.objects import ObjectStore
 from tasks.store.row_groups import write_row_groups
 from tasks.store.schema import described, metadata_of, opened, parquet_file, sealed, verify
-from tasks.upper_triangle import STRIP, WHOLE, Band, UpperTriangle
+from tasks.store.tiles import TILE, gather, scatter
+from tasks.upper_triangle import STRIP, WHOLE, Band, Triangle
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from numpy.typing import NDArray
 
-TILE = 256
 TILES_PER_GROUP = 60
 """Tiles of 2^18 bytes, so that a row group stays below 16 MB: readers and writers hold several copies of two.
 
@@ -86,7 +86,7 @@ class SymmetricIndex:
 def write_symmetric(
     store: ObjectStore,
     key: str,
-    matrices: Mapping[str, Float[Tensor, "d d"] | UpperTriangle],
+    matrices: Mapping[str, Float[Tensor, "d d"] | Triangle],
     scalars: Mapping[str, Mapping[str, float]] | None = None,
     *,
     bands: Mapping[str, Band] | None = None,
@@ -134,7 +134,7 @@ def write_symmetric(
 
 def _tables(
     schema: pa.Schema,
-    matrices: Mapping[str, Tensor | UpperTriangle],
+    matrices: Mapping[str, Tensor | Triangle],
     widths: Mapping[str, int],
     bands: Mapping[str, Band],
 ) -> Iterator[Callable[[], pa.Table]]:
@@ -143,7 +143,7 @@ def _tables(
     for name, width in widths.items():
         matrix = matrices[name]
         for group in _groups(width, bands[name]):
-            yield partial(_group_table, schema, name, matrix, group, memory)
+            yield partial(_group_table, schema, name, matrix, width, group, memory)
 
 
 class _Memory(threading.local):
@@ -311,10 +311,10 @@ def _read_ahead(parquet: pq.ParquetFile, groups: range) -> Generator[pa.Table, N
             yield coming.result()
 
 
-def _width(key: str, name: str, matrix: Tensor | UpperTriangle) -> int:
-    if isinstance(matrix, UpperTriangle) and matrix.dtype == torch.float32 and matrix.width:
+def _width(key: str, name: str, matrix: Tensor | Triangle) -> int:
+    if isinstance(matrix, Triangle) and matrix.dtype == torch.float32 and matrix.width:
         return matrix.width
-    if isinstance(matrix, UpperTriangle):
+    if isinstance(matrix, Triangle):
         raise StoreError(f"cannot write {key}: {name!r} is {matrix.dtype}, expected float32 values")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.dtype != torch.float32 or not len(matrix):
         raise StoreError(
@@ -351,21 +351,17 @@ def _num_groups(width: int, band: Band) -> int:
     return -(-_num_tiles(width, band) // TILES_PER_GROUP)
 
 
-def _part(matrix: Tensor | UpperTriangle, rows: slice, columns: slice) -> Tensor:
-    return matrix.part(rows, columns) if isinstance(matrix, UpperTriangle) else matrix[rows, columns]
-
-
 def _group_table(
-    schema: pa.Schema, name: str, matrix: Tensor | UpperTriangle, group: list[tuple[int, int]], memory: _Memory
+    schema: pa.Schema,
+    name: str,
+    matrix: Tensor | Triangle,
+    width: int,
+    group: list[tuple[int, int]],
+    memory: _Memory,
 ) -> pa.Table:
     """The row group, as long as nothing else is made in this memory."""
     values = memory.tiles[: len(group)]
-    for place, (row, column) in zip(values, group, strict=True):
-        rows, columns = (slice(i * TILE, (i + 1) * TILE) for i in (row, column))
-        block = _part(matrix, rows, columns).detach().cpu().numpy()
-        if block.shape != place.shape:
-            place[:] = 0.0
-        place[: block.shape[0], : block.shape[1]] = np.triu(block) if row == column else block
+    gather(matrix, width, group, values)
     digests = [_digest(name, position, tile) for position, tile in zip(group, values, strict=True)]
     return pa.table(
         [
@@ -391,16 +387,7 @@ def _place_group(
     for (row, column), digest, tile in zip(group, digests, values, strict=True):
         if _digest(name, (row, column), tile) != digest:
             raise ValueError(f"the checksum of tile ({row}, {column}) of matrix {name!r} does not fit its values")
-        above = matrix[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
-        part = tile[: above.shape[0], : above.shape[1]]
-        above[:] = part
-        if not lower:
-            continue
-        if row == column:
-            below = np.tril_indices(len(part), -1)
-            above[below] = part.T[below]  # copied, not added: adding would turn -0.0 into 0.0
-        else:
-            matrix[column * TILE : (column + 1) * TILE, row * TILE : (row + 1) * TILE] = part.T
+    scatter(values, group, matrix, lower=lower)
 
 
 def _digest(name: str, position: tuple[int, int], tile: NDArray[np.float32]) -> bytes:
