@@ -22,8 +22,8 @@ from lrpq.errors import StoreError
 from tasks.store.host_threads import host_threads, set_host_threads
 from tasks.store.objects import ObjectStore, open_store, record_of
 from tasks.store.symmetric import TILES_PER_GROUP, symmetric_index
-from tasks.store.tiles import TILE
 from tasks.store.tensors import read_metadata, read_symmetric, read_tensors, write_symmetric, write_tensors
+from tasks.store.tiles import TILE
 from tasks.upper_triangle import STRIP, WHOLE, Band, UpperTriangle, packed
 
 DTYPES = [
