@@ -50,7 +50,7 @@ from tasks.cluster import Pool
 from tasks.evaluate import CheckpointCodes, EvaluateJob, StoredCodes, Variant
 from tasks.model_identity import model_fingerprint
 from tasks.opening import open_pool, resolve_device
-from tasks.profile import ProfileJob
+from tasks.profile_job import ProfileJob
 from tasks.refine import RefineJob
 from tasks.resources import windows_at_once
 from tasks.store.garbage import mark_start

@@ -50,7 +50,7 @@ from tasks.chosen_grids import ChosenGrids, chosen_grids, fold
 from tasks.cluster import Pool
 from tasks.evaluate import STAGE as EVALUATE
 from tasks.image_scores import ClassifierCheckpoint, ClassifierVariant, ScoreImagesJob, StoredClassifierCodes
-from tasks.profile import ProfileJob
+from tasks.profile_job import ProfileJob
 from tasks.rebuild import RebuildJob
 from tasks.stored_codes import CodesFrom
 from tasks.streams import DTYPES, StreamJob

@@ -18,13 +18,14 @@ from lrpq.allocate.plan import Plan
 from lrpq.model.layers import Choice, LinearSpec, all_choices
 from lrpq.transform.changed import UNCHANGED, Change
 from lrpq.tune.options import Reconstruction
-from tasks import activations, candidates, heat_maps, profile, rebuild, refine, responses, stitch
+from tasks import activations, candidates, heat_maps, rebuild, refine, responses, stitch
 from tasks.activations import ActivationsJob
 from tasks.candidates import CandidatesJob
 from tasks.chosen_grids import ChosenGrids
 from tasks.heat_maps import HeatMapsJob
 from tasks.hessian_bands import wide_sites
-from tasks.profile import ProfileJob
+from tasks.profile_job import STAGE as PROFILE
+from tasks.profile_job import ProfileJob
 from tasks.rebuild import RebuildJob
 from tasks.refine import RefineJob
 from tasks.responses import ResponsesJob
@@ -97,7 +98,7 @@ def profile_job(
     return ProfileJob(
         stream=stream,
         folder=context.run.folder(
-            profile.STAGE,
+            PROFILE,
             inputs={"model": context.fingerprint, "windows": windows.digest},
             parameters=parameters,
             code=["tasks.profile"] if config.gradients_every == 1 else ["tasks.profile_inputs"],

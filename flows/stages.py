@@ -19,12 +19,13 @@ from lrpq.model.streaming import BlockStream
 from lrpq.quant.starved import Evidence
 from lrpq.refine.routed import POOLED
 from lrpq.refine.row_parts import row_parts
-from tasks import candidates, evaluate, profile, profile_inputs, refine, stitch
+from tasks import candidates, evaluate, profile, profile_inputs, profile_reads, profile_sums, refine, stitch
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
 from tasks.cluster import Pool
 from tasks.evaluate import EvaluateJob
-from tasks.profile import ProfileJob
+from tasks.profile_job import STAGE as PROFILE
+from tasks.profile_job import ProfileJob
 from tasks.refine import RefineJob
 from tasks.stitch import StitchJob
 from tasks.waypoints import is_waypoint
@@ -51,13 +52,13 @@ def _sites(stream: BlockStream, job: CandidatesJob) -> dict[int, dict[str, tuple
 
 def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Mapping[str, Any]:
     """Forward and backward sweep; one task run a block of the backward sweep."""
-    label = profile.STAGE
+    label = PROFILE
     done = run.stored(job.folder, label)
     if done is not None:
         return done
     kept: Counter[str] = Counter()
     run.survive(pool, label, lambda: _profile(run, pool, job, num_blocks, kept, label))
-    curvature = profile.stored_curvature(job, range(num_blocks + int(job.with_head)))
+    curvature = profile_reads.stored_curvature(job, range(num_blocks + int(job.with_head)))
     if kept["forgotten_bytes"]:
         run.warn(
             f"{label}: no room for {kept['forgotten_bytes']:,} bytes of block inputs, in memory or on disk; they were "
@@ -109,9 +110,9 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
 def _store_sums(pool: Pool, job: ProfileJob, block: int, found: list[Any]) -> list[Any]:
     """Store the sums of a block that the workers have found, each share by its worker, which is sent the others'."""
     done = list(found)
-    for share, storer in profile.storing_workers(job, block, len(pool)).items():
-        others = [pool.submit(i, profile.take, block, share) for i in range(len(pool)) if i != storer]
-        done.append(pool.submit_beside(storer, profile.store_share, job, block, share, found[storer], *others))
+    for share, storer in profile_sums.storing_workers(job, block, len(pool)).items():
+        others = [pool.submit(i, profile_sums.take, block, share) for i in range(len(pool)) if i != storer]
+        done.append(pool.submit_beside(storer, profile_sums.store_share, job, block, share, found[storer], *others))
     return done
 
 
@@ -146,7 +147,7 @@ def _profile_forward(run: Run, pool: Pool, job: ProfileJob, blocks: range, num_b
     run.step(f"{label} · labels", lambda: pool.each(profile.seed_gradients, job))
     if job.with_head:
         sums = pool.each_refs(profile.take_head)
-        store = partial(pool.submit, 0, profile.store_head, job, num_blocks, *sums)
+        store = partial(pool.submit, 0, profile_sums.store_head, job, num_blocks, *sums)
         run.step(f"{label} · head", lambda: pool.get([store()]))
     storing = _store_gradients(pool, job, num_blocks)
     run.advance(label, "labels")

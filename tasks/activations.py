@@ -14,7 +14,7 @@ from lrpq.activations.calibrate import Calibration, Means, Place, calibrate
 from tasks.artifacts import StageFolder
 from tasks.chosen_grids import ENDING, KIND, read_calibration, write_block
 from tasks.images.stored import read_images
-from tasks.profile import SQUARES
+from tasks.profile_job import SQUARES
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_tensors
 from tasks.streams import StreamJob, open_stream

@@ -23,7 +23,8 @@ from lrpq.refine.routed import POOLED
 from lrpq.relevance.weights import has_relevance
 from tasks.artifacts import StageFolder
 from tasks.device_copies import to_device, to_host
-from tasks.profile import ProfileJob, read_curvature, read_hessian
+from tasks.profile_job import ProfileJob
+from tasks.profile_reads import read_curvature, read_hessian
 from tasks.site_parts import NUM_PARTS, part_of
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store

@@ -6,39 +6,23 @@ as soon as every worker has gone through it, so memory holds the sums of the blo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import torch
 from torch import Tensor, nn
 
 from lrpq.errors import StoreError
-from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.kept import KeptInputs
-from lrpq.model.layers import LinearSpec
-from lrpq.model.linears import EXPERTS
-from lrpq.quant.hessian import HessianSum, merge
-from lrpq.refine.routed import POOLED
 from lrpq.relevance.composite import Relevance
-from lrpq.relevance.outputs import CHUNK_ROWS, Outputs, num_chunks
 from lrpq.relevance.partial import PartialSweep
 from lrpq.relevance.rules import Pass
-from lrpq.relevance.sweep import BlockSums, ProfileSweep, SiteWeights, merge_block_sums, on_host
-from lrpq.shards import Node, root
-from tasks.artifacts import StageFolder
-from tasks.chosen_grids import folding_at
-from tasks.device_copies import added, to_host
-from tasks.hessian_bands import FIRST, REST, SECOND
-from tasks.store.objects import ObjectStore
+from lrpq.relevance.sweep import BlockSums, ProfileSweep, on_host
+from lrpq.shards import Node
+from tasks.device_copies import to_host
+from tasks.profile_job import HEAD_OBJECTS, STAGE, ProfileJob
+from tasks.profile_sums import PARTS, Part, keep_shares
 from tasks.store.opened import open_store
-from tasks.store.symmetric import read_symmetric, write_symmetric
-from tasks.store.tables import write_table
-from tasks.store.tensors import read_tensors, write_tensors
-from tasks.streams import StreamJob, my_shards, open_copies, open_stream, shard_slices
-from tasks.upper_triangle import WHOLE, Band, Sum, Triangle, UpperTriangle, packed
+from tasks.streams import my_shards, open_copies, open_stream
 from tasks.waypoints import (
     blocks_with_waypoint,
     is_waypoint,
@@ -48,74 +32,10 @@ from tasks.waypoints import (
 )
 from tasks.worker import WorkerState
 
-STAGE = "profile"
-PARTS = "parts"
-"""Under which a worker keeps its sums until they are stored or taken, by block and share."""
 GRADIENTS = "gradients"
 """Under which it keeps gradients in host memory until they are stored, by block."""
-ROWS = ".rows"
-"""Ending of the name under which an expert's token indices lie beside its token weights."""
-BLOCK_OBJECTS = (
-    ("hessians", "parquet"),
-    ("curvature", "safetensors"),
-    ("scores", "parquet"),
-    ("outputs", "parquet"),
-    ("token-weights", "safetensors"),
-)
-"""Kind and ending of what is stored of a block."""
-PLAIN_OBJECTS = BLOCK_OBJECTS[:3]
-"""Of these what there is where tokens are not weighed."""
-HEAD_OBJECTS = BLOCK_OBJECTS[:2]
-SQUARES, INPUTS = "squared-gradients", "inputs"
-ACTIVATION_OBJECTS = ((SQUARES, "safetensors"), (INPUTS, "safetensors"))
-"""What there is besides where activations are to be quantized: squared gradients by site and token, and by site the
-weighted sum of its inputs."""
-HESSIANS, BANDS, OUTPUTS = "hessians", "bands", "outputs"
-"""Shares of a block's sums, each stored by another worker where there are so many: the Hessians of its sites, second
-bands of wide ones (tasks.hessian_bands), and the rest."""
 FORWARD, BACKWARD = "forward", "backward"
 """Kinds of waypoints."""
-SCORE_UNITS = {"value": "as named in the column unit"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileJob:
-    """Parameters of the stage; the same on every worker."""
-
-    stream: StreamJob
-    folder: StageFolder
-    relevance: str
-    floor: float
-    """Share of the mean token weight that every token gets."""
-    power: float
-    """Exponent of the token weights."""
-    seed: int
-    with_head: bool = False
-    """Also what quantizing the head needs."""
-    gradients_every: int = 1
-    """Of how many windows one has its gradients taken; above 1 Hessians are plain and summed on the way forward
-    (tasks.profile_inputs)."""
-    cut: frozenset[tuple[int, str]] = frozenset()
-    """(block, input site) of the sites whose Hessians are in two objects (tasks.hessian_bands)."""
-    for_activations: bool = False
-    """Also what quantizing activations needs. The walk is on the model as it was; with a ``stream`` whose activations
-    have grids, Hessians are read as those of the model that is folded for them."""
-
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether tokens are weighed by their gradients; otherwise gradients give the curvature alone."""
-        return self.gradients_every == 1
-
-    def block_objects(self, block: int) -> tuple[tuple[str, str], ...]:
-        """Kind and ending of what is stored of a block."""
-        if not self.weighs_tokens:
-            return PLAIN_OBJECTS
-        rest = ((REST, "parquet"),) if self.cut_of(block) else ()
-        return BLOCK_OBJECTS + rest + (ACTIVATION_OBJECTS if self.for_activations else ())
-
-    def cut_of(self, block: int) -> frozenset[str]:
-        """Input sites of a block whose Hessians are in two objects: of plain ones none."""
-        return frozenset(site for of, site in self.cut if of == block) if self.weighs_tokens else frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,69 +169,9 @@ def losses(job: ProfileJob, *, num_blocks: int) -> tuple[float, int]:
     return nats, sum(int(found[shard]["tokens"]) for shard in shards)
 
 
-Part = tuple[dict[Node, BlockSums], dict[int, SiteWeights]]
-"""What one worker finds of a block."""
-
-
 def backward(state: WorkerState, job: ProfileJob, block: int) -> None:
-    """One block of the backward sweep; see ProfileSweep.backward. Sums are kept in host memory, by share, until they
-    are stored here or taken."""
-    sums, weights = _backward(state, job, block)
-    stays = state.num_workers == 1 and state.device == "cpu"  # nothing is copied, so that nothing is in memory twice
-    parts: dict[tuple[int, str], Part] = state.held[PARTS]
-    for share in shares(job, block):
-        found = {node: _of_share(found, share, job.cut_of(block), stays=stays) for node, found in sums.items()}
-        parts[block, share] = found, weights if share == OUTPUTS else {}
-
-
-def shares(job: ProfileJob, block: int) -> tuple[str, ...]:
-    """Shares that a block's sums are stored in, in the order in which workers take turns.
-
-    Of three the largest is in the middle, so that of two workers one has nothing else: of a 70B block's 2.86 GB both
-    have 1.43 (docs/adr/0025-hessians-in-two-objects.md).
-    """
-    if not job.weighs_tokens:
-        return (OUTPUTS,)
-    return (BANDS, HESSIANS, OUTPUTS) if job.cut_of(block) else (HESSIANS, OUTPUTS)
-
-
-def _of_share(sums: BlockSums, share: str, cut: frozenset[str], *, stays: bool) -> BlockSums:
-    """A share of a worker's sums, in host memory; those that are sent as upper triangles or bands of them."""
-    if share == OUTPUTS:
-        rest = replace(sums, hessians={})
-        return on_host(rest, to_host) if stays else sent_sums(rest)
-    is_first = share == HESSIANS
-    whole = {site: H for site, H in sums.hessians.items() if site not in cut and is_first}
-    bands = {site: H for site, H in sums.hessians.items() if site in cut}
-    alone = replace(sums, hessians=whole, curvature={}, outputs={})
-    found = on_host(alone, to_host) if stays else sent_sums(alone)
-    hessians = dict(found.hessians)
-    for site, H in bands.items():
-        xx = H.xx if stays else packed(H.xx, FIRST if is_first else SECOND)
-        x = to_host(H.x) if H.x is not None and is_first else None
-        hessians[site] = replace(H, xx=to_host(xx), x=x)
-    return replace(found, hessians=hessians)
-
-
-def take(state: WorkerState, block: int, share: str) -> Part:
-    """A share of this worker's sums of a block, for the one that stores it; they are forgotten here."""
-    part: Part = state.held[PARTS].pop((block, share))
-    return part
-
-
-def sent_sums(sums: BlockSums) -> BlockSums:
-    """A worker's sums in host memory, of matrices the upper triangles: half the bytes to copy, send and add up."""
-    return on_host(sums, lambda values: to_host(packed(values) if values.ndim == 2 else values))
-
-
-def stored_matrix(values: Tensor, band: Band = WHOLE) -> Tensor | Triangle:
-    """A matrix of sums as it is stored, of which a band may have been packed."""
-    return values.cpu() if values.ndim == 2 else UpperTriangle(values, band)
-
-
-def storing_workers(job: ProfileJob, block: int, num_workers: int) -> dict[str, int]:
-    """Share of a block's sums -> by whom it is merged with those of the others and stored."""
-    return {share: (block + i) % num_workers for i, share in enumerate(shares(job, block))}
+    """One block of the backward sweep; see ProfileSweep.backward. Its sums are kept (tasks.profile_sums)."""
+    keep_shares(state, job, block, *_backward(state, job, block))
 
 
 def _backward(state: WorkerState, job: ProfileJob, block: int) -> Part:
@@ -389,240 +249,3 @@ def _repeat_forward(job: ProfileJob, sweep: ProfileSweep, block: int, module: nn
             f"block {block}: no room for the inputs of {block + 1 - first} blocks in memory or on disk; make room in "
             f"{sweep.kept.folder}, or name another spill_folder (or more kept_bytes) in [cluster] of the configuration"
         )
-
-
-def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kept: None, *others: Part) -> None:
-    """Merge the workers' sums of a block and store them.
-
-    Args:
-        state: the worker, which has kept its own.
-        job: the stage.
-        block: index of the block.
-        share: which of the sums.
-        kept: result of this worker's ``backward``, waited for.
-        others: of the other workers.
-    """
-    held: dict[tuple[int, str], Part] = state.held[PARTS]
-    nodes, weights = held.pop((block, share))
-    for sums, shard_weights in others:
-        nodes |= sums
-        weights |= shard_weights
-    store = open_store(job.stream.store)
-    if share == HESSIANS:
-        _write_hessians(store, job, block, nodes)
-    elif share == BANDS:
-        write_hessians(store, job, block, nodes, kind=REST, bands=dict.fromkeys(job.cut_of(block), SECOND))
-    else:
-        _write_outputs(store, job, block, nodes, weights)
-    del nodes, others
-    if not any(of_block == block for of_block, _ in list(held)):  # once a block: it computes meanwhile, in fresh pages
-        release_freed_memory()
-
-
-def _write_hessians(store: ObjectStore, job: ProfileJob, block: int, nodes: Mapping[Node, BlockSums]) -> None:
-    """Where tokens are weighed; profile_inputs.py stores plain ones."""
-    merged = write_hessians(store, job, block, nodes, bands=dict.fromkeys(job.cut_of(block), FIRST))
-    if not job.for_activations:
-        return
-    sums: dict[str, Tensor] = {}
-    for site, hessian in merged.hessians.items():
-        if hessian.x is None:
-            raise RuntimeError(f"block {block}, {site}: the sum of the inputs was not kept")
-        sums[site] = hessian.x.cpu()
-    write_tensors(store, job.folder.block(INPUTS, block, "safetensors"), sums, {})
-
-
-def _write_outputs(
-    store: ObjectStore,
-    job: ProfileJob,
-    block: int,
-    nodes: Mapping[Node, BlockSums],
-    weights: Mapping[int, SiteWeights],
-) -> None:
-    """Curvature and scores, and where tokens are weighed their weights and the outputs."""
-    merged = _without_matrices(nodes, job.stream.num_shards)
-    curvature = _write_curvature(store, job, block, merged)
-    tokens: dict[str, Tensor] = {}
-    if job.weighs_tokens:
-        tokens = _write_token_weights(store, job, block, weights)
-        chunks = [(name, i) for name, found in next(iter(nodes.values())).outputs.items() for i in range(len(found))]
-        write_symmetric(
-            store,
-            job.folder.block("outputs", block, "parquet"),
-            {
-                _chunk(name, i): _stored_sum({at: sums.outputs[name][i] for at, sums in nodes.items()}, job)
-                for name, i in chunks
-            },
-        )
-    if job.for_activations:
-        in_order = [weights[i].squares for i in sorted(weights)]
-        squares = {site: torch.cat([part[site] for part in in_order]) for site in in_order[0]}
-        write_tensors(store, job.folder.block(SQUARES, block, "safetensors"), squares, {})
-    write_table(
-        store,
-        job.folder.block("scores", block, "parquet"),
-        score_table(block, curvature, tokens),
-        units=SCORE_UNITS,
-        kind="scores",
-    )
-
-
-def store_head(state: WorkerState, job: ProfileJob, block: int, *parts: dict[Node, BlockSums]) -> dict[str, float]:
-    """Merge the workers' sums of the head and store them as those of the block behind the last one.
-
-    Returns:
-        Module name -> output curvature summed over its outputs, nats per unit of output squared.
-    """
-    nodes: dict[Node, BlockSums] = {}
-    for sums in parts:
-        nodes |= sums
-    merged = write_hessians(open_store(job.stream.store), job, block, nodes)
-    curvature = _write_curvature(open_store(job.stream.store), job, block, merged)
-    return {name: float(c.sum()) for name, c in curvature.items()}
-
-
-def write_hessians(
-    store: ObjectStore,
-    job: ProfileJob,
-    block: int,
-    nodes: Mapping[Node, BlockSums],
-    *,
-    kind: str = HESSIANS,
-    bands: Mapping[str, Band] | None = None,
-) -> BlockSums:
-    """Merge and store the sums of every site, and of all experts together; of some sites a band.
-
-    Returns:
-        The merged sums without their matrices.
-    """
-    merged = _without_matrices(nodes, job.stream.num_shards)
-    total, bands = merged.num_tokens, bands or {}
-    matrices = {
-        site: _stored_sum({at: sums.hessians[site].xx for at, sums in nodes.items()}, job, bands.get(site, WHOLE))
-        for site in merged.hessians
-    }
-    hessians = dict(merged.hessians)
-    if experts := [site for site in hessians if site.startswith(f"{EXPERTS}.") and site.endswith(".gate_up")]:
-        # all experts' gate and up projections read the same; a dense block has none
-        hessians[POOLED] = reduce(merge, (hessians[site] for site in experts))
-        matrices[POOLED] = reduce(_plus, (matrices[site] for site in experts))
-    write_symmetric(
-        store,
-        job.folder.block(kind, block, "parquet"),
-        matrices,
-        {s: {"weight_sum": h.weight_sum, "num_tokens": h.num_tokens, "total": total} for s, h in hessians.items()},
-        bands=bands,
-    )
-    return merged
-
-
-def _without_matrices(nodes: Mapping[Node, BlockSums], num_shards: int) -> BlockSums:
-    """All but the matrices, merged."""
-    bare = {
-        node: replace(sums, hessians={s: replace(H, xx=H.xx[:0]) for s, H in sums.hessians.items()}, outputs={})
-        for node, sums in nodes.items()
-    }
-    return root(bare, num_shards, merge_block_sums)
-
-
-def _stored_sum(parts: Mapping[Node, Tensor], job: ProfileJob, band: Band = WHOLE) -> Tensor | Triangle:
-    """A matrix merged in the fixed tree, as it is stored: of upper triangles what adds them up where it is read."""
-    return root({node: stored_matrix(part, band) for node, part in parts.items()}, job.stream.num_shards, _plus)
-
-
-def _plus(left: Tensor | Triangle, right: Tensor | Triangle) -> Tensor | Triangle:
-    """Squares, of which the head's are some, are added up here."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return added(left, right)
-    if isinstance(left, Triangle) and isinstance(right, Triangle):
-        return Sum(left, right)
-    raise TypeError("a matrix and an upper triangle have no sum")
-
-
-def _write_curvature(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> dict[str, Tensor]:
-    """Store the curvature and return it: nats per unit of output squared, a mean over the tokens with gradients."""
-    curvature = {name: g2 / merged.num_explained for name, g2 in merged.curvature.items()}
-    write_tensors(store, job.folder.block("curvature", block, "safetensors"), curvature, {})
-    return curvature
-
-
-def _write_token_weights(
-    store: ObjectStore, job: ProfileJob, block: int, weights: Mapping[int, SiteWeights]
-) -> dict[str, Tensor]:
-    """Store the token weights of all shards; returns what is stored."""
-    stream = job.stream
-    tokens = _token_weights(weights, total_tokens=stream.num_tokens, num_shards=stream.num_shards, length=stream.length)
-    write_tensors(store, job.folder.block("token-weights", block, "safetensors"), tokens, {})
-    return tokens
-
-
-def _token_weights(
-    weights: Mapping[int, SiteWeights], *, total_tokens: int, num_shards: int, length: int
-) -> dict[str, Tensor]:
-    """Token weights of all shards, one after the other; those of experts with the index of their token."""
-    slices = shard_slices(total_tokens // length, length, num_shards)
-    found: dict[str, Tensor] = {}
-    in_order = [weights[i] for i in sorted(weights)]
-    for site in in_order[0].values:
-        found[site] = torch.cat([part.values[site].cpu() for part in in_order])
-    for site in in_order[0].rows:
-        parts = [weights[i].rows[site].cpu() + slices[i].start for i in sorted(weights)]
-        found[site + ROWS] = torch.cat(parts).to(torch.int32)
-    return found
-
-
-def score_table(block: int, curvature: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> pa.Table:
-    """One row a module or site and metric."""
-    rows = [
-        {"name": n, "block": block, "metric": "output_curvature", "value": float(c.sum()), "unit": "nats per output^2"}
-        for n, c in sorted(curvature.items())
-    ]
-    for site, s in sorted(tokens.items()):
-        if site.endswith(ROWS) or not len(s):
-            continue
-        share = float(s.max() / s.sum().clamp_min(torch.finfo(s.dtype).tiny))
-        rows.append({"name": site, "block": block, "metric": "top_token_share", "value": share, "unit": "1"})
-    return pa.Table.from_pylist(rows)
-
-
-def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]:
-    """Module name -> output curvature summed over its outputs, nats per unit of output squared, of stored blocks."""
-    store = open_store(job.stream.store)
-    return {
-        name: float(c.sum())
-        for block in blocks
-        for name, c in read_tensors(store, job.folder.block("curvature", block, "safetensors")).items()
-    }
-
-
-def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, int]:
-    """Hessian sums of one site of the model that ``job.stream`` names, folded or not, and the calibration tokens of the
-    run (an expert saw fewer). As where they are added up, the upper triangle is filled."""
-    store = open_store(job.stream.store)
-    folding = None if job.stream.activations is None else folding_at(job.stream.activations, block, site)
-    key, rest = (job.folder.block(kind, block, "parquet") for kind in (HESSIANS, REST))
-    others = (rest,) if site in job.cut_of(block) else ()
-    xx, scalars = read_symmetric(store, key, site, lower=folding is not None, rest=others)
-    sums = HessianSum(xx=xx, weight_sum=scalars["weight_sum"], num_tokens=int(scalars["num_tokens"]))
-    if folding is not None:
-        inputs = read_tensors(store, job.folder.block(INPUTS, block, "safetensors"), [site])
-        sums = folding.of_hessian(replace(sums, x=inputs[site]))
-    return sums, int(scalars["total"])
-
-
-def read_curvature(job: ProfileJob, block: int, names: list[str]) -> dict[str, Tensor]:
-    """Output curvature c [d_out] (float64) of some modules of a block."""
-    return read_tensors(open_store(job.stream.store), job.folder.block("curvature", block, "safetensors"), names)
-
-
-def read_outputs(store: ObjectStore, folder: StageFolder, spec: LinearSpec, rows: slice | None = None) -> Outputs:
-    """Second moments of the gradients at a module's outputs (lrpq/relevance/outputs.py), in the unit of their sum; of
-    the chunks that begin in some rows."""
-    key = folder.block("outputs", spec.block, "parquet")
-    rows = slice(0, spec.d_out) if rows is None else rows
-    chunks = [i for i in range(num_chunks(spec.d_out)) if rows.start <= i * CHUNK_ROWS < rows.stop]
-    return [read_symmetric(store, key, _chunk(spec.name, i))[0] for i in chunks]
-
-
-def _chunk(name: str, index: int) -> str:
-    return f"{name}|{index}"

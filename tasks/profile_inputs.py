@@ -10,7 +10,9 @@ from __future__ import annotations
 from lrpq.relevance.partial import PartialSweep
 from lrpq.relevance.sweep import BlockSums
 from lrpq.shards import Node
-from tasks.profile import ProfileJob, enter_forward, sent_sums, write_hessians
+from tasks.profile import enter_forward
+from tasks.profile_job import ProfileJob
+from tasks.profile_sums import sent_sums, write_hessians
 from tasks.store.opened import open_store
 from tasks.worker import WorkerState
 

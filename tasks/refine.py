@@ -27,7 +27,8 @@ from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder
 from tasks.chosen_grids import read_grids
 from tasks.device_copies import to_device, to_host
-from tasks.profile import ROWS, read_outputs
+from tasks.profile_job import ROWS
+from tasks.profile_reads import read_outputs
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_metadata, read_tensors, write_tensors

@@ -16,7 +16,7 @@ from benchmarks.two_gpus.stages import Case, Done, run_stages
 from lrpq.errors import StoreError
 from tasks import hessian_bands
 from tasks.hessian_bands import REST
-from tasks.profile import HESSIANS
+from tasks.profile_job import HESSIANS
 from tasks.store.tensors import read_symmetric, symmetric_index
 from tasks.worker import Place, WorkerState
 

@@ -30,7 +30,7 @@ from lrpq.quant.grid import code_range
 from tasks import hessian_bands
 from tasks.cluster import Pool
 from tasks.hessian_bands import FIRST, REST, SECOND
-from tasks.profile import HESSIANS
+from tasks.profile_job import HESSIANS
 from tasks.refine import read_refined
 from tasks.resources import WorkerShape, worker_shape
 from tasks.store.tensors import read_symmetric, read_tensors, symmetric_index

@@ -15,7 +15,8 @@ from lrpq.relevance.outputs import CHUNK_ROWS
 from lrpq.relevance.sweep import BlockSums
 from tasks.artifacts import StageFolder
 from tasks.hessian_bands import FIRST, SECOND, wide_sites
-from tasks.profile import BANDS, HESSIANS, OUTPUTS, ProfileJob, storing_workers, write_hessians
+from tasks.profile_job import HESSIANS, ProfileJob
+from tasks.profile_sums import BANDS, OUTPUTS, storing_workers, write_hessians
 from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric
 from tasks.streams import StreamJob

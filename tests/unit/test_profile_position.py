@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from lrpq.model.layers import LinearSpec
-from tasks import hessian_bands, profile
+from tasks import hessian_bands, profile_job, profile_sums
 from tasks.artifacts import StageFolder
 from tasks.hessian_bands import REST, wide_sites
-from tasks.profile import BANDS, HESSIANS, OUTPUTS, ProfileJob, position
+from tasks.profile import position
+from tasks.profile_job import HESSIANS, ProfileJob
+from tasks.profile_sums import BANDS, OUTPUTS
 from tasks.store.opened import open_store
 from tasks.streams import StreamJob
 
@@ -35,7 +37,7 @@ def job_of(tmp_path: Path, cut: frozenset[tuple[int, str]], *, gradients_every: 
     )
     return ProfileJob(
         stream=stream,
-        folder=StageFolder(run_id="run", stage=profile.STAGE, key="0" * 64),
+        folder=StageFolder(run_id="run", stage=profile_job.STAGE, key="0" * 64),
         relevance="fisher",
         floor=0.0,
         power=1.0,
@@ -59,8 +61,8 @@ def test_a_block_of_which_a_band_is_missing_is_not_stored(tmp_path: Path) -> Non
 def test_only_blocks_with_wide_sites_have_a_second_object(tmp_path: Path) -> None:
     job = job_of(tmp_path, frozenset({(1, "down")}))
     assert [REST in dict(job.block_objects(block)) for block in range(BLOCKS)] == [False, True, False]
-    assert [profile.shares(job, block) for block in (0, 1)] == [(HESSIANS, OUTPUTS), (BANDS, HESSIANS, OUTPUTS)]
-    assert profile.storing_workers(job, 1, 2) == {BANDS: 1, HESSIANS: 0, OUTPUTS: 1}
+    assert [profile_sums.shares(job, block) for block in (0, 1)] == [(HESSIANS, OUTPUTS), (BANDS, HESSIANS, OUTPUTS)]
+    assert profile_sums.storing_workers(job, 1, 2) == {BANDS: 1, HESSIANS: 0, OUTPUTS: 1}
     plain = job_of(tmp_path, job.cut, gradients_every=8)  # plain Hessians are stored on the way forward, whole
     assert not any(REST in dict(plain.block_objects(block)) for block in range(BLOCKS))
 

@@ -1,0 +1,59 @@
+"""What a profile has stored, as the stages behind it read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor
+
+from lrpq.model.layers import LinearSpec
+from lrpq.quant.hessian import HessianSum
+from lrpq.relevance.outputs import CHUNK_ROWS, Outputs, num_chunks
+from tasks.artifacts import StageFolder
+from tasks.chosen_grids import folding_at
+from tasks.hessian_bands import REST
+from tasks.profile_job import HESSIANS, INPUTS, ProfileJob, chunk_name
+from tasks.store.objects import ObjectStore
+from tasks.store.opened import open_store
+from tasks.store.symmetric import read_symmetric
+from tasks.store.tensors import read_tensors
+
+
+def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]:
+    """Module name -> output curvature summed over its outputs, nats per unit of output squared, of stored blocks."""
+    store = open_store(job.stream.store)
+    return {
+        name: float(c.sum())
+        for block in blocks
+        for name, c in read_tensors(store, job.folder.block("curvature", block, "safetensors")).items()
+    }
+
+
+def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, int]:
+    """Hessian sums of one site of the model that ``job.stream`` names, folded or not, and the calibration tokens of the
+    run (an expert saw fewer). As where they are added up, the upper triangle is filled."""
+    store = open_store(job.stream.store)
+    folding = None if job.stream.activations is None else folding_at(job.stream.activations, block, site)
+    key, rest = (job.folder.block(kind, block, "parquet") for kind in (HESSIANS, REST))
+    others = (rest,) if site in job.cut_of(block) else ()
+    xx, scalars = read_symmetric(store, key, site, lower=folding is not None, rest=others)
+    sums = HessianSum(xx=xx, weight_sum=scalars["weight_sum"], num_tokens=int(scalars["num_tokens"]))
+    if folding is not None:
+        inputs = read_tensors(store, job.folder.block(INPUTS, block, "safetensors"), [site])
+        sums = folding.of_hessian(replace(sums, x=inputs[site]))
+    return sums, int(scalars["total"])
+
+
+def read_curvature(job: ProfileJob, block: int, names: list[str]) -> dict[str, Tensor]:
+    """Output curvature c [d_out] (float64) of some modules of a block."""
+    return read_tensors(open_store(job.stream.store), job.folder.block("curvature", block, "safetensors"), names)
+
+
+def read_outputs(store: ObjectStore, folder: StageFolder, spec: LinearSpec, rows: slice | None = None) -> Outputs:
+    """Second moments of the gradients at a module's outputs (lrpq/relevance/outputs.py), in the unit of their sum; of
+    the chunks that begin in some rows."""
+    key = folder.block("outputs", spec.block, "parquet")
+    rows = slice(0, spec.d_out) if rows is None else rows
+    chunks = [i for i in range(num_chunks(spec.d_out)) if rows.start <= i * CHUNK_ROWS < rows.stop]
+    return [read_symmetric(store, key, chunk_name(spec.name, i))[0] for i in chunks]
