@@ -41,7 +41,7 @@ BLOCK_COLUMNS = 64
 _LEAF_COLUMNS = 8
 # On a GPU the product with all of H is of more columns, for of 64 it is too thin to fill the card, and by halves
 # (quant/halves.py) where it has more multiply-adds: some 40 microseconds in float32. Estimates, not swept.
-_GPU_BLOCK_COLUMNS = 512
+GPU_BLOCK_COLUMNS = 512
 _LEAST_WORK_BY_HALVES = 2**30
 # Stacked rows at once. Swept 512 .. 4,096 on one core: more rows are faster, by 1.6 in all, as fewer calls are made.
 _CPU_ROWS = 4096
@@ -231,7 +231,7 @@ def _sweep(state: _State, H: Tensor, inverse: Tensor, run: int, *, block: int, s
     d_in, stacked = state.D.shape
     moved = torch.zeros(stacked, dtype=torch.bool, device=H.device)
     if H.is_cuda and usable(H):
-        block = max(block, _GPU_BLOCK_COLUMNS)
+        block = max(block, GPU_BLOCK_COLUMNS)
     runs = torch.arange(d_in, device=H.device) // run
     halves = _Halves(state.D, H, split_H) if _worth_halves(state, H) else None
     G = H.new_empty(min(block, d_in) if halves is None else 0, stacked)
@@ -250,7 +250,7 @@ def _sweep(state: _State, H: Tensor, inverse: Tensor, run: int, *, block: int, s
 
 
 def _worth_halves(state: _State, H: Tensor) -> bool:
-    work = _GPU_BLOCK_COLUMNS * state.D.numel()
+    work = GPU_BLOCK_COLUMNS * state.D.numel()
     return H.is_cuda and usable(H) and work >= _LEAST_WORK_BY_HALVES
 
 

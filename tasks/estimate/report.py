@@ -11,9 +11,11 @@ from lrpq.checkpoint.plan import planned_size
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
 from tasks.estimate.asked import Asked, Cluster
+from tasks.estimate.finishing import MAPPED
+from tasks.estimate.load import Load
 from tasks.estimate.model import ModelShape, model_shape
 from tasks.estimate.objects import EMPTY, Stored, stored
-from tasks.estimate.stages import MAPPED, Load, Stages
+from tasks.estimate.stages import loads
 from tasks.resources import WorkerShape, object_store_bytes, worker_shape
 
 SPARED = ("profile", "refine", "control")
@@ -148,10 +150,10 @@ def estimate(source: ModelSource, asked: Asked, cluster: Cluster, *, shape: Mode
         cluster_gpus=float(cluster.nodes * cluster.gpus_per_node),
         free_bytes=cluster.host_bytes,
     )
-    stages = Stages(shape, asked, num_workers=workers.num_workers, cpu=not cuda, kept_bytes=workers.kept_bytes)
+    loaded = loads(shape, asked, num_workers=workers.num_workers, cpu=not cuda, kept_bytes=workers.kept_bytes)
     in_store = stored(shape, asked)
-    found = [_stage(name, load, in_store.get(name, EMPTY), cluster) for name, load in stages.all().items()]
-    others = [(name, of) for name, of in in_store.items() if name not in stages.all()]
+    found = [_stage(name, load, in_store.get(name, EMPTY), cluster) for name, load in loaded.items()]
+    others = [(name, of) for name, of in in_store.items() if name not in loaded]
     found = [_only_stored(name, of) for name, of in others] + found
     a_node = -(-workers.num_workers // cluster.nodes)
     beside = object_store_bytes(cluster.host_bytes) + SERVER_BYTES

@@ -228,7 +228,7 @@ def test_descent_by_halves_moves_no_loss(whole: bool, device: str, monkeypatch: 
     expected = descend(W, start, H, sweeps=3)
     monkeypatch.setattr(descent_module, "in_one_launch", lambda tensor, *, columns, rows: False)
     monkeypatch.setattr(descent_module, "_worth_halves", lambda state, H: True)
-    monkeypatch.setattr(descent_module, "_GPU_BLOCK_COLUMNS", 40)
+    monkeypatch.setattr(descent_module, "GPU_BLOCK_COLUMNS", 40)
     monkeypatch.setattr(descent_module, "SPLIT_WHOLE", 1024 if whole else 0)
     found = descend(W, start, H, sweeps=3, block_columns=40)
     for a, b, before in zip(found, expected, start, strict=True):
