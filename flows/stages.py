@@ -111,7 +111,7 @@ def _store_sums(pool: Pool, job: ProfileJob, block: int, found: list[Any]) -> li
     """Store the sums of a block that the workers have found, each share by its worker, which is sent the others'."""
     done = list(found)
     for share, storer in profile_sums.storing_workers(job, block, len(pool)).items():
-        others = [pool.submit(i, profile_sums.take, block, share) for i in range(len(pool)) if i != storer]
+        others = [pool.submit(i, profile.take, block, share) for i in range(len(pool)) if i != storer]
         done.append(pool.submit_beside(storer, profile_sums.store_share, job, block, share, found[storer], *others))
     return done
 

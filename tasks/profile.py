@@ -174,6 +174,12 @@ def backward(state: WorkerState, job: ProfileJob, block: int) -> None:
     keep_shares(state, job, block, *_backward(state, job, block))
 
 
+def take(state: WorkerState, block: int, share: str) -> Part:
+    """A share of this worker's sums of a block, for the one that stores it; they are forgotten here."""
+    part: Part = state.held[PARTS].pop((block, share))
+    return part
+
+
 def _backward(state: WorkerState, job: ProfileJob, block: int) -> Part:
     sweep: ProfileSweep = state.held[STAGE]
     index, module = next(state.held["blocks"])

@@ -78,12 +78,6 @@ def _of_share(sums: BlockSums, share: str, cut: frozenset[str], *, stays: bool) 
     return replace(found, hessians=hessians)
 
 
-def take(state: WorkerState, block: int, share: str) -> Part:
-    """A share of this worker's sums of a block, for the one that stores it; they are forgotten here."""
-    part: Part = state.held[PARTS].pop((block, share))
-    return part
-
-
 def sent_sums(sums: BlockSums) -> BlockSums:
     """A worker's sums in host memory, of matrices the upper triangles: half the bytes to copy, send and add up."""
     return on_host(sums, lambda values: to_host(packed(values) if values.ndim == 2 else values))
