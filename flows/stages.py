@@ -19,7 +19,7 @@ from lrpq.model.streaming import BlockStream
 from lrpq.quant.starved import Evidence
 from lrpq.refine.routed import POOLED
 from lrpq.refine.row_parts import row_parts
-from tasks import candidates, evaluate, profile, profile_inputs, profile_reads, profile_sums, refine, stitch
+from tasks import candidates, evaluate, profile, profile_inputs, profile_sums, refine, stitch
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
 from tasks.cluster import Pool
@@ -58,7 +58,7 @@ def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Ma
         return done
     kept: Counter[str] = Counter()
     run.survive(pool, label, lambda: _profile(run, pool, job, num_blocks, kept, label))
-    curvature = profile_reads.stored_curvature(job, range(num_blocks + int(job.with_head)))
+    curvature = profile.stored_curvature(job, range(num_blocks + int(job.with_head)))
     if kept["forgotten_bytes"]:
         run.warn(
             f"{label}: no room for {kept['forgotten_bytes']:,} bytes of block inputs, in memory or on disk; they were "

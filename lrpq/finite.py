@@ -11,7 +11,11 @@ from torch import Tensor
 
 
 def all_finite(values: Tensor) -> bool:
-    """Neither NaN nor infinity among the values, of any shape; integers are finite. On a GPU it is waited for."""
+    """Neither NaN nor infinity among the values, of any shape; on a GPU it is waited for.
+
+    Args:
+        values: float64, float32, float16 or bfloat16, or integers or booleans, which are finite.
+    """
     if not values.numel() or not values.is_floating_point():
         return True
     return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())

@@ -6,6 +6,7 @@ as soon as every worker has gone through it, so memory holds the sums of the blo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from tasks.device_copies import to_host
 from tasks.profile_job import HEAD_OBJECTS, STAGE, ProfileJob
 from tasks.profile_sums import PARTS, Part, keep_shares
 from tasks.store.opened import open_store
+from tasks.store.tensors import read_tensors
 from tasks.streams import my_shards, open_copies, open_stream
 from tasks.waypoints import (
     blocks_with_waypoint,
@@ -167,6 +169,16 @@ def losses(job: ProfileJob, *, num_blocks: int) -> tuple[float, int]:
     found = read_waypoint_metadata(open_store(job.stream.store), job.folder, BACKWARD, num_blocks, shards)
     nats = sum(float.fromhex(found[shard]["nats"]) for shard in shards)
     return nats, sum(int(found[shard]["tokens"]) for shard in shards)
+
+
+def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]:
+    """Module name -> output curvature summed over its outputs, nats per unit of output squared, of stored blocks."""
+    store = open_store(job.stream.store)
+    return {
+        name: float(c.sum())
+        for block in blocks
+        for name, c in read_tensors(store, job.folder.block("curvature", block, "safetensors")).items()
+    }
 
 
 def backward(state: WorkerState, job: ProfileJob, block: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor
@@ -18,16 +17,6 @@ from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric
 from tasks.store.tensors import read_tensors
-
-
-def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]:
-    """Module name -> output curvature summed over its outputs, nats per unit of output squared, of stored blocks."""
-    store = open_store(job.stream.store)
-    return {
-        name: float(c.sum())
-        for block in blocks
-        for name, c in read_tensors(store, job.folder.block("curvature", block, "safetensors")).items()
-    }
 
 
 def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, int]:

@@ -89,6 +89,7 @@ class Triangle(ABC):
 
     width: int
     dtype: torch.dtype
+    band: Band
 
     @abstractmethod
     def read(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> None:
@@ -108,7 +109,7 @@ class UpperTriangle(Triangle):
 
     def __init__(self, values: Float[Tensor, " packed"], band: Band = WHOLE) -> None:
         self.width = _width(values.numel(), band)
-        self.dtype = values.dtype
+        self.dtype, self.band = values.dtype, band
         strips = _strips(self.width, band)
         sizes = [(rows.stop - rows.start, self.width - rows.start) for rows in strips]
         flat = values.split([height * length for height, length in sizes])
@@ -129,7 +130,7 @@ class UpperTriangle(Triangle):
         strip = self._strips[rows.start // STRIP]
         first = rows.start // STRIP * STRIP
         part = strip[rows.start - first : rows.stop - first, columns.start - first : columns.stop - first]
-        found: NDArray[np.float32] = part.cpu().numpy().reshape(out.shape)
+        found: NDArray[np.float32] = part.detach().cpu().numpy().reshape(out.shape)
         return found
 
 
@@ -138,19 +139,23 @@ class Sum(Triangle):
     the values, as every one is the same addition.
 
     Raises:
-        ValueError: they are of different widths or dtypes.
+        ValueError: they are of different widths, dtypes or bands.
     """
 
     def __init__(self, left: Triangle, right: Triangle) -> None:
-        if (left.width, left.dtype) != (right.width, right.dtype):
-            raise ValueError(f"{left.dtype} {left.width} wide and {right.dtype} {right.width} wide have no sum")
-        self.width, self.dtype = left.width, left.dtype
-        self._left, self._right = left, right
+        for what in ("dtype", "width", "band"):
+            if getattr(left, what) != getattr(right, what):
+                raise ValueError(f"{what} {getattr(left, what)} and {getattr(right, what)}: they have no sum")
+        self.width, self.dtype, self.band = left.width, left.dtype, left.band
+        # a sum of sums from the left is read in one pass: of a thousand experts without as many calls inside each other
+        self._first = left._first if isinstance(left, Sum) else left
+        self._others: tuple[Triangle, ...] = (*left._others, right) if isinstance(left, Sum) else (right,)
 
     def read(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> None:
         """Copy a part of the sum."""
-        self._left.read(rows, columns, out)
-        self._right.add_to(rows, columns, out)
+        self._first.read(rows, columns, out)
+        for other in self._others:
+            other.add_to(rows, columns, out)
 
     def add_to(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> None:
         """Add a part of the sum, which is added up first."""

@@ -24,6 +24,7 @@ from tasks.store.tensors import read_metadata, read_tensors, write_tensors
 
 FOLDER = "waypoints"
 DELETED_AT_ONCE = 8
+"""An estimate, not swept."""
 _NAME = re.compile(r"([a-z]+)-(\d+)-(\d+)\.safetensors")
 
 

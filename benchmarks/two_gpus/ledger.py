@@ -31,7 +31,8 @@ MOVES = {
     "host to device": ("tasks.device_copies:to_device",),
     "added on the host": ("tasks.device_copies:added",),
 }
-"""What moves bytes: label -> functions, as ``module:function`` or ``module:Class.method``."""
+"""What moves bytes: label -> functions, as ``module:function`` or ``module:Class.method``. Sums of several workers that
+are added up while they are stored count as written."""
 OF_DEVICE = ("kept inputs", "device to host", "host to device")
 """Those of them that would wait for the device."""
 

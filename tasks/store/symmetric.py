@@ -143,7 +143,7 @@ def _tables(
     for name, width in widths.items():
         matrix = matrices[name]
         for group in _groups(width, bands[name]):
-            yield partial(_group_table, schema, name, matrix, width, group, memory)
+            yield partial(_group_table, schema, name, matrix, group, width=width, memory=memory)
 
 
 class _Memory(threading.local):
@@ -355,8 +355,9 @@ def _group_table(
     schema: pa.Schema,
     name: str,
     matrix: Tensor | Triangle,
-    width: int,
     group: list[tuple[int, int]],
+    *,
+    width: int,
     memory: _Memory,
 ) -> pa.Table:
     """The row group, as long as nothing else is made in this memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from tasks import upper_triangle
 from tasks.store.host_threads import host_threads, set_host_threads
 from tasks.store.opened import open_store
 from tasks.store.symmetric import write_symmetric
-from tasks.upper_triangle import WHOLE, Band, Sum, UpperTriangle, packed, unpacked
+from tasks.upper_triangle import WHOLE, Band, Sum, Triangle, UpperTriangle, packed, unpacked
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 16, 61])
@@ -103,5 +104,23 @@ def test_a_sum_is_stored_as_the_added_matrices(tmp_path: Path, threads: int) -> 
 
 
 def test_triangles_of_different_widths_have_no_sum() -> None:
-    with pytest.raises(ValueError, match=r"8 wide and .* 9 wide have no sum"):
+    with pytest.raises(ValueError, match="width 8 and 9: they have no sum"):
         Sum(UpperTriangle(packed(torch.zeros(8, 8))), UpperTriangle(packed(torch.zeros(9, 9))))
+
+
+def test_bands_have_no_sum_with_others() -> None:
+    x = torch.zeros(1100, 1100)
+    with pytest.raises(ValueError, match=r"band .* they have no sum"):
+        Sum(*(UpperTriangle(packed(x, band), band) for band in (Band(0, 1, 2), Band(1, 2, 2))))
+
+
+def test_a_sum_of_very_many_is_read() -> None:
+    """Of all experts of a block together."""
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    triangle = UpperTriangle(packed(x))
+    found, expected = np.empty((3, 3), dtype=np.float32), x.clone()
+    total: Triangle = triangle
+    for _ in range(1500):
+        total, expected = Sum(total, triangle), expected + x
+    total.read(slice(0, 3), slice(0, 3), found)
+    assert np.array_equal(found, expected.numpy())
