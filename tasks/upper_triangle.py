@@ -148,7 +148,7 @@ class Sum(Triangle):
                 raise ValueError(f"{what} {getattr(left, what)} and {getattr(right, what)}: they have no sum")
         self.width, self.dtype, self.band = left.width, left.dtype, left.band
         # a sum of sums from the left is read in one pass: of a thousand experts without as many calls inside each other
-        self._first = left._first if isinstance(left, Sum) else left
+        self._first: Triangle = left._first if isinstance(left, Sum) else left
         self._others: tuple[Triangle, ...] = (*left._others, right) if isinstance(left, Sum) else (right,)
 
     def read(self, rows: slice, columns: slice, out: NDArray[np.float32]) -> None:
