@@ -30,14 +30,14 @@ def activation_sum(flops: float, *, width: int, split: bool, rounded: bool = Fal
 
 def precise(flops: float, *, width: int, cpu: bool) -> Work:
     """A product in fp32; on a GPU a large one is three of bfloat16 halves (``halves.add_product``)."""
-    if cpu or flops < 2.0 * halves._LEAST_WORK:
+    if cpu or flops < 2.0 * halves.LEAST_WORK:
         return matmul(flops, dtype=FP32, width=width)
     return matmul(3 * flops, dtype=BF16, width=width)
 
 
 def triangle_flops(d_in: int, tokens: float, *, split: bool = False) -> float:
     """Products of ``hessian.accumulate``: row blocks from the diagonal to the right edge."""
-    step = max(1, -(-d_in // hessian._NUM_BLOCKS), hessian._GPU_BLOCK_ROWS if split else 0)
+    step = max(1, -(-d_in // hessian.NUM_BLOCKS), hessian.GPU_BLOCK_ROWS if split else 0)
     return sum(2.0 * tokens * min(step, d_in - start) * (d_in - start) for start in range(0, d_in, step))
 
 
@@ -104,7 +104,7 @@ def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cp
 
 def loss(d_out: int, d_in: int, *, cpu: bool) -> Work:
     """``gptq.loss``: each pair of column blocks once."""
-    step = max(1, -(-d_in // gptq._LOSS_BLOCKS))
+    step = max(1, -(-d_in // gptq.LOSS_BLOCKS))
     flops = sum(2.0 * d_out * min(step, d_in - start) * (d_in - start) for start in range(0, d_in, step))
     return precise(flops, width=d_in, cpu=cpu) + work(wide=3 * F32_BYTES * d_out * d_in)
 
@@ -122,7 +122,7 @@ def predicted_cost(d_out: int, d_in: int, num_choices: int, *, cpu: bool) -> Wor
 def descend(d_out: int, d_in: int, *, sweeps: int, cpu: bool) -> Work:
     """``descent.descend`` while every row still moves: an upper bound."""
     flops = 2.0 * d_in * d_in
-    limit = descent._CPU_ROWS if cpu else descent._GPU_ELEMENTS // d_in
+    limit = descent.CPU_ROWS if cpu else descent.GPU_ELEMENTS // d_in
     chunks = -(-d_out // max(1, limit))
     return sweeps * (
         precise(flops * d_out, width=min(descent.BLOCK_COLUMNS * 4, d_in) if cpu else d_in, cpu=cpu)

@@ -58,7 +58,7 @@ _WHOLE_ROWS = 64  # of which a part of the rows is made up on a GPU: products of
 # Cut of the loss: rows whose differences stay in cache, column blocks of which only one triangle is
 # multiplied.
 _LOSS_ROWS = 1024
-_LOSS_BLOCKS = 8
+LOSS_BLOCKS = 8
 # On a GPU the rows of several candidates at once, and one product where eight would be bound by their launches.
 _GPU_LOSS_ELEMENTS = 2**26
 _GPU_LOSS_WIDTH = 2048
@@ -215,7 +215,7 @@ def _forms(dW: Tensor, H: Tensor) -> Tensor:
         from lrpq.kernels.row_errors_cuda import quadratic_forms
 
         return quadratic_forms(dW.contiguous(), H)  # a transposed weight leaves its strides to its errors
-    step = max(1, -(-d_in // _LOSS_BLOCKS))
+    step = max(1, -(-d_in // LOSS_BLOCKS))
     unit = power_of_two(torch.maximum(dW.amax(1), -dW.amin(1)))
     dW.div_(unit.unsqueeze(1))
     products = dW.new_zeros(len(dW), step)

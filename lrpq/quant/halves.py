@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import BFloat16, Float
     from torch import Tensor
 
-_LEAST_WORK = 2**33  # multiply-adds from which a product outweighs the splitting: a third of a millisecond in float32
+LEAST_WORK = 2**33  # multiply-adds from which a product outweighs the splitting: a third of a millisecond in float32
 _COLUMNS = 8192  # at once: halves and their product are temporaries
 SPLIT_WHOLE = 8192
 """Columns up to which a matrix that takes part in many products is split once for all of them: 400 MB at most."""
@@ -34,7 +34,7 @@ _NARROW_COLUMNS = 1024  # the same where B is as long as a Hessian and there is 
 
 def by_halves(C: Tensor, inner: int) -> bool:
     """Whether a product of this shape with ``inner`` summands an entry is computed by halves."""
-    return C.is_cuda and usable(C) and C.numel() * inner >= _LEAST_WORK
+    return C.is_cuda and usable(C) and C.numel() * inner >= LEAST_WORK
 
 
 def add_product(

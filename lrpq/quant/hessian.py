@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # Row blocks of the symmetric product: b blocks compute (b + 1) / 2b of it, here 56%. More blocks save little
 # and make thin matmuls.
-_NUM_BLOCKS = 8
-_GPU_BLOCK_ROWS = MIN_GPU_ROWS  # at least
+NUM_BLOCKS = 8
+GPU_BLOCK_ROWS = MIN_GPU_ROWS  # at least
 _DAMPING_FACTOR = 10.0
 _MAX_DAMPING_STEPS = 5
 _FIRST_DAMPING = 1e-6  # where none was asked for and the matrix needs some: about fp32 rounding of its mean
@@ -88,9 +88,9 @@ def accumulate(sums: HessianSum, X: Float[Tensor, "*tokens d_in"], s: Float[Tens
         raise QuantizationError(
             "token weights must be finite and not negative; take the relevance's magnitude or square"
         )
-    step = max(1, -(-d_in // _NUM_BLOCKS))
+    step = max(1, -(-d_in // NUM_BLOCKS))
     if is_split(X):
-        step = max(step, _GPU_BLOCK_ROWS)
+        step = max(step, GPU_BLOCK_ROWS)
         for start in range(0, d_in, step):
             rows = slice(start, start + step)
             add_sum(sums.xx[rows, start:], X[:, rows] * s.unsqueeze(1), X[:, start:])
@@ -148,7 +148,7 @@ def normalized(sums: HessianSum, *, name: str = "layer") -> Float[Tensor, "d_in 
 def mirror(sums: HessianSum) -> HessianSum:
     """Fill the lower triangle of ``sums.xx`` from the upper, in place, for readers of the full matrix."""
     xx = sums.xx
-    step = max(1, -(-len(xx) // _NUM_BLOCKS))
+    step = max(1, -(-len(xx) // NUM_BLOCKS))
     for start in range(0, len(xx), step):
         block = xx[start : start + step, start : start + step]
         block.copy_(block.triu() + block.triu(1).T)

@@ -46,7 +46,7 @@ def test_neither_blocks_nor_company_change_the_codes(d_out: int, d_in: int, seed
     whole = descend(W, start, H, sweeps=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(descent_module, "_LEAF_COLUMNS", leaf)
-        patch.setattr(descent_module, "_CPU_ROWS", 10)  # two rows at once
+        patch.setattr(descent_module, "CPU_ROWS", 10)  # two rows at once
         patch.setattr(descent_module, "_CONDENSE_BELOW", 2.0)
         cut = descend(W, start, H, sweeps=3, block_columns=block)
     for q, a, b in zip(start, whole, cut, strict=True):

@@ -143,7 +143,7 @@ def test_losses_and_joint_errors_by_halves_are_those_of_float64(monkeypatch: pyt
         monkeypatch.setattr(module, "by_halves", lambda C, inner: True)
     by_row = loss(W, q.dequantize(), H)
     together = joint_error(dW, H, P, [G])
-    assert len(taken) == 2 * gptq_module._LOSS_BLOCKS + 2
+    assert len(taken) == 2 * gptq_module.LOSS_BLOCKS + 2
     E = dW.double() @ H.double() @ dW.double().T
     assert torch.allclose(by_row, E.diagonal(), rtol=1e-3)
     expected = float((G.double() * (E - 2 * P.double() @ dW.double().T)).sum())
