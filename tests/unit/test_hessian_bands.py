@@ -102,10 +102,10 @@ def test_three_workers_store_a_share_each_in_turns() -> None:
 
 
 def test_what_workers_have_is_added_up_in_the_fixed_tree_and_experts_together(tmp_path: Path) -> None:
-    """As packed triangles of three workers, against squares added one after the other."""
-    sites = ("experts.0.gate_up", "experts.1.gate_up", "qkv")
+    """As packed triangles of three workers, several strips each, against squares added one after the other."""
+    sites = ("experts.0.gate_up", "experts.1.gate_up", "experts.2.gate_up", "qkv")
     generator = torch.Generator().manual_seed(0)
-    xx = {(0, i): {site: torch.randn(40, 40, generator=generator) for site in sites} for i in range(3)}
+    xx = {(0, i): {site: torch.randn(1100, 1100, generator=generator) for site in sites} for i in range(3)}
     nodes = {
         node: BlockSums(
             hessians={s: HessianSum(xx=packed(m), weight_sum=0.5, num_tokens=7) for s, m in found.items()},
@@ -121,9 +121,9 @@ def test_what_workers_have_is_added_up_in_the_fixed_tree_and_experts_together(tm
     merged = write_hessians(store, one, 0, nodes)
     assert merged.num_tokens == 27
     sums = {site: (xx[0, 0][site] + xx[0, 1][site]) + xx[0, 2][site] for site in sites}
-    sums[POOLED] = sums[sites[0]] + sums[sites[1]]
+    sums[POOLED] = (sums[sites[0]] + sums[sites[1]]) + sums[sites[2]]
     for site, matrix in sums.items():
         found, scalars = read_symmetric(store, one.folder.block(HESSIANS, 0, "parquet"), site, lower=False)
         assert torch.equal(found, matrix.triu())
-        experts = 2 if site == POOLED else 1
+        experts = 3 if site == POOLED else 1
         assert scalars == {"weight_sum": experts * 1.5, "num_tokens": experts * 21, "total": 27}
