@@ -2,11 +2,11 @@
 
     python -m benchmarks.equal_terms MODEL --calibration FILE --text FILE [--methods lrpq,control,weights:*]
         [--budgets 3.25,4.25] [--seeds 0,1,2] [--windows 128] [--length 1024] [--device cuda] [--json FILE]
-        [--replace polish_rounds=0,row_blocks=4] [--group-sizes 64,-1] [--scale-bits 8]
+        [--replace polish_rounds=0,correction=.25] [--group-sizes 64,-1] [--scale-bits 8]
 
 The same methods, workbench and windows; rows are printed and written as they are measured. ``--peak`` prints what the
-device computes and copies at, so that seconds can be read against it. ``--replace`` changes whole numbers in the recipe
-of every method but the control.
+device computes and copies at, so that seconds can be read against it. ``--replace`` changes numbers in the recipe of
+every method but the control.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -55,11 +56,22 @@ def peak(device: str) -> str:
 
 
 def replaced(recipe: Recipe, fields: Mapping[str, str]) -> Recipe:
-    """The recipe with other whole numbers."""
-    unknown = [name for name in fields if not isinstance(getattr(recipe, name, None), int)]
-    if unknown:
-        raise SystemExit(f"--replace {unknown[0]}: not a whole number of a recipe")
-    return replace(recipe, **{name: int(value) for name, value in fields.items()})  # type: ignore[arg-type]
+    """The recipe with other numbers.
+
+    Raises:
+        SystemExit: a recipe has no such number, or the value is none of its kind.
+    """
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        now = getattr(recipe, name, None)
+        if isinstance(now, bool) or not isinstance(now, int | float):
+            raise SystemExit(f"--replace {name}: not a number of a recipe")
+        try:
+            found[name] = type(now)(value)
+        except ValueError:
+            kind = "a whole number" if isinstance(now, int) else "a number"
+            raise SystemExit(f"--replace {name}={value}: expected {kind}") from None
+    return replace(recipe, **found)
 
 
 def main() -> None:
