@@ -53,7 +53,7 @@ from lrpq.shards import root, split
 from tasks.calibration.stored import read_windows
 from tasks.opening import open_pool
 from tasks.refine import read_refined
-from tasks.resources import CPU_WINDOWS
+from tasks.resources import CPU_WINDOWS, shards_of
 from tasks.store.objects import open_store
 from tasks.store.tensors import write_tensors
 from tasks.streams import DTYPES
@@ -93,7 +93,7 @@ class Plain:
 
     @property
     def num_shards(self) -> int:
-        return min(self.config.run.shards, len(self.windows))
+        return shards_of(self.config.run.shards, device="cpu", num_windows=len(self.windows), micro_batch=CPU_WINDOWS)
 
     def profile(self) -> tuple[dict[int, BlockSums], dict[int, dict[int, SiteWeights]]]:
         run = self.config.run

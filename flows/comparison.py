@@ -38,7 +38,7 @@ from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.overlap import overlap_warning
 from tasks.model_identity import model_fingerprint
 from tasks.opening import resolve_device
-from tasks.resources import windows_at_once
+from tasks.resources import shards_of, windows_at_once
 from tasks.store.documents import parse_object
 from tasks.store.keys import code_digest
 from tasks.streams import DTYPES
@@ -236,6 +236,12 @@ class ComparisonRun:
         if (warning := overlap_warning(calibration, scored)) is not None:
             self.progress.note(warning)
         self.document["windows"] = {"calibration": len(tokens), "held_out": len(rest), "evaluation": len(scored.tokens)}
+        micro_batch = windows_at_once(
+            None,
+            device=self.device,
+            length=tokens.shape[1],
+            hidden=self.source.config.get_text_config().hidden_size,
+        )
         terms = Terms(
             bits=self.config.bits,
             group_sizes=self.config.group_sizes,
@@ -243,13 +249,8 @@ class ComparisonRun:
             seed=seed,
             dtype=DTYPES[self.dtype],
             device=self.device,
-            shards=min(8, len(tokens)),
-            micro_batch=windows_at_once(
-                None,
-                device=self.device,
-                length=tokens.shape[1],
-                hidden=self.source.config.get_text_config().hidden_size,
-            ),
+            shards=shards_of(None, device=self.device, num_windows=len(tokens), micro_batch=micro_batch),
+            micro_batch=micro_batch,
         )
         bench = Workbench(self.source, tokens, terms, held_out=rest)
         comparison = Comparison(bench, METHODS, missing, scored.tokens)

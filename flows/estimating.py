@@ -28,7 +28,7 @@ from lrpq.relevance.composite import Relevance
 from lrpq.relevance.head import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 from tasks.estimate.asked import Asked, Cluster
 from tasks.estimate.machines import calibrated, machine_file, read_machine, write_machine
-from tasks.resources import windows_at_once
+from tasks.resources import shards_of, windows_at_once
 from tasks.streams import DTYPES
 
 SECONDS_AN_HOUR = 3600
@@ -48,18 +48,20 @@ def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu"
     if run.candidates.quantize_head is not None:
         spec = BlockStream(source, dtype=dtype).head_spec
         head = None if spec is None else fixed_choice(run.candidates.quantize_head, sizes, spec.d_in)
+    micro_batch = windows_at_once(
+        run.micro_batch,
+        device=device,
+        length=run.calibration.length,
+        hidden=source.config.get_text_config().hidden_size,
+    )
+    num_windows = run.calibration.num_windows
     return Asked(
         dtype=dtype,
-        num_windows=run.calibration.num_windows,
+        num_windows=num_windows,
         length=run.calibration.length,
         held_out=run.calibration.held_out,
-        shards=run.shards,
-        micro_batch=windows_at_once(
-            run.micro_batch,
-            device=device,
-            length=run.calibration.length,
-            hidden=source.config.get_text_config().hidden_size,
-        ),
+        num_shards=shards_of(run.shards, device=device, num_windows=num_windows, micro_batch=micro_batch),
+        micro_batch=micro_batch,
         threads=run.threads,
         relevance=Relevance(run.relevance),
         choices=asked_choices(run.candidates, stored_scale_bits(run, source)),

@@ -28,6 +28,7 @@ from tasks.profile_job import STAGE as PROFILE
 from tasks.profile_job import ProfileJob
 from tasks.rebuild import RebuildJob
 from tasks.refine import RefineJob
+from tasks.resources import shards_of
 from tasks.responses import ResponsesJob
 from tasks.site_parts import cut_sites
 from tasks.stitch import StitchJob
@@ -70,7 +71,12 @@ def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
         windows=windows.key,
         length=context.length,
         num_tokens=windows.num_windows * context.length,
-        num_shards=min(config.shards, windows.num_windows),
+        num_shards=shards_of(
+            config.shards,
+            device=context.run.device,
+            num_windows=windows.num_windows,
+            micro_batch=context.micro_batch,
+        ),
         micro_batch=context.micro_batch,
         change=context.change,
         images=context.images,

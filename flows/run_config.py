@@ -160,11 +160,12 @@ class RunConfig(Section):
     rotate: Annotated[Literal["none", "hadamard"], Flag("--rotate")] = "none"
     """hadamard rotates the residual stream and each block's values before anything is measured: the same function,
     weights without outliers; unties a tied head, whose bytes then count."""
-    shards: Positive = 8
-    """Parts that the calibration windows are cut into, whatever the number of workers."""
+    shards: Positive | None = None
+    """Parts that the calibration windows are cut into, whatever the number of workers. None: 8; on a GPU fewer where
+    that fills micro-batches, but two."""
     micro_batch: Positive | None = None
-    """Windows computed at once (sequences). None: 4 on a CPU; on a GPU as many as make 16,384 tokens, fewer for wide
-    models."""
+    """Windows computed at once (sequences). None: 4 on a CPU; on a GPU as many as make 65,536 tokens, fewer for models
+    wider than 1,024."""
     threads: Annotated[Positive, Flag("--threads")] = 1
     """Threads of a worker (cores); part of a result's identity."""
 

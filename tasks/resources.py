@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from math import ceil
 
 CPU_WINDOWS = 4
-GPU_TOKENS = 1 << 14
+GPU_TOKENS = 1 << 16
 GPU_ELEMENTS = 1 << 26
 """Of one micro-batch's hidden states, at most."""
+SHARDS = 8
+FEWEST_SHARDS = 2
+"""On a GPU, where there are two windows: two workers share them."""
 SLACK = 1e-6
 """Of sums of shares such as 1/3."""
 HOST_THREADS = 12
@@ -86,6 +89,24 @@ def windows_at_once(asked: int | None, *, device: str, length: int, hidden: int)
     if device != "cuda":
         return CPU_WINDOWS
     return max(1, min(GPU_TOKENS, GPU_ELEMENTS // hidden) // length)
+
+
+def shards_of(asked: int | None, *, device: str, num_windows: int, micro_batch: int) -> int:
+    """Parts of the calibration windows, part of a result's identity as well; none is empty.
+
+    On a GPU a part fills a micro-batch where it can. Small models have large ones: what they wait for is launches, of
+    which eight workers with an eighth of the windows each would have as many as two with a half.
+
+    Args:
+        asked: what the configuration says, if anything.
+        device: "cpu" or "cuda".
+        num_windows: calibration windows.
+        micro_batch: of them computed at once (`windows_at_once`).
+    """
+    shards = SHARDS if asked is None else asked
+    if asked is None and device == "cuda":
+        shards = min(SHARDS, max(FEWEST_SHARDS, num_windows // micro_batch))
+    return min(shards, num_windows)
 
 
 def workers_that_fit(shape: WorkerShape, *, cluster_cpus: float, cluster_gpus: float) -> int:

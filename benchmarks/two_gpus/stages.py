@@ -29,7 +29,7 @@ from tasks.calibration.stored import write_windows
 from tasks.calibration.windows import tokens_digest
 from tasks.cluster import Pool
 from tasks.model_identity import model_fingerprint
-from tasks.resources import windows_at_once
+from tasks.resources import shards_of, windows_at_once
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.streams import DTYPES
@@ -48,7 +48,6 @@ class Case:
     """[windows, length]"""
     device: str
     budget_bits: float
-    shards: int = 8
     group_sizes: tuple[int, ...] = (64, -1)
     """Of the candidates; lrpq's own."""
     bits: tuple[int, ...] = BIT_WIDTHS
@@ -61,6 +60,11 @@ class Case:
         """Windows at once."""
         hidden = open_source(self.model).config.get_text_config().hidden_size
         return windows_at_once(None, device=self.device, length=self.tokens.shape[1], hidden=hidden)
+
+    @property
+    def shards(self) -> int:
+        """Parts of the windows."""
+        return shards_of(None, device=self.device, num_windows=len(self.tokens), micro_batch=self.micro_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,6 @@ def run_stages(case: Case, pool: Pool, folder: Path, note: Callable[[str, Stage]
             "run": {
                 "model": str(case.model),
                 "calibration": {"held_out": 0},
-                "shards": case.shards,
                 "candidates": {"group_sizes": case.group_sizes, "bits": case.bits, "scales": "bfloat16"},
             },
             "plan": {"budget_bits": case.budget_bits},

@@ -22,7 +22,8 @@ class Asked:
     num_windows: int
     length: int
     held_out: int | None
-    shards: int
+    num_shards: int
+    """None of them empty."""
     micro_batch: int
     threads: int
     relevance: Relevance
@@ -45,11 +46,6 @@ class Asked:
     """Rows of logits at a time."""
     low_memory: bool = False
     """On a GPU, what is not at work waits in host memory."""
-
-    @property
-    def num_shards(self) -> int:
-        """Shards that hold a window."""
-        return min(self.shards, self.num_windows)
 
     @property
     def held_out_windows(self) -> int:

@@ -20,7 +20,7 @@ from lrpq.model.source import open_source
 from lrpq.quant.grid import Grid
 from lrpq.quant.sampled_cost import DEFAULT_ROWS
 from tasks.calibration.stored import read_windows
-from tasks.resources import CPU_WINDOWS
+from tasks.resources import CPU_WINDOWS, SHARDS
 from tasks.store.opened import open_store
 
 BUDGET = 3.5
@@ -38,7 +38,7 @@ def test_terms_and_recipe_are_the_defaults_of_compress() -> None:
     assert (terms.bits, terms.group_sizes) == (run.candidates.bits, run.candidates.group_sizes)
     assert (terms.grid, terms.damping) == (Grid(run.candidates.grid), run.candidates.damping)
     assert (terms.power, terms.floor, terms.seed) == (run.relevance_power, run.relevance_floor, run.seed)
-    assert (terms.shards, terms.micro_batch) == (run.shards, CPU_WINDOWS)
+    assert (run.shards, terms.shards, terms.micro_batch) == (None, SHARDS, CPU_WINDOWS)
     assert (DEFAULT.weighting, DEFAULT.polish_rounds) == (run.relevance, plan.polish)
     assert DEFAULT.row_blocks == plan.row_blocks
     assert (DEFAULT.correction, DEFAULT.correction_damping) == (plan.correction, plan.correction_damping)

@@ -38,7 +38,7 @@ def test_defaults_are_the_documented_ones(tmp_path: Path) -> None:
     )
     assert config.run.candidates == CandidateConfig(bits=(2, 3, 4, 5, 6, 8), group_sizes=(64, -1), damping=0.01)
     assert (config.run.relevance, config.run.relevance_floor, config.run.seed) == ("blend", 0.03, 0)
-    assert (config.run.dtype, config.run.shards, config.run.micro_batch, config.run.threads) == ("auto", 8, None, 1)
+    assert (config.run.dtype, config.run.shards, config.run.micro_batch, config.run.threads) == ("auto", None, None, 1)
     assert (config.plan.solver, config.plan.refine, config.plan.correction) == ("exact", "sequential", 0.5)
     assert (config.evaluation.num_windows, config.evaluation.length, config.evaluation.control) == (32, 512, True)
     assert config.evaluation.source == "hub:Salesforce/wikitext:wikitext-2-raw-v1:test"

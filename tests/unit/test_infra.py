@@ -141,6 +141,7 @@ def test_the_jobs_configuration_fits_its_cluster() -> None:
     spec = job["spec"]["rayClusterSpec"]
     pods = 1 + sum(group["maxReplicas"] for group in spec["workerGroupSpecs"])
     assert config.cluster.workers == pods
+    assert config.run.shards is not None
     assert config.run.shards % pods == 0
     cpus = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]
     assert config.run.threads == int(cpus)

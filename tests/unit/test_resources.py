@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.resources import WorkerShape, windows_at_once, worker_shape, workers_that_fit
+from tasks.resources import WorkerShape, shards_of, windows_at_once, worker_shape, workers_that_fit
 
 GIB = 1 << 30
 
@@ -120,7 +120,8 @@ def test_workers_that_fit_into_what_is_left(asked: dict[str, Any], cpus: float, 
     ("asked", "device", "length", "hidden", "windows"),
     [
         (None, "cpu", 2048, 8192, 4),
-        (None, "cuda", 1024, 576, 16),
+        (None, "cuda", 1024, 576, 64),
+        (None, "cuda", 1024, 2048, 32),
         (None, "cuda", 2048, 4096, 8),
         (None, "cuda", 2048, 8192, 4),
         (None, "cuda", 8192, 16384, 1),
@@ -130,3 +131,22 @@ def test_workers_that_fit_into_what_is_left(asked: dict[str, Any], cpus: float, 
 )
 def test_windows_at_once(asked: int | None, device: str, length: int, hidden: int, windows: int) -> None:
     assert windows_at_once(asked, device=device, length=length, hidden=hidden) == windows
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "num_windows", "micro_batch", "shards"),
+    [
+        (None, "cpu", 128, 4, 8),
+        (None, "cpu", 3, 4, 3),
+        (None, "cuda", 128, 64, 2),  # a small model
+        (None, "cuda", 128, 16, 8),
+        (None, "cuda", 1024, 4, 8),
+        (None, "cuda", 100, 16, 6),
+        (None, "cuda", 16, 64, 2),
+        (None, "cuda", 1, 64, 1),
+        (16, "cuda", 128, 64, 16),
+        (16, "cpu", 12, 4, 12),
+    ],
+)
+def test_shards(asked: int | None, device: str, num_windows: int, micro_batch: int, shards: int) -> None:
+    assert shards_of(asked, device=device, num_windows=num_windows, micro_batch=micro_batch) == shards
