@@ -6,10 +6,13 @@ one block of a 70B model are 5 GB. On one thread, and of small tensors, these ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from contextvars import copy_context
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.staging import BUFFER_BYTES, Staging
 from tasks.store.host_threads import host_threads, in_order
 
+Key = TypeVar("Key", bound=Hashable)
 SMALL_BYTES = 8 << 20
 """Up to which one copy is fast enough."""
 
@@ -29,6 +33,17 @@ def to_host(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu" or tensor.nbytes <= SMALL_BYTES or host_threads() == 1:
         return tensor.cpu()
     return copied_to_host(tensor, _staging(tensor.device))
+
+
+def to_host_beside(tensors: Mapping[Key, Tensor]) -> Future[dict[Key, Tensor]]:
+    """Start to bring tensors of one device to host memory, beside what the caller goes on to ask of the device; of a
+    CPU they are there. They must not be changed any more."""
+    for tensor in tensors.values():
+        if tensor.device.type != "cpu":
+            return copied_beside(tensors, _staging(tensor.device))
+    there: Future[dict[Key, Tensor]] = Future()
+    there.set_result(dict(tensors))
+    return there
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -61,6 +76,28 @@ def copied_to_host(tensor: Tensor, staging: Staging, *, piece_bytes: int = BUFFE
         partial(staging.to_host, flat[piece], after, memory=memory[piece]) for piece in _pieces(len(flat), piece_bytes)
     )
     return torch.from_numpy(memory)[: len(flat)].view(tensor.dtype).view(tensor.shape)
+
+
+def copied_beside(tensors: Mapping[Key, Tensor], staging: Staging) -> Future[dict[Key, Tensor]]:
+    """Copies in host memory, made by a thread of their own and those that move bytes, in the order of the tensors.
+
+    Each tensor is held until its copy is made, and no longer.
+    """
+    keys, left = list(tensors), deque(tensors.values())
+    after = staging.now()
+
+    def copied(tensor: Tensor) -> Tensor:
+        return staging.to_host(tensor.detach().contiguous(), after)
+
+    def copy() -> dict[Key, Tensor]:
+        with closing(in_order(partial(copied, left.popleft()) for _ in keys)) as found:
+            return dict(zip(keys, found, strict=True))
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="lrpq-to-host")
+    try:
+        return thread.submit(copy_context().run, copy)
+    finally:
+        thread.shutdown(wait=False)
 
 
 def copied_to_device(tensor: Tensor, staging: Staging, *, piece_bytes: int = BUFFER_BYTES) -> Tensor:

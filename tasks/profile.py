@@ -6,7 +6,8 @@ as soon as every worker has gone through it, so memory holds the sums of the blo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,9 @@ from lrpq.relevance.partial import PartialSweep
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, on_host
 from lrpq.shards import Node
-from tasks.device_copies import to_host
+from tasks.device_copies import to_host, to_host_beside
 from tasks.profile_job import HEAD_OBJECTS, STAGE, ProfileJob
-from tasks.profile_sums import PARTS, Part, keep_shares
+from tasks.profile_sums import PARTS, Part, shared_out, shares
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_tensors
 from tasks.streams import my_shards, open_copies, open_stream
@@ -35,7 +36,7 @@ from tasks.waypoints import (
 from tasks.worker import WorkerState
 
 GRADIENTS = "gradients"
-"""Under which it keeps gradients in host memory until they are stored, by block."""
+"""Under which it keeps gradients until they are stored, by block."""
 FORWARD, BACKWARD = "forward", "backward"
 """Kinds of waypoints."""
 
@@ -144,23 +145,37 @@ def take_head(state: WorkerState) -> dict[Node, BlockSums]:
     return {node: on_host(sums, to_host) for node, sums in found.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """Those at the input of a block, until they are stored."""
+
+    copies: Future[dict[tuple[int, str], Tensor]]
+    """By shard and name, in host memory or on their way there."""
+    losses: Mapping[int, Mapping[str, str]]
+    """Of every shard, also of one of which no gradients are taken."""
+
+
 def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
-    """Copy the gradients at the input of a block to host memory, with the losses of the labels they come from; there
-    ``store_gradients`` finds them."""
+    """Start to copy the gradients at the input of a block to host memory, where ``store_gradients`` finds them with the
+    losses of the labels they come from. Copies are made faster than the next block replaces what they are made of,
+    which it does in the same order."""
     sweep: ProfileSweep = state.held[STAGE]
-    shards: dict[int, dict[str, Tensor]] = {
-        shard.index: {} for shard in sweep.shards
-    }  # of some, no gradients are taken
-    for (shard, batch), gradients in sweep.upstream.items():
-        shards[shard].update({_batch(batch, kind): to_host(g) for kind, g in gradients.items()})
+    found = {
+        (shard, _batch(batch, kind)): to_host(g) if state.low_memory else g  # there they are copies, of the host's
+        for (shard, batch), gradients in sweep.upstream.items()
+        for kind, g in gradients.items()
+    }
     losses = {shard: {"nats": nats.hex(), "tokens": str(tokens)} for shard, (nats, tokens) in sweep.losses.items()}
-    state.held[GRADIENTS][block] = shards, losses
+    state.held[GRADIENTS][block] = _Gradients(copies=to_host_beside(found), losses=losses)
 
 
 def store_gradients(state: WorkerState, job: ProfileJob, block: int, kept: None) -> None:
     """Store what ``keep_gradients`` has kept, beside what is computed next; ``kept`` is its result, waited for."""
-    shards, losses = state.held[GRADIENTS].pop(block)
-    write_waypoint(open_store(job.stream.store), job.folder, BACKWARD, block, shards, losses)
+    found: _Gradients = state.held[GRADIENTS].pop(block)
+    shards: dict[int, dict[str, Tensor]] = {shard: {} for shard in found.losses}
+    for (shard, name), gradient in found.copies.result().items():
+        shards[shard][name] = gradient
+    write_waypoint(open_store(job.stream.store), job.folder, BACKWARD, block, shards, found.losses)
 
 
 def losses(job: ProfileJob, *, num_blocks: int) -> tuple[float, int]:
@@ -182,8 +197,14 @@ def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]
 
 
 def backward(state: WorkerState, job: ProfileJob, block: int) -> None:
-    """One block of the backward sweep; see ProfileSweep.backward. Its sums are kept (tasks.profile_sums)."""
-    keep_shares(state, job, block, *_backward(state, job, block))
+    """One block of the backward sweep; see ProfileSweep.backward. Its sums are kept, for ``keep_share``."""
+    found = _backward(state, job, block)
+    state.held[PARTS].update({(block, share): found for share in shares(job, block)})
+
+
+def keep_share(state: WorkerState, job: ProfileJob, block: int, share: str) -> None:
+    """Bring a share of a block's sums to host memory, where it is kept until it is stored here or taken."""
+    state.held[PARTS][block, share] = shared_out(state, job, block, share, state.held[PARTS][block, share])
 
 
 def take(state: WorkerState, block: int, share: str) -> Part:

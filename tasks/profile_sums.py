@@ -29,7 +29,8 @@ from tasks.upper_triangle import WHOLE, Band, Sum, Triangle, UpperTriangle, pack
 from tasks.worker import WorkerState
 
 PARTS = "parts"
-"""Under which a worker keeps its sums until they are stored or taken, by block and share."""
+"""Under which a worker keeps its sums until they are stored or taken, by block and share: first all of them under every
+share, on the device; then the share, in host memory."""
 BANDS, OUTPUTS = "bands", "outputs"
 """Shares of a block's sums beside HESSIANS, each stored by another worker where there are so many: the Hessians of its
 sites, second bands of wide ones (tasks.hessian_bands), and the rest."""
@@ -38,15 +39,12 @@ Part = tuple[dict[Node, BlockSums], dict[int, SiteWeights]]
 """What one worker finds of a block."""
 
 
-def keep_shares(
-    state: WorkerState, job: ProfileJob, block: int, sums: Mapping[Node, BlockSums], weights: Mapping[int, SiteWeights]
-) -> None:
-    """Keep a worker's sums of a block in host memory, by share, until they are stored here or taken."""
+def shared_out(state: WorkerState, job: ProfileJob, block: int, share: str, part: Part) -> Part:
+    """A share of all that a worker has found of a block, in host memory."""
+    sums, weights = part
     stays = state.num_workers == 1 and state.device == "cpu"  # nothing is copied, so that nothing is in memory twice
-    parts: dict[tuple[int, str], Part] = state.held[PARTS]
-    for share in shares(job, block):
-        found = {node: _of_share(found, share, job.cut_of(block), stays=stays) for node, found in sums.items()}
-        parts[block, share] = found, dict(weights) if share == OUTPUTS else {}
+    found = {node: _of_share(of_node, share, job.cut_of(block), stays=stays) for node, of_node in sums.items()}
+    return found, dict(weights) if share == OUTPUTS else {}
 
 
 def shares(job: ProfileJob, block: int) -> tuple[str, ...]:
@@ -101,7 +99,7 @@ def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kep
         job: the stage.
         block: index of the block.
         share: which of the sums.
-        kept: result of this worker's ``backward``, waited for.
+        kept: result of this worker's ``keep_share``, waited for.
         others: of the other workers.
     """
     held: dict[tuple[int, str], Part] = state.held[PARTS]

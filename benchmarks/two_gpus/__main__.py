@@ -55,7 +55,7 @@ def measure(
     counts: Sequence[int] = options.workers
     windows, length = case.tokens.shape
     print(f"\n## {case.name}: {windows} x {length} tokens, {case.budget_bits:g} bits, {case.device}\n", flush=True)
-    found |= {"case": case.name, "windows": windows, "length": length, "shards": case.shards}
+    found |= {"case": case.name, "windows": windows, "length": length, "shards": case.num_shards}
     found |= {"micro_batch": case.micro_batch, "group_sizes": case.group_sizes, "bits": case.bits}
     found |= {"warming_seconds": [], "runs": []}
     runs: list[Done] = []

@@ -48,6 +48,8 @@ class Case:
     """[windows, length]"""
     device: str
     budget_bits: float
+    shards: int | None = None
+    """As in the configuration."""
     group_sizes: tuple[int, ...] = (64, -1)
     """Of the candidates; lrpq's own."""
     bits: tuple[int, ...] = BIT_WIDTHS
@@ -62,9 +64,9 @@ class Case:
         return windows_at_once(None, device=self.device, length=self.tokens.shape[1], hidden=hidden)
 
     @property
-    def shards(self) -> int:
+    def num_shards(self) -> int:
         """Parts of the windows."""
-        return shards_of(None, device=self.device, num_windows=len(self.tokens), micro_batch=self.micro_batch)
+        return shards_of(self.shards, device=self.device, num_windows=len(self.tokens), micro_batch=self.micro_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ def run_stages(case: Case, pool: Pool, folder: Path, note: Callable[[str, Stage]
             "run": {
                 "model": str(case.model),
                 "calibration": {"held_out": 0},
+                "shards": case.shards,
                 "candidates": {"group_sizes": case.group_sizes, "bits": case.bits, "scales": "bfloat16"},
             },
             "plan": {"budget_bits": case.budget_bits},

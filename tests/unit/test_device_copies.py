@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +11,15 @@ import torch
 from torch import Tensor
 
 from lrpq.model.staging import Staging
-from tasks.device_copies import added, copied_to_device, copied_to_host, to_device, to_host
+from tasks.device_copies import (
+    added,
+    copied_beside,
+    copied_to_device,
+    copied_to_host,
+    to_device,
+    to_host,
+    to_host_beside,
+)
 from tasks.store.host_threads import set_host_threads
 
 CPU = torch.device("cpu")
@@ -68,3 +78,44 @@ def test_what_is_in_host_memory_already_is_not_copied() -> None:
     tensor = random(5000, 500)
     assert to_host(tensor).data_ptr() == tensor.data_ptr()
     assert to_device(tensor, "cpu").data_ptr() == tensor.data_ptr()
+    assert to_host_beside({"a": tensor}).result()["a"].data_ptr() == tensor.data_ptr()
+
+
+def test_copies_beside_have_all_bits_under_their_names_and_hold_nothing() -> None:
+    staging = Staging(CPU, buffers=2, buffer_bytes=128)
+    wanted = {(i, "name"): random(i, 41) for i in range(9)} | {(9, "turned"): random(40, 30).T}
+    tensors = {key: tensor.clone() for key, tensor in wanted.items()}
+    held = [weakref.ref(tensor) for tensor in tensors.values()]
+    coming = copied_beside(tensors, staging)
+    del tensors
+    found = coming.result()
+    assert list(found) == list(wanted)
+    for key, tensor in wanted.items():
+        assert torch.equal(found[key], tensor)
+    gc.collect()
+    assert [reference() for reference in held] == [None] * len(held)
+
+
+def test_a_copy_beside_that_fails_says_so() -> None:
+    class Broken(Staging):
+        def to_host(self, *arguments: object, **options: object) -> Tensor:
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        copied_beside({"a": random(3, 4)}, Broken(CPU)).result()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_copies_beside_are_of_what_the_gpu_had_computed_by_then() -> None:
+    values = torch.zeros(4096, 4096, device="cuda")
+    tensors = {}
+    for i in range(4):
+        for _ in range(20):
+            values = values + 1
+        tensors[i] = values
+    coming = to_host_beside(tensors)
+    for _ in range(50):
+        values = values * 2  # goes on
+    for i, found in coming.result().items():
+        assert torch.equal(found, torch.full((4096, 4096), 20.0 * (i + 1)))
