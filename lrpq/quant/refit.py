@@ -136,7 +136,7 @@ def _refit_on_gpu(T: Tensor, quantized: QuantizedWeight, H: Tensor, new: Tensor,
     """The same by kernels, into new scales and which rows keep theirs. Sums over a group are float64 here, H D is by
     halves."""
     from lrpq.kernels.group_products_cuda import group_products
-    from lrpq.kernels.refit_cuda import group_sums, judge, part_empty
+    from lrpq.kernels.refit_cuda import SOLVED_GROUPS, group_sums, judge, part_empty, solve
 
     (rows, d_in), num_groups = T.shape, new.shape[1]
     codes, old = quantized.codes.contiguous(), quantized.scales.contiguous()
@@ -153,8 +153,12 @@ def _refit_on_gpu(T: Tensor, quantized: QuantizedWeight, H: Tensor, new: Tensor,
             group_sums(codes[:, own.start :], codes[:, own].to(H.dtype) @ H[own, own.start :], A[:, g, g:])
             A[:, g:, g] = A[:, g, g:]
     part_empty(A, b)
-    L, info = torch.linalg.cholesky_ex(A)
-    ds = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2).contiguous()
+    if num_groups <= SOLVED_GROUPS:  # PyTorch's take half a millisecond, however small the systems
+        ds, info = torch.empty_like(b), torch.empty(rows, dtype=torch.int32, device=b.device)
+        solve(A, b, ds, info)
+    else:
+        L, info = torch.linalg.cholesky_ex(A)
+        ds = torch.cholesky_solve(b.unsqueeze(2), L).squeeze(2).contiguous()
     judge(A, b, ds, info, old, new, rejected, scale_bits=quantized.choice.scale_bits)
 
 

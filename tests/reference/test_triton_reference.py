@@ -281,3 +281,26 @@ def test_rows_of_a_refit_are_summed_and_judged(
     if rows > 4:
         assert not better[[1, 3, 4]].any()
         assert better.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("groups", [1, 2, 9, 24, 32])
+def test_equations_of_rows_are_solved(groups: int, device: str) -> None:
+    from lrpq.kernels.refit_cuda import solve
+
+    root = numbers(6, groups, groups, seed=groups).double()
+    units = torch.logspace(-30, 30, 6, dtype=torch.float64).view(6, 1, 1)
+    A = (root @ root.transpose(1, 2) + 1e-6 * torch.eye(groups).double()) * units
+    wanted = numbers(6, groups, seed=7).double()
+    b = torch.einsum("rgh,rh->rg", A, wanted)
+    A[3] -= 2 * A[3].diagonal().max() * torch.eye(groups).double()  # not positive definite
+    A[4, 0, 0] = torch.nan
+    ds = torch.full_like(b, torch.nan, device=device)
+    info = torch.full((6,), 7, dtype=torch.int32, device=device)
+    solve(A.to(device), b.to(device), ds, info)
+    assert (info.cpu() != 0).tolist() == [False, False, False, True, True, False]
+    fine = torch.tensor([0, 1, 2, 5])
+    exact = torch.linalg.solve(A[fine], b[fine])
+    reached = torch.einsum("rgh,rh->rg", A[fine], ds.cpu()[fine])
+    assert torch.allclose(reached / units[fine, 0], b[fine] / units[fine, 0], rtol=1e-9, atol=1e-9)
+    assert torch.allclose(ds.cpu()[fine], exact, rtol=1e-4, atol=1e-4)
