@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,8 @@ from flows.changes import change_json, change_of, changed_fingerprint
 from flows.config import CompressConfig
 from flows.guard import UNIFORM, Contender, Windows, guarded, measure_held_out
 from flows.jobs import JobContext
-from flows.manifest_file import MANIFEST, read_manifest_file, write_manifest_file
+from flows.manifest_file import MANIFEST, write_manifest_file
+from flows.output_checkpoint import Call, OutputCheckpoint
 from flows.planning import Planner, Plans
 from flows.progress import Progress
 from flows.result import content_key, manifest_of, model_bytes
@@ -33,7 +33,7 @@ from lrpq.allocate.problem import CostRow
 from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.plan import planned_size
 from lrpq.checkpoint.publish import check_output
-from lrpq.errors import ConfigError, OutputBusy
+from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource, resolve_model
 from lrpq.model.source import open_source
@@ -60,14 +60,6 @@ from tasks.streams import DTYPES, StreamJob
 
 NOT_STORED = frozenset({"allocate", assemble.STAGE})
 """Stages done again in every run: seconds of arithmetic on stored costs, and copying stored codes to the output."""
-
-
-BUSY_SECONDS = 1.0
-"""Between two looks at an output folder that another process is writing."""
-
-
-Call = tuple[Callable[..., Any], Any]
-"""A function of a worker, and the job it is called with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +260,8 @@ class Compression:
         rebuilding = self._rebuilding(pool, prepared, ours)
         rebuilt = None if rebuilding is None else rebuilding.contender
         keys = [self._content_key(c, head=head) for c in (ours, rebuilt, uniform) if c is not None]
-        if all(self._written(key) is None for key in keys):  # what is wrong with the output shows here, not later
+        # what is wrong with the output shows here, not later
+        if not any(self._output(key).manifest() for key in keys):
             check_output(self.config.output, overwrite=self.config.overwrite)
         degraded = count_degradations(rows)
         if refined is not None:
@@ -312,7 +305,8 @@ class Compression:
         manifest["content_key"] = key
         # Beside the content key: a run that is stopped after this is written finds its checkpoint complete.
         manifest["size"] = self._planned_size(codes, quantized)
-        reached = self._assemble(pool, codes, quantized, manifest, key, head=head)
+        call = self._assembly(codes, quantized, manifest, head=head)
+        reached = self._output(key).write(run, pool, call, size=manifest["size"])
         manifest["verified"] = reached["verified"]
         self._report()
         manifest["budget"] |= {"reached_bits": reached["average_bits"], "reached_bytes": reached["total_bytes"]}
@@ -382,37 +376,9 @@ class Compression:
             writer=self.WRITER,
         )
 
-    def _assemble(
-        self,
-        pool: Pool,
-        codes: StageFolder | CandidatesJob,
-        quantized: Mapping[str, Choice],
-        manifest: Mapping[str, Any],
-        key: str,
-        *,
-        head: CandidatesJob | None,
-    ) -> Mapping[str, Any]:
-        """Write the checkpoint, unless the very same one lies in the output folder already."""
-        run = self.run_state
-        present = self._written(key)
-        if present is not None:
-            run.reused.append(assemble.STAGE)
-            run.seconds[assemble.STAGE] = 0.0
-            run.progress.done(assemble.STAGE, seconds=0.0, reused=True)
-            size: Mapping[str, Any] = {**manifest["size"], "verified": present["verified"]}
-        else:
-            call = self._assembly(codes, quantized, manifest, head=head)
-
-            def attempt() -> Mapping[str, Any]:
-                with run.timed(assemble.STAGE, 1, "checkpoint"):
-                    written: Mapping[str, Any] = run.step(
-                        "assemble", lambda: self._assembled(pool, call, manifest, key)
-                    )
-                    run.advance(assemble.STAGE)
-                return written
-
-            size = run.survive(pool, assemble.STAGE, attempt)
-        return size
+    def _output(self, key: str) -> OutputCheckpoint:
+        """The checkpoint with this content."""
+        return OutputCheckpoint(folder=self.config.output, key=key, count_bytes=self.output_bytes)
 
     def _assembly(
         self,
@@ -438,29 +404,6 @@ class Compression:
             change=self.change,
         )
         return assemble.assemble, job
-
-    def _assembled(self, pool: Pool, call: Call, manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-        """The checkpoint's size; of two drivers of one run the second one waits for the first one's checkpoint."""
-        while True:
-            try:
-                written: Mapping[str, Any] = pool.get([pool.submit(0, *call)])[0]
-                return written
-            except ConfigError as error:  # busy, or filled meanwhile
-                present = self._written(key)
-                if present is not None:
-                    return {**manifest["size"], "verified": present["verified"]}
-                if not isinstance(error, OutputBusy):
-                    raise
-            time.sleep(BUSY_SECONDS)
-
-    def _written(self, key: str) -> dict[str, Any] | None:
-        """Manifest in the output folder, if it is this very checkpoint's: proved, its files of the right length."""
-        present = read_manifest_file(self.config.output / MANIFEST)
-        if present is None or present.get("content_key") != key or not isinstance(present.get("verified"), dict):
-            return None
-        size = present.get("size")
-        whole = isinstance(size, dict) and size.get("total_bytes") == self.output_bytes()
-        return present if whole else None
 
     def output_bytes(self) -> int:
         """Bytes of what lies in the output folder, as sizes of checkpoints are counted."""

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from flows import guard, jobs, reconstruction
-from flows.compression import Call, Compression, Prepared, Rebuilding
+from flows.compression import Compression, Prepared, Rebuilding
 from flows.guard import Contender, Windows
 from flows.heat_maps import HeatReport, run_heat_maps
 from flows.image_shares import none_held_out
 from flows.images import MeasuredImages, calibration_images, evaluation_images
+from flows.output_checkpoint import Call
 from flows.planning import Planner, Plans
 from flows.reconstruction import AS_ROUNDED, CHECK, REBUILT, run_rebuild, stream_of
 from flows.result import choices_json, model_bytes
