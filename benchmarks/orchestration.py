@@ -45,8 +45,9 @@ from lrpq.quant.gptq import gptq, predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import pack
+from lrpq.refine.products import merge_products
 from lrpq.refine.quantize import quantize_refined
-from lrpq.refine.sweep import RefineSweep, merge_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, SiteWeights, merge_block_sums
 from lrpq.shards import root, split

@@ -31,7 +31,8 @@ from lrpq.quant.gptq import gptq
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import normalized
 from lrpq.quant.rtn import round_to_nearest
-from lrpq.refine.sweep import RefineSweep, merge_products
+from lrpq.refine.products import merge_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.shards import root, split
 from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.load import load_windows

@@ -19,9 +19,10 @@ from lrpq.model.layers import Choice, LinearSpec
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.packing import pack, unpack
 from lrpq.quant.starved import Evidence, hessian_of_expert
+from lrpq.refine.products import SiteProducts, copied, merge_products
 from lrpq.refine.quantize import Refined, quantize_refined
 from lrpq.refine.routed import dense_weights, routed_products
-from lrpq.refine.sweep import RefineSweep, SiteProducts, copied, merge_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.relevance.outputs import Outputs
 from lrpq.shards import Node, root
 from tasks.artifacts import StageFolder

@@ -25,7 +25,7 @@ STAGE_FUNCTIONS = {
     "kept inputs to the host": "lrpq.model.kept:KeptInputs.put",
     "kept inputs back": "lrpq.model.kept:KeptInputs.take",
     "merging profile sums": "lrpq.relevance.sweep:merge_block_sums",
-    "merging refinement sums": "lrpq.refine.sweep:merge_products",
+    "merging refinement sums": "lrpq.refine.products:merge_products",
 }
 """Timed for the breakdown; what is left of a stage is printed as its own."""
 

@@ -19,8 +19,8 @@ from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import predicted_cost
 from lrpq.quant.hessian import HessianSum
 from lrpq.quant.side_by_side import quantize_side_by_side
+from lrpq.refine.products import SiteProducts
 from lrpq.refine.quantize import Refined, quantize_refined
-from lrpq.refine.sweep import SiteProducts
 from lrpq.relevance.outputs import CHUNK_ROWS
 
 CANDIDATES, QUANTIZE = "candidates", "quantize"

@@ -13,7 +13,7 @@ from benchmarks.gpu.report import Report, Row
 from benchmarks.gpu.shapes import BlockShape
 from benchmarks.gpu.stages import run_profile, run_refine
 from lrpq.model.layers import Choice, LinearSpec
-from lrpq.refine.sweep import SiteProducts
+from lrpq.refine.products import SiteProducts
 
 PART = "memory"
 DEPTHS = (4, 16)

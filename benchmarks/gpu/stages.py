@@ -18,7 +18,8 @@ from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.rtn import round_to_nearest
-from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
+from lrpq.refine.products import SiteProducts, merge_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.sweep import ProfileSweep, Shard, merge_block_sums
 from lrpq.shards import root, split

@@ -35,8 +35,9 @@ from lrpq.quant.hessian import normalized
 from lrpq.quant.packing import storage_bits
 from lrpq.quant.rtn import round_to_nearest
 from lrpq.quant.side_by_side import quantize_side_by_side
+from lrpq.refine.products import SiteProducts, merge_products
 from lrpq.refine.quantize import quantize_refined
-from lrpq.refine.sweep import QuantizedActivations, RefineSweep, SiteProducts, merge_products
+from lrpq.refine.sweep import QuantizedActivations, RefineSweep
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.outputs import Outputs
 from lrpq.relevance.rules import Pass

@@ -18,8 +18,8 @@ from lrpq.quant.grid import Grid, QuantizedWeight, power_of_two
 from lrpq.quant.hessian import factor_damped, normalized
 from lrpq.quant.polish import polish
 from lrpq.quant.row_feedback import DEFAULT_BLOCKS, interacts, joint_error, quantize_in_blocks, stacked
+from lrpq.refine.products import SiteProducts
 from lrpq.refine.row_parts import row_parts
-from lrpq.refine.sweep import SiteProducts
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -22,7 +22,8 @@ from lrpq.model.experts import LinearExperts, RoutedLinear
 from lrpq.model.layers import LinearSpec
 from lrpq.model.linears import EXPERTS
 from lrpq.quant.hessian import accumulate, empty_hessian
-from lrpq.refine.sweep import RefineSweep, SiteProducts, add_products
+from lrpq.refine.products import SiteProducts, add_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.shards import Node, fold
 
 if TYPE_CHECKING:

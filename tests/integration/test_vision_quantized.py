@@ -31,7 +31,8 @@ from lrpq.evaluate.classification import ImageScores, class_logits, score_images
 from lrpq.model.source import open_source
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import normalized
-from lrpq.refine.sweep import RefineSweep, merge_products
+from lrpq.refine.products import merge_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.shards import root
 from lrpq.transform.writing import write_folded
 

@@ -28,8 +28,9 @@ from lrpq.quant.hessian import accumulate, empty_hessian, merge, normalized
 from lrpq.quant.importance import search_importance
 from lrpq.quant.packing import pack, storage_bits, unpack
 from lrpq.quant.rtn import round_to_nearest
+from lrpq.refine.products import SiteProducts, merge_products
 from lrpq.refine.quantize import Refined, quantize_refined
-from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.relevance.attribute import ModuleStats
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.rules import Pass

@@ -21,8 +21,9 @@ from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq
 from lrpq.quant.hessian import accumulate, empty_hessian, merge, normalized
 from lrpq.quant.starved import MIN_TOKEN_SHARE, Evidence, hessian_of_expert, is_starved
+from lrpq.refine.products import SiteProducts, merge_products
 from lrpq.refine.routed import POOLED, dense_weights, routed_products
-from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.sweep import ProfileSweep, Shard, SiteWeights, merge_block_sums
 from lrpq.shards import root

@@ -20,8 +20,9 @@ from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq
 from lrpq.quant.grid import Grid
 from lrpq.quant.hessian import normalized
+from lrpq.refine.products import SiteProducts, merge_products
 from lrpq.refine.quantize import quantize_refined
-from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.shards import root
 
 WINDOWS, LENGTH, VOCABULARY, LAYERS = 5, 12, 128, 3

@@ -16,9 +16,9 @@ from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum
 from lrpq.quant.row_feedback import joint_error, quantize_in_blocks
 from lrpq.quant.rtn import round_to_nearest
+from lrpq.refine.products import SiteProducts
 from lrpq.refine.quantize import Refined, quantize_refined
 from lrpq.refine.row_parts import row_parts
-from lrpq.refine.sweep import SiteProducts
 from lrpq.relevance.outputs import CHUNK_ROWS, add_outputs, empty_outputs, merge_outputs, num_chunks
 
 ROWS, COLUMNS = 512, 24

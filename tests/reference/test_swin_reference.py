@@ -23,7 +23,8 @@ from lrpq.model.streaming import BlockStream
 from lrpq.quant.factor import factorize
 from lrpq.quant.grid import Grid
 from lrpq.quant.hessian import normalized
-from lrpq.refine.sweep import RefineSweep, merge_products
+from lrpq.refine.products import merge_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.head import sample_labels, sequence_generator
 from lrpq.relevance.patches import patch_relevance

@@ -16,7 +16,8 @@ from lrpq.model.host_tensors import HostGroups, HostList, HostTensors
 from lrpq.model.kept import KeptInputs
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
-from lrpq.refine.sweep import RefineSweep, SiteProducts, merge_products
+from lrpq.refine.products import SiteProducts, merge_products
+from lrpq.refine.sweep import RefineSweep
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, Shard, merge_block_sums
