@@ -93,7 +93,7 @@ class InlinePool:
     def submit(self, worker: int, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self.state, *arguments)
 
-    submit_beside = submit
+    submit_beside = submit_passing = submit
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         return [function(self.state, *arguments)]

@@ -108,14 +108,13 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
 
 
 def _store_sums(pool: Pool, job: ProfileJob, block: int, found: list[Any]) -> list[Any]:
-    """Store the sums of a block that the workers have found, each share by its worker, which is sent the others'; the
-    first while the next are on their way to host memory."""
+    """Store the sums of a block that the workers have found, each share by its worker, which is sent the others'."""
     done = list(found)
     for share, storer in profile_sums.storing_workers(job, block, len(pool)).items():
-        kept = pool.each_refs(profile.keep_share, job, block, share)
-        others = [pool.submit(i, profile.take, block, share) for i in range(len(pool)) if i != storer]
-        stored = pool.submit_beside(storer, profile_sums.store_share, job, block, share, kept[storer], *others)
-        done += [*kept, stored]
+        others = [
+            pool.submit_passing(i, profile.take, block, share, kept) for i, kept in enumerate(found) if i != storer
+        ]
+        done.append(pool.submit_beside(storer, profile_sums.store_share, job, block, share, found[storer], *others))
     return done
 
 

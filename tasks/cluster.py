@@ -83,7 +83,8 @@ class Pool:
         environment = {**QUIET, **{k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}}
         if device == "cpu":
             environment |= _HEAP
-        self._actor = ray.remote(concurrency_groups={"pulse": 1, "beside": 1, "overlapped": AT_ONCE})(Worker).options(
+        groups = {"pulse": 1, "beside": 1, "passing": 1, "overlapped": AT_ONCE}
+        self._actor = ray.remote(concurrency_groups=groups)(Worker).options(
             num_cpus=shape.num_cpus, num_gpus=shape.num_gpus, runtime_env={"env_vars": environment}
         )
         self._settings = {
@@ -107,6 +108,11 @@ class Pool:
     def submit_beside(self, worker: int, function: Callable[..., Any], *arguments: Any) -> Ref:
         """As ``submit``, beside what the worker computes: for functions that store what they are given."""
         method = self.workers[worker].beside.options(concurrency_group="beside")
+        return method.remote(self._epoch, function, *arguments)
+
+    def submit_passing(self, worker: int, function: Callable[..., Any], *arguments: Any) -> Ref:
+        """As ``submit_beside``, in yet another thread: for functions that hand over what others store."""
+        method = self.workers[worker].beside.options(concurrency_group="passing")
         return method.remote(self._epoch, function, *arguments)
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
-from contextvars import copy_context
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -20,19 +19,33 @@ from torch import Tensor
 
 from lrpq.model.file_reads import FileReads
 from lrpq.model.safetensors_source import ModelSource
-from lrpq.model.staging import BUFFER_BYTES, Staging
-from tasks.store.host_threads import host_threads, in_order
+from lrpq.model.staging import BUFFER_BYTES, Event, Staging
+from tasks.store.host_threads import begun, host_threads, in_order, made
 
 Key = TypeVar("Key", bound=Hashable)
 SMALL_BYTES = 8 << 20
 """Up to which one copy is fast enough."""
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """The tensor in host memory: itself if it is there."""
-    if tensor.device.type == "cpu" or tensor.nbytes <= SMALL_BYTES or host_threads() == 1:
-        return tensor.cpu()
-    return copied_to_host(tensor, _staging(tensor.device))
+def to_host(tensor: Tensor, after: Event | None = None) -> Tensor:
+    """The tensor in host memory: itself if it is there.
+
+    Args:
+        tensor: contiguous, where ``after`` is given; it must not be changed before this returns.
+        after: event with which it is whole (``now``), where another thread asks for more meanwhile. By default it is
+            whole when the device has done all that the calling thread's stream was given.
+    """
+    if tensor.device.type == "cpu":
+        return tensor
+    if tensor.nbytes <= SMALL_BYTES or host_threads() == 1:
+        return tensor.cpu() if after is None else _staging(tensor.device).to_host(tensor, after)
+    return copied_to_host(tensor, _staging(tensor.device), after=after)
+
+
+def now(device: torch.device | str) -> Event | None:
+    """Happens when a GPU has done what the calling thread's stream was given so far; a CPU has done it."""
+    device = torch.device(device)
+    return None if device.type == "cpu" else _staging(_numbered(device)).now()
 
 
 def to_host_beside(tensors: Mapping[Key, Tensor]) -> Future[dict[Key, Tensor]]:
@@ -41,9 +54,7 @@ def to_host_beside(tensors: Mapping[Key, Tensor]) -> Future[dict[Key, Tensor]]:
     for tensor in tensors.values():
         if tensor.device.type != "cpu":
             return copied_beside(tensors, _staging(tensor.device))
-    there: Future[dict[Key, Tensor]] = Future()
-    there.set_result(dict(tensors))
-    return there
+    return made(dict(tensors))
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -66,12 +77,14 @@ def read_to_device(source: ModelSource, names: Sequence[str], device: torch.devi
     return tensors[names[0]]
 
 
-def copied_to_host(tensor: Tensor, staging: Staging, *, piece_bytes: int = BUFFER_BYTES) -> Tensor:
+def copied_to_host(
+    tensor: Tensor, staging: Staging, *, piece_bytes: int = BUFFER_BYTES, after: Event | None = None
+) -> Tensor:
     """A copy in host memory, made in pieces by all threads."""
     source = tensor.detach().contiguous()
     flat = source.view(-1).view(torch.uint8)
     memory = np.empty(max(1, len(flat)), dtype=np.uint8)  # of an empty array torch knows no stride
-    after = staging.now()
+    after = staging.now() if after is None else after
     _all(
         partial(staging.to_host, flat[piece], after, memory=memory[piece]) for piece in _pieces(len(flat), piece_bytes)
     )
@@ -93,11 +106,8 @@ def copied_beside(tensors: Mapping[Key, Tensor], staging: Staging) -> Future[dic
         with closing(in_order(partial(copied, left.popleft()) for _ in keys)) as found:
             return dict(zip(keys, found, strict=True))
 
-    thread = ThreadPoolExecutor(1, thread_name_prefix="lrpq-to-host")
-    try:
-        return thread.submit(copy_context().run, copy)
-    finally:
-        thread.shutdown(wait=False)
+    (coming,) = begun([copy])
+    return coming
 
 
 def copied_to_device(tensor: Tensor, staging: Staging, *, piece_bytes: int = BUFFER_BYTES) -> Tensor:

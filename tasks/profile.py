@@ -22,7 +22,7 @@ from lrpq.relevance.sweep import BlockSums, ProfileSweep, on_host
 from lrpq.shards import Node
 from tasks.device_copies import to_host, to_host_beside
 from tasks.profile_job import HEAD_OBJECTS, STAGE, ProfileJob
-from tasks.profile_sums import PARTS, Part, shared_out, shares
+from tasks.profile_sums import PARTS, Part, shared_out
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_tensors
 from tasks.streams import my_shards, open_copies, open_stream
@@ -197,20 +197,17 @@ def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]
 
 
 def backward(state: WorkerState, job: ProfileJob, block: int) -> None:
-    """One block of the backward sweep; see ProfileSweep.backward. Its sums are kept, for ``keep_share``."""
-    found = _backward(state, job, block)
-    state.held[PARTS].update({(block, share): found for share in shares(job, block)})
+    """One block of the backward sweep; see ProfileSweep.backward. Its sums are kept, in shares."""
+    sums, weights = _backward(state, job, block)
+    found = shared_out(state, job, block, sums, weights)
+    state.held[PARTS].update({(block, share): part for share, part in found.items()})
 
 
-def keep_share(state: WorkerState, job: ProfileJob, block: int, share: str) -> None:
-    """Bring a share of a block's sums to host memory, where it is kept until it is stored here or taken."""
-    state.held[PARTS][block, share] = shared_out(state, job, block, share, state.held[PARTS][block, share])
-
-
-def take(state: WorkerState, block: int, share: str) -> Part:
-    """A share of this worker's sums of a block, for the one that stores it; they are forgotten here."""
-    part: Part = state.held[PARTS].pop((block, share))
-    return part
+def take(state: WorkerState, block: int, share: str, kept: None) -> Part:
+    """A share of this worker's sums of a block, for the one that stores it; they are forgotten here. ``kept`` is the
+    result of ``backward``, waited for."""
+    part: Future[Part] = state.held[PARTS].pop((block, share))
+    return part.result()
 
 
 def _backward(state: WorkerState, job: ProfileJob, block: int) -> Part:

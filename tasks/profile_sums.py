@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import pyarrow as pa
 import torch
@@ -16,9 +18,10 @@ from lrpq.quant.hessian import merge
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.sweep import BlockSums, SiteWeights, merge_block_sums, on_host
 from lrpq.shards import Node, root
-from tasks.device_copies import added, to_host
+from tasks.device_copies import added, now, to_host
 from tasks.hessian_bands import FIRST, REST, SECOND
 from tasks.profile_job import HESSIANS, INPUTS, ROWS, SQUARES, ProfileJob, chunk_name
+from tasks.store.host_threads import begun, made
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.symmetric import write_symmetric
@@ -29,8 +32,7 @@ from tasks.upper_triangle import WHOLE, Band, Sum, Triangle, UpperTriangle, pack
 from tasks.worker import WorkerState
 
 PARTS = "parts"
-"""Under which a worker keeps its sums until they are stored or taken, by block and share: first all of them under every
-share, on the device; then the share, in host memory."""
+"""Under which a worker keeps its sums until they are stored or taken, by block and share."""
 BANDS, OUTPUTS = "bands", "outputs"
 """Shares of a block's sums beside HESSIANS, each stored by another worker where there are so many: the Hessians of its
 sites, second bands of wide ones (tasks.hessian_bands), and the rest."""
@@ -39,12 +41,30 @@ Part = tuple[dict[Node, BlockSums], dict[int, SiteWeights]]
 """What one worker finds of a block."""
 
 
-def shared_out(state: WorkerState, job: ProfileJob, block: int, share: str, part: Part) -> Part:
-    """A share of all that a worker has found of a block, in host memory."""
-    sums, weights = part
+def shared_out(
+    state: WorkerState, job: ProfileJob, block: int, sums: Mapping[Node, BlockSums], weights: Mapping[int, SiteWeights]
+) -> dict[str, Future[Part]]:
+    """A worker's sums of a block by share, in host memory. On a GPU they are on their way there, one share after the
+    other, while it goes on: meanwhile it holds what is sent of them."""
+    cut = job.cut_of(block)
+    of_share = {share: dict(weights) if share == OUTPUTS else {} for share in shares(job, block)}
+    if state.device != "cpu" and not state.low_memory:
+        whole = [({node: _of_share(of, share, cut) for node, of in sums.items()}, w) for share, w in of_share.items()]
+        copy = partial(to_host, after=now(state.device))
+        coming = begun(partial(_brought, deque([part]), copy) for part in whole)
+        return dict(zip(of_share, coming, strict=True))
+    found: dict[str, Future[Part]] = {}
     stays = state.num_workers == 1 and state.device == "cpu"  # nothing is copied, so that nothing is in memory twice
-    found = {node: _of_share(of_node, share, job.cut_of(block), stays=stays) for node, of_node in sums.items()}
-    return found, dict(weights) if share == OUTPUTS else {}
+    for share, own in of_share.items():
+        parts = {node: _of_share(of, share, cut, stays=stays, copy=to_host) for node, of in sums.items()}
+        found[share] = made((parts, own))
+    return found
+
+
+def _brought(part: deque[Part], copy: Callable[[Tensor], Tensor]) -> Part:
+    """A part in host memory; what it was made of is given up one after the other."""
+    sums, weights = part.pop()
+    return {node: on_host(sums.pop(node), copy) for node in list(sums)}, weights
 
 
 def shares(job: ProfileJob, block: int) -> tuple[str, ...]:
@@ -58,27 +78,35 @@ def shares(job: ProfileJob, block: int) -> tuple[str, ...]:
     return (BANDS, HESSIANS, OUTPUTS) if job.cut_of(block) else (HESSIANS, OUTPUTS)
 
 
-def _of_share(sums: BlockSums, share: str, cut: frozenset[str], *, stays: bool) -> BlockSums:
-    """A share of a worker's sums, in host memory; those that are sent as upper triangles or bands of them."""
+def _of_share(
+    sums: BlockSums,
+    share: str,
+    cut: frozenset[str],
+    *,
+    stays: bool = False,
+    copy: Callable[[Tensor], Tensor] = lambda values: values,
+) -> BlockSums:
+    """A share of a worker's sums, where ``copy`` brings them; unless they stay, upper triangles or bands of them."""
     if share == OUTPUTS:
         rest = replace(sums, hessians={})
-        return on_host(rest, to_host) if stays else sent_sums(rest)
+        return on_host(rest, copy) if stays else sent_sums(rest, copy)
     is_first = share == HESSIANS
     whole = {site: H for site, H in sums.hessians.items() if site not in cut and is_first}
     bands = {site: H for site, H in sums.hessians.items() if site in cut}
     alone = replace(sums, hessians=whole, curvature={}, outputs={})
-    found = on_host(alone, to_host) if stays else sent_sums(alone)
+    found = on_host(alone, copy) if stays else sent_sums(alone, copy)
     hessians = dict(found.hessians)
     for site, H in bands.items():
         xx = H.xx if stays else packed(H.xx, FIRST if is_first else SECOND)
-        x = to_host(H.x) if H.x is not None and is_first else None
-        hessians[site] = replace(H, xx=to_host(xx), x=x)
+        x = copy(H.x) if H.x is not None and is_first else None
+        hessians[site] = replace(H, xx=copy(xx), x=x)
     return replace(found, hessians=hessians)
 
 
-def sent_sums(sums: BlockSums) -> BlockSums:
-    """A worker's sums in host memory, of matrices the upper triangles: half the bytes to copy, send and add up."""
-    return on_host(sums, lambda values: to_host(packed(values) if values.ndim == 2 else values))
+def sent_sums(sums: BlockSums, copy: Callable[[Tensor], Tensor] = to_host) -> BlockSums:
+    """A worker's sums where ``copy`` brings them, of matrices the upper triangles: half the bytes to copy, send and add
+    up."""
+    return on_host(sums, lambda values: copy(packed(values) if values.ndim == 2 else values))
 
 
 def stored_matrix(values: Tensor, band: Band = WHOLE) -> Tensor | Triangle:
@@ -99,11 +127,11 @@ def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kep
         job: the stage.
         block: index of the block.
         share: which of the sums.
-        kept: result of this worker's ``keep_share``, waited for.
+        kept: result of this worker's ``backward``, waited for.
         others: of the other workers.
     """
-    held: dict[tuple[int, str], Part] = state.held[PARTS]
-    nodes, weights = held.pop((block, share))
+    held: dict[tuple[int, str], Future[Part]] = state.held[PARTS]
+    nodes, weights = held.pop((block, share)).result()
     for sums, shard_weights in others:
         nodes |= sums
         weights |= shard_weights

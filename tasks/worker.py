@@ -159,8 +159,8 @@ class WorkerState:
 class Worker:
     """Body of the actor.
 
-    ``call`` and ``clear`` run one at a time; ``overlapped`` in two threads of its own, ``beside`` in another, ``pulse``
-    and ``move`` in the last.
+    ``call`` and ``clear`` run one at a time; ``overlapped`` in two threads of its own, ``beside`` in another or, where
+    something is passed on, in a fourth, ``pulse`` and ``move`` in the last.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:

@@ -38,7 +38,9 @@ class Profiling(Common):
         backward = max(kind.calibration.backward.peak_bytes for kind in shape.kinds)
         accumulating = 8.0 * batch * widest
         at_work = self.at_work(tokens)
-        sums, computing = self.levels * self.set_bytes, backward + accumulating
+        # of the block before, upper triangles are on their way to the host while the first shard of this one is summed
+        leaving = 0 if self.cpu or not asked.weighs_tokens else self.set_bytes // 2
+        sums, computing = max(self.levels * self.set_bytes, self.set_bytes + leaving), backward + accumulating
         if asked.low_memory:  # one set while a micro-batch computes, two while they are merged
             sums = self.set_bytes if computing > self.set_bytes else min(self.levels, 2) * self.set_bytes
             computing = computing if computing > self.set_bytes else 0.0

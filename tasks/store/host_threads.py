@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -50,3 +50,22 @@ def in_order(calls: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
         finally:
             for future in coming:
                 future.cancel()
+
+
+def begun(calls: Iterable[Callable[[], T]]) -> list[Future[T]]:
+    """Begin to make calls, one after the other, in a thread of their own that may use as many threads as the caller.
+
+    A call, and what only it holds, is given up when it has been made.
+    """
+    with_thread = ThreadPoolExecutor(1, thread_name_prefix="lrpq-beside")
+    try:
+        return [with_thread.submit(copy_context().run, call) for call in calls]
+    finally:
+        with_thread.shutdown(wait=False)
+
+
+def made(value: T) -> Future[T]:
+    """What has been found already, for those who would wait for it."""
+    there: Future[T] = Future()
+    there.set_result(value)
+    return there

@@ -46,7 +46,7 @@ class Workers:
     def submit(self, worker: int, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(self.states[worker], *arguments)
 
-    submit_beside = submit
+    submit_beside = submit_passing = submit
 
     def each(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         return [function(state, *arguments) for state in self.states]

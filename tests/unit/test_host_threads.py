@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,15 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import StoreError
-from tasks.store.host_threads import host_threads, in_order, set_host_threads
+from tasks.store.host_threads import begun, host_threads, in_order, made, set_host_threads
 from tasks.store.objects import open_store
 from tasks.store.tensors import read_symmetric, read_tensors, write_symmetric, write_tensors
 
 KEYS = ("h.parquet", "t.safetensors")
+
+
+class Thing:
+    pass
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +119,34 @@ def test_threads_are_those_of_the_thread_that_was_told() -> None:
     other.start()
     other.join()
     assert (host_threads(), seen) == (4, [1])
+
+
+def test_calls_that_are_begun_run_one_after_the_other_elsewhere_and_hold_nothing() -> None:
+    set_host_threads(3)
+    begin, order = threading.Event(), list[int]()
+    held = [Thing() for _ in range(4)]
+    seen = [weakref.ref(thing) for thing in held]
+
+    def call(thing: Thing, number: int) -> tuple[int, int, bool]:
+        begin.wait(10)
+        order.append(number)
+        return number, host_threads(), threading.current_thread() is threading.main_thread()
+
+    coming = begun(partial(call, held.pop(0), number) for number in range(4))
+    assert order == []  # the caller goes on
+    begin.set()
+    assert [future.result(10) for future in coming] == [(number, 3, False) for number in range(4)]
+    assert order == [0, 1, 2, 3]
+    gc.collect()
+    assert [reference() for reference in seen] == [None] * 4
+
+
+def test_what_fails_beside_is_raised_where_it_is_asked_for() -> None:
+    def fail() -> None:
+        raise OSError("no room")
+
+    first, second = begun([fail, lambda: None])
+    with pytest.raises(OSError, match="no room"):
+        first.result(10)
+    assert second.result(10) is None
+    assert made(7).result(0) == 7
