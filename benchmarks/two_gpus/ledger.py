@@ -129,7 +129,7 @@ def _timed(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
         if getattr(_inside, "moving", False):  # counted already
             return function(*arguments, **options)
-        beside = getattr(_inside, "beside", False)
+        beside = getattr(_inside, "beside", True)  # of a thread that runs no call too: it waits for no computation
         if label in OF_DEVICE and torch.cuda.is_available() and not beside:
             torch.cuda.synchronize()
         _inside.moving = True
