@@ -38,7 +38,7 @@ from lrpq.model.layers import Choice
 from lrpq.model.source import open_source
 from tasks.calibration.load import load_windows
 from tasks.calibration.sources import parse_source
-from tasks.resources import windows_at_once
+from tasks.resources import cut_of
 
 GROUP_SIZE = 64
 BITS = (2, 3)
@@ -92,19 +92,20 @@ def main() -> None:
         raise SystemExit(f"{arguments.calibration}: {len(drawn)} windows; give a longer text, or fewer windows")
     tokens, probes = drawn[: arguments.windows], drawn[arguments.windows :].split(arguments.probe)
     source = open_source(arguments.model)
+    cut = cut_of(
+        device=arguments.device,
+        num_windows=len(tokens),
+        length=arguments.length,
+        hidden=source.config.get_text_config().hidden_size,
+    )
     terms = Terms(
         bits=BITS,
         group_sizes=(GROUP_SIZE,),
         seed=arguments.seed,
         dtype=getattr(torch, arguments.dtype),
         device=arguments.device,
-        shards=min(8, len(tokens)),
-        micro_batch=windows_at_once(
-            None,
-            device=arguments.device,
-            length=arguments.length,
-            hidden=source.config.get_text_config().hidden_size,
-        ),
+        shards=cut.shards,
+        micro_batch=cut.micro_batch,
     )
     bench = Workbench(source, tokens, terms)
     gathered = bench.gather(PREDICTIONS, weightings=(), candidates_by="blend", keep_candidates=True)

@@ -32,7 +32,7 @@ from lrpq.model.source import open_source
 from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.load import load_windows
 from tasks.calibration.sources import parse_source
-from tasks.resources import shards_of, windows_at_once
+from tasks.resources import cut_of
 
 
 def peak(device: str) -> str:
@@ -125,11 +125,12 @@ def main() -> None:
         )
         calibration, held_out = split_held_out(drawn, num_windows=arguments.windows)
         source = open_source(arguments.model)
-        micro_batch = windows_at_once(
-            arguments.micro_batch,
+        cut = cut_of(
             device=arguments.device,
+            num_windows=len(calibration.tokens),
             length=arguments.length,
             hidden=source.config.hidden_size,
+            micro_batch=arguments.micro_batch,
         )
         terms = Terms(
             bits=tuple(numbers(arguments.bits)),
@@ -137,10 +138,8 @@ def main() -> None:
             scale_bits=arguments.scale_bits,
             seed=seed,
             device=arguments.device,
-            shards=shards_of(
-                None, device=arguments.device, num_windows=len(calibration.tokens), micro_batch=micro_batch
-            ),
-            micro_batch=micro_batch,
+            shards=cut.shards,
+            micro_batch=cut.micro_batch,
         )
         bench = Workbench(source, calibration.tokens, terms, held_out=held_out)
         budgets = [float(part) for part in arguments.budgets.split(",")]

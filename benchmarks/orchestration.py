@@ -54,7 +54,7 @@ from lrpq.shards import root, split
 from tasks.calibration.stored import read_windows
 from tasks.opening import open_pool
 from tasks.refine import read_refined
-from tasks.resources import CPU_WINDOWS, shards_of
+from tasks.resources import CPU_WINDOWS, SHARDS
 from tasks.store.objects import open_store
 from tasks.store.tensors import write_tensors
 from tasks.streams import DTYPES
@@ -94,7 +94,7 @@ class Plain:
 
     @property
     def num_shards(self) -> int:
-        return shards_of(self.config.run.shards, device="cpu", num_windows=len(self.windows), micro_batch=CPU_WINDOWS)
+        return min(self.config.run.shards or SHARDS, len(self.windows))
 
     def profile(self) -> tuple[dict[int, BlockSums], dict[int, dict[int, SiteWeights]]]:
         run = self.config.run

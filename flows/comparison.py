@@ -38,7 +38,7 @@ from tasks.calibration.held_out import default_held_out, split_held_out
 from tasks.calibration.overlap import overlap_warning
 from tasks.model_identity import model_fingerprint
 from tasks.opening import resolve_device
-from tasks.resources import shards_of, windows_at_once
+from tasks.resources import cut_of
 from tasks.store.documents import parse_object
 from tasks.store.keys import code_digest
 from tasks.streams import DTYPES
@@ -236,9 +236,9 @@ class ComparisonRun:
         if (warning := overlap_warning(calibration, scored)) is not None:
             self.progress.note(warning)
         self.document["windows"] = {"calibration": len(tokens), "held_out": len(rest), "evaluation": len(scored.tokens)}
-        micro_batch = windows_at_once(
-            None,
+        cut = cut_of(
             device=self.device,
+            num_windows=len(tokens),
             length=tokens.shape[1],
             hidden=self.source.config.get_text_config().hidden_size,
         )
@@ -249,8 +249,8 @@ class ComparisonRun:
             seed=seed,
             dtype=DTYPES[self.dtype],
             device=self.device,
-            shards=shards_of(None, device=self.device, num_windows=len(tokens), micro_batch=micro_batch),
-            micro_batch=micro_batch,
+            shards=cut.shards,
+            micro_batch=cut.micro_batch,
         )
         bench = Workbench(self.source, tokens, terms, held_out=rest)
         comparison = Comparison(bench, METHODS, missing, scored.tokens)

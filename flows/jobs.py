@@ -75,6 +75,7 @@ def stream_job(context: JobContext, windows: StoredWindows) -> StreamJob:
             config.shards,
             device=context.run.device,
             num_windows=windows.num_windows,
+            length=context.length,
             micro_batch=context.micro_batch,
         ),
         micro_batch=context.micro_batch,

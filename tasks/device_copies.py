@@ -23,6 +23,7 @@ from lrpq.model.staging import BUFFER_BYTES, Event, Staging
 from tasks.store.host_threads import begun, host_threads, in_order, made
 
 Key = TypeVar("Key", bound=Hashable)
+
 SMALL_BYTES = 8 << 20
 """Up to which one copy is fast enough."""
 
@@ -42,10 +43,9 @@ def to_host(tensor: Tensor, after: Event | None = None) -> Tensor:
     return copied_to_host(tensor, _staging(tensor.device), after=after)
 
 
-def now(device: torch.device | str) -> Event | None:
-    """Happens when a GPU has done what the calling thread's stream was given so far; a CPU has done it."""
-    device = torch.device(device)
-    return None if device.type == "cpu" else _staging(_numbered(device)).now()
+def now(device: torch.device | str) -> Event:
+    """Happens when a GPU has done what the calling thread's stream was given so far."""
+    return _staging(_numbered(torch.device(device))).now()
 
 
 def to_host_beside(tensors: Mapping[Key, Tensor]) -> Future[dict[Key, Tensor]]:
@@ -81,6 +81,10 @@ def copied_to_host(
     tensor: Tensor, staging: Staging, *, piece_bytes: int = BUFFER_BYTES, after: Event | None = None
 ) -> Tensor:
     """A copy in host memory, made in pieces by all threads."""
+    if after is not None and not tensor.is_contiguous():
+        raise ValueError(
+            f"a copy of what is whole by then of a tensor with strides {tensor.stride()}: make it contiguous"
+        )
     source = tensor.detach().contiguous()
     flat = source.view(-1).view(torch.uint8)
     memory = np.empty(max(1, len(flat)), dtype=np.uint8)  # of an empty array torch knows no stride
@@ -96,14 +100,11 @@ def copied_beside(tensors: Mapping[Key, Tensor], staging: Staging) -> Future[dic
 
     Each tensor is held until its copy is made, and no longer.
     """
-    keys, left = list(tensors), deque(tensors.values())
-    after = staging.now()
-
-    def copied(tensor: Tensor) -> Tensor:
-        return staging.to_host(tensor.detach().contiguous(), after)
+    keys, left = list(tensors), deque(tensor.detach().contiguous() for tensor in tensors.values())
+    after = staging.now()  # when they are contiguous too
 
     def copy() -> dict[Key, Tensor]:
-        with closing(in_order(partial(copied, left.popleft()) for _ in keys)) as found:
+        with closing(in_order(partial(staging.to_host, left.popleft(), after) for _ in keys)) as found:
             return dict(zip(keys, found, strict=True))
 
     (coming,) = begun([copy])

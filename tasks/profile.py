@@ -1,7 +1,8 @@
 """Profile: relevance of every token and output, and the Hessian of every input site, weighted by relevance or plain.
 
 Workers stream all blocks forward and backward for their shards. A block's sums are merged in the fixed tree and stored
-as soon as every worker has gone through it, so memory holds the sums of the block at hand only.
+as soon as every worker has gone through it, so memory holds the sums of the block at hand, and what is on its way to
+the store of the one before.
 """
 
 from __future__ import annotations
@@ -157,8 +158,8 @@ class _Gradients:
 
 def keep_gradients(state: WorkerState, job: ProfileJob, block: int) -> None:
     """Start to copy the gradients at the input of a block to host memory, where ``store_gradients`` finds them with the
-    losses of the labels they come from. Copies are made faster than the next block replaces what they are made of,
-    which it does in the same order."""
+    losses of the labels they come from. The next block replaces what they are made of in the same order, and as a rule
+    later than they are made: a gradient is read once, and multiplied with all weights of a block."""
     sweep: ProfileSweep = state.held[STAGE]
     found = {
         (shard, _batch(batch, kind)): to_host(g) if state.low_memory else g  # there they are copies, of the host's

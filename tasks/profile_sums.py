@@ -44,8 +44,8 @@ Part = tuple[dict[Node, BlockSums], dict[int, SiteWeights]]
 def shared_out(
     state: WorkerState, job: ProfileJob, block: int, sums: Mapping[Node, BlockSums], weights: Mapping[int, SiteWeights]
 ) -> dict[str, Future[Part]]:
-    """A worker's sums of a block by share, in host memory. On a GPU they are on their way there, one share after the
-    other, while it goes on: meanwhile it holds what is sent of them."""
+    """A worker's sums of a block by share, in host memory; from a GPU, but in low memory, on their way there, one share
+    after the other, while it goes on: meanwhile it holds what is sent of them."""
     cut = job.cut_of(block)
     of_share = {share: dict(weights) if share == OUTPUTS else {} for share in shares(job, block)}
     if state.device != "cpu" and not state.low_memory:
@@ -143,7 +143,8 @@ def store_share(state: WorkerState, job: ProfileJob, block: int, share: str, kep
     else:
         _write_outputs(store, job, block, nodes, weights)
     del nodes, others
-    if not any(of_block == block for of_block, _ in list(held)):  # once a block: it computes meanwhile, in fresh pages
+    mine = [s for s, storer in storing_workers(job, block, state.num_workers).items() if storer == state.index]
+    if share == mine[-1]:  # once a block: it computes meanwhile, in fresh pages
         release_freed_memory()
 
 

@@ -12,6 +12,8 @@ GPU_ELEMENTS = 1 << 26
 SHARDS = 8
 FEWEST_SHARDS = 2
 """On a GPU, where there are two windows: two workers share them."""
+WIDE_TOKENS = 1 << 14
+"""Of a micro-batch of a model that is wide enough to keep a GPU busy, at most."""
 SLACK = 1e-6
 """Of sums of shares such as 1/3."""
 HOST_THREADS = 12
@@ -91,22 +93,39 @@ def windows_at_once(asked: int | None, *, device: str, length: int, hidden: int)
     return max(1, min(GPU_TOKENS, GPU_ELEMENTS // hidden) // length)
 
 
-def shards_of(asked: int | None, *, device: str, num_windows: int, micro_batch: int) -> int:
+def shards_of(asked: int | None, *, device: str, num_windows: int, length: int, micro_batch: int) -> int:
     """Parts of the calibration windows, part of a result's identity as well; none is empty.
 
-    On a GPU a part fills a micro-batch where it can. Small models have large ones: what they wait for is launches, of
-    which eight workers with an eighth of the windows each would have as many as two with a half.
+    On a GPU the windows of a narrow model, which has large micro-batches, are cut into as few parts as those: what they
+    wait for is launches, of which eight workers with an eighth of the windows each would have as many as two with a
+    half.
 
     Args:
         asked: what the configuration says, if anything.
         device: "cpu" or "cuda".
         num_windows: calibration windows.
+        length: tokens of a window.
         micro_batch: of them computed at once (`windows_at_once`).
     """
     shards = SHARDS if asked is None else asked
-    if asked is None and device == "cuda":
-        shards = min(SHARDS, max(FEWEST_SHARDS, num_windows // micro_batch))
+    if asked is None and device == "cuda" and micro_batch * length > WIDE_TOKENS:
+        shards = min(SHARDS, max(FEWEST_SHARDS, ceil(num_windows / micro_batch)))
     return min(shards, num_windows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How calibration windows are cut."""
+
+    shards: int
+    micro_batch: int
+
+
+def cut_of(*, device: str, num_windows: int, length: int, hidden: int, micro_batch: int | None = None) -> Cut:
+    """As `lrpq compress` cuts them by default; arguments as of `windows_at_once` and `shards_of`."""
+    at_once = windows_at_once(micro_batch, device=device, length=length, hidden=hidden)
+    shards = shards_of(None, device=device, num_windows=num_windows, length=length, micro_batch=at_once)
+    return Cut(shards=shards, micro_batch=at_once)
 
 
 def workers_that_fit(shape: WorkerShape, *, cluster_cpus: float, cluster_gpus: float) -> int:

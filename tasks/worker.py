@@ -159,8 +159,8 @@ class WorkerState:
 class Worker:
     """Body of the actor.
 
-    ``call`` and ``clear`` run one at a time; ``overlapped`` in two threads of its own, ``beside`` in another or, where
-    something is passed on, in a fourth, ``pulse`` and ``move`` in the last.
+    ``call`` and ``clear`` run one at a time; ``overlapped`` in two threads of its own; ``beside`` in one that stores,
+    and in one that passes on what others store; ``pulse`` and ``move`` in the last.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ class Worker:
         return self.state.run(function, *arguments)
 
     def beside(self, epoch: int, function: Callable[..., Any], *arguments: Any) -> Any:
-        """As ``call``, in a thread beside it: for functions that store what they are given and touch nothing held."""
+        """As ``call``, in a thread beside it: for functions that store what they are given or what is held for them."""
         self._begin(epoch)
         return self.state.run_beside(function, *arguments)
 

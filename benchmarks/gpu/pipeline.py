@@ -22,7 +22,7 @@ from lrpq.compare.recipes import DEFAULT
 from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Workbench
 from lrpq.model.source import open_source
-from tasks.resources import shards_of, windows_at_once
+from tasks.resources import cut_of
 
 PART = "end-to-end"
 STAGES = ("evidence", "plan", "codes", "checkpoint")
@@ -47,18 +47,13 @@ def measure_pipeline(
 ) -> None:
     """Evidence, plan, codes and checkpoint as a user's first run finds them, kernels still to be compiled; again with
     timers."""
-    micro_batch = windows_at_once(
-        None,
+    cut = cut_of(
         device=device.type,
+        num_windows=len(tokens),
         length=tokens.shape[1],
         hidden=open_source(model).config.get_text_config().hidden_size,
     )
-    terms = Terms(
-        scale_bits=8,
-        device=str(device),
-        shards=shards_of(None, device=device.type, num_windows=len(tokens), micro_batch=micro_batch),
-        micro_batch=micro_batch,
-    )
+    terms = Terms(scale_bits=8, device=str(device), shards=cut.shards, micro_batch=cut.micro_batch)
     seconds: dict[str, Figure] = {}
     with peak_memory(str(device)) as peak:
         started = now(device)

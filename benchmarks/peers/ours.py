@@ -15,7 +15,7 @@ from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Codes, Gathered, Workbench
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
-from tasks.resources import shards_of, windows_at_once
+from tasks.resources import cut_of
 
 SCALE_BITS = 16
 
@@ -33,9 +33,9 @@ def codes_of(request: Request, bench: Workbench) -> Codes:
 
 def make(request: Request, tokens: Tensor) -> Made:
     source = ModelSource(Path(request.model))
-    micro_batch = windows_at_once(
-        None,
+    cut = cut_of(
         device=request.device,
+        num_windows=len(tokens),
         length=tokens.shape[1],
         hidden=source.config.get_text_config().hidden_size,
     )
@@ -43,8 +43,8 @@ def make(request: Request, tokens: Tensor) -> Made:
         group_sizes=(request.group_size, -1),
         seed=request.seed,
         device=request.device,
-        shards=shards_of(None, device=request.device, num_windows=len(tokens), micro_batch=micro_batch),
-        micro_batch=micro_batch,
+        shards=cut.shards,
+        micro_batch=cut.micro_batch,
     )
     with measured(request.device) as spent:
         codes = codes_of(request, Workbench(source, tokens, terms))

@@ -102,7 +102,9 @@ def _noted(which: str, run: Callable[..., Any]) -> Callable[..., Any]:
         if function.__module__ == __name__:  # the ledger's own
             return run(function, *arguments)
         began = time.perf_counter()
-        _inside.beside = which == "beside"
+        _inside.beside = (
+            which == "beside"
+        )  # and stays so: a thread runs one kind, and Ray copies results in it afterwards
         with _lock:
             if which == "calls":
                 _state["since"] = _state["since"] if _state["under_way"] else began
@@ -119,7 +121,6 @@ def _noted(which: str, run: Callable[..., Any]) -> Callable[..., Any]:
                 if which == "calls":
                     _state["under_way"] -= 1
                     ledger.busy += 0.0 if _state["under_way"] else time.perf_counter() - _state["since"]
-            _inside.beside = False
 
     return call
 
@@ -129,16 +130,18 @@ def _timed(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
         if getattr(_inside, "moving", False):  # counted already
             return function(*arguments, **options)
-        beside = getattr(_inside, "beside", True)  # of a thread that runs no call too: it waits for no computation
-        if label in OF_DEVICE and torch.cuda.is_available() and not beside:
+        beside = getattr(_inside, "beside", None)  # a thread that runs no call waits for no computation either
+        if label in OF_DEVICE and torch.cuda.is_available() and beside is False:
             torch.cuda.synchronize()
         _inside.moving = True
         began = time.perf_counter()
         try:
             return function(*arguments, **options)
         finally:
-            moved = _state["ledger"].moved_beside if beside else _state["ledger"].moved
-            moved[label] = moved.get(label, 0.0) + time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            with _lock:
+                moved = _state["ledger"].moved_beside if beside else _state["ledger"].moved
+                moved[label] = moved.get(label, 0.0) + seconds
             _inside.moving = False
 
     return call

@@ -66,7 +66,10 @@ class Case:
     @property
     def num_shards(self) -> int:
         """Parts of the windows."""
-        return shards_of(self.shards, device=self.device, num_windows=len(self.tokens), micro_batch=self.micro_batch)
+        num_windows, length = self.tokens.shape
+        return shards_of(
+            self.shards, device=self.device, num_windows=num_windows, length=length, micro_batch=self.micro_batch
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

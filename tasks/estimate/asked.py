@@ -24,6 +24,8 @@ class Asked:
     held_out: int | None
     num_shards: int
     """None of them empty."""
+    shards_asked: bool
+    """Whether that number was asked for."""
     micro_batch: int
     threads: int
     relevance: Relevance

@@ -16,7 +16,7 @@ from tasks.estimate.load import Load
 from tasks.estimate.model import ModelShape, model_shape
 from tasks.estimate.objects import EMPTY, Stored, stored
 from tasks.estimate.stages import loads
-from tasks.resources import WorkerShape, object_store_bytes, worker_shape
+from tasks.resources import SHARDS, WorkerShape, object_store_bytes, worker_shape
 
 SPARED = ("profile", "refine", "control")
 """Stages that take less of a GPU with --low-memory."""
@@ -295,7 +295,7 @@ def _problems(
             f"{gigabytes(disk_bytes)} of local disk on a node with {gigabytes(cluster.disk_bytes)}{hint}: "
             "give --store s3://..., or a larger disk"
         )
-    if workers.num_workers > asked.num_shards:
+    if workers.num_workers > (asked.num_shards if asked.shards_asked else max(asked.num_shards, SHARDS)):
         found.append(
             f"{workers.num_workers} workers and {asked.num_shards} shards: some have nothing to do in profile and "
             f"refine; set shards to {workers.num_workers} or a multiple of it"
@@ -310,6 +310,11 @@ def _assumptions(shape: ModelShape, asked: Asked, cluster: Cluster, workers: Wor
         f"{gigabytes(cluster.host_bytes)}; rates of {machine.name}: {machine.source}",
         f"{asked.num_windows} x {asked.length} calibration tokens in {asked.num_shards} shards, micro-batches of "
         f"{asked.micro_batch}; {str(asked.dtype).removeprefix('torch.')}",
+        *(
+            ["some workers have nothing to do in profile and refine: there are fewer shards"]
+            if workers.num_workers > asked.num_shards
+            else []
+        ),
         f"every layer near {asked.budget_bits:g} bits in refinement and result: the allocation is not known before",
         "attention counts all pairs of tokens, as PyTorch's counter does; causal kernels skip up to half",
         f"Hessians compress to 84% in the store; a step of a stage costs {STEP_SECONDS} s beside its work",

@@ -113,7 +113,7 @@ def test_copies_beside_are_of_what_the_gpu_had_computed_by_then() -> None:
     for i in range(4):
         for _ in range(20):
             values = values + 1
-        tensors[i] = values
+        tensors[i] = values if i % 2 else values.T
     coming = to_host_beside(tensors)
     for _ in range(50):
         values = values * 2  # goes on

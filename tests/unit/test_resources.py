@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.resources import WorkerShape, shards_of, windows_at_once, worker_shape, workers_that_fit
+from tasks.resources import WorkerShape, cut_of, shards_of, windows_at_once, worker_shape, workers_that_fit
 
 GIB = 1 << 30
 
@@ -134,19 +134,26 @@ def test_windows_at_once(asked: int | None, device: str, length: int, hidden: in
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "num_windows", "micro_batch", "shards"),
+    ("asked", "device", "num_windows", "length", "hidden", "shards"),
     [
-        (None, "cpu", 128, 4, 8),
-        (None, "cpu", 3, 4, 3),
-        (None, "cuda", 128, 64, 2),  # a small model
-        (None, "cuda", 128, 16, 8),
-        (None, "cuda", 1024, 4, 8),
-        (None, "cuda", 100, 16, 6),
-        (None, "cuda", 16, 64, 2),
-        (None, "cuda", 1, 64, 1),
-        (16, "cuda", 128, 64, 16),
-        (16, "cpu", 12, 4, 12),
+        (None, "cpu", 128, 1024, 576, 8),
+        (None, "cpu", 3, 1024, 576, 3),
+        (None, "cuda", 128, 1024, 576, 2),  # 64 windows at once
+        (None, "cuda", 128, 1024, 1536, 4),  # 42: no shard has more
+        (None, "cuda", 128, 2048, 1536, 7),
+        (None, "cuda", 1024, 1024, 576, 8),
+        (None, "cuda", 16, 1024, 576, 2),
+        (None, "cuda", 1, 1024, 576, 1),
+        (None, "cuda", 64, 512, 4096, 8),  # wide: 32 windows at once, and work enough for eight workers
+        (None, "cuda", 128, 2048, 8192, 8),
+        (16, "cuda", 128, 1024, 576, 16),
+        (16, "cpu", 12, 1024, 576, 12),
     ],
 )
-def test_shards(asked: int | None, device: str, num_windows: int, micro_batch: int, shards: int) -> None:
-    assert shards_of(asked, device=device, num_windows=num_windows, micro_batch=micro_batch) == shards
+def test_shards(asked: int | None, device: str, num_windows: int, length: int, hidden: int, shards: int) -> None:
+    micro_batch = windows_at_once(None, device=device, length=length, hidden=hidden)
+    found = shards_of(asked, device=device, num_windows=num_windows, length=length, micro_batch=micro_batch)
+    assert found == shards
+    if asked is None:
+        cut = cut_of(device=device, num_windows=num_windows, length=length, hidden=hidden)
+        assert (cut.shards, cut.micro_batch) == (shards, micro_batch)
