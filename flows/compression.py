@@ -196,7 +196,7 @@ class Compression:
         return self._jobs(windows)
 
     def _profile(self, pool: Pool, job: ProfileJob) -> None:
-        run_profile(self.run_state, pool, job, num_blocks=self.stream.num_blocks)
+        run_profile(self.run_state, pool, job, self.stream)
 
     def check_plan(self) -> None:
         """Pose the plan without costs: what is wrong with it shows here, not after the work.

@@ -31,7 +31,11 @@ from tasks.stitch import StitchJob
 from tasks.waypoints import is_waypoint
 
 BLOCKS_IN_FLIGHT = 2
-"""Blocks whose sums may wait in the object store to be merged: bounds its memory."""
+"""Blocks whose sums may wait to be merged and stored: bounds the memory of workers and of the object store."""
+MOST_BLOCKS_IN_FLIGHT = 8
+IN_FLIGHT_BYTES = 1 << 28
+"""Of sums that may wait on a GPU's host however many blocks they are of: small blocks are computed in the time that the
+way to the store and back to the driver takes."""
 MAX_DAMPED_SHARE = 0.1
 """Share of sites whose Hessian may need more damping than asked for before the stage is a failure."""
 
@@ -50,14 +54,15 @@ def _sites(stream: BlockStream, job: CandidatesJob) -> dict[int, dict[str, tuple
     return found
 
 
-def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Mapping[str, Any]:
+def run_profile(run: Run, pool: Pool, job: ProfileJob, stream: BlockStream) -> Mapping[str, Any]:
     """Forward and backward sweep; one task run a block of the backward sweep."""
-    label = PROFILE
+    label, num_blocks = PROFILE, stream.num_blocks
     done = run.stored(job.folder, label)
     if done is not None:
         return done
     kept: Counter[str] = Counter()
-    run.survive(pool, label, lambda: _profile(run, pool, job, num_blocks, kept, label))
+    in_flight = _blocks_in_flight(run, stream)
+    run.survive(pool, label, lambda: _profile(run, pool, job, num_blocks, in_flight, kept, label))
     curvature = profile.stored_curvature(job, range(num_blocks + int(job.with_head)))
     if kept["forgotten_bytes"]:
         run.warn(
@@ -75,7 +80,17 @@ def run_profile(run: Run, pool: Pool, job: ProfileJob, *, num_blocks: int) -> Ma
     return run.finish(job.folder, label, extra)
 
 
-def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Counter[str], label: str) -> None:
+def _blocks_in_flight(run: Run, stream: BlockStream) -> int:
+    """Blocks of the way back whose sums may wait."""
+    if run.device == "cpu":
+        return BLOCKS_IN_FLIGHT
+    largest = max(profile_sums.sums_bytes(stream, block) for block in range(stream.num_blocks))
+    return max(BLOCKS_IN_FLIGHT, min(MOST_BLOCKS_IN_FLIGHT, IN_FLIGHT_BYTES // largest))
+
+
+def _profile(
+    run: Run, pool: Pool, job: ProfileJob, num_blocks: int, in_flight: int, kept: Counter[str], label: str
+) -> None:
     """The sweeps, from where the store says that they were left."""
     start = profile.position(job, num_blocks=num_blocks)
     left = start.block if start.backward else 2 * num_blocks + 1 - start.block
@@ -99,7 +114,7 @@ def _profile(run: Run, pool: Pool, job: ProfileJob, num_blocks: int, kept: Count
                 done += _store_gradients(pool, job, block)
             storing.append((block, pending + done))
             pending = []
-            if len(storing) >= BLOCKS_IN_FLIGHT:
+            if len(storing) >= in_flight:
                 collect(*storing.pop(0))
         for item in storing:
             collect(*item)

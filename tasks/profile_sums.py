@@ -14,8 +14,10 @@ from torch import Tensor
 
 from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.linears import EXPERTS
+from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import merge
 from lrpq.refine.routed import POOLED
+from lrpq.relevance.outputs import CHUNK_ROWS
 from lrpq.relevance.sweep import BlockSums, SiteWeights, merge_block_sums, on_host
 from lrpq.shards import Node, root
 from tasks.device_copies import added, now, to_host
@@ -112,6 +114,13 @@ def sent_sums(sums: BlockSums, copy: Callable[[Tensor], Tensor] = to_host) -> Bl
 def stored_matrix(values: Tensor, band: Band = WHOLE) -> Tensor | Triangle:
     """A matrix of sums as it is stored, of which a band may have been packed."""
     return values.cpu() if values.ndim == 2 else UpperTriangle(values, band)
+
+
+def sums_bytes(stream: BlockStream, block: int) -> int:
+    """Bytes of a block's sums, float32 and dense; about half of it is sent and stored."""
+    hessians = sum(members[0].d_in ** 2 for members in stream.sites(block).values())
+    outputs = sum(spec.d_out * min(spec.d_out, CHUNK_ROWS) for spec in stream.block_specs(block) if not spec.routed)
+    return 4 * (hessians + outputs)
 
 
 def storing_workers(job: ProfileJob, block: int, num_workers: int) -> dict[str, int]:

@@ -143,7 +143,7 @@ def run_stages(case: Case, pool: Pool, folder: Path, note: Callable[[str, Stage]
             note(name, stages[name])
         return found
 
-    measured("profile", lambda: run_profile(run, pool, profile, num_blocks=stream.num_blocks))
+    measured("profile", lambda: run_profile(run, pool, profile, stream))
     folders = {"profile": profile.folder}
     if "candidates" not in case.stages:
         return Done(store=store, stages=stages, folders=folders, losses=list(pool.losses))
