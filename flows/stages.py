@@ -61,7 +61,7 @@ def run_profile(run: Run, pool: Pool, job: ProfileJob, stream: BlockStream) -> M
     if done is not None:
         return done
     kept: Counter[str] = Counter()
-    in_flight = _blocks_in_flight(run, stream)
+    in_flight = blocks_in_flight(stream, device=run.device)
     run.survive(pool, label, lambda: _profile(run, pool, job, num_blocks, in_flight, kept, label))
     curvature = profile.stored_curvature(job, range(num_blocks + int(job.with_head)))
     if kept["forgotten_bytes"]:
@@ -80,9 +80,9 @@ def run_profile(run: Run, pool: Pool, job: ProfileJob, stream: BlockStream) -> M
     return run.finish(job.folder, label, extra)
 
 
-def _blocks_in_flight(run: Run, stream: BlockStream) -> int:
-    """Blocks of the way back whose sums may wait."""
-    if run.device == "cpu":
+def blocks_in_flight(stream: BlockStream, *, device: str) -> int:
+    """Blocks of a profile's way back whose sums may wait."""
+    if device == "cpu":
         return BLOCKS_IN_FLIGHT
     largest = max(profile_sums.sums_bytes(stream, block) for block in range(stream.num_blocks))
     return max(BLOCKS_IN_FLIGHT, min(MOST_BLOCKS_IN_FLIGHT, IN_FLIGHT_BYTES // largest))

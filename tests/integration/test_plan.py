@@ -200,6 +200,20 @@ def test_what_does_not_fit_is_said() -> None:
     assert not huge.document()["fits"]
 
 
+def test_workers_without_a_shard_are_a_problem_where_shards_were_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "narrow")
+    arguments = ["plan", str(model), "--gpus", "8", "--node-memory", "2TB", "--json"]
+    idle = "some workers have nothing to do in profile and refine"
+    assert run(arguments) == 0  # 128 windows in 4 shards
+    assert sum(idle in text for text in json.loads(capsys.readouterr().out)["assumptions"]) == 1
+    asked = tmp_path / "four.toml"
+    asked.write_text("[run]\nshards = 4\n", encoding="utf-8")
+    assert run([*arguments, "--config", str(asked)]) == 2
+    assert any("8 workers and 4 shards" in text for text in json.loads(capsys.readouterr().out)["problems"])
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "machine.json"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from flows import stages
+from lrpq.model.layers import LinearSpec
 from lrpq.model.staging import Staging
 from lrpq.quant.hessian import HessianSum
 from lrpq.relevance.sweep import BlockSums
@@ -15,7 +18,7 @@ from lrpq.shards import Node
 from tasks import profile_sums
 from tasks.artifacts import StageFolder
 from tasks.profile_job import ProfileJob
-from tasks.profile_sums import BANDS, HESSIANS, OUTPUTS, Part, shared_out
+from tasks.profile_sums import BANDS, HESSIANS, OUTPUTS, Part, shared_out, sums_bytes
 from tasks.streams import StreamJob
 from tasks.worker import Place, WorkerState
 
@@ -79,6 +82,45 @@ def tensors(part: Part) -> dict[str, Tensor]:
             found |= {f"{node} {name} {i}": chunk for i, chunk in enumerate(chunks)}
         found |= {f"{node} {name} c": c for name, c in of_node.curvature.items()}
     return found
+
+
+@dataclass
+class Blocks:
+    """Of a stream, what its sums' sizes depend on: a width a block."""
+
+    widths: list[int]
+    d_out: int
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.widths)
+
+    def block_specs(self, block: int) -> list[LinearSpec]:
+        return [
+            LinearSpec(
+                name=f"{block}.{site}",
+                block=block,
+                d_in=self.widths[block],
+                d_out=self.d_out,
+                input_site=site,
+                fused_group=site,
+            )
+            for site in ("a", "b")
+        ]
+
+    def sites(self, block: int) -> dict[str, list[LinearSpec]]:
+        return {spec.input_site: [spec] for spec in self.block_specs(block)}
+
+
+@pytest.mark.parametrize(
+    ("device", "widths", "in_flight"),
+    [("cpu", [64, 64], 2), ("cuda", [64, 64], 8), ("cuda", [64, 2048], 6), ("cuda", [8192, 64], 2)],
+)
+def test_more_small_blocks_may_wait_for_the_store(device: str, widths: list[int], in_flight: int) -> None:
+    stream: Any = Blocks(widths, d_out=1024)
+    assert sums_bytes(stream, 0) == 4 * (2 * widths[0] ** 2 + 2 * 1024**2)
+    assert sums_bytes(Blocks([64], d_out=5000), 0) == 4 * (2 * 64**2 + 2 * 5000 * 4096)  # type: ignore[arg-type]
+    assert stages.blocks_in_flight(stream, device=device) == in_flight
 
 
 def test_shares_that_leave_beside_are_those_that_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
