@@ -102,9 +102,8 @@ def _noted(which: str, run: Callable[..., Any]) -> Callable[..., Any]:
         if function.__module__ == __name__:  # the ledger's own
             return run(function, *arguments)
         began = time.perf_counter()
-        _inside.beside = (
-            which == "beside"
-        )  # and stays so: a thread runs one kind, and Ray copies results in it afterwards
+        # and it stays so: a thread runs one kind of call, and Ray copies results in it afterwards
+        _inside.beside = which == "beside"
         with _lock:
             if which == "calls":
                 _state["since"] = _state["since"] if _state["under_way"] else began

@@ -65,9 +65,9 @@ def job() -> ProfileJob:
     )
 
 
-def state(device: str, *, low_memory: bool = False) -> WorkerState:
+def state(device: str) -> WorkerState:
     place = Place(index=0, num_workers=2, epoch=0)
-    return WorkerState(device=device, threads=1, kept_bytes=1, place=place, low_memory=low_memory, host_threads=3)
+    return WorkerState(device=device, threads=1, kept_bytes=1, place=place, host_threads=3)
 
 
 def tensors(part: Part) -> dict[str, Tensor]:
