@@ -20,6 +20,7 @@ from lrpq.compare.workbench import Workbench
 from lrpq.importance.asked import Asked
 from lrpq.importance.gather import BlockEvidence, ModuleSums
 from lrpq.model.safetensors_source import ModelSource
+from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import HessianSum
 
 if TYPE_CHECKING:
@@ -71,13 +72,18 @@ class FoldedBench(Workbench):
         self.walk, self.foldings = walk, foldings
 
     def evidence(
-        self, asked: Asked, *, at: Codes | None = None, for_activations: bool = False
+        self,
+        asked: Asked,
+        *,
+        at: Codes | None = None,
+        for_activations: bool = False,
+        stream: BlockStream | None = None,
     ) -> Iterator[BlockEvidence]:
         """As the walk found it, carried over; what it was not asked for, or cannot know, takes another one."""
         if at is not None or for_activations or not asked.within(self.walk.asked):
-            yield from super().evidence(asked, at=at, for_activations=for_activations)
+            yield from super().evidence(asked, at=at, for_activations=for_activations, stream=stream)
             return
-        stream = self.stream()
+        stream = self.stream() if stream is None else stream
         for block in range(stream.num_blocks - 1, -1, -1):
             found = self.walk.evidence[block]
             for site, members in stream.sites(block).items():

@@ -7,6 +7,8 @@ weights, the streams' hidden states, and of every module its costs and token wei
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ from lrpq.importance.evidence import ModuleEvidence
 from lrpq.importance.gather import BlockEvidence, GatherSweep, ModuleSums, means
 from lrpq.importance.registry import Measure
 from lrpq.importance.weightings import ATTENTION
+from lrpq.model.host_copies import HostCopies
 from lrpq.model.kept import KeptInputs
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
@@ -146,23 +149,32 @@ class Workbench:
         found = Gathered(token_weights={name: {} for name in (*asked.weightings, *weightings)})
         stream = self.stream()
         blocks = range(stream.num_blocks - 1, -1, -1)
-        for block, evidence in zip(blocks, self.evidence(asked, at=at), strict=True):
-            for name in asked.weightings:
-                found.token_weights[name][block] = evidence.weights[name]
-            found.outputs |= {name: [G.cpu() for G in chunks] for name, chunks in evidence.outputs.items()}
-            for module in self._modules(stream, block, evidence, text, measures, candidates_by):
-                _evaluate(found, module, measures)
-                if keep_candidates:
-                    found.candidates[module.spec.name] = [on_host(q) for q in module.candidates]
+        outputs: dict[str, list[Future[Tensor]]] = {}
+        with closing(HostCopies(stream.device)) as copies:
+            for block, evidence in zip(blocks, self.evidence(asked, at=at, stream=stream), strict=True):
+                for name in asked.weightings:
+                    found.token_weights[name][block] = evidence.weights[name]
+                outputs |= {name: [_leaving(G, copies) for G in chunks] for name, chunks in evidence.outputs.items()}
+                for module in self._modules(stream, block, evidence, text, measures, candidates_by):
+                    _evaluate(found, module, measures)
+                    if keep_candidates:
+                        found.candidates[module.spec.name] = [on_host(q) for q in module.candidates]
+            found.outputs = {name: [copy.result() for copy in chunks] for name, chunks in outputs.items()}
         if ATTENTION in weightings:
             for block, evidence in zip(blocks, self.walk_back(weightings=(ATTENTION,), at=at), strict=True):
                 found.token_weights[ATTENTION][block] = evidence.weights[ATTENTION]
         return found
 
     def evidence(
-        self, asked: Asked, *, at: Codes | None = None, for_activations: bool = False
+        self,
+        asked: Asked,
+        *,
+        at: Codes | None = None,
+        for_activations: bool = False,
+        stream: BlockStream | None = None,
     ) -> Iterator[BlockEvidence]:
-        """One walk back; ``for_activations``: also for what carries its evidence over to a folded model."""
+        """One walk back; ``for_activations``: also for what carries its evidence over to a folded model; ``stream``:
+        the model as it is opened already, whose block is in memory while its evidence is looked at."""
         return self.walk_back(
             weightings=tuple(sorted(asked.weightings)),
             hessians_by=asked.hessians_by,
@@ -170,6 +182,7 @@ class Workbench:
             with_outputs=asked.with_outputs,
             at=at,
             for_activations=for_activations,
+            stream=stream,
         )
 
     def walk_back(
@@ -182,10 +195,13 @@ class Workbench:
         with_outputs: bool = False,
         at: Codes | None = None,
         for_activations: bool = False,
+        stream: BlockStream | None = None,
     ) -> Iterator[BlockEvidence]:
-        """Evidence of the blocks, last block first; with ``at``, of the model with these codes."""
+        """Evidence of the blocks, last block first; with ``at``, of the model with these codes. Attention weights need
+        a stream of their own."""
         terms = self.terms
-        stream = self.stream("eager" if ATTENTION in weightings else None)
+        if stream is None:
+            stream = self.stream("eager" if ATTENTION in weightings else None)
         changed = None if at is None else DenseCodes(stream, at)
         with KeptInputs(memory_bytes=KEPT_BYTES) as kept:
             sweep = GatherSweep(
@@ -377,6 +393,15 @@ class Workbench:
         if original is self:
             return score_windows(stream, windows, {VARIANT: weights})
         return score_windows(original.stream(), windows, {VARIANT: weights}, other=stream)
+
+
+def _leaving(G: Tensor, copies: HostCopies) -> Future[Tensor]:
+    """On its way to host memory, beside what a GPU computes next; of a CPU it is there."""
+    if G.device.type != "cpu":
+        return copies.start(G)
+    there: Future[Tensor] = Future()
+    there.set_result(G)
+    return there
 
 
 def _evaluate(found: Gathered, module: ModuleEvidence, measures: Mapping[str, Measure]) -> None:

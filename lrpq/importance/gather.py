@@ -166,7 +166,7 @@ class GatherSweep(ProfileSweep):
             for spec in specs
         }
         first, windows, rows = 0, 0, 0
-        cosines: list[float] = []
+        cosines: list[Tensor] = []
 
         def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:
             _add(found.modules[name], running, x, y, widen(g), changes.get(name))
@@ -190,7 +190,7 @@ class GatherSweep(ProfileSweep):
             first += windows
             if seen.output.shape == hidden.shape:
                 cosine = torch.cosine_similarity(hidden.float(), seen.output.float(), dim=-1)
-                cosines.append(float(cosine.double().sum()))
+                cosines.append(cosine.double().sum())
             for site, x in result.inputs.items():
                 tokens = SiteTokens(
                     site=f"{block}.{site}",
@@ -204,16 +204,16 @@ class GatherSweep(ProfileSweep):
                     s = WEIGHTINGS[name](tokens)
                     if name in self.hessians_by:
                         found.hessians[name][site] = accumulate(found.hessians[name][site], x, s)
-                    pieces.setdefault((name, site), []).append(s.float().cpu())
+                    pieces.setdefault((name, site), []).append(s.float())
                 if self.for_activations:
                     g2 = squared_gradients(tokens.stats, site=tokens.site)
-                    squares.setdefault(site, []).append(g2.float().cpu())
+                    squares.setdefault(site, []).append(g2.float())
         for (name, site), parts in pieces.items():
-            found.weights[name][site] = torch.cat(parts)
-        found.squares |= {site: torch.cat(parts) for site, parts in squares.items()}
+            found.weights[name][site] = torch.cat(parts).cpu()  # a GPU is waited for here, not at each micro-batch
+        found.squares |= {site: torch.cat(parts).cpu() for site, parts in squares.items()}
         for name, dW in changes.items():
             _finish_gradient(found.modules[name], dW, found.num_tokens)
-        found.cosine = sum(cosines) / rows if cosines else None
+        found.cosine = sum(torch.stack(cosines).tolist()) / rows if cosines else None
         if self.outputs_by:
             num = len(self.outputs_by)
             found.outputs |= {

@@ -48,6 +48,8 @@ class _Moving:
 
     tensors: dict[str, Tensor]
     """On the device; there whole when the event has happened."""
+    as_stored: frozenset[str]
+    """Those of which no digit was rounded on the way."""
     arrived: Event | None
     """Of the last of them, in whose order the others were copied; None where nothing is waited for."""
 
@@ -113,6 +115,8 @@ class BlockStream:
             self._by_block.setdefault(spec.block, []).append(spec)
         self._calls: dict[tuple[int, int, int], BlockCall] = {}
         self._lengths: dict[tuple[int, int], int] = {}
+        self._present: dict[tuple[str, ...], Tensor] = {}
+        """Weights of the block in memory that are as they are stored, by their names on disk."""
         self._embedding_held = False
 
     @property
@@ -174,7 +178,13 @@ class BlockStream:
         return self._stored.get(name, (name,))
 
     def weight(self, spec: LinearSpec) -> Float[Tensor, "d_out d_in"]:
-        """Read one layer's weights as stored, as float32 on the computing device."""
+        """One layer's weights as stored, as float32 on the computing device, in memory of their own.
+
+        They are read, unless the layer's block is in memory with the digits and the weights that are on disk.
+        """
+        present = self._present.get(spec.stored)
+        if present is not None:
+            return present.to(torch.float32, copy=True)
         return self.source.read_rows(spec.stored).to(self.device).to(torch.float32)  # a GPU converts faster
 
     @contextmanager
@@ -356,13 +366,18 @@ class BlockStream:
         if self._reads is None or not all(self._reads.can_read(parts, self.dtype) for parts in wanted.values()):
             return self._brought(self._read(prefix, wanted))
         tensors, arrived = self._reads.bring(wanted)
-        return _Moving(tensors=tensors, arrived=arrived)
+        return _Moving(tensors=tensors, as_stored=frozenset(tensors), arrived=arrived)
 
     def _brought(self, weights: Iterable[tuple[str, Tensor]]) -> _Moving:
         """Tensors on their way to the device."""
+        host: dict[str, Tensor] = {}
+        as_stored: set[str] = set()
+        for name, x in weights:
+            if x.dtype == self.dtype:
+                as_stored.add(name)
+            host[name] = x.to(self.device, self.dtype) if self._staging is None else x.to(self.dtype).contiguous()
         if self._staging is None:
-            return _Moving(tensors={name: x.to(self.device, self.dtype) for name, x in weights}, arrived=None)
-        host = {name: x.to(self.dtype).contiguous() for name, x in weights}
+            return _Moving(tensors=host, as_stored=frozenset(as_stored), arrived=None)
         tensors = {name: torch.empty(x.shape, dtype=self.dtype, device=self.device) for name, x in host.items()}
         ready = self._staging.now()  # once for all: what the device is asked to do meanwhile need not be waited for
         arrived: Event | None = None
@@ -372,24 +387,27 @@ class BlockStream:
         except BaseException:
             self._staging.finish()  # the memory may only be given up when nothing is written to it any more
             raise
-        return _Moving(tensors=tensors, arrived=arrived)
+        return _Moving(tensors=tensors, as_stored=frozenset(as_stored), arrived=arrived)
 
-    def _arrived(self, weights: _Moving | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _arrived(self, weights: _Moving | Mapping[str, Tensor]) -> _Moving:
         moving = weights if isinstance(weights, _Moving) else self._brought(weights.items())
         if self._staging is not None and moving.arrived is not None:
             self._staging.wait(moving.arrived)
-        return moving.tensors
+        return moving
 
     @contextmanager
-    def _with_weights(self, index: int, weights: dict[str, Tensor], overrides: Overrides) -> Iterator[nn.Module]:
-        block = self.blocks[index]
+    def _with_weights(self, index: int, arrived: _Moving, overrides: Overrides) -> Iterator[nn.Module]:
+        block, weights = self.blocks[index], arrived.tensors
         prefix = f"{self.block_names[index]}."
-        for name, weight in overrides.items():
-            weights[name.removeprefix(prefix) + ".weight"] = weight.to(self.device, self.dtype)
+        replaced = {name.removeprefix(prefix) + ".weight": weight for name, weight in overrides.items()}
+        for name, weight in replaced.items():
+            weights[name] = weight.to(self.device, self.dtype)
         try:
             _assign(block, weights)
+            self._present = {self.stored(prefix + name): weights[name] for name in arrived.as_stored - set(replaced)}
             yield block
         finally:
+            self._present = {}
             _empty(block)
 
     @contextmanager
@@ -397,7 +415,7 @@ class BlockStream:
         try:
             for path in modules:
                 module = self.model.get_submodule(path)
-                _assign(module, self._arrived(self._bring(f"{path}.", module.state_dict())))
+                _assign(module, self._arrived(self._bring(f"{path}.", module.state_dict())).tensors)
             yield
         finally:
             for path in modules:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import CheckpointError
+from lrpq.finite import all_finite
 from lrpq.transform.orthogonal import Orthogonal, rotate_axis
 
 if TYPE_CHECKING:
@@ -248,5 +249,5 @@ def _parts(W: Tensor, folds: Sequence[Fold]) -> Iterator[tuple[slice | EllipsisT
 
 
 def _check_range(made: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(made).all()):
+    if not all_finite(made):
         raise CheckpointError(f"tensor {name}: folded values leave the range of {made.dtype}; write float32 instead")

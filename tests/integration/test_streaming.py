@@ -79,6 +79,32 @@ def test_overrides_replace_weights(llama_folder: Path) -> None:
         assert not torch.equal(block.self_attn.o_proj.weight, torch.full((64, 64), 7.0))
 
 
+@pytest.mark.parametrize(("stored", "reads"), [(torch.bfloat16, 0), (torch.float32, 1)])
+def test_a_weight_has_the_digits_on_disk_wherever_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, reads: int
+) -> None:
+    """A block in memory answers for its layers, but for what was rounded on the way or replaced."""
+    stream = BlockStream(ModelSource(write_llama(tmp_path / "m", dtype=stored)), dtype=torch.bfloat16, prefetch=False)
+    kept, replaced = stream.block_specs(1)[3], stream.block_specs(1)[4]
+    there = {spec: stream.source.read(f"{spec.name}.weight").float() for spec in (kept, replaced)}
+    assert all(torch.equal(stream.weight(spec), W) for spec, W in there.items())
+    stream.embed(torch.zeros(1, 4, dtype=torch.long))
+    with stream.block(1, {replaced.name: torch.zeros_like(there[replaced])}) as block:
+        asked: list[tuple[str, ...]] = []
+        read_rows = stream.source.read_rows
+        monkeypatch.setattr(stream.source, "read_rows", lambda names: (asked.append(tuple(names)), read_rows(names))[1])
+        for spec, W in there.items():
+            assert torch.equal(stream.weight(spec), W)
+        assert len(asked) == reads + 1
+        stream.weight(kept).zero_()
+        assert block.self_attn.o_proj.weight.any()
+        with stream.swapped(block, {kept.name: torch.zeros_like(there[kept])}):
+            assert torch.equal(stream.weight(kept), there[kept])
+    asked.clear()
+    assert torch.equal(stream.weight(kept), there[kept])
+    assert len(asked) == 1
+
+
 def test_specs_name_every_linear_of_the_blocks(llama_folder: Path) -> None:
     stream = BlockStream(ModelSource(llama_folder), dtype=torch.float32)
     assert len(stream.specs) == 3 * 7
