@@ -5,8 +5,8 @@
 What was looked at on one model (how near the predicted divergence is, say) is to be tested on another, whose weights
 come from nowhere near: they start at random, in another architecture (norms of q and k, 12 blocks, hidden 512), and
 follow the teacher's distributions over the teacher's vocabulary (Hinton et al. 2015, arXiv:1503.02531, at temperature
-1). A twentieth of the text, its end, is not trained on; what the model is worth is printed from there. Written as
-bfloat16, with the teacher's tokenizer and ``training.json``.
+1). A twentieth of the text, the end of the last file, is not trained on; what the model is worth is printed from the
+first ``--batch`` windows there. Written as bfloat16, with the teacher's tokenizer and ``training.json``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ HELD_OUT = 20
 """Of so many tokens one is held out."""
 ROWS = 2048
 """Tokens whose logits are in memory at once."""
+HEADS_OF = 128
+"""Hidden size for each head of keys and values and its two of queries."""
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises."""
 
@@ -56,9 +58,9 @@ def student(teacher: PreTrainedModel, *, hidden: int, layers: int, seed: int) ->
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
-        head_dim=64,
+        num_attention_heads=2 * hidden // HEADS_OF,
+        num_key_value_heads=hidden // HEADS_OF,
+        head_dim=HEADS_OF // 2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=teacher.config.bos_token_id,
@@ -132,6 +134,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    if options.hidden < HEADS_OF or options.hidden % HEADS_OF:
+        parser.error(f"--hidden {options.hidden}: expected a multiple of {HEADS_OF}")
     began = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     texts = (path.read_text(encoding="utf-8") for path in options.text)
@@ -139,8 +143,11 @@ def main() -> None:
     if len(ids) < 2 * HELD_OUT * options.length:
         raise SystemExit(f"{len(ids)} tokens of text: give at least {2 * HELD_OUT * options.length}")
     tokens = torch.tensor(ids, device=options.device)
-    training, held_out = tokens[: -len(tokens) // HELD_OUT], tokens[-len(tokens) // HELD_OUT :]
+    cut = len(tokens) - math.ceil(len(tokens) / HELD_OUT)
+    training, held_out = tokens[:cut], tokens[cut:]
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.bfloat16).to(options.device).eval()
+    if getattr(teacher.config, "final_logit_softcapping", None) is not None:
+        raise SystemExit(f"{options.teacher}: its logits are capped, which is not done here; give another teacher")
     model = student(teacher, hidden=options.hidden, layers=options.layers, seed=options.seed).to(options.device)
     schedule = Schedule(steps=options.steps, batch=options.batch, length=options.length, rate=options.rate)
     train(teacher, model, training, schedule, seed=options.seed)
