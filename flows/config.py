@@ -73,9 +73,9 @@ class PlanConfig(Section):
 
     polish: Annotated[int, Field(ge=0, le=20)] = 2
     """Rounds of coordinate descent on the codes and a refit of the scales after rounding; 0 is none."""
-    row_blocks: Annotated[int, Field(ge=1, le=64)] = 4
-    """Blocks of a layer's rows, each of which makes up for the errors of those before it in what the loss feels; 1
-    rounds every row on its own."""
+    row_blocks: Annotated[int, Field(ge=1, le=64)] = 12
+    """Blocks of a layer's rows, of at least 48 each, each of which makes up for the errors of those before it in what
+    the loss feels; 1 rounds every row on its own."""
 
     @field_validator("budget_bytes", mode="before")
     @classmethod

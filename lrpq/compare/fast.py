@@ -68,6 +68,7 @@ def fast_codes(
     factors: dict[_Place, Factor] = {}
     with KeptInputs(memory_bytes=KEPT_BYTES) as squares:
         for block, sums in _curvature(bench, stream, squares, gradients_every):
+            squares.expect(_keys(stream, block, block - 1))
             for place, specs in _places(stream, block):
                 H = squares.take(place)
                 factor = factorize(H, damping=terms.damping, name=specs[0].name)
@@ -76,13 +77,15 @@ def fast_codes(
                 factors[place] = replace(factor, R=H.new_empty(0, 0))
         found = plan(rows)
         codes: Codes = {}
-        for place, specs in (each for block in range(stream.num_blocks) for each in _places(stream, block)):
-            factor = replace(factors.pop(place), R=squares.take(place))
-            for spec in specs:
-                choice = found.choices[spec.name]
-                if choice is not None:
-                    made = gptq(stream.weight(spec), factor, [choice], grid=terms.grid, name=spec.name)
-                    codes[spec.name] = on_host(made[0])
+        for block in range(stream.num_blocks):
+            squares.expect(_keys(stream, block, block + 1))
+            for place, specs in _places(stream, block):
+                factor = replace(factors.pop(place), R=squares.take(place))
+                for spec in specs:
+                    choice = found.choices[spec.name]
+                    if choice is not None:
+                        made = gptq(stream.weight(spec), factor, [choice], grid=terms.grid, name=spec.name)
+                        codes[spec.name] = on_host(made[0])
     return Stitched(plan=found, codes=codes)
 
 
@@ -93,6 +96,13 @@ _Place = tuple[int, int]
 def _places(stream: BlockStream, block: int) -> Iterator[tuple[_Place, tuple[LinearSpec, ...]]]:
     for number, specs in enumerate(stream.sites(block).values()):
         yield (block, number), specs
+
+
+def _keys(stream: BlockStream, *blocks: int) -> Iterator[_Place]:
+    """Places of these blocks, as far as there are such blocks, in the order in which they are taken."""
+    for block in blocks:
+        if 0 <= block < stream.num_blocks:
+            yield from (place for place, _ in _places(stream, block))
 
 
 def _curvature(

@@ -135,6 +135,7 @@ class GatherSweep(ProfileSweep):
             rounded: ways of rounding every layer, whose gradient changes and output errors are then found too.
         """
         stream, (shard,) = self.stream, self.shards
+        self.expect(block)
         sites = {
             site: [(spec.name, module.get_submodule(stream.local_name(spec))) for spec in members]
             for site, members in stream.sites(block).items()

@@ -13,7 +13,7 @@ from lrpq.plan.work import COUNTED, NOTHING, Work, matmul, total, work
 from lrpq.quant import column_loop, descent, gptq, halves, hessian, scale_search
 from lrpq.quant import refit as refits
 from lrpq.quant.grid import Grid, group_width
-from lrpq.quant.row_feedback import blocks_of
+from lrpq.quant.row_feedback import IMPROVED_ELEMENTS, blocks_of
 from lrpq.relevance.outputs import CHUNK_ROWS
 
 FP32, BF16 = "float32", "bfloat16"
@@ -213,7 +213,7 @@ def _in_blocks(
     kind: Grid,
     cpu: bool,
 ) -> Work:
-    """``row_feedback.quantize_in_blocks`` of chunks of so many rows, and both calls of ``joint_error``."""
+    """``row_feedback.RowBlocks`` of chunks of so many rows, and both calls of ``joint_error``."""
     parts: list[Work] = []
     at_once: dict[int, int] = {}  # number of a block -> its rows in all chunks, which are rounded together
     for rows in chunks:
@@ -223,12 +223,16 @@ def _in_blocks(
         for block, start in enumerate(range(0, rows, size)):
             own = min(size, rows - start)
             at_once[block] = at_once.get(block, 0) + own
-            parts.append(matmul(2.0 * start * own * d_in, dtype=FP32, width=own))
-            parts.append(work(factor=float(own * own * d_in)) if start else NOTHING)
-    for rows in at_once.values():
-        parts.append(quantize(rows, d_in, [choice], kind=kind, cpu=cpu))
-        if polish_rounds:
-            parts.append(polish(rows, d_in, choice, rounds=polish_rounds, sweeps=polish_sweeps, cpu=cpu))
+            # once to round, and once for each time that all rows are improved
+            parts.append((1 + polish_rounds) * matmul(2.0 * start * own * d_in, dtype=FP32, width=own))
+            parts.append(work(factor=float(own * own * start)) if start else NOTHING)
+    parts += [quantize(rows, d_in, [choice], kind=kind, cpu=cpu) for rows in at_once.values()]
+    if polish_rounds:
+        for rows in chunks:
+            step = max(1, IMPROVED_ELEMENTS // d_in)
+            for start in range(0, rows, step):
+                own = min(step, rows - start)
+                parts.append(polish_rounds * polish(own, d_in, choice, rounds=1, sweeps=polish_sweeps, cpu=cpu))
     return total(parts)
 
 

@@ -28,7 +28,8 @@ from lrpq.errors import QuantizationError
 from lrpq.kernels.columns import write_halves
 from lrpq.kernels.descent import descend_columns
 from lrpq.kernels.threads import in_one_launch, usable
-from lrpq.quant.grid import QuantizedWeight, code_ranges, ends, fetch, group_width, largest, refuse_unless_finite
+from lrpq.quant.doubts import Doubts
+from lrpq.quant.grid import QuantizedWeight, code_ranges, ends, group_width, largest, refuse_unless_finite
 from lrpq.quant.halves import SPLIT_WHOLE, interleaved, product
 from lrpq.quant.residual import has_kernel, write_residual
 
@@ -78,6 +79,7 @@ def descend(
     *,
     sweeps: int = 4,
     block_columns: int = BLOCK_COLUMNS,
+    doubts: Doubts | None = None,
     name: str = "layer",
 ) -> list[Descended]:
     """Lower the error of every row under H, as it is given, by single changes of codes; several choices at once.
@@ -95,7 +97,7 @@ def descend(
     d_in squared up to 8,192 inputs, times 512 d_in above.
 
     Raises QuantizationError naming the layer for shapes that do not belong together, values that are not finite or so
-    large that their products could overflow, or a scale of zero.
+    large that their products could overflow, or a scale of zero; with ``doubts``, where these are settled.
     """
     d_out, d_in = T.shape
     if tuple(H.shape) != (d_in, d_in) or any(q.codes.shape != T.shape for q in quantized) or not quantized:
@@ -103,7 +105,10 @@ def descend(
         raise QuantizationError(
             f"{name}: a target of {d_out} x {d_in}, a Hessian of {len(H)}, codes of {shapes}: they must be of one layer"
         )
-    _check(T, quantized, H, name=name)
+    own = Doubts() if doubts is None else doubts
+    _check(T, quantized, H, own, name=name)
+    if doubts is None:
+        own.settle()
     return descend_checked(T, quantized, H, sweeps=sweeps, block_columns=block_columns, name=name)
 
 
@@ -163,22 +168,26 @@ def _errors(T: Tensor, parts: Sequence[QuantizedWeight], H: Tensor) -> Tensor:
     return D
 
 
-def _check(T: Tensor, quantized: Sequence[QuantizedWeight], H: Tensor, *, name: str) -> None:
-    """Raise if T or H is not finite, D H might overflow or a scale is zero: an infinity or NaN would end as codes like
-    any other. One wait for the device."""
-    found = fetch(*(q.scales.all() for q in quantized), *ends([T, H, *(q.scales for q in quantized)]))
-    scaled, (target, hessian, *steps) = found[: len(quantized)], largest(found[len(quantized) :])
-    refuse_unless_finite(target, "target", name=name)
-    refuse_unless_finite(hessian, "Hessian", name=name)
-    if not all(scaled):
-        raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
-    for step in steps:
-        refuse_unless_finite(step, "grid of scales", name=name)
-    error = target + max(2**q.choice.bits * step for q, step in zip(quantized, steps, strict=True))
-    if not error * len(H) * hessian < torch.finfo(H.dtype).max:
-        raise QuantizationError(
-            f"{name}: errors up to {error:.3g} may overflow {H.dtype} under its Hessian; check the source model"
-        )
+def _check(T: Tensor, quantized: Sequence[QuantizedWeight], H: Tensor, doubts: Doubts, *, name: str) -> None:
+    """Doubt that T and H are finite, that D H cannot overflow and that no scale is zero: an infinity or NaN would end
+    as codes like any other."""
+    choices, width, dtype = [q.choice for q in quantized], len(H), H.dtype
+
+    def judge(found: list[float]) -> None:
+        scaled, (target, hessian, *steps) = found[: len(choices)], largest(found[len(choices) :])
+        refuse_unless_finite(target, "target", name=name)
+        refuse_unless_finite(hessian, "Hessian", name=name)
+        if not all(scaled):
+            raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
+        for step in steps:
+            refuse_unless_finite(step, "grid of scales", name=name)
+        error = target + max(2**choice.bits * step for choice, step in zip(choices, steps, strict=True))
+        if not error * width * hessian < torch.finfo(dtype).max:
+            raise QuantizationError(
+                f"{name}: errors up to {error:.3g} may overflow {dtype} under its Hessian; check the source model"
+            )
+
+    doubts.ask([*(q.scales.all() for q in quantized), *ends([T, H, *(q.scales for q in quantized)])], judge)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ from lrpq.errors import QuantizationError
 from lrpq.kernels.threads import usable
 from lrpq.model.layers import Choice
 from lrpq.quant.column_loop import sweep
+from lrpq.quant.doubts import Doubts
 from lrpq.quant.factor import Factor
 from lrpq.quant.forms import QuadraticForms
 from lrpq.quant.grid import (
@@ -87,42 +88,117 @@ def gptq(
     Raises QuantizationError naming the layer for values that are not finite or so large that the column loop could
     overflow (from about 1e30 in fp32), a scale of zero, or a group size that does not divide d_in.
     """
-    d_out, d_in = W.shape
-    if d_in != len(factor.order):
-        raise QuantizationError(
-            f"{name}: {d_in} inputs but a Hessian of {len(factor.order)}; pass its own input's factor"
-        )
-    if not choices or (scales is not None and len(scales) != len(choices)):
-        raise QuantizationError(f"{name}: give at least one choice, and one tensor of scales for each or none at all")
-    widths = [group_width(choice, d_in, name=name) for choice in choices]
-    Wt = W.T.to(factor.R.dtype).contiguous()
-    weights = factor.importance
-    if scales is None:
-        weights = search_importance(factor, name=name) if H is None else H.diagonal()
-        scales = search_scales_transposed(Wt, weights, choices, grid=grid, name=name)
-    zeros = [zero_points(Wt.T, choice) for choice in choices] if grid is Grid.ASYMMETRIC else []
+    rounding = Rounding(factor, choices, H=H, grid=grid, name=name)
+    return rounding(W, scales)
 
-    # one row of scales for every run of columns that lies in one group of every choice
-    run = math.gcd(*widths)
-    scales = [s.bfloat16() for s in scales]
-    _check(W, weights, scales, choices, factor, name=name)
-    S = _stack(scales, widths, run).to(Wt)
-    Z = _stack(zeros, widths, run).to(Wt) if zeros else None
-    bounds = code_ranges(tuple(choice.bits for choice in choices), Wt.dtype, Wt.device)
-    codes = torch.empty(d_in, len(choices), d_out, dtype=torch.int8, device=Wt.device)
-    Wt = Wt[factor.order]
-    num_rows = min(d_out, rows_at_once(d_in, len(choices), cpu=Wt.device.type == "cpu"))
-    memory = Wt.new_empty(d_in * len(choices) * num_rows)
-    for start in range(0, d_out, num_rows):
-        rows = slice(start, start + num_rows)
-        Z_rows = None if Z is None else Z[:, :, rows]
-        done = sweep(Wt[:, rows], factor, S[:, :, rows], bounds, run, Z=Z_rows, memory=memory)
-        codes[:, :, rows] = done.codes
-    back = torch.argsort(factor.order)
-    return [
-        QuantizedWeight(codes=codes[:, i].index_select(0, back).T.contiguous(), scales=s, choice=choice, zero_points=z)
-        for i, (s, choice, z) in enumerate(zip(scales, choices, zeros or [None] * len(choices), strict=True))
-    ]
+
+class Rounding:
+    """``gptq`` of rows of one site, some at a time: what their calls have in common is made once.
+
+    Args:
+        factor: of the site.
+        choices: of all rows.
+        H: another one whose diagonal weighs the search for scales.
+        grid: of the codes.
+        doubts: where what would wait for the device is asked; by default every call waits.
+        name: module name for errors.
+
+    Raises:
+        QuantizationError: no choice, or a group size that does not divide d_in.
+    """
+
+    def __init__(
+        self,
+        factor: Factor,
+        choices: Sequence[Choice],
+        *,
+        H: Float[Tensor, "d_in d_in"] | None = None,
+        grid: Grid = Grid.SYMMETRIC,
+        doubts: Doubts | None = None,
+        name: str = "layer",
+    ) -> None:
+        self._factor, self._choices, self._grid, self._doubts, self._name = factor, choices, grid, doubts, name
+        d_in = len(factor.order)
+        if not choices:
+            raise QuantizationError(f"{name}: give at least one choice")
+        self._widths = [group_width(choice, d_in, name=name) for choice in choices]
+        self._run = math.gcd(*self._widths)
+        self._importance = search_importance(factor, name=name) if H is None else H.diagonal()
+        self._back = torch.argsort(factor.order)
+        self._site_ends = list(ends([self._importance, factor.R]))
+
+    def __call__(
+        self, W: Float[Tensor, "rows d_in"], scales: Sequence[Float[Tensor, "rows groups"]] | None = None
+    ) -> list[QuantizedWeight]:
+        """Codes of the rows for every choice, in the order of the choices.
+
+        Raises:
+            QuantizationError: as ``gptq``; of what waits for the device, where the doubts are settled.
+        """
+        factor, choices, name = self._factor, self._choices, self._name
+        num_rows, d_in = W.shape
+        if d_in != len(factor.order):
+            raise QuantizationError(
+                f"{name}: {d_in} inputs but a Hessian of {len(factor.order)}; pass its own input's factor"
+            )
+        if scales is not None and len(scales) != len(choices):
+            raise QuantizationError(f"{name}: give one tensor of scales for each choice or none at all")
+        Wt = W.T.to(factor.R.dtype).contiguous()
+        if scales is None:
+            scales = search_scales_transposed(Wt, self._importance, choices, grid=self._grid, name=name)
+        zeros = [zero_points(Wt.T, choice) for choice in choices] if self._grid is Grid.ASYMMETRIC else []
+
+        # one row of scales for every run of columns that lies in one group of every choice
+        scales = [s.bfloat16() for s in scales]
+        self._check(W, scales)
+        S = _stack(scales, self._widths, self._run).to(Wt)
+        Z = _stack(zeros, self._widths, self._run).to(Wt) if zeros else None
+        bounds = code_ranges(tuple(choice.bits for choice in choices), Wt.dtype, Wt.device)
+        codes = torch.empty(d_in, len(choices), num_rows, dtype=torch.int8, device=Wt.device)
+        Wt = Wt[factor.order]
+        step = min(num_rows, rows_at_once(d_in, len(choices), cpu=Wt.device.type == "cpu"))
+        memory = Wt.new_empty(d_in * len(choices) * step)
+        for start in range(0, num_rows, step):
+            rows = slice(start, start + step)
+            Z_rows = None if Z is None else Z[:, :, rows]
+            done = sweep(Wt[:, rows], factor, S[:, :, rows], bounds, self._run, Z=Z_rows, memory=memory)
+            codes[:, :, rows] = done.codes
+        return [
+            QuantizedWeight(
+                codes=codes[:, i].index_select(0, self._back).T.contiguous(), scales=s, choice=choice, zero_points=z
+            )
+            for i, (s, choice, z) in enumerate(zip(scales, choices, zeros or [None] * len(choices), strict=True))
+        ]
+
+    def _check(self, W: Tensor, scales: Sequence[Tensor]) -> None:
+        """Raise for a weight or importance that is not finite, if a target t_k = w_k + sum_j D_j R_jk might overflow,
+        or if a scale is zero or not finite; all in one wait for the device.
+
+        Where this passes, the column loop makes no infinity and no NaN, which would end as codes like any other.
+        """
+        factor, choices, name = self._factor, self._choices, self._name
+        dtype = factor.R.dtype
+
+        def judge(found: list[float]) -> None:
+            scaled, (weighed, pull, weight, *steps) = found[: len(choices)], largest(found[len(choices) :])
+            refuse_unless_finite(weight, "weight", name=name)
+            refuse_unless_finite(weighed, "Hessian", name=name)
+            for step in steps:
+                refuse_unless_finite(step, "grid of scales", name=name)
+            grid_end = max(2**choice.bits * step for step, choice in zip(steps, choices, strict=True))
+            reach = weight + (weight + grid_end) * len(factor.R) * pull
+            if not reach < torch.finfo(dtype).max:
+                raise QuantizationError(
+                    f"{name}: weights up to {weight:.3g} and a grid up to {grid_end:.3g} may overflow {dtype} while"
+                    " columns correct each other; check the source model"
+                )
+            if not all(scaled):
+                raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
+
+        doubts = Doubts() if self._doubts is None else self._doubts
+        doubts.ask([*(s.all() for s in scales), *self._site_ends, *ends([W, *scales])], judge)
+        if self._doubts is None:
+            doubts.settle()
 
 
 def rows_at_once(d_in: int, num_choices: int, *, cpu: bool) -> int:
@@ -130,32 +206,6 @@ def rows_at_once(d_in: int, num_choices: int, *, cpu: bool) -> int:
     if cpu:
         return max(1, _CPU_ROWS // num_choices)
     return max(1, _GPU_ELEMENTS // d_in // num_choices // _WHOLE_ROWS) * _WHOLE_ROWS
-
-
-def _check(
-    W: Tensor, importance: Tensor, scales: Sequence[Tensor], choices: Sequence[Choice], factor: Factor, *, name: str
-) -> None:
-    """Raise for a weight or importance that is not finite, if a target t_k = w_k + sum_j D_j R_jk might overflow, or if
-    a scale is zero or not finite; all in one wait for the device.
-
-    Where this passes, the column loop makes no infinity and no NaN, which would end as codes like any other.
-    """
-    dtype = factor.R.dtype
-    found = fetch(*(s.all() for s in scales), *ends([W, importance, factor.R, *scales]))
-    scaled, (weight, weighed, pull, *steps) = found[: len(scales)], largest(found[len(scales) :])
-    refuse_unless_finite(weight, "weight", name=name)
-    refuse_unless_finite(weighed, "Hessian", name=name)
-    for step in steps:
-        refuse_unless_finite(step, "grid of scales", name=name)
-    grid_end = max(2**choice.bits * step for step, choice in zip(steps, choices, strict=True))
-    reach = weight + (weight + grid_end) * len(factor.R) * pull
-    if not reach < torch.finfo(dtype).max:
-        raise QuantizationError(
-            f"{name}: weights up to {weight:.3g} and a grid up to {grid_end:.3g} may overflow {dtype} while columns"
-            " correct each other; check the source model"
-        )
-    if not all(scaled):
-        raise QuantizationError(f"{name}: a scale is zero; give a group of zeros a scale of 1")
 
 
 def _stack(tensors: Sequence[Tensor], widths: Sequence[int], run: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.quant.descent import descend, descend_checked
+from lrpq.quant.doubts import Doubts
 from lrpq.quant.gptq import loss_of
 from lrpq.quant.grid import QuantizedWeight, power_of_two
 from lrpq.quant.refit import refit_checked
@@ -72,17 +73,56 @@ def polish(
     Raises QuantizationError naming the layer for negative damping, shapes that do not belong together, or values that
     are not finite.
     """
-    if not damping >= 0:
-        raise QuantizationError(f"{name}: damping must not be negative, got {damping}")
-    damped = _damped(H, damping)
-    found = list(quantized)
-    for turn in range(rounds):
-        # what was checked stays so: T and H are the same, no refitted scale vanishes, and an error that falls under a
-        # damped H bounds them all
-        step = descend_checked if turn and damping > 0 else descend
-        found = [d.weight for d in step(T, found, damped, sweeps=sweeps, name=name)]
-        found = [refit_checked(T, q, damped).weight for q in found]
-    return [_guarded(T, q, before, H) for q, before in zip(found, quantized, strict=True)]
+    polisher = Polisher(H, damping=damping, sweeps=sweeps, name=name)
+    return polisher(T, quantized, rounds=rounds)
+
+
+class Polisher:
+    """``polish`` of rows that share an H, some at a time: it is damped once. Memory: a copy of H while this lives.
+
+    Args:
+        H: undamped.
+        damping: as for ``polish``.
+        sweeps: as for ``polish``.
+        doubts: where what would wait for the device is asked; by default every call waits.
+        name: module name for errors.
+
+    Raises:
+        QuantizationError: negative damping.
+    """
+
+    def __init__(
+        self,
+        H: Float[Tensor, "d_in d_in"],
+        *,
+        damping: float = DEFAULT_DAMPING,
+        sweeps: int = 2,
+        doubts: Doubts | None = None,
+        name: str = "layer",
+    ) -> None:
+        if not damping >= 0:
+            raise QuantizationError(f"{name}: damping must not be negative, got {damping}")
+        self._H, self._damped, self._damping = H, _damped(H, damping), damping
+        self._sweeps, self._doubts, self._name = sweeps, doubts, name
+
+    def __call__(
+        self, T: Float[Tensor, "rows d_in"], quantized: Sequence[QuantizedWeight], *, rounds: int
+    ) -> list[Polished]:
+        """Polished rows.
+
+        Raises:
+            QuantizationError: as ``polish``; of what waits for the device, where the doubts are settled.
+        """
+        found = list(quantized)
+        for turn in range(rounds):
+            if turn and self._damping > 0:
+                # what was checked stays so: T and H are the same, no refitted scale vanishes, and an error that falls
+                # under a damped H bounds them all
+                step = descend_checked(T, found, self._damped, sweeps=self._sweeps, name=self._name)
+            else:
+                step = descend(T, found, self._damped, sweeps=self._sweeps, doubts=self._doubts, name=self._name)
+            found = [refit_checked(T, d.weight, self._damped).weight for d in step]
+        return [_guarded(T, q, before, self._H) for q, before in zip(found, quantized, strict=True)]
 
 
 def _damped(H: Tensor, damping: float) -> Tensor:

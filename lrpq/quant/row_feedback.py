@@ -12,6 +12,10 @@ are rounded move the best place of the others to
 
 which is GPTQ's own rule for columns (quant/gptq.py), applied to rows. Rows of one block do not see each other: the more
 blocks, the more of G is used, and the more often the column loop runs.
+
+All rows together can then be improved, each towards the place that the errors before it now make the best (Jacobi's way:
+every row against the others' last errors). What improves a row on its own, as quant/polish.py does, thus need not run
+block by block.
 """
 
 from __future__ import annotations
@@ -33,13 +37,74 @@ if TYPE_CHECKING:
 DEFAULT_DAMPING = 0.5
 """Share of the mean diagonal of G. G has one sampled gradient a token, so its small directions are noise: .5 left 1.5%
 less KL than .05 (docs/log.md)."""
-LEAST_ROWS = 128
-"""Of a block: smaller ones cost as many steps of the column loop and win little."""
+LEAST_ROWS = 48
+"""Of a block: smaller ones cost as many steps of the column loop. 32 won another percent or three at 3.25 bits, for
+twice the time of the codes (docs/log.md)."""
 
-DEFAULT_BLOCKS = 4
-"""Most of what 12 blocks win is won by 4, at a third of the calls (docs/log.md)."""
+DEFAULT_BLOCKS = 12
+"""Against 4, each polished by itself, 12 that are polished together left 1.4% less KL in the same time (docs/log.md)."""
+IMPROVED_ELEMENTS = 2**25
+"""Weights that are improved together: what bounds the memory of temporaries."""
 RoundRows = Callable[["Tensor"], QuantizedWeight]
 """From targets [rows, d_in] to codes and scales."""
+ImproveRows = Callable[["Tensor", QuantizedWeight], QuantizedWeight]
+"""From targets [rows, d_in] and codes of these rows to others."""
+
+
+class RowBlocks:
+    """A layer on its way from one block of rows to the next, those with the largest G_jj first.
+
+    FLOPs besides those of what rounds and improves: c^3 for every chunk of c rows, and c^2 d_in for its rounding and for
+    each improvement. Memory: T twice over, a block's targets, and of every chunk two matrices like its G.
+
+    Args:
+        T: what the codes should reproduce, float32.
+        outputs: G of consecutive chunks of rows, in any unit; rows of different chunks do not see each other.
+        num_blocks: of every chunk, at most: no block has fewer than 48 rows; 1 rounds each row on its own.
+        damping: share of the mean diagonal of G that is added to it.
+        name: module name for errors.
+
+    Raises:
+        QuantizationError: the chunks do not make up the rows, or a G is not finite or stays indefinite.
+    """
+
+    def __init__(
+        self,
+        T: Float[Tensor, "d_out d_in"],
+        outputs: Sequence[Float[Tensor, "chunk chunk"]],
+        *,
+        num_blocks: int,
+        damping: float = DEFAULT_DAMPING,
+        name: str = "layer",
+    ) -> None:
+        if sum(len(G) for G in outputs) != len(T):
+            rows = sum(len(G) for G in outputs)
+            raise QuantizationError(f"{name}: {len(T)} rows, and output gradients of {rows}; they must be of one layer")
+        self._chunks: list[_Chunk] = []
+        start = 0
+        for G in outputs:
+            blocks = blocks_of(len(G), num_blocks)
+            factor = factorize(G, damping=damping, name=f"{name}, output gradients") if blocks > 1 else None
+            self._chunks.append(_Chunk(T[start : start + len(G)], factor, blocks))
+            start += len(G)
+
+    def round(self, round_rows: RoundRows) -> None:
+        """Round block by block; chunks do not see each other, so that one call rounds the same block of all."""
+        for block in range(max(len(chunk.blocks) for chunk in self._chunks)):
+            own = [chunk for chunk in self._chunks if block < len(chunk.blocks)]
+            targets = [chunk.targets(block) for chunk in own]
+            found = round_rows(targets[0] if len(own) == 1 else torch.cat(targets))
+            for chunk, part in zip(own, found.split([len(rows) for rows in targets]), strict=True):
+                chunk.put(block, part)
+
+    def improve(self, improve_rows: ImproveRows) -> None:
+        """Improve the rounded rows, each towards what the others' errors now make of its target."""
+        for chunk in self._chunks:
+            chunk.improve(improve_rows)
+
+    def weight(self) -> QuantizedWeight:
+        """All rows in their own order."""
+        return stacked([chunk.weight() for chunk in self._chunks])
 
 
 def quantize_in_blocks(
@@ -51,41 +116,10 @@ def quantize_in_blocks(
     damping: float = DEFAULT_DAMPING,
     name: str = "layer",
 ) -> QuantizedWeight:
-    """Round a layer block by block of rows, those with the largest G_jj first; a block of all chunks at once.
-
-    FLOPs besides those of ``round_rows``: c^3 / 3 + c^2 d_in for every chunk of c rows. Memory: T twice over, a block's
-    targets, and a factor of every chunk.
-
-    Args:
-        T: what the codes should reproduce, float32.
-        outputs: G of consecutive chunks of rows, in any unit; rows of different chunks do not see each other.
-        round_rows: how one block is rounded; rows it is given are rounded independently.
-        num_blocks: of every chunk, at most: no block has fewer than 128 rows; 1 rounds each row on its own.
-        damping: share of the mean diagonal of G that is added to it.
-        name: module name for errors.
-
-    Raises:
-        QuantizationError: the chunks do not make up the rows, or a G is not finite or stays indefinite.
-    """
-    if sum(len(G) for G in outputs) != len(T):
-        raise QuantizationError(
-            f"{name}: {len(T)} rows, and output gradients of {sum(len(G) for G in outputs)}; they must be of one layer"
-        )
-    chunks: list[_Chunk] = []
-    start = 0
-    for G in outputs:
-        blocks = blocks_of(len(G), num_blocks)
-        factor = factorize(G, damping=damping, name=f"{name}, output gradients") if blocks > 1 else None
-        chunks.append(_Chunk(T[start : start + len(G)], factor, blocks))
-        start += len(G)
-    for block in range(max(len(chunk.blocks) for chunk in chunks)):
-        # chunks do not see each other: one call rounds the same block of all
-        own = [chunk for chunk in chunks if block < len(chunk.blocks)]
-        targets = [chunk.targets(block) for chunk in own]
-        found = round_rows(targets[0] if len(own) == 1 else torch.cat(targets))
-        for chunk, part in zip(own, found.split([len(rows) for rows in targets]), strict=True):
-            chunk.put(block, part)
-    return stacked([chunk.weight() for chunk in chunks])
+    """Round a layer by ``RowBlocks``, whose arguments these are, and improve nothing."""
+    blocks = RowBlocks(T, outputs, num_blocks=num_blocks, damping=damping, name=name)
+    blocks.round(round_rows)
+    return blocks.weight()
 
 
 def interacts(outputs: Sequence[Float[Tensor, "chunk chunk"]], *, num_blocks: int) -> bool:
@@ -103,7 +137,7 @@ def joint_error(
     C: Float[Tensor, "d_in d_in"],
     P: Float[Tensor, "d_out d_in"] | None,
     outputs: Sequence[Float[Tensor, "chunk chunk"]],
-) -> float:
+) -> Float[Tensor, ""]:
     """tr(G E) for the errors E of all rows together, up to a term that does not depend on the codes.
 
     E = dW C dW^T - 2 P dW^T, as `lrpq.quant.correction.target_error` has it row by row. Large products on a GPU are by
@@ -113,9 +147,13 @@ def joint_error(
         dW: quantized minus original weights.
         C: Hessian of the quantized prefix.
         P: what the outputs lack behind the prefix (quant/correction.py); None where nothing is corrected.
-        outputs: as for `quantize_in_blocks`, undamped.
+        outputs: as for `RowBlocks`, undamped.
+
+    Returns:
+        float64; `float` would wait for the device.
     """
-    total, start = 0.0, 0
+    total = torch.zeros((), dtype=torch.float64, device=dW.device)
+    start = 0
     for G in outputs:
         rows = slice(start, start + len(G))
         start += len(G)
@@ -123,48 +161,74 @@ def joint_error(
         pull = multiplied(part, C)
         if P is not None:
             pull.sub_(P[rows], alpha=2.0)
-        total += float(multiplied(G, part).mul_(pull).sum(dtype=torch.float64))
+        total += multiplied(G, part).mul_(pull).sum(dtype=torch.float64)
     return total
 
 
 class _Chunk:
-    """Rows that see each other, on the way from one block to the next."""
+    """Rows that see each other, in the order in which they are rounded."""
 
     def __init__(self, T: Float[Tensor, "rows d_in"], factor: Factor | None, num_blocks: int) -> None:
-        self._factor = factor
+        self._order = None if factor is None else factor.order
         self._T = T if factor is None else T[factor.order]
         self._errors = None if factor is None else torch.zeros_like(self._T)
+        """T - Q of the rows that are rounded."""
         self._found: list[QuantizedWeight] = []
         size = -(-len(T) // num_blocks)
         self.blocks = [slice(start, min(start + size, len(T))) for start in range(0, len(T), size)]
+        self._pull = None if factor is None else _pull(factor, self.blocks)
 
     def targets(self, block: int) -> Float[Tensor, "rows d_in"]:
         """What the block should reproduce, now that those before it are rounded."""
         rows = self.blocks[block]
-        targets = self._T[rows]
-        if block == 0 or self._factor is None or self._errors is None:
-            return targets
-        # the unit columns of factor.R cancel: R_BB and R_AB are scaled alike
-        R, start = self._factor.R, rows.start
-        pull = multiplied(R[:start, rows].T, self._errors[:start])
-        return targets + torch.linalg.solve_triangular(R[rows, rows].T, pull, upper=False, unitriangular=True)
+        if block == 0 or self._pull is None or self._errors is None:
+            return self._T[rows]
+        return multiplied(self._pull[rows, : rows.start], self._errors[: rows.start]).add_(self._T[rows])
 
     def put(self, block: int, found: QuantizedWeight) -> None:
         """The block, rounded."""
         rows = self.blocks[block]
         self._found.append(found)
-        if self._errors is not None and rows.stop < len(self._T):
-            self._errors[rows] = self._T[rows] - found.dequantize(self._T.dtype)
+        if self._errors is not None:
+            torch.sub(self._T[rows], found.dequantize(self._T.dtype), out=self._errors[rows])
+
+    def improve(self, improve_rows: ImproveRows) -> None:
+        """Better codes for all rows, some at a time."""
+        whole = stacked(self._found)
+        targets = self._T if self._errors is None else self._targets()
+        step = max(1, IMPROVED_ELEMENTS // self._T.shape[1])
+        self._found = []
+        for start in range(0, len(targets), step):
+            rows = slice(start, start + step)
+            self._found.append(improve_rows(targets[rows], whole.rows(rows)))
+            if self._errors is not None:
+                torch.sub(self._T[rows], self._found[-1].dequantize(self._T.dtype), out=self._errors[rows])
+
+    def _targets(self) -> Float[Tensor, "rows d_in"]:
+        """Those of all rows, in the memory of the errors: later rows, which pull at none before them, first."""
+        assert self._errors is not None
+        for block in reversed(range(len(self.blocks))):
+            self._errors[self.blocks[block]] = self.targets(block)
+        return self._errors
 
     def weight(self) -> QuantizedWeight:
         """All rows in their own order."""
         whole = stacked(self._found)
-        if self._factor is None:
+        if self._order is None:
             return whole
-        order = self._factor.order
         codes, scales = torch.empty_like(whole.codes), torch.empty_like(whole.scales)
-        codes[order], scales[order] = whole.codes, whole.scales
+        codes[self._order], scales[self._order] = whole.codes, whole.scales
         return QuantizedWeight(codes=codes, scales=scales, choice=whole.choice)
+
+
+def _pull(factor: Factor, blocks: Sequence[slice]) -> Float[Tensor, "rows rows"]:
+    """R_BB^-T R_AB^T for each block B and all rows A before it; zero elsewhere. R's unit columns cancel in it: R_BB and
+    R_AB are scaled alike."""
+    pull = torch.zeros_like(factor.R)
+    for rows in blocks[1:]:
+        own, before = factor.R[rows, rows], factor.R[: rows.start, rows]
+        pull[rows, : rows.start] = torch.linalg.solve_triangular(own.T, before.T, upper=False, unitriangular=True)
+    return pull
 
 
 def stacked(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

@@ -13,11 +13,12 @@ from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
 from lrpq.quant.factor import Factor, factorize
-from lrpq.quant.gptq import gptq, row_chunks
-from lrpq.quant.grid import Grid, QuantizedWeight, power_of_two
+from lrpq.quant.doubts import Doubts
+from lrpq.quant.gptq import Rounding, gptq, row_chunks
+from lrpq.quant.grid import Grid, QuantizedWeight, fetch, power_of_two
 from lrpq.quant.hessian import factor_damped, normalized
-from lrpq.quant.polish import polish
-from lrpq.quant.row_feedback import DEFAULT_BLOCKS, interacts, joint_error, quantize_in_blocks, stacked
+from lrpq.quant.polish import Polisher, polish
+from lrpq.quant.row_feedback import DEFAULT_BLOCKS, RowBlocks, interacts, joint_error, stacked
 from lrpq.refine.products import SiteProducts
 from lrpq.refine.row_parts import row_parts
 
@@ -76,7 +77,8 @@ def quantize_refined(
         correction_damping: the same for the correction, which needs more: it fits d_in numbers a row to the
             calibration tokens, and a held-out text pays for what it fits of their noise (docs/log.md).
         polish_rounds: rounds of coordinate descent on the codes and a refit of the scales (quant/polish.py), towards
-            what each row was rounded from; rows whose calibration error that raises stay as rounded; 0 is none.
+            what each row was rounded from, or what the errors of other rows then make of it; rows whose calibration
+            error that raises stay as rounded; 0 is none.
         outputs: second moments of the gradients at its outputs (relevance/outputs.py), with which blocks of rows make
             up for the errors of the blocks before them (quant/row_feedback.py); None rounds each row on its own.
         row_blocks: how many such blocks, at most; 1 rounds each row on its own.
@@ -195,19 +197,29 @@ def _with_feedback(
     grid: Grid,
     name: str,
 ) -> QuantizedWeight | None:
-    """Blocks of rows that make up for each other's errors; None where all together are worse than ``rounded``."""
+    """Blocks of rows that make up for each other's errors, then polished together: what has the lowest joint error on
+    the way; None where that is higher than that of ``rounded``.
 
-    def round_rows(T: Tensor) -> QuantizedWeight:
-        T = T.contiguous()
-        found = gptq(T, factor, [choice], grid=grid, name=name)[0]
-        return polish(T, [found], C, rounds=polish_rounds, name=name)[0].weight if polish_rounds else found
-
-    weight = quantize_in_blocks(rounded.target, outputs, round_rows, num_blocks=row_blocks, name=name)
+    Each row is polished against the errors that the others had before, so that where outputs depend on each other much,
+    polishing all at once may raise what it lowers row by row.
+    """
+    doubts = Doubts()
+    rounding = Rounding(factor, [choice], grid=grid, doubts=doubts, name=name)
+    blocks = RowBlocks(rounded.target, outputs, num_blocks=row_blocks, name=name)
+    blocks.round(lambda T: rounding(T)[0])
+    found = [rounded.weight, blocks.weight()]
+    if polish_rounds:
+        polisher = Polisher(C, doubts=doubts, name=name)
+        for _ in range(polish_rounds):
+            blocks.improve(lambda T, q: polisher(T, [q], rounds=1)[0].weight)
+            found.append(blocks.weight())
+        del polisher
+    del blocks
+    doubts.settle()
     hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
-    together, apart = (
-        joint_error(q.dequantize(torch.float32) - W, hessian, P, outputs) for q in (weight, rounded.weight)
-    )
-    return weight if together <= apart else None
+    apart, *together = fetch(*(joint_error(q.dequantize(torch.float32) - W, hessian, P, outputs) for q in found))
+    best = min(together)
+    return found[1 + together.index(best)] if best <= apart else None
 
 
 def _corrected(

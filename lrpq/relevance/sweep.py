@@ -277,6 +277,15 @@ class ProfileSweep:
         """Labels of a shard that have gradients."""
         return sum(self.stream.num_labels(tokens) for _, tokens in self.explained(shard))
 
+    def expect(self, block: int) -> None:
+        """Have the inputs of this block and of the one before it come back beside what is computed."""
+        self.kept.expect(
+            (index, shard.index, position)
+            for index in (block, block - 1)
+            for shard in self.shards
+            for position in range(len(self.explained(shard)))
+        )
+
     def backward(self, block: int, module: nn.Module) -> tuple[dict[Node, BlockSums], dict[int, SiteWeights]]:
         """Backward through one block.
 
@@ -286,12 +295,7 @@ class ProfileSweep:
         """
         parts: dict[Node, Callable[[], BlockSums]] = {}
         weights: dict[int, SiteWeights] = {}
-        self.kept.expect(
-            (index, shard.index, position)
-            for index in (block, block - 1)
-            for shard in self.shards
-            for position in range(len(self.explained(shard)))
-        )
+        self.expect(block)
         for shard in self.shards:
             if self._copies is not None:
                 hold = partial(settled, copies=self._copies)
