@@ -13,9 +13,9 @@ are rounded move the best place of the others to
 which is GPTQ's own rule for columns (quant/gptq.py), applied to rows. Rows of one block do not see each other: the more
 blocks, the more of G is used, and the more often the column loop runs.
 
-All rows together can then be improved, each towards the place that the errors before it now make the best (Jacobi's way:
-every row against the others' last errors). What improves a row on its own, as quant/polish.py does, thus need not run
-block by block.
+All rows together can then be improved, each towards the place that the errors before it now make the best: Jacobi's
+way, every row against the last errors of the others. What improves a row on its own, as quant/polish.py does, thus need
+not run block by block.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LEAST_ROWS = 48
 twice the time of the codes (docs/log.md)."""
 
 DEFAULT_BLOCKS = 12
-"""Against 4, each polished by itself, 12 that are polished together left 1.4% less KL in the same time (docs/log.md)."""
+"""12 that are polished together left 1.4% less KL than 4, each polished by itself, in the same time (docs/log.md)."""
 IMPROVED_ELEMENTS = 2**25
 """Weights that are improved together: what bounds the memory of temporaries."""
 RoundRows = Callable[["Tensor"], QuantizedWeight]
@@ -54,8 +54,8 @@ ImproveRows = Callable[["Tensor", QuantizedWeight], QuantizedWeight]
 class RowBlocks:
     """A layer on its way from one block of rows to the next, those with the largest G_jj first.
 
-    FLOPs besides those of what rounds and improves: c^3 for every chunk of c rows, and c^2 d_in for its rounding and for
-    each improvement. Memory: T twice over, a block's targets, and of every chunk two matrices like its G.
+    FLOPs besides those of what rounds and improves: c^3 for every chunk of c rows, and c^2 d_in for its rounding and
+    for each improvement. Memory: T twice over, a block's targets, and of every chunk two matrices like its G.
 
     Args:
         T: what the codes should reproduce, float32.

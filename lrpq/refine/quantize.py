@@ -12,8 +12,8 @@ import torch
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
-from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.doubts import Doubts
+from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import Rounding, gptq, row_chunks
 from lrpq.quant.grid import Grid, QuantizedWeight, fetch, power_of_two
 from lrpq.quant.hessian import factor_damped, normalized
@@ -207,19 +207,37 @@ def _with_feedback(
     rounding = Rounding(factor, [choice], grid=grid, doubts=doubts, name=name)
     blocks = RowBlocks(rounded.target, outputs, num_blocks=row_blocks, name=name)
     blocks.round(lambda T: rounding(T)[0])
-    found = [rounded.weight, blocks.weight()]
+    hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
+
+    def error(weight: QuantizedWeight) -> Tensor:
+        return joint_error(weight.dequantize(torch.float32) - W, hessian, P, outputs)
+
+    best = blocks.weight()
+    least = error(best)
     if polish_rounds:
         polisher = Polisher(C, doubts=doubts, name=name)
         for _ in range(polish_rounds):
             blocks.improve(lambda T, q: polisher(T, [q], rounds=1)[0].weight)
-            found.append(blocks.weight())
+            now = blocks.weight()
+            best, least = _lower(now, error(now), best, least)
         del polisher
     del blocks
     doubts.settle()
-    hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
-    apart, *together = fetch(*(joint_error(q.dequantize(torch.float32) - W, hessian, P, outputs) for q in found))
-    best = min(together)
-    return found[1 + together.index(best)] if best <= apart else None
+    together, apart = fetch(least, error(rounded.weight))
+    return best if together <= apart else None
+
+
+def _lower(
+    one: QuantizedWeight, error: Tensor, other: QuantizedWeight, others_error: Tensor
+) -> tuple[QuantizedWeight, Tensor]:
+    """The one with the lower error, without a wait for the device, and that error."""
+    is_lower = error < others_error
+    weight = replace(
+        one,
+        codes=torch.where(is_lower, one.codes, other.codes),
+        scales=torch.where(is_lower, one.scales, other.scales),
+    )
+    return weight, torch.minimum(error, others_error)
 
 
 def _corrected(
