@@ -68,7 +68,8 @@ def attention_concentration(tokens: SiteTokens) -> Tensor:
 
 def _gradient(relevance: Relevance) -> Weighting:
     def weigh(tokens: SiteTokens) -> Tensor:
-        return token_weights(tokens.stats, relevance, site=tokens.site, floor=tokens.floor, power=tokens.power)
+        how = {"floor": tokens.floor, "power": tokens.power}
+        return token_weights(tokens.stats, relevance, site=tokens.site, inputs=tokens.x, **how)
 
     return weigh
 

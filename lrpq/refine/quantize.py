@@ -210,7 +210,8 @@ def _with_feedback(
     hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
 
     def error(weight: QuantizedWeight) -> Tensor:
-        return joint_error(weight.dequantize(torch.float32) - W, hessian, P, outputs)
+        found: Tensor = joint_error(weight.dequantize(torch.float32) - W, hessian, P, outputs)
+        return found
 
     best = blocks.weight()
     least = error(best)

@@ -349,7 +349,8 @@ class ProfileSweep:
             self.upstream[shard.index, position] = result.gradients
             for site, inputs in result.inputs.items() if self.weighs_tokens else ():
                 stats = [result.modules[name] for name, _ in sites[site]]
-                s = token_weights(stats, self.relevance, site=f"{block}.{site}", floor=self.floor, power=self.power)
+                place, how = f"{block}.{site}", {"floor": self.floor, "power": self.power}
+                s = token_weights(stats, self.relevance, site=place, inputs=inputs, **how)
                 hessians[site] = accumulate(hessians[site], inputs, s)
                 weights[site].append(s.float().cpu())
                 if site in squares:
