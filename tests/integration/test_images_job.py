@@ -211,7 +211,8 @@ def test_weights_and_activations_keep_one_budget(
     assert 0.99 * shared["budget"] < shared["spent"] <= shared["budget"]
     assert shared["budget"] == int(Fraction(repr(budget_of(model))) * weights) + 4 * sum(values.values())
     assert manifest["activations"]["average_bits"] == pytest.approx(taken / sum(values.values()))
-    assert manifest["activations"]["average_bits"] > 4 > bits / weights
+    assert manifest["activations"]["average_bits"] > 4
+    assert bits / weights < budget_of(model), "less than at the middle width, scales counted in both"
 
 
 def test_weights_and_activations_keep_to_their_own_averages(
