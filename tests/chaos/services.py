@@ -29,9 +29,13 @@ _WEED_PORTS = [f"-{part}.port{kind}" for part in ("master", "volume", "filer", "
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on; below 50,000, since parts of SeaweedFS also want the port 10,000 above their own."""
+    """Ports nobody listens on; below 50,000, since parts of SeaweedFS also want the port 10,000 above their own.
+
+    Processes that look at the same time start far apart, also where one was started right after the other: a port is
+    free until the server that it is for has started.
+    """
     found: list[int] = []
-    candidate = 20_000 + os.getpid() * 7 % 18_000
+    candidate = 20_000 + os.getpid() * 97 % 18_000
     while len(found) < count:
         candidate += 1
         with socket.socket() as one, socket.socket() as above:
