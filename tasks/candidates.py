@@ -180,13 +180,13 @@ class _Found:
 
 def _quantized(state: WorkerState, job: CandidatesJob, problem: SiteProblem, specs: tuple[LinearSpec, ...]) -> _Found:
     """All rows at every choice."""
-    curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs])
+    curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs], problem.H)
     codes: dict[str, torch.Tensor] = {}
     costs: list[list[float]] = []
     layers = ((spec.name, read_weight(state, job.profile.stream, spec)) for spec in specs)
     quantized = quantize_side_by_side(layers, problem.factor, problem.choices, grid=Grid(job.grid))
     for spec, (W, candidates) in zip(specs, quantized, strict=True):
-        costs.append(predicted_cost(W, candidates, problem.H, curvature[spec.name].to(W.device)))
+        costs.append(predicted_cost(W, candidates, problem.H, curvature[spec.name]))
         for candidate in candidates:
             codes |= {f"{spec.name}|{candidate.choice}|{k}": to_host(v) for k, v in pack(candidate).items()}
         state.beat()
@@ -196,7 +196,7 @@ def _quantized(state: WorkerState, job: CandidatesJob, problem: SiteProblem, spe
 def _sampled(state: WorkerState, job: CandidatesJob, problem: SiteProblem, specs: tuple[LinearSpec, ...]) -> _Found:
     """Some rows at every choice."""
     assert job.cost_rows is not None
-    curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs])
+    curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs], problem.H)
     costs = sampled_costs(
         (read_weight(state, job.profile.stream, spec) for spec in specs),
         [curvature[spec.name] for spec in specs],

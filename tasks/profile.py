@@ -22,7 +22,7 @@ from lrpq.relevance.rules import Pass
 from lrpq.relevance.sweep import BlockSums, ProfileSweep, on_host
 from lrpq.shards import Node
 from tasks.device_copies import to_host, to_host_beside
-from tasks.profile_job import HEAD_OBJECTS, STAGE, ProfileJob
+from tasks.profile_job import HEAD_OBJECTS, STAGE, TRACE, ProfileJob
 from tasks.profile_sums import PARTS, Part, shared_out
 from tasks.store.opened import open_store
 from tasks.store.tensors import read_tensors
@@ -194,6 +194,7 @@ def stored_curvature(job: ProfileJob, blocks: Iterable[int]) -> dict[str, float]
         name: float(c.sum())
         for block in blocks
         for name, c in read_tensors(store, job.folder.block("curvature", block, "safetensors")).items()
+        if not name.endswith(TRACE)
     }
 
 

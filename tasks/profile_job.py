@@ -9,6 +9,8 @@ from tasks.hessian_bands import REST
 from tasks.streams import StreamJob
 
 STAGE = "profile"
+TRACE = ".trace"
+"""Behind a module's name beside its curvature: the trace of its Fisher information."""
 ROWS = ".rows"
 """Ending of the name under which an expert's token indices lie beside its token weights."""
 HESSIANS, SQUARES, INPUTS = "hessians", "squared-gradients", "inputs"

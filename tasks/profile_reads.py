@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lrpq.model.layers import LinearSpec
 from lrpq.quant.hessian import HessianSum
+from lrpq.quant.matched_curvature import matched_curvature
 from lrpq.relevance.outputs import CHUNK_ROWS, Outputs, num_chunks
 from tasks.artifacts import StageFolder
 from tasks.chosen_grids import folding_at
 from tasks.hessian_bands import REST
-from tasks.profile_job import HESSIANS, INPUTS, ProfileJob, chunk_name
+from tasks.profile_job import HESSIANS, INPUTS, TRACE, ProfileJob, chunk_name
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
 from tasks.store.symmetric import read_symmetric
 from tasks.store.tensors import read_tensors
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, int]:
@@ -34,9 +39,14 @@ def read_hessian(job: ProfileJob, block: int, site: str) -> tuple[HessianSum, in
     return sums, int(scalars["total"])
 
 
-def read_curvature(job: ProfileJob, block: int, names: list[str]) -> dict[str, Tensor]:
-    """Output curvature c [d_out] (float64) of some modules of a block."""
-    return read_tensors(open_store(job.stream.store), job.folder.block("curvature", block, "safetensors"), names)
+def read_curvature(
+    job: ProfileJob, block: int, names: list[str], H: Float[Tensor, "d_in d_in"]
+) -> dict[str, Float[Tensor, "rows=d_out"]]:
+    """Curvature c (float64) of some modules of a block that read one site, matched to its H
+    (lrpq/quant/matched_curvature.py); where H lies."""
+    wanted = [*names, *(name + TRACE for name in names)]
+    found = read_tensors(open_store(job.stream.store), job.folder.block("curvature", block, "safetensors"), wanted)
+    return {name: matched_curvature(found[name], found[name + TRACE], H) for name in names}
 
 
 def read_outputs(store: ObjectStore, folder: StageFolder, spec: LinearSpec, rows: slice | None = None) -> Outputs:

@@ -22,7 +22,7 @@ from lrpq.relevance.sweep import BlockSums, SiteWeights, merge_block_sums, on_ho
 from lrpq.shards import Node, root
 from tasks.device_copies import added, now, to_host
 from tasks.hessian_bands import FIRST, REST, SECOND
-from tasks.profile_job import HESSIANS, INPUTS, ROWS, SQUARES, ProfileJob, chunk_name
+from tasks.profile_job import HESSIANS, INPUTS, ROWS, SQUARES, TRACE, ProfileJob, chunk_name
 from tasks.store.host_threads import begun, made
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
@@ -95,7 +95,7 @@ def _of_share(
     is_first = share == HESSIANS
     whole = {site: H for site, H in sums.hessians.items() if site not in cut and is_first}
     bands = {site: H for site, H in sums.hessians.items() if site in cut}
-    alone = replace(sums, hessians=whole, curvature={}, outputs={})
+    alone = replace(sums, hessians=whole, curvature={}, traces={}, outputs={})
     found = on_host(alone, copy) if stays else sent_sums(alone, copy)
     hessians = dict(found.hessians)
     for site, H in bands.items():
@@ -278,9 +278,11 @@ def _plus(left: Tensor | Triangle, right: Tensor | Triangle) -> Tensor | Triangl
 
 
 def _write_curvature(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> dict[str, Tensor]:
-    """Store the curvature and return it: nats per unit of output squared, a mean over the tokens with gradients."""
+    """Store the curvature and return it: nats per unit of output squared, a mean over the tokens with gradients; beside
+    it the trace of every module's Fisher information."""
     curvature = {name: g2 / merged.num_explained for name, g2 in merged.curvature.items()}
-    write_tensors(store, job.folder.block("curvature", block, "safetensors"), curvature, {})
+    traces = {name + TRACE: trace / merged.num_explained for name, trace in merged.traces.items()}
+    write_tensors(store, job.folder.block("curvature", block, "safetensors"), curvature | traces, {})
     return curvature
 
 

@@ -21,6 +21,7 @@ from lrpq.model.streaming import BlockStream
 from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import gptq
 from lrpq.quant.hessian import normalized
+from lrpq.quant.matched_curvature import matched_curvature
 from lrpq.quant.packing import storage_bits
 from lrpq.quant.sampled_cost import DEFAULT_ROWS, sampled_costs
 from lrpq.relevance.partial import PartialSweep
@@ -145,7 +146,10 @@ def _costs(
     choices = bench.fitting(specs[0])
     costs = sampled_costs(
         (stream.weight(spec) for spec in specs),
-        [sums.curvature[spec.name] / sums.num_explained for spec in specs],
+        [
+            matched_curvature(sums.curvature[spec.name], sums.traces[spec.name], H) / sums.num_explained
+            for spec in specs
+        ],
         factor,
         choices,
         H,

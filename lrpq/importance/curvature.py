@@ -11,6 +11,7 @@ from torch import Tensor
 from lrpq.importance.evidence import Costs, ModuleEvidence
 from lrpq.quant.gptq import predicted_cost
 from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.matched_curvature import matched_curvature
 from lrpq.quant.sampled_cost import sampled_costs
 from lrpq.relevance.rules import Pass
 
@@ -23,7 +24,17 @@ def pipeline(weighting: str) -> Costs:
 
     1/2 sum_j c_j dW_j H dW_j^T (docs/methods.md, section 1).
     """
-    return _curvature(Pass.FISHER, weighting)
+
+    def costs(evidence: ModuleEvidence) -> list[float]:
+        return predicted_cost(
+            evidence.W, evidence.candidates, evidence.hessians[weighting], _matched(evidence, weighting)
+        )
+
+    return costs
+
+
+def _matched(evidence: ModuleEvidence, weighting: str) -> Float[Tensor, "rows=d_out"]:
+    return matched_curvature(evidence.curvature[Pass.FISHER], evidence.trace, evidence.hessians[weighting])
 
 
 def sampled(weighting: str) -> Costs:
@@ -32,7 +43,7 @@ def sampled(weighting: str) -> Costs:
     def costs(evidence: ModuleEvidence) -> list[float]:
         return sampled_costs(
             [evidence.W],
-            [evidence.curvature[Pass.FISHER]],
+            [_matched(evidence, weighting)],
             evidence.factor,
             [q.choice for q in evidence.candidates],
             evidence.hessians[weighting],

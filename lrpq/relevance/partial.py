@@ -70,7 +70,12 @@ class PartialSweep(ProfileSweep):
             with watched_inputs(sites, self.stream.device) as hessians:
                 self.forward_shard(block, module, shard)
             parts[0, shard.index] = BlockSums(
-                hessians=hessians, curvature={}, outputs={}, num_tokens=shard.tokens.numel(), num_explained=0
+                hessians=hessians,
+                curvature={},
+                traces={},
+                outputs={},
+                num_tokens=shard.tokens.numel(),
+                num_explained=0,
             )
             parts = fold(parts, self.num_shards, add_block_sums)
         release_freed_memory()

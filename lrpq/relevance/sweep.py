@@ -23,6 +23,7 @@ from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.host_tensors import Hold, HostGroups, HostTensors, settled
 from lrpq.model.kept import KeptInputs
 from lrpq.model.streaming import BlockStream
+from lrpq.quant.activation_sums import token_squares
 from lrpq.quant.hessian import HessianSum, accumulate, add, empty_hessian, merge
 from lrpq.relevance.attribute import block_backward
 from lrpq.relevance.composite import Relevance
@@ -45,6 +46,9 @@ class BlockSums:
     """Input site -> relevance-weighted Hessian sums."""
     curvature: Mapping[str, Float[Tensor, " d_out"]]
     """Module name -> sum over tokens of g_tj^2 (float64), g the true gradient in nats per unit of output."""
+    traces: Mapping[str, Float[Tensor, one]]
+    """Module name -> sum over tokens of |g_t|^2 |x_t|^2 (float64): what costs are scaled to
+    (quant/matched_curvature.py)."""
     outputs: Mapping[str, Outputs]
     """Module name -> second moments of the true gradient at its outputs; not of experts, nor of the head."""
     num_tokens: int
@@ -69,6 +73,7 @@ def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
     return BlockSums(
         hessians={site: merge(left.hessians[site], right.hessians[site]) for site in left.hessians},
         curvature={name: left.curvature[name] + right.curvature[name] for name in left.curvature},
+        traces={name: left.traces[name] + right.traces[name] for name in left.traces},
         outputs={name: merge_outputs(left.outputs[name], right.outputs[name]) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
         num_explained=left.num_explained + right.num_explained,
@@ -81,6 +86,7 @@ def add_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
         left,
         hessians={site: add(left.hessians[site], right.hessians[site]) for site in left.hessians},
         curvature={name: left.curvature[name].add_(right.curvature[name]) for name in left.curvature},
+        traces={name: left.traces[name].add_(right.traces[name]) for name in left.traces},
         outputs={name: merge_outputs_into(left.outputs[name], right.outputs[name]) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
         num_explained=left.num_explained + right.num_explained,
@@ -267,6 +273,7 @@ class ProfileSweep:
         found = BlockSums(
             hessians={self.head.input_site: sums.hessian},
             curvature={self.head.name: sums.curvature.cpu()},
+            traces={self.head.name: sums.trace.cpu()},
             outputs={},
             num_tokens=self.stream.num_labels(shard.tokens),
             num_explained=self.num_explained(shard),
@@ -321,6 +328,7 @@ class ProfileSweep:
             for site, members in weighed.items()
         }
         curvature = {spec.name: torch.zeros(spec.d_out, dtype=torch.float64) for spec in self.stream.block_specs(block)}
+        traces = {name: torch.zeros(1, dtype=torch.float64) for name in curvature}
         outputs = {
             spec.name: empty_outputs(spec.d_out, self.stream.device)
             for spec in self.stream.block_specs(block)
@@ -357,14 +365,22 @@ class ProfileSweep:
                     squares[site].append(squared_gradients(stats, site=f"{block}.{site}").float().cpu())
                 if site in rows:
                     rows[site].append(start + result.rows[site].cpu())
-            for name, stats_of in result.modules.items():
-                curvature[name] += stats_of.channel_sums.cpu()
+            lengths = {site: token_squares(inputs).double() for site, inputs in result.inputs.items()}
+            for site, members in sites.items():
+                for name, _ in members:
+                    if name in result.modules:  # an expert that no token was sent to has none
+                        stats_of = result.modules[name]
+                        trace = stats_of.token_sums[Pass.FISHER].double() @ lengths[site]
+                        both = torch.cat([stats_of.channel_sums, trace.view(1)]).cpu()
+                        curvature[name] += both[:-1]
+                        traces[name] += both[-1:]
             start += hidden.shape[0] * hidden.shape[1]
             num_explained += self.stream.num_tokens(block, hidden)
             self.on_batch()
         sums = BlockSums(
             hessians=hessians,
             curvature=curvature,
+            traces=traces,
             outputs=outputs,
             num_tokens=num_explained if self.weighs_tokens else shard.tokens.numel(),
             num_explained=num_explained,

@@ -105,11 +105,11 @@ def _profile(kind: BlockKind, shape: ModelShape, asked: Asked) -> Stored:
     sites = kind.sites()
     weighed = sites if asked.weighs_tokens else {}
     tokens = sum((8 if m[0].routed else 4) * shape.share(m[0]) * asked.tokens for m in weighed.values())
-    names = len(weighed) + sum(members[0].routed for members in weighed.values()) + len(kind.specs)
+    names = len(weighed) + sum(members[0].routed for members in weighed.values()) + 2 * len(kind.specs)
     hessians = sum(hessian_bytes(members[0].d_in) for members in sites.values())
     hessians += sum(hessian_bytes(rows) for rows in kind.chunks)
     pooled = next((hessian_bytes(s.d_in) for s in kind.specs if s.routed), 0.0)  # over all experts
-    curvature = sum(8 * spec.d_out for spec in kind.specs)
+    curvature = sum(8 * (spec.d_out + 1) for spec in kind.specs)
     num_bytes = hessians + pooled + curvature + tokens + names * HEADER_BYTES + 2 * TABLE_BYTES
     if not asked.weighs_tokens:
         return Stored(num_bytes=num_bytes, num_objects=3)

@@ -94,7 +94,8 @@ def expected(folder: Path) -> tuple[Tensor, Tensor]:
     nats = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     (gradient,) = torch.autograd.grad(nats, seen["z"])
     X = seen["x"].flatten(0, 1)
-    return X.T @ X / len(X), gradient.flatten(0, 1).square().mean(0)
+    g2 = gradient.flatten(0, 1).square()
+    return X.T @ X / len(X), g2.mean(0), (g2.sum(1) * X.square().sum(1)).mean()
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -103,12 +104,13 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 def test_sums_are_those_of_a_plain_model(folder: Path) -> None:
     found = head_sums(folder, 1)
-    H, c = expected(folder)
-    (hessian,), (curvature,) = found.hessians.values(), found.curvature.values()
+    H, c, trace = expected(folder)
+    (hessian,), (curvature,), (traced,) = (part.values() for part in (found.hessians, found.curvature, found.traces))
     assert found.num_tokens == hessian.num_tokens == hessian.weight_sum == WINDOWS * LENGTH
     assert distance(normalized(hessian), H) < 1e-5
     assert curvature.dtype == torch.float64
     assert distance(curvature / found.num_tokens, c) < 1e-4
+    assert float(traced) / found.num_tokens == pytest.approx(float(trace), rel=1e-4)
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(folder: Path) -> None:

@@ -58,13 +58,19 @@ class Profile:
     hessians: dict[str, Tensor] = field(default_factory=dict)
     weight_sums: dict[str, float] = field(default_factory=dict)
     curvature: dict[str, Tensor] = field(default_factory=dict)
+    traces: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     nats: float = 0.0
     num_tokens: int = 0
     spilled_bytes: int = 0
 
     def bytes(self) -> dict[str, bytes]:
-        parts = {"hessian": self.hessians, "curvature": self.curvature, "weights": self.weights}
+        parts = {
+            "hessian": self.hessians,
+            "curvature": self.curvature,
+            "traces": self.traces,
+            "weights": self.weights,
+        }
         return {f"{kind} {name}": x.numpy().tobytes() for kind, found in parts.items() for name, x in found.items()}
 
 
@@ -120,6 +126,7 @@ def streamed(
             by_shard_of_site = [weights[index][shard].values[site] for shard in range(NUM_SHARDS)]
             found.weights[f"{index}.{site}"] = torch.cat(by_shard_of_site)
         found.curvature |= {name: g2 / merged.num_tokens for name, g2 in merged.curvature.items()}
+        found.traces |= {name: trace / merged.num_tokens for name, trace in merged.traces.items()}
     return found
 
 
@@ -211,7 +218,9 @@ def expected(folder: Path, relevance: Relevance, *, power: float = POWER) -> Pro
     _, modified, _ = gradients(folder, rules, labels)
     found = Profile(nats=nats, num_tokens=labels.numel())
     for name in names():
-        found.curvature[name] = fisher[name].double().square().flatten(0, 1).mean(0)
+        g2 = fisher[name].double().square().flatten(0, 1)
+        found.curvature[name] = g2.mean(0)
+        found.traces[name] = (g2.sum(1) * inputs[name].double().square().flatten(0, 1).sum(1)).mean()
     for index in range(LAYERS):
         for site, members in SITES.items():
             modules = [f"model.layers.{index}.{member}" for member in members]
@@ -255,6 +264,10 @@ def test_profile_equals_one_backward_pass_through_the_whole_model(
     for name, c in found.curvature.items():
         assert c.dtype == torch.float64
         assert distance(c, wanted.curvature[name]) < 1e-4, name
+    assert found.traces.keys() == wanted.traces.keys()
+    for name, trace in found.traces.items():
+        assert trace.dtype == torch.float64
+        assert float(trace) == pytest.approx(float(wanted.traces[name]), rel=1e-4), name
     assert found.hessians.keys() == wanted.hessians.keys()
     for key in wanted.hessians:
         assert distance(found.weights[key], wanted.weights[key]) < 1e-4, key

@@ -110,6 +110,7 @@ def test_what_workers_have_is_added_up_in_the_fixed_tree_and_experts_together(tm
         node: BlockSums(
             hessians={s: HessianSum(xx=packed(m), weight_sum=0.5, num_tokens=7) for s, m in found.items()},
             curvature={},
+            traces={},
             outputs={},
             num_tokens=9,
             num_explained=9,

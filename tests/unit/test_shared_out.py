@@ -37,6 +37,7 @@ def sums(seed: int) -> BlockSums:
     return BlockSums(
         hessians={WIDE: hessian(1100), NARROW: hessian(40)},
         curvature={"down": random(9, seed=seed).double()},
+        traces={"down": random(1, seed=seed).double()},
         outputs={"down": [random(9, 9, seed=seed), random(5, 5, seed=seed)]},
         num_tokens=7,
         num_explained=7,
@@ -81,6 +82,7 @@ def tensors(part: Part) -> dict[str, Tensor]:
         for name, chunks in of_node.outputs.items():
             found |= {f"{node} {name} {i}": chunk for i, chunk in enumerate(chunks)}
         found |= {f"{node} {name} c": c for name, c in of_node.curvature.items()}
+        found |= {f"{node} {name} trace": trace for name, trace in of_node.traces.items()}
     return found
 
 
