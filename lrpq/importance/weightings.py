@@ -68,8 +68,7 @@ def attention_concentration(tokens: SiteTokens) -> Tensor:
 
 def _gradient(relevance: Relevance) -> Weighting:
     def weigh(tokens: SiteTokens) -> Tensor:
-        how = {"floor": tokens.floor, "power": tokens.power}
-        return token_weights(tokens.stats, relevance, site=tokens.site, inputs=tokens.x, **how)
+        return token_weights(tokens.stats, relevance, site=tokens.site, floor=tokens.floor, power=tokens.power)
 
     return weigh
 

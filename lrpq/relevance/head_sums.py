@@ -29,7 +29,7 @@ class HeadSums:
     """Of the head's inputs, all weights one."""
     curvature: Float[Tensor, " d_out"]
     """sum_t g_tj^2 (float64), g the gradient at the head's own outputs, before a cap: softmax - one-hot."""
-    trace: Float[Tensor, one]
+    trace: Float[Tensor, " one"]
     """sum_t |g_t|^2 |x_t|^2 (float64)."""
 
 

@@ -46,7 +46,7 @@ class BlockSums:
     """Input site -> relevance-weighted Hessian sums."""
     curvature: Mapping[str, Float[Tensor, " d_out"]]
     """Module name -> sum over tokens of g_tj^2 (float64), g the true gradient in nats per unit of output."""
-    traces: Mapping[str, Float[Tensor, one]]
+    traces: Mapping[str, Float[Tensor, " one"]]
     """Module name -> sum over tokens of |g_t|^2 |x_t|^2 (float64): what costs are scaled to
     (quant/matched_curvature.py)."""
     outputs: Mapping[str, Outputs]
@@ -357,8 +357,7 @@ class ProfileSweep:
             self.upstream[shard.index, position] = result.gradients
             for site, inputs in result.inputs.items() if self.weighs_tokens else ():
                 stats = [result.modules[name] for name, _ in sites[site]]
-                place, how = f"{block}.{site}", {"floor": self.floor, "power": self.power}
-                s = token_weights(stats, self.relevance, site=place, inputs=inputs, **how)
+                s = token_weights(stats, self.relevance, site=f"{block}.{site}", floor=self.floor, power=self.power)
                 hessians[site] = accumulate(hessians[site], inputs, s)
                 weights[site].append(s.float().cpu())
                 if site in squares:

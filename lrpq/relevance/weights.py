@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,12 +12,9 @@ from lrpq.relevance.attribute import ModuleStats
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.rules import Pass
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-
 DEFAULT_FLOOR = 0.03  # the prototype's; keeps H well conditioned where few tokens hold most of the relevance
-LONG = 10.0
-"""Squared length of a token's inputs, in medians of its micro-batch, above which it counts as if they were so long."""
+
+
 NO_RELEVANCE = 1e-20
 """Weight of every token of a micro-batch that no gradient reaches: small beside any other, and all alike."""
 
@@ -35,7 +31,6 @@ def token_weights(
     site: str,
     floor: float = DEFAULT_FLOOR,
     power: float = 1.0,
-    inputs: Float[Tensor, "tokens d_in"] | None = None,
 ) -> Tensor:
     """Weights s_t [tokens] of a site's tokens in H = sum_t s_t x_t x_t^T: fp32 (fp64 for fp64), non-negative.
 
@@ -44,17 +39,8 @@ def token_weights(
     mean over the micro-batch is the Fisher's (the scale of the LRP pass cancels). The site's s is the plain
     average over its modules; ``floor`` times its mean over the micro-batch is then added, and the sum is raised to
     ``power``. Below 1 the power flattens the weights: with few tokens, sharp ones fit the codes to the calibration
-    text. NONE: ones.
-
-    Some models give single tokens, the first of a text above all, inputs a thousand times as long as any other's, to
-    which no prediction is sensitive. Floor and power would make of such a token most of H, of the costs that H
-    predicts and of any damping that is a share of its diagonal. So with ``inputs`` a token that is longer than ``LONG``
-    counts as if its inputs were cut to that length and the gradients there were longer by as much: with r_t <= 1 the
-    share of its squared length that is left, s_t = r_t (g_t^2 / r_t + floor mean)^power. What g_t^2 |x_t|^2 is stays;
-    with a power of 1 and no floor nothing changes.
-
-    Where no gradient arrives (behind a layer of zeros), all tokens weigh ``NO_RELEVANCE``: the site's Hessian is then
-    the unweighted one, `has_relevance` says so of the sums, and whoever reports counts it.
+    text. NONE: ones. Where no gradient arrives (behind a layer of zeros), all tokens weigh ``NO_RELEVANCE``: the site's
+    Hessian is then the unweighted one, `has_relevance` says so of the sums, and whoever reports counts it.
 
     Raises:
         QuantizationError: the weights are not finite.
@@ -62,9 +48,7 @@ def token_weights(
     if relevance is Relevance.NONE:
         return torch.ones_like(modules[0].token_sums[Pass.FISHER])
     wide = torch.stack([_module_weights(stats, relevance) for stats in modules]).mean(dim=0)
-    left = 1.0 if inputs is None else _left(inputs).to(wide)
-    weights = left * (wide / left + floor * wide.mean()).pow(power)
-    weights = weights.to(modules[0].token_sums[Pass.FISHER].dtype)
+    weights = (wide + floor * wide.mean()).pow(power).to(modules[0].token_sums[Pass.FISHER].dtype)
     if not bool(torch.isfinite(weights).all()):
         raise QuantizationError(
             f"site {site}: the {relevance.value} weights of its tokens are not finite; check the model's values, "
@@ -73,14 +57,6 @@ def token_weights(
     if not bool(weights.sum() > 0):
         return torch.full_like(weights, NO_RELEVANCE)
     return weights
-
-
-def _left(x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "*tokens"]:
-    """Share of every token's squared length that a cut to ``LONG`` medians leaves; all where the median is zero."""
-    squares = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square()
-    median = squares.median()
-    longest = torch.where(median > 0, LONG * median, torch.inf)
-    return torch.where(squares > longest, longest / squares, 1.0).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def squared_gradients(modules: Sequence[ModuleStats], *, site: str) -> Tensor:

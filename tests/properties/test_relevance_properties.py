@@ -14,7 +14,7 @@ from lrpq.relevance.attribute import ModuleStats
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.head import nll_seed, sample_labels, sequence_generator
 from lrpq.relevance.rules import Pass, PassSwitch
-from lrpq.relevance.weights import LONG, token_weights
+from lrpq.relevance.weights import token_weights
 
 seeds = st.integers(0, 2**31 - 1)
 WEIGHTED = [Relevance.FISHER, Relevance.LRP, Relevance.CP_LRP, Relevance.BLEND]
@@ -91,60 +91,6 @@ def test_blend_does_not_underflow_where_the_product_would() -> None:
     plain = token_weights([stats(5, 12, 4)], Relevance.BLEND, site="o")
     torch.testing.assert_close(
         token_weights([tiny], Relevance.BLEND, site="o") / plain, torch.full((12,), 1e-25), rtol=1e-4, atol=0
-    )
-
-
-def lengths(seed: int, *long: float) -> Tensor:
-    """Inputs of 12 tokens, of which the first are as many times as long as they were."""
-    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(seed))
-    x = x / x.norm(dim=1, keepdim=True) * torch.linspace(1.0, 2.0, 12).unsqueeze(1)
-    x[: len(long)] *= torch.tensor(long).unsqueeze(1)
-    return x
-
-
-@quick
-@given(seeds, st.sampled_from(WEIGHTED), st.sampled_from([0.0, 0.03]), st.sampled_from([0.5, 1.0]))
-def test_inputs_of_like_lengths_change_no_weights(seed: int, relevance: Relevance, floor: float, power: float) -> None:
-    plain = token_weights(site(seed), relevance, site="qkv", floor=floor, power=power)
-    weights = token_weights(site(seed), relevance, site="qkv", floor=floor, power=power, inputs=lengths(seed))
-    assert torch.equal(weights, plain)
-
-
-@quick
-@given(seeds, st.sampled_from([10.0, 1e3, 1e6]), st.sampled_from([0.5, 1.0]))
-def test_a_long_token_weighs_what_a_cut_one_with_longer_gradients_does(seed: int, times: float, power: float) -> None:
-    """The Hessian of the cut inputs under the weights of gradients that are as much longer, for a floor of nothing."""
-    module, x = stats(seed, 12, 4), lengths(seed, times)
-    longest = (LONG * x.double().square().sum(1).median()).sqrt()
-    cut = x.double() * (longest / x.double().norm(dim=1)).clamp(max=1.0).unsqueeze(1)
-    g2 = module.token_sums[Pass.FISHER].double() / 4 * (x.double().norm(dim=1) / cut.norm(dim=1)).square()
-    expected = (cut.T * g2.pow(power)) @ cut
-    s = token_weights([module], Relevance.FISHER, site="o", floor=0.0, power=power, inputs=x).double()
-    torch.testing.assert_close((x.double().T * s) @ x.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
-
-
-@quick
-@given(seeds, st.sampled_from([30.0, 1e3, 1e6]))
-def test_a_long_token_that_nothing_depends_on_is_not_what_a_hessian_is_made_of(seed: int, times: float) -> None:
-    """However long it is, floor and power give it at most what a cut token of the mean's gradient would have."""
-    module, x = stats(seed, 12, 4), lengths(seed, times)
-    module.token_sums[Pass.FISHER][0] = 0.0
-    how = {"floor": 0.03, "power": 0.5}
-    s = token_weights([module], Relevance.FISHER, site="o", inputs=x, **how).double()
-    shares = s * x.double().square().sum(1)
-    mean = module.token_sums[Pass.FISHER].double().mean() / 4
-    assert shares[0] <= LONG * 4.0 * (0.03 * mean).sqrt() * (1 + 1e-6)
-    without = token_weights([module], Relevance.FISHER, site="o", **how).double() * x.double().square().sum(1)
-    assert without[0] > 20 * shares[0]
-    torch.testing.assert_close(shares[1:], without[1:])
-
-
-def test_tokens_without_inputs_leave_the_others_as_they_are() -> None:
-    """More than half of the tokens are zeros, so that the median is."""
-    x = lengths(0)
-    x[:8] = 0.0
-    assert torch.equal(
-        token_weights(site(3), Relevance.FISHER, site="o", inputs=x), token_weights(site(3), Relevance.FISHER, site="o")
     )
 
 

@@ -186,7 +186,7 @@ def test_inputs_are_those_of_a_profile_without_weights(name: str, tmp_path: Path
 
 
 def test_costs_of_the_fast_method_are_its_formula(folder: Path) -> None:
-    """1/2 sum_j c_j dW_j H dW_j^T in float64, of the codes that its plans take, at the one width and at the other."""
+    """1/2 sum_j f c_j dW_j H dW_j^T in float64, f by the trace, of the codes that its plans take, at both widths."""
     terms = Terms(bits=(2, 3), group_sizes=(32,), dtype=torch.float32, shards=NUM_SHARDS, micro_batch=2, seed=SEED)
     bench = Workbench(ModelSource(folder), TOKENS, terms)
     inputs, gradients, _ = reference(folder)
@@ -214,7 +214,9 @@ def _check_costs(
         if made.plan.choices[row.module.name] != row.choice:
             continue
         x = inputs[row.module.name].flatten(0, 1)
-        c = gradients[row.module.name][list(EXPLAINED)].flatten(0, 1).square().mean(0)
+        g2 = gradients[row.module.name][list(EXPLAINED)].flatten(0, 1).square()
+        trace = (g2.sum(1) * inputs[row.module.name][list(EXPLAINED)].flatten(0, 1).square().sum(1)).mean()
+        c = g2.mean(0) * trace / (g2.mean(0).sum() * x.square().sum(1).mean())
         q = made.codes[row.module.name]
         assert q.choice == row.choice
         dW = stream.weight(row.module).double() - q.dequantize(torch.float64)
