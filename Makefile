@@ -24,7 +24,7 @@ demo: $(STAMPS)/demo
 
 # WORKERS processes of one thread, a file at a time for each, in order: those with servers and clusters come first, the
 # short ones fill up the end; WORKERS=0 for pytest alone
-WORKERS = 2
+WORKERS ?= 2
 test: $(STAMPS)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

@@ -15,6 +15,7 @@ from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum, normalized
+from lrpq.quant.matched_curvature import trace_of
 from lrpq.quant.packing import pack, storage_bits, unpack
 from lrpq.quant.sampled_cost import sampled_costs
 from lrpq.quant.side_by_side import quantize_side_by_side
@@ -24,7 +25,7 @@ from lrpq.relevance.weights import has_relevance
 from tasks.artifacts import StageFolder
 from tasks.device_copies import to_device, to_host
 from tasks.profile_job import ProfileJob
-from tasks.profile_reads import read_curvature, read_hessian
+from tasks.profile_reads import StoredHessian, read_curvature, read_hessian
 from tasks.site_parts import NUM_PARTS, part_of
 from tasks.store.objects import ObjectStore
 from tasks.store.opened import open_store
@@ -132,12 +133,15 @@ class SiteSums:
 
     hessian: HessianSum
     evidence: Evidence
+    unfolded_trace: float | None
+    """tr H of the model as it was profiled, where this one is folded."""
 
 
 def site_sums(job: CandidatesJob, block: int, site: str, spec: LinearSpec) -> SiteSums:
     """Read a site's Hessian; ``spec`` is its first layer."""
-    hessian, evidence = _hessian(job, block, site, spec)
-    return SiteSums(hessian=hessian, evidence=evidence)
+    own = read_hessian(job.profile, block, site)
+    hessian, evidence = _hessian(job, block, own, spec)
+    return SiteSums(hessian=hessian, evidence=evidence, unfolded_trace=own.unfolded_trace)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +149,8 @@ class SiteProblem:
     """What the layers of a site are quantized by, on the worker's device."""
 
     H: torch.Tensor
+    trace: float
+    """tr H of the model as it was profiled."""
     factor: Factor
     evidence: Evidence
     choices: list[Choice]
@@ -164,6 +170,7 @@ def site_problem(
     H = normalized(replace(sums.hessian, xx=to_device(sums.hessian.xx, state.device)), name=label)
     return SiteProblem(
         H=H,
+        trace=float(trace_of(H)) if sums.unfolded_trace is None else sums.unfolded_trace,
         factor=factorize(H, damping=job.damping, name=label),
         evidence=sums.evidence,
         choices=part_of(_choices(job, specs[0]), part),
@@ -180,13 +187,13 @@ class _Found:
 
 def _quantized(state: WorkerState, job: CandidatesJob, problem: SiteProblem, specs: tuple[LinearSpec, ...]) -> _Found:
     """All rows at every choice."""
-    curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs], problem.H)
+    curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs], problem.trace)
     codes: dict[str, torch.Tensor] = {}
     costs: list[list[float]] = []
     layers = ((spec.name, read_weight(state, job.profile.stream, spec)) for spec in specs)
     quantized = quantize_side_by_side(layers, problem.factor, problem.choices, grid=Grid(job.grid))
     for spec, (W, candidates) in zip(specs, quantized, strict=True):
-        costs.append(predicted_cost(W, candidates, problem.H, curvature[spec.name]))
+        costs.append(predicted_cost(W, candidates, problem.H, curvature[spec.name].to(W.device)))
         for candidate in candidates:
             codes |= {f"{spec.name}|{candidate.choice}|{k}": to_host(v) for k, v in pack(candidate).items()}
         state.beat()
@@ -196,7 +203,7 @@ def _quantized(state: WorkerState, job: CandidatesJob, problem: SiteProblem, spe
 def _sampled(state: WorkerState, job: CandidatesJob, problem: SiteProblem, specs: tuple[LinearSpec, ...]) -> _Found:
     """Some rows at every choice."""
     assert job.cost_rows is not None
-    curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs], problem.H)
+    curvature = read_curvature(job.profile, specs[0].block, [spec.name for spec in specs], problem.trace)
     costs = sampled_costs(
         (read_weight(state, job.profile.stream, spec) for spec in specs),
         [curvature[spec.name] for spec in specs],
@@ -216,14 +223,14 @@ def _choices(job: CandidatesJob, spec: LinearSpec) -> list[Choice]:
     return [choice for choice in job.choices if choice.fits(spec.d_in)]
 
 
-def _hessian(job: CandidatesJob, block: int, site: str, spec: LinearSpec) -> tuple[HessianSum, Evidence]:
+def _hessian(job: CandidatesJob, block: int, read: StoredHessian, spec: LinearSpec) -> tuple[HessianSum, Evidence]:
     """The site's sums; an expert that saw too few tokens gets others', see lrpq.quant.starved."""
-    own, total = read_hessian(job.profile, block, site)
+    own, total = read.sums, read.total_tokens
     if not spec.routed:
         return own, Evidence.OWN if has_relevance(own.weight_sum, own.num_tokens) else Evidence.UNWEIGHTED
     shares_inputs = spec.kind == GATE_UP
     starved = is_starved(own.num_tokens, d_in=spec.d_in, total_tokens=total)
-    pooled = read_hessian(job.profile, block, POOLED)[0] if starved and shares_inputs else None
+    pooled = read_hessian(job.profile, block, POOLED).sums if starved and shares_inputs else None
     sums, evidence = hessian_of_expert(own, pooled, total_tokens=total)
     if evidence is Evidence.OWN and not has_relevance(own.weight_sum, own.num_tokens):
         evidence = Evidence.UNWEIGHTED

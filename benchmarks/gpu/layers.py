@@ -32,7 +32,7 @@ FUNCTIONS = {
     "factorisation": "lrpq.quant.factor:factorize",
     "damped Cholesky, permuted or not": "lrpq.quant.hessian:factor_damped",
     "scale search": "lrpq.quant.scale_search:search_scales_transposed",
-    "column loop": "lrpq.quant.gptq:gptq",
+    "column loop": "lrpq.quant.gptq:Rounding.__call__",
     "cost": "lrpq.quant.gptq:predicted_cost",
     "correction's solve": "lrpq.quant.correction:correct",
     "errors of rows": "lrpq.quant.correction:target_error",
@@ -40,8 +40,9 @@ FUNCTIONS = {
     "refit of scales": "lrpq.quant.refit:refit_checked",
     "losses of rows": "lrpq.quant.gptq:loss",
     "losses of codes": "lrpq.quant.gptq:loss_of",
-    "polish, the rest": "lrpq.quant.polish:polish",
-    "rows in blocks, the rest": "lrpq.quant.row_feedback:quantize_in_blocks",
+    "polish, the rest": "lrpq.quant.polish:Polisher.__call__",
+    "rounding in blocks, the rest": "lrpq.quant.row_feedback:RowBlocks.round",
+    "improving blocks, the rest": "lrpq.quant.row_feedback:RowBlocks.improve",
     "joint errors": "lrpq.quant.row_feedback:joint_error",
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lrpq.importance.evidence import Costs, ModuleEvidence
 from lrpq.quant.gptq import predicted_cost
 from lrpq.quant.grid import QuantizedWeight
-from lrpq.quant.matched_curvature import matched_curvature
+from lrpq.quant.matched_curvature import matched_curvature, trace_of
 from lrpq.quant.sampled_cost import sampled_costs
 from lrpq.relevance.rules import Pass
 
@@ -34,7 +34,8 @@ def pipeline(weighting: str) -> Costs:
 
 
 def _matched(evidence: ModuleEvidence, weighting: str) -> Float[Tensor, "rows=d_out"]:
-    return matched_curvature(evidence.curvature[Pass.FISHER], evidence.trace, evidence.hessians[weighting])
+    H = evidence.hessians[weighting]
+    return matched_curvature(evidence.curvature[Pass.FISHER], evidence.trace, trace_of(H))
 
 
 def sampled(weighting: str) -> Costs:

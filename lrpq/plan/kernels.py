@@ -213,13 +213,15 @@ def _in_blocks(
     kind: Grid,
     cpu: bool,
 ) -> Work:
-    """``row_feedback.RowBlocks`` of chunks of so many rows, and both calls of ``joint_error``."""
+    """``row_feedback.RowBlocks`` of chunks of so many rows, and ``joint_error`` of rows on their own, of what was
+    rounded and of every polish."""
     parts: list[Work] = []
     at_once: dict[int, int] = {}  # number of a block -> its rows in all chunks, which are rounded together
     for rows in chunks:
         size = -(-rows // blocks_of(rows, row_blocks))
         joint = precise(2.0 * rows * d_in * (rows + d_in), width=min(rows, d_in), cpu=cpu)
-        parts += [factorize(rows), 2 * (joint + dequantize(rows, d_in, itemsize=F32_BYTES))]
+        errors = (2 + polish_rounds) * (joint + dequantize(rows, d_in, itemsize=F32_BYTES))
+        parts += [factorize(rows), errors]
         for block, start in enumerate(range(0, rows, size)):
             own = min(size, rows - start)
             at_once[block] = at_once.get(block, 0) + own

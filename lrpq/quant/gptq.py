@@ -171,8 +171,8 @@ class Rounding:
         ]
 
     def _check(self, W: Tensor, scales: Sequence[Tensor]) -> None:
-        """Raise for a weight or importance that is not finite, if a target t_k = w_k + sum_j D_j R_jk might overflow,
-        or if a scale is zero or not finite; all in one wait for the device.
+        """Doubt that weights and importance are finite, that no target t_k = w_k + sum_j D_j R_jk can overflow, and
+        that no scale is zero or not finite.
 
         Where this passes, the column loop makes no infinity and no NaN, which would end as codes like any other.
         """

@@ -23,19 +23,27 @@ if TYPE_CHECKING:
 
 
 def matched_curvature(
-    c: Float[Tensor, "rows=d_out"], trace: Float[Tensor, ""] | float, H: Float[Tensor, "d_in d_in"]
+    c: Float[Tensor, "rows=d_out"], trace: Float[Tensor, "*one"] | float, hessian_trace: Float[Tensor, ""] | float
 ) -> Float[Tensor, "rows=d_out"]:
-    """c times the factor that gives all c_j H together the trace; c where there is none to give.
+    """c times the factor that gives all c_j H together the trace; c where c or H has none to scale.
+
+    A trace of zero makes it zero: no gradient met an input, as far as float32 can tell.
 
     Args:
         c: mean_t g_tj^2, float64.
         trace: mean_t |g_t|^2 |x_t|^2, over the same tokens.
-        H: of the costs, normalized.
+        hessian_trace: of H, normalized, of the same inputs. The factor is one of the model that was profiled: where H
+            is carried over to a folded model, whose costs are the same, it stays.
 
     Returns:
-        float64, on H's device.
+        float64, on c's device.
     """
-    c = c.to(H.device, torch.float64)
-    product = c.sum() * H.diagonal().sum(dtype=torch.float64)
-    wanted = torch.as_tensor(trace, dtype=torch.float64, device=H.device).squeeze()
+    c = c.double()
+    product = c.sum() * torch.as_tensor(hessian_trace, dtype=torch.float64, device=c.device)
+    wanted = torch.as_tensor(trace, dtype=torch.float64, device=c.device).squeeze()
     return c * torch.where(product > 0, wanted / product, 1.0)
+
+
+def trace_of(H: Float[Tensor, "d_in d_in"]) -> Float[Tensor, ""]:
+    """Sum of the diagonal, float64."""
+    return H.diagonal().sum(dtype=torch.float64)

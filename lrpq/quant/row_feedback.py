@@ -38,8 +38,8 @@ DEFAULT_DAMPING = 0.5
 """Share of the mean diagonal of G. G has one sampled gradient a token, so its small directions are noise: .5 left 1.5%
 less KL than .05 (docs/log.md)."""
 LEAST_ROWS = 48
-"""Of a block: smaller ones cost as many steps of the column loop. 32 won another percent or three at 3.25 bits, for
-twice the time of the codes (docs/log.md)."""
+"""Of a block: smaller ones cost as many steps of the column loop. 32 won another 3% at 3.25 bits and nothing at 5.25,
+with one seed, for twice the time of the codes (docs/log.md)."""
 
 DEFAULT_BLOCKS = 12
 """12 that are polished together left 1.4% less KL than 4, each polished by itself, in the same time (docs/log.md)."""
@@ -54,8 +54,9 @@ ImproveRows = Callable[["Tensor", QuantizedWeight], QuantizedWeight]
 class RowBlocks:
     """A layer on its way from one block of rows to the next, those with the largest G_jj first.
 
-    FLOPs besides those of what rounds and improves: c^3 for every chunk of c rows, and c^2 d_in for its rounding and
-    for each improvement. Memory: T twice over, a block's targets, and of every chunk two matrices like its G.
+    FLOPs besides those of what rounds and improves: about c^3 / 2 for every chunk of c rows, and c^2 d_in for its
+    rounding and for each improvement. Memory: T twice over, a block's targets, and of every chunk two matrices like
+    its G.
 
     Args:
         T: what the codes should reproduce, float32.
@@ -157,11 +158,13 @@ def joint_error(
     for G in outputs:
         rows = slice(start, start + len(G))
         start += len(G)
-        part = dW[rows]
-        pull = multiplied(part, C)
-        if P is not None:
-            pull.sub_(P[rows], alpha=2.0)
-        total += multiplied(G, part).mul_(pull).sum(dtype=torch.float64)
+        part, step = dW[rows], max(1, IMPROVED_ELEMENTS // dW.shape[1])
+        for top in range(0, len(G), step):  # some rows of both products at a time
+            some = slice(top, top + step)
+            pull = multiplied(part[some], C)
+            if P is not None:
+                pull.sub_(P[rows][some], alpha=2.0)
+            total += multiplied(G[some], part).mul_(pull).sum(dtype=torch.float64)
     return total
 
 

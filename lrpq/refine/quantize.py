@@ -210,7 +210,7 @@ def _with_feedback(
     hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
 
     def error(weight: QuantizedWeight) -> Tensor:
-        found: Tensor = joint_error(weight.dequantize(torch.float32) - W, hessian, P, outputs)
+        found: Tensor = joint_error(weight.dequantize(torch.float32).sub_(W), hessian, P, outputs)
         return found
 
     best = blocks.weight()
@@ -238,7 +238,7 @@ def _lower(
         codes=torch.where(is_lower, one.codes, other.codes),
         scales=torch.where(is_lower, one.scales, other.scales),
     )
-    return weight, torch.minimum(error, others_error)
+    return weight, torch.where(is_lower, error, others_error)
 
 
 def _corrected(

@@ -76,8 +76,8 @@ def head_sums(folder: Path, num_workers: int) -> BlockSums:
     return root(nodes, NUM_SHARDS, merge_block_sums)
 
 
-def expected(folder: Path) -> tuple[Tensor, Tensor]:
-    """H [d_in, d_in] and c [d_out] from a whole plain model in float64 and its own autograd."""
+def expected(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """H [d_in, d_in], c [d_out] and the trace from a whole plain model in float64 and its own autograd."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
     seen: dict[str, Tensor] = {}
 

@@ -1,0 +1,127 @@
+"""Costs from what a profile stores: folded inputs do not change what an error costs, and traces come back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrpq.activations.folding import folding_of
+from lrpq.activations.grids import UniformGrid
+from lrpq.model.layers import Choice, LinearSpec
+from lrpq.quant.gptq import predicted_cost
+from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.hessian import HessianSum, normalized
+from lrpq.quant.rtn import round_to_nearest
+from lrpq.relevance.sweep import BlockSums
+from tasks import candidates, profile, profile_reads
+from tasks.artifacts import StageFolder
+from tasks.candidates import CandidatesJob
+from tasks.profile_job import INPUTS, ProfileJob
+from tasks.profile_reads import read_curvature
+from tasks.profile_sums import _write_curvature, write_hessians
+from tasks.store.opened import open_store
+from tasks.store.tensors import write_tensors
+from tasks.streams import StreamJob
+
+SITE, WIDTH = "qkv", 48
+SPEC = LinearSpec(name="0.q", block=0, d_out=16, d_in=WIDTH, input_site=SITE, fused_group="0.qkv")
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def profiled(store: Path) -> ProfileJob:
+    """A profile of one site with the sums of 200 tokens, inputs of very different sizes."""
+    stream = StreamJob(
+        model="m",
+        dtype="float32",
+        store=str(store),
+        windows="w",
+        length=200,
+        num_tokens=200,
+        num_shards=1,
+        micro_batch=1,
+    )
+    job = ProfileJob(
+        stream=stream,
+        folder=StageFolder(run_id="r", stage="profile", key="0" * 64),
+        relevance="fisher",
+        floor=0.0,
+        power=0.5,
+        seed=0,
+        cut={},
+    )
+    x = normal(200, WIDTH, seed=0) * normal(WIDTH, seed=1).exp()
+    g = normal(200, 16, seed=2) / x.norm(dim=1, keepdim=True)
+    squares = g.double().square()
+    sums = BlockSums(
+        hessians={SITE: HessianSum(xx=(x.T @ x).triu(), weight_sum=200.0, num_tokens=200, x=x.double().sum(0))},
+        curvature={SPEC.name: squares.sum(0)},
+        traces={SPEC.name: (squares.sum(1) @ x.double().square().sum(1)).view(1)},
+        outputs={},
+        num_tokens=200,
+        num_explained=200,
+    )
+    opened = open_store(str(store))
+    write_hessians(opened, job, 0, {(0, 0): sums})
+    write_tensors(opened, job.folder.block(INPUTS, 0, "safetensors"), {SITE: x.double().sum(0)}, {})
+    _write_curvature(opened, job, 0, sums)
+    return job
+
+
+def cost(job: ProfileJob, W: Tensor, rounded: QuantizedWeight) -> float:
+    found = candidates.site_sums(_asking(job), 0, SITE, SPEC)
+    H = normalized(found.hessian, name=SPEC.name)
+    trace = float(H.diagonal().sum()) if found.unfolded_trace is None else found.unfolded_trace
+    c = read_curvature(job, 0, [SPEC.name], trace)[SPEC.name]
+    return predicted_cost(W, [rounded], H, c)[0]
+
+
+class _Asking:
+    def __init__(self, job: ProfileJob) -> None:
+        self.profile = job
+
+
+def _asking(job: ProfileJob) -> CandidatesJob:
+    return cast("CandidatesJob", _Asking(job))
+
+
+def test_an_error_costs_the_same_in_a_folded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W' = W diag(r) and its error dW diag(r), under the folded H, with inputs of other sizes and shifted."""
+    job = profiled(tmp_path)
+    W = normal(16, WIDTH, seed=3)
+    rounded = round_to_nearest(W, Choice(bits=4, group_size=-1))
+    wanted = cost(job, W, rounded)
+    channels = UniformGrid(bits=8, scale=0.05 * normal(WIDTH, seed=4).exp(), offset=normal(WIDTH, seed=5))
+    folding = folding_of(channels)
+    monkeypatch.setattr(profile_reads, "folding_at", lambda *_: folding)
+    folded = replace(job, stream=replace(job.stream, activations=cast("Any", object())))
+    # dW diag(r) of the folded weights: rounded rows of any numbers
+    error = (rounded.dequantize(torch.float64) - W.double()) * folding.ratio
+    own = candidates.site_sums(_asking(folded), 0, SITE, SPEC)
+    assert own.unfolded_trace is not None
+    H = normalized(own.hessian, name=SPEC.name).double()
+    c = read_curvature(folded, 0, [SPEC.name], own.unfolded_trace)[SPEC.name]
+    # shifts add a constant to the inputs, which a bias makes good: what is left of H is its spread and its mean
+    shifted = folding.affine[1]
+    mean = own.hessian.x / own.hessian.weight_sum if own.hessian.x is not None else shifted
+    unshifted = H - torch.outer(mean, mean) + torch.outer(mean - shifted, mean - shifted)
+    found = 0.5 * float((c * ((error @ unshifted) * error).sum(1)).sum())
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_trace_is_stored_beside_the_curvature(tmp_path: Path) -> None:
+    job = profiled(tmp_path)
+    x = normal(200, WIDTH, seed=0) * normal(WIDTH, seed=1).exp()
+    g = normal(200, 16, seed=2) / x.norm(dim=1, keepdim=True)
+    H_trace = float(x.double().square().sum() / 200)
+    c = read_curvature(job, 0, [SPEC.name], H_trace)[SPEC.name]
+    trace = float((g.double().square().sum(1) * x.double().square().sum(1)).mean())
+    assert float(c.sum()) * H_trace == pytest.approx(trace, rel=1e-6)
+    assert profile.stored_curvature(job, [0]) == {SPEC.name: pytest.approx(float(g.double().square().sum() / 200))}
