@@ -43,7 +43,7 @@ FUNCTIONS = {
     "polish, the rest": "lrpq.quant.polish:Polisher.__call__",
     "rounding in blocks, the rest": "lrpq.quant.row_feedback:RowBlocks.round",
     "improving blocks, the rest": "lrpq.quant.row_feedback:RowBlocks.improve",
-    "joint errors": "lrpq.quant.row_feedback:joint_error",
+    "joint errors": "lrpq.quant.row_feedback:joint_error_of",
 }
 
 

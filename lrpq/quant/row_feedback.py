@@ -153,18 +153,36 @@ def joint_error(
     Returns:
         float64; `float` would wait for the device.
     """
-    total = torch.zeros((), dtype=torch.float64, device=dW.device)
-    start = 0
+    return _joint(lambda rows: dW[rows], C, P, outputs)
+
+
+def joint_error_of(
+    weight: QuantizedWeight,
+    W: Float[Tensor, "d_out d_in"],
+    C: Float[Tensor, "d_in d_in"],
+    P: Float[Tensor, "d_out d_in"] | None,
+    outputs: Sequence[Float[Tensor, "chunk chunk"]],
+) -> Float[Tensor, ""]:
+    """``joint_error`` of codes, of which some rows are dequantized at a time."""
+    return _joint(lambda rows: weight.rows(rows).dequantize(torch.float32).sub_(W[rows]), C, P, outputs)
+
+
+def _joint(errors: Callable[[slice], Tensor], C: Tensor, P: Tensor | None, outputs: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=C.device)
+    step, start = max(1, IMPROVED_ELEMENTS // len(C)), 0
     for G in outputs:
-        rows = slice(start, start + len(G))
-        start += len(G)
-        part, step = dW[rows], max(1, IMPROVED_ELEMENTS // dW.shape[1])
-        for top in range(0, len(G), step):  # some rows of both products at a time
-            some = slice(top, top + step)
-            pull = multiplied(part[some], C)
+        cuts = [slice(top, min(top + step, len(G))) for top in range(0, len(G), step)]
+        for own in cuts:
+            rows = slice(start + own.start, start + own.stop)
+            part = errors(rows)
+            pull = multiplied(part, C)
             if P is not None:
-                pull.sub_(P[rows][some], alpha=2.0)
-            total += multiplied(G[some], part).mul_(pull).sum(dtype=torch.float64)
+                pull.sub_(P[rows], alpha=2.0)
+            for other in cuts:
+                if len(cuts) > 1:
+                    part = errors(slice(start + other.start, start + other.stop))
+                total += multiplied(G[own, other], part).mul_(pull).sum(dtype=torch.float64)
+        start += len(G)
     return total
 
 

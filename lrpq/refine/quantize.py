@@ -18,7 +18,7 @@ from lrpq.quant.gptq import Rounding, gptq, row_chunks
 from lrpq.quant.grid import Grid, QuantizedWeight, fetch, power_of_two
 from lrpq.quant.hessian import factor_damped, normalized
 from lrpq.quant.polish import Polisher, polish
-from lrpq.quant.row_feedback import DEFAULT_BLOCKS, RowBlocks, interacts, joint_error, stacked
+from lrpq.quant.row_feedback import DEFAULT_BLOCKS, RowBlocks, interacts, joint_error_of, stacked
 from lrpq.refine.products import SiteProducts
 from lrpq.refine.row_parts import row_parts
 
@@ -210,7 +210,7 @@ def _with_feedback(
     hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
 
     def error(weight: QuantizedWeight) -> Tensor:
-        found: Tensor = joint_error(weight.dequantize(torch.float32).sub_(W), hessian, P, outputs)
+        found: Tensor = joint_error_of(weight, W, hessian, P, outputs)
         return found
 
     best = blocks.weight()

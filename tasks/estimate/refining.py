@@ -172,8 +172,7 @@ class Refining(Common):
         looping = 2 * square + weights * ((8 if stacked else 5) if corrected else 3) + sweep
         at_once = widest.d_in if widest.d_in <= halves.SPLIT_WHOLE else descent.GPU_BLOCK_COLUMNS
         halved = 0.0 if self.cpu else 6.0 * widest.d_in * at_once  # of C
-        # of the polish: weights, what lacks, targets, the same in order, their errors, and those that are judged
-        polishing = 3 * square + 6 * weights + halved if polish_rounds else 0.0
+        polishing = 3 * square + 4 * weights + halved if polish_rounds else 0.0
         rounding = max(factoring, solving, looping, polishing)
         sets = min(self.levels, 2) if asked.low_memory else self.levels
         summing = sets * squares + batch * widest.d_in * 4.0 * (5 if corrected else 3)

@@ -213,6 +213,10 @@ def test_joint_error_is_that_of_the_tokens() -> None:
         return float(sum((part @ m * part).sum() for part, m in zip(y.split([32, 16], 1), G, strict=True)) / len(x))
 
     found = [float(joint_error(Q - W, C, W @ D, G)) for Q in (first, second)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrpq.quant.row_feedback.IMPROVED_ELEMENTS", 7 * COLUMNS)
+        some = [float(joint_error(Q - W, C, W @ D, G)) for Q in (first, second)]
+    assert some == pytest.approx(found, rel=1e-9)
     assert found[0] - found[1] == pytest.approx(by_tokens(first) - by_tokens(second), rel=1e-9)
 
 
