@@ -57,8 +57,8 @@ def split(wide: Float[Tensor, "*shape"]) -> tuple[Tensor, Tensor]:
 
 
 def token_squares(g: Float[Tensor, "tokens d"]) -> Float[Tensor, "rows=tokens"]:
-    """Sum of the squares of each token's activations, bfloat16 on a GPU, in fp32 and without a copy in fp32."""
-    return torch.linalg.vector_norm(g, dim=-1, dtype=torch.float32).square_()
+    """Sum of the squares of each token's activations, in fp32 (fp64 for fp64) and without a copy in it."""
+    return torch.linalg.vector_norm(g, dim=-1, dtype=torch.promote_types(g.dtype, torch.float32)).square_()
 
 
 def channel_squares(g: Float[Tensor, "tokens d"]) -> Float[Tensor, "columns=d"]:
