@@ -108,21 +108,6 @@ class RowBlocks:
         return stacked([chunk.weight() for chunk in self._chunks])
 
 
-def quantize_in_blocks(
-    T: Float[Tensor, "d_out d_in"],
-    outputs: Sequence[Float[Tensor, "chunk chunk"]],
-    round_rows: RoundRows,
-    *,
-    num_blocks: int,
-    damping: float = DEFAULT_DAMPING,
-    name: str = "layer",
-) -> QuantizedWeight:
-    """Round a layer by ``RowBlocks``, whose arguments these are, and improve nothing."""
-    blocks = RowBlocks(T, outputs, num_blocks=num_blocks, damping=damping, name=name)
-    blocks.round(round_rows)
-    return blocks.weight()
-
-
 def interacts(outputs: Sequence[Float[Tensor, "chunk chunk"]], *, num_blocks: int) -> bool:
     """Whether any rows are cut into more than one block."""
     return any(blocks_of(len(G), num_blocks) > 1 for G in outputs)

@@ -15,7 +15,7 @@ from lrpq.quant.gptq import Rounding, gptq
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum
 from lrpq.quant.polish import Polisher
-from lrpq.quant.row_feedback import RowBlocks, joint_error, quantize_in_blocks
+from lrpq.quant.row_feedback import RoundRows, RowBlocks, joint_error
 from lrpq.quant.rtn import round_to_nearest
 from lrpq.refine.products import SiteProducts
 from lrpq.refine.quantize import Refined, quantize_refined
@@ -43,6 +43,15 @@ def weights(seed: int, rows: int = ROWS) -> Tensor:
 
 def nearest(T: Tensor) -> QuantizedWeight:
     return round_to_nearest(T, CHOICE)
+
+
+def quantize_in_blocks(
+    T: Tensor, outputs: list[Tensor], round_rows: RoundRows, *, num_blocks: int, damping: float = 0.5
+) -> QuantizedWeight:
+    """Rounded, and nothing improved."""
+    blocks = RowBlocks(T, outputs, num_blocks=num_blocks, damping=damping)
+    blocks.round(round_rows)
+    return blocks.weight()
 
 
 @pytest.mark.parametrize("num_blocks", [2, 3, 4])

@@ -7,7 +7,7 @@ import torch
 
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
-from lrpq.quant.doubts import Doubts
+from lrpq.quant.doubts import Doubts, Judge
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import Rounding
 from lrpq.quant.grid import QuantizedWeight
@@ -16,7 +16,7 @@ from lrpq.quant.polish import Polisher
 CHOICE = Choice(bits=3, group_size=-1)
 
 
-def refuse(limit: float, name: str) -> object:
+def refuse(limit: float, name: str) -> Judge:
     def judge(found: list[float]) -> None:
         if max(found) > limit:
             raise QuantizationError(f"{name}: {max(found):g}")
@@ -26,9 +26,9 @@ def refuse(limit: float, name: str) -> object:
 
 def test_the_first_that_refuses_speaks_and_each_sees_its_own_numbers() -> None:
     doubts = Doubts()
-    doubts.ask([torch.tensor(1.0), torch.tensor(2.0)], refuse(2.0, "first"))  # type: ignore[arg-type]
-    doubts.ask([torch.tensor(5.0, dtype=torch.float64)], refuse(4.0, "second"))  # type: ignore[arg-type]
-    doubts.ask([torch.tensor(9.0)], refuse(4.0, "third"))  # type: ignore[arg-type]
+    doubts.ask([torch.tensor(1.0), torch.tensor(2.0)], refuse(2.0, "first"))
+    doubts.ask([torch.tensor(5.0, dtype=torch.float64)], refuse(4.0, "second"))
+    doubts.ask([torch.tensor(9.0)], refuse(4.0, "third"))
     with pytest.raises(QuantizationError, match="second: 5"):
         doubts.settle()
     doubts.settle()  # nothing is asked twice

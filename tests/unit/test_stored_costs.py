@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -14,13 +15,11 @@ from lrpq.activations.folding import folding_of
 from lrpq.activations.grids import UniformGrid
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.quant.gptq import predicted_cost
-from lrpq.quant.grid import QuantizedWeight
-from lrpq.quant.hessian import HessianSum, normalized
+from lrpq.quant.hessian import HessianSum
 from lrpq.quant.rtn import round_to_nearest
 from lrpq.relevance.sweep import BlockSums
 from tasks import candidates, profile, profile_reads
 from tasks.artifacts import StageFolder
-from tasks.candidates import CandidatesJob
 from tasks.profile_job import INPUTS, ProfileJob
 from tasks.profile_reads import read_curvature
 from tasks.profile_sums import _write_curvature, write_hessians
@@ -28,7 +27,12 @@ from tasks.store.opened import open_store
 from tasks.store.tensors import write_tensors
 from tasks.streams import StreamJob
 
+if TYPE_CHECKING:
+    from tasks.candidates import CandidatesJob
+    from tasks.worker import WorkerState
+
 SITE, WIDTH = "qkv", 48
+CHOICE = Choice(bits=4, group_size=-1)
 SPEC = LinearSpec(name="0.q", block=0, d_out=16, d_in=WIDTH, input_site=SITE, fused_group="0.qkv")
 
 
@@ -75,43 +79,33 @@ def profiled(store: Path) -> ProfileJob:
     return job
 
 
-def cost(job: ProfileJob, W: Tensor, rounded: QuantizedWeight) -> float:
-    found = candidates.site_sums(_asking(job), 0, SITE, SPEC)
-    H = normalized(found.hessian, name=SPEC.name)
-    trace = float(H.diagonal().sum()) if found.unfolded_trace is None else found.unfolded_trace
-    c = read_curvature(job, 0, [SPEC.name], trace)[SPEC.name]
-    return predicted_cost(W, [rounded], H, c)[0]
-
-
-class _Asking:
-    def __init__(self, job: ProfileJob) -> None:
-        self.profile = job
-
-
-def _asking(job: ProfileJob) -> CandidatesJob:
-    return cast("CandidatesJob", _Asking(job))
+def problem_of(job: ProfileJob) -> tuple[HessianSum, Tensor, Tensor]:
+    """The site's sums, H and c, as the candidates' stage has them."""
+    asking = cast("CandidatesJob", SimpleNamespace(profile=job, damping=0.01, choices=(CHOICE,), head=None))
+    sums = candidates.site_sums(asking, 0, SITE, SPEC)
+    problem = candidates.site_problem(cast("WorkerState", SimpleNamespace(device="cpu")), asking, sums, (SPEC,))
+    return sums.hessian, problem.H, read_curvature(job, 0, [SPEC.name], problem.trace)[SPEC.name]
 
 
 def test_an_error_costs_the_same_in_a_folded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """W' = W diag(r) and its error dW diag(r), under the folded H, with inputs of other sizes and shifted."""
     job = profiled(tmp_path)
     W = normal(16, WIDTH, seed=3)
-    rounded = round_to_nearest(W, Choice(bits=4, group_size=-1))
-    wanted = cost(job, W, rounded)
+    rounded = round_to_nearest(W, CHOICE)
+    _, plain, c = problem_of(job)
+    wanted = predicted_cost(W, [rounded], plain, c)[0]
     channels = UniformGrid(bits=8, scale=0.05 * normal(WIDTH, seed=4).exp(), offset=normal(WIDTH, seed=5))
     folding = folding_of(channels)
     monkeypatch.setattr(profile_reads, "folding_at", lambda *_: folding)
     folded = replace(job, stream=replace(job.stream, activations=cast("Any", object())))
     # dW diag(r) of the folded weights: rounded rows of any numbers
     error = (rounded.dequantize(torch.float64) - W.double()) * folding.ratio
-    own = candidates.site_sums(_asking(folded), 0, SITE, SPEC)
-    assert own.unfolded_trace is not None
-    H = normalized(own.hessian, name=SPEC.name).double()
-    c = read_curvature(folded, 0, [SPEC.name], own.unfolded_trace)[SPEC.name]
+    sums, H, c = problem_of(folded)
+    assert sums.x is not None
     # shifts add a constant to the inputs, which a bias makes good: what is left of H is its spread and its mean
     shifted = folding.affine[1]
-    mean = own.hessian.x / own.hessian.weight_sum if own.hessian.x is not None else shifted
-    unshifted = H - torch.outer(mean, mean) + torch.outer(mean - shifted, mean - shifted)
+    mean = sums.x / sums.weight_sum
+    unshifted = H.double() - torch.outer(mean, mean) + torch.outer(mean - shifted, mean - shifted)
     found = 0.5 * float((c * ((error @ unshifted) * error).sum(1)).sum())
     assert found == pytest.approx(wanted, rel=1e-3)
 
