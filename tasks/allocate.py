@@ -11,7 +11,7 @@ from typing import Any
 from lrpq.allocate.baselines import nearest_uniform, widest_uniform
 from lrpq.allocate.budget import UNQUANTIZED_BITS, Budget, BudgetBits, BudgetBytes
 from lrpq.allocate.keep import KeepRule, parse_keep
-from lrpq.allocate.knapsack import solve_exact, solve_lagrangian
+from lrpq.allocate.knapsack import PLAN_GAP, solve_exact, solve_lagrangian
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow, Problem, build_problem
 from lrpq.allocate.targets import Target
@@ -26,7 +26,7 @@ from lrpq.model.safetensors_source import ModelSource
 from lrpq.notation import BITS_PER_BYTE
 from lrpq.quant.packing import storage_bits
 
-SOLVERS = {"exact": solve_exact, "lagrangian": solve_lagrangian}
+SOLVERS = {"exact": partial(solve_exact, relative_gap=PLAN_GAP), "lagrangian": solve_lagrangian}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

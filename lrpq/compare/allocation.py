@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lrpq.allocate.baselines import nearest_uniform, two_level
 from lrpq.allocate.budget import BudgetBits
-from lrpq.allocate.knapsack import lower_bound, solve_exact
+from lrpq.allocate.knapsack import PLAN_GAP, lower_bound, solve_exact
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow, Method, Problem, build_problem, plan_of
 from lrpq.errors import BudgetError, ConfigError
@@ -15,8 +15,8 @@ from lrpq.model.layers import Choice
 
 
 def by_costs(rows: Sequence[CostRow], *, budget_bits: float) -> Plan:
-    """The exact optimum for these costs."""
-    return solve_exact(_problem(rows, budget_bits))
+    """The optimum for these costs, to within PLAN_GAP."""
+    return solve_exact(_problem(rows, budget_bits), relative_gap=PLAN_GAP)
 
 
 def by_ranking(rows: Sequence[CostRow], scores: Mapping[str, float], *, budget_bits: float) -> Plan:
