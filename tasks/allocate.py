@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -26,7 +26,10 @@ from lrpq.model.safetensors_source import ModelSource
 from lrpq.notation import BITS_PER_BYTE
 from lrpq.quant.packing import storage_bits
 
-SOLVERS = {"exact": partial(solve_exact, relative_gap=PLAN_GAP), "lagrangian": solve_lagrangian}
+SOLVERS: Mapping[str, Callable[[Problem], Plan]] = {
+    "exact": partial(solve_exact, relative_gap=PLAN_GAP),
+    "lagrangian": solve_lagrangian,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
