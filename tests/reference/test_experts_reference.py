@@ -117,7 +117,7 @@ def reference(folder: Path) -> Watched:
 
 
 def test_fisher_sums_of_every_expert(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hessians of the routed tokens, their weights and the curvature are those of plain autograd."""
+    """Hessians of the routed tokens, their weights, the curvature and the trace are those of plain autograd."""
     sums, weights = profile(folder, Relevance.FISHER, monkeypatch)
     watched = reference(folder)
     assert len(watched.x) >= 6
@@ -140,6 +140,7 @@ def test_fisher_sums_of_every_expert(folder: Path, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(normalized(hessian).double(), H, rtol=2e-3, atol=float(H.abs().max()) * 1e-4)
         name = f"model.layers.{BLOCK}.mlp.experts.{e}.{'gate_up_proj' if kind == 'gate_up' else 'down_proj'}"
         torch.testing.assert_close(sums.curvature[name], g2.sum(0), rtol=2e-3, atol=float(g2.sum(0).max()) * 1e-5)
+        assert float(sums.traces[name]) == pytest.approx(float(g2.sum(1) @ x.double().square().sum(1)), rel=2e-3)
     assert sums.num_tokens == TOKENS.numel()
 
 
