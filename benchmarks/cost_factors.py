@@ -9,12 +9,12 @@ makes under H, is the factor that a layer's cost should have ("exact"); beside i
 
     trace      mean_t |g_t|^2 |x_t|^2 over that of the product: what costs are scaled to (ADR 27)
     channels   the mean over inputs k of mean_t |g_t|^2 x_tk^2 over that of the product
-    whitened   mean_t |g_t|^2 sum_k R_kk^2 z_tk^2 over that of the product, z = R^-T x: errors of GPTQ as it spreads
-               them, column by column in its own order
+    whitened   mean_t |g_t|^2 q_t over that of the product, q_t = sum_k R_kk^2 z_tk^2 with z = R^-1 x and R the factor
+               that GPTQ works with: what a token sees of errors that are R_kk times the same noise at every step
 
-for H of tokens that count alike ("plain") and by their gradients, floor and power as in a run ("weighted"). At the end
-the spread of each factor's logarithm around the exact one's, over layers: a spread of .3 costs a plan about 4%, one of
-.1 nothing. The model is held whole, in float32; needs neither Ray nor Prefect nor a GPU.
+for H of tokens that count alike ("plain") and by the layer's own gradients, floor and power as a run's ("weighted"; a
+run takes a site's layers together, and the blend with relevance). At the end the spread over layers of each factor's
+logarithm around the exact one's. The model is held whole, in float32; needs neither Ray nor Prefect nor a GPU.
 """
 
 from __future__ import annotations
@@ -90,33 +90,30 @@ def explain(model: nn.Module, windows: Tensor, *, seed: int) -> None:
         model.zero_grad()
 
 
-def hessian(x: Tensor, g2: Tensor, weighting: str) -> Tensor:
-    """H, float64; weights of one layer's own gradients."""
-    s = torch.ones_like(g2) if weighting == "plain" else (g2 + TERMS.floor * g2.mean()).pow(TERMS.power)
-    return (x.T * s) @ x / s.sum()
+def token_weights(g2: Tensor, weighting: str) -> Tensor:
+    """What tokens count in H, from their squared gradients."""
+    return torch.ones_like(g2) if weighting == "plain" else (g2 + TERMS.floor * g2.mean()).pow(TERMS.power)
 
 
 def factors(x: Tensor, g: Tensor, W: Tensor, choice: Choice, weighting: str, *, name: str) -> dict[str, float]:
     """Factors of one layer by FACTORS, and the exact one."""
     g2, c = g.square().sum(1), g.square().mean(0)
-    H = hessian(x, g2, weighting)
+    s = token_weights(g2, weighting)
+    H = (x.T * s) @ x / s.sum()
     factor = factorize(H.float(), damping=TERMS.damping, name=name)
     dW = (gptq(W, factor, [choice], name=name)[0].dequantize(torch.float32) - W).double()
     product = float((c * ((dW @ H) * dW).sum(1)).sum())
     energy = (g2 @ x.square()) / len(x)
     live = H.diagonal() > 0
-    order = factor.order
-    damped = H[order][:, order]
-    damped.diagonal().add_(TERMS.damping * float(H.diagonal()[live].mean()))
-    R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)  # R R^T, R upper triangular: GPTQ's own
-    z = torch.linalg.solve_triangular(R, x[:, order].T, upper=True)
-    shares = R.diagonal().square() / R.diagonal().square().sum()
+    R = (factor.R * factor.diagonal).double()
+    z = torch.linalg.solve_triangular(R, x[:, factor.order].T, upper=True)
+    q = factor.diagonal.double().square() @ z.square()
     matched = matched_curvature(c, float(energy.sum()), trace_of(H))
     return {
         "none": 1.0,
         "trace": float(matched.sum() / c.sum()),
         "channels": float((energy[live] / H.diagonal()[live]).mean() / c.sum()),
-        "whitened": float(shares @ (z.square() @ g2) / len(x) / c.sum()),
+        "whitened": float(g2 @ q / len(x) / (c.sum() * (s @ q) / s.sum())),
         "exact": float((g.T.square() * (dW @ x.T).square()).sum()) / len(x) / product,
     }
 

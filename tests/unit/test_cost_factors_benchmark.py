@@ -37,17 +37,18 @@ def test_long_gradients_of_short_inputs_make_products_too_large() -> None:
 
 
 def test_one_token_alone_in_its_direction() -> None:
-    """An input that no other token has, with nearly all of the gradient: plain GPTQ does not spare it, and a factor by
-    lengths does not see that; weighted by gradients GPTQ does, and the product is far too large."""
-    x = normal(TOKENS, D_IN, seed=0)
-    g = normal(TOKENS, D_OUT, seed=1)
-    x[::500, :] = 0.0
-    x[::500, 0] = 4.0  # shorter than the others
-    x[:, 0] += 0.01 * normal(TOKENS, seed=3)
+    """One token in 500 with 95% of the gradient, in a direction of its own, inputs correlated: plain GPTQ does not
+    spare it, which lengths do not tell; weighted by gradients it spares it, and its own factor tells how far."""
+    basis, _ = torch.linalg.qr(normal(D_IN, D_IN, seed=4))
+    x = normal(TOKENS, D_IN, seed=0) * torch.linspace(2.0, 0.05, D_IN, dtype=torch.float64)
+    x[::500] = 0.0
+    x[::500, -1] = 3.0
+    x, g = x @ basis.T, normal(TOKENS, D_OUT, seed=1)
     g[::500] *= 100.0
     plain, weighted = (factors(x, g, weight(), CHOICE, w, name="layer") for w in ("plain", "weighted"))
-    assert weighted["exact"] < plain["exact"]
-    assert weighted["exact"] < 0.5
+    assert max(plain["trace"], plain["channels"]) < 0.5 * plain["exact"] < plain["whitened"]
+    assert weighted["exact"] < 0.5 * plain["exact"]
+    assert weighted["whitened"] == pytest.approx(weighted["exact"], rel=0.1)
 
 
 def weight() -> Tensor:
