@@ -24,8 +24,8 @@ from lrpq.allocate.problem import Method, Option, Plan, Problem, plan_of
 from lrpq.errors import QuantizationError
 
 PLAN_GAP = 1e-4
-"""To which a run's plan is proved best: its costs are good to some ten percent, and the last digits cost a GPU's host
-up to three seconds for 210 layers (docs/log.md)."""
+"""To which a plan of weights is proved best: its costs are good to tens of percent, and the last digits cost a GPU's
+host up to three seconds for 210 layers (docs/log.md)."""
 _ATTEMPTS = 4  # of the integer program, each with a little less capacity, before the start is taken as it is
 
 
