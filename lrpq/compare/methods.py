@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lrpq.compare.planned import COOPQ, REESTIMATED, SWAPS
-from lrpq.compare.recipes import CONTROL, DEFAULT, FAST, Recipe, Rounding
+from lrpq.compare.recipes import CONTROL, DEFAULT, FAST, STITCHED, Recipe, Rounding
 from lrpq.errors import ConfigError
 from lrpq.importance.registry import MEASURES
 
@@ -84,6 +84,11 @@ def _methods() -> dict[str, Method]:
             axis=Axis.WHOLE,
             source="this project, `compress --fast`: Fisher costs from every 8th window and some rows, plain GPTQ",
             recipe=FAST,
+        ),
+        "stitched": Method(
+            axis=Axis.WHOLE,
+            source="this project, `compress --refine stitch`: lrpq's plan and its candidates, unrefined",
+            recipe=STITCHED,
         ),
         "gptq-in-order": Method(
             axis=Axis.WHOLE,

@@ -19,7 +19,7 @@ class Rounding(enum.Enum):
     NEAREST = "nearest"
     """Scales searched under the diagonal of H."""
     STITCHED = "gptq on the original inputs"
-    """The candidates that the allocation was made from."""
+    """As the candidates that the allocation was made from: no layer behind quantized ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +67,5 @@ FAST = Recipe(
     row_blocks=1,
 )
 """`lrpq compress --fast`."""
+STITCHED = Recipe(rounding=Rounding.STITCHED, correction=0.0, polish_rounds=0, row_blocks=1)
+"""`lrpq compress --refine stitch`."""

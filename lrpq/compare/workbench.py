@@ -313,8 +313,9 @@ class Workbench:
         activations: QuantizedActivations | None = None,
         rebuild: Rebuild | None = None,
     ) -> Codes:
-        """Codes of every module by the recipe, sequentially: each site behind the quantized sites before it, and behind
-        quantized activations where there are any; each block behind rebuilt ones, where they are rebuilt."""
+        """Codes of every module by the recipe, sequentially: each site behind the quantized sites before it, unless
+        they are stitched, and behind quantized activations where there are any; each block behind rebuilt ones, where
+        they are rebuilt."""
         terms, stream = self.terms, self.stream()
         shards = {i: self.tokens[r.start : r.stop] for i, r in enumerate(split(len(self.tokens), terms.shards))}
         sweep = RefineSweep(
@@ -338,7 +339,8 @@ class Workbench:
                     if choice is not None:
                         outputs = gathered.outputs[spec.name] if recipe.row_blocks > 1 else None
                         weight = self._quantize(stream.weight(spec), products, choice, recipe, spec.name, outputs)
-                        before[spec.name] = weight.dequantize(stream.dtype)
+                        if recipe.rounding is not Rounding.STITCHED:
+                            before[spec.name] = weight.dequantize(stream.dtype)
                         found[spec.name] = on_host(weight)
             if rebuild is not None:
                 rebuilt = rebuild(block, module, {name: found[name] for name in before})

@@ -13,7 +13,7 @@ from flows.presets import FAST
 from flows.run_config import RunConfig
 from lrpq.checkpoint.stored import StoredCheckpoint
 from lrpq.compare.prepared import Prepared
-from lrpq.compare.recipes import CONTROL, DEFAULT
+from lrpq.compare.recipes import CONTROL, DEFAULT, STITCHED
 from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Workbench
 from lrpq.model.source import open_source
@@ -66,6 +66,20 @@ def test_the_codes_are_those_of_the_pipeline(job: Job, scales: str, scale_bits: 
         stored = checkpoint.weight(spec, torch.bfloat16)
         assert stored is not None
         assert torch.equal(codes[spec.name].dequantize(torch.bfloat16), stored), spec.name
+    stitched = bench.codes(prepared.plan(DEFAULT.allocation, BUDGET).choices, STITCHED, prepared.gathered)
+    job(
+        model,
+        f"{scales}-stitched",
+        **changes,
+        plan__budget_bits=BUDGET,
+        plan__refine="stitch",
+        evaluation__control=False,
+    )
+    checkpoint = StoredCheckpoint(job.folder / f"{scales}-stitched")
+    for spec in bench.stream().specs:
+        stored = checkpoint.weight(spec, torch.bfloat16)
+        assert stored is not None
+        assert torch.equal(stitched[spec.name].dequantize(torch.bfloat16), stored), spec.name
     plain = bench.codes(prepared.plan(CONTROL.allocation, BUDGET).choices, CONTROL, prepared.gathered)
     assert any(not torch.equal(plain[name].codes, codes[name].codes) for name in codes)
     alone = bench.codes(
