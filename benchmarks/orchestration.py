@@ -44,7 +44,7 @@ from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import gptq, predicted_cost
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import normalized
-from lrpq.quant.matched_curvature import matched_curvature, trace_of
+from lrpq.quant.matched_curvature import bounded_sum, matched_curvature, trace_of
 from lrpq.quant.packing import pack
 from lrpq.refine.products import merge_products
 from lrpq.refine.quantize import quantize_refined
@@ -131,7 +131,7 @@ class Plain:
                 for spec in specs:
                     W = self.stream.weight(spec)
                     made = gptq(W, factor, choices, grid=Grid(run.grid), name=spec.name)
-                    c = matched_curvature(found.curvature[spec.name], found.traces[spec.name], trace_of(H))
+                    c = matched_curvature(found.curvature[spec.name], bounded_sum(found.traces[spec.name]), trace_of(H))
                     predicted_cost(W, made, H, c / found.num_tokens)
                     for candidate in made:
                         pack(candidate)

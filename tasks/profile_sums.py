@@ -16,6 +16,7 @@ from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.linears import EXPERTS
 from lrpq.model.streaming import BlockStream
 from lrpq.quant.hessian import merge
+from lrpq.quant.matched_curvature import bounded_sum
 from lrpq.refine.routed import POOLED
 from lrpq.relevance.outputs import CHUNK_ROWS
 from lrpq.relevance.sweep import BlockSums, SiteWeights, merge_block_sums, on_host
@@ -281,7 +282,7 @@ def _write_curvature(store: ObjectStore, job: ProfileJob, block: int, merged: Bl
     """Store the curvature and return it: nats per unit of output squared, a mean over the tokens with gradients; beside
     it the trace of every module's Fisher information."""
     curvature = {name: g2 / merged.num_explained for name, g2 in merged.curvature.items()}
-    traces = {name + TRACE: trace / merged.num_explained for name, trace in merged.traces.items()}
+    traces = {n + TRACE: bounded_sum(t).view(1) / merged.num_explained for n, t in merged.traces.items()}
     write_tensors(store, job.folder.block("curvature", block, "safetensors"), curvature | traces, {})
     return curvature
 

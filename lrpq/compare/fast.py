@@ -21,7 +21,7 @@ from lrpq.model.streaming import BlockStream
 from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import gptq
 from lrpq.quant.hessian import normalized
-from lrpq.quant.matched_curvature import matched_curvature, trace_of
+from lrpq.quant.matched_curvature import bounded_sum, matched_curvature, trace_of
 from lrpq.quant.packing import storage_bits
 from lrpq.quant.sampled_cost import DEFAULT_ROWS, sampled_costs
 from lrpq.relevance.partial import PartialSweep
@@ -147,7 +147,8 @@ def _costs(
     costs = sampled_costs(
         (stream.weight(spec) for spec in specs),
         [
-            matched_curvature(sums.curvature[spec.name], sums.traces[spec.name], of_site) / sums.num_explained
+            matched_curvature(sums.curvature[spec.name], bounded_sum(sums.traces[spec.name]), of_site)
+            / sums.num_explained
             for spec in specs
         ],
         factor,

@@ -265,6 +265,7 @@ class Workbench:
                         hessians=hessians,
                         curvature=curvature[spec.name],
                         trace=float(sums.trace) / evidence.num_tokens,
+                        bounded_trace=float(sums.share * sums.trace) / evidence.num_tokens,
                         relevance=float(sums.relevance) / evidence.num_tokens,
                         gradient_change=None if own is None else own.gradient_change,
                         output_error=None

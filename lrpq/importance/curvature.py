@@ -35,7 +35,7 @@ def pipeline(weighting: str) -> Costs:
 
 def _matched(evidence: ModuleEvidence, weighting: str) -> Float[Tensor, "rows=d_out"]:
     H = evidence.hessians[weighting]
-    return matched_curvature(evidence.curvature[Pass.FISHER], evidence.trace, trace_of(H))
+    return matched_curvature(evidence.curvature[Pass.FISHER], evidence.bounded_trace, trace_of(H))
 
 
 def sampled(weighting: str) -> Costs:

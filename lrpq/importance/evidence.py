@@ -38,6 +38,8 @@ class ModuleEvidence:
     trace: float
     """mean_t |g_t|^2 |x_t|^2 of the Fisher pass: trace of the Fisher information of W, nats per unit of weight
     squared."""
+    bounded_trace: float
+    """The same, no window counting for more than others do (lrpq.quant.matched_curvature)."""
     relevance: float
     """mean_t sum_j |y_tj g_tj| of the LRP pass, nats; 0 where no such pass ran."""
     gradient_change: Sequence[float] | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from lrpq.model.host_memory import release_freed_memory
 from lrpq.model.layers import LinearSpec
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.hessian import HessianSum, accumulate, empty_hessian
+from lrpq.quant.matched_curvature import bounded_sum
 from lrpq.relevance.attribute import block_backward, sum_over_tokens
 from lrpq.relevance.head import IGNORED_LABEL
 from lrpq.relevance.outputs import Outputs, add_outputs, empty_outputs, merge_outputs
@@ -47,6 +48,10 @@ class ModuleSums:
     """sum_t g_tj^2 (float64); zero where a pass holds the layer constant (q, k and gate under CP-LRP)."""
     trace: Tensor
     """sum_t |g_t|^2 |x_t|^2, Fisher pass (float64)."""
+    windows: list[Float[Tensor, " windows"]] = field(default_factory=list)
+    """The same of every window, by micro-batch."""
+    share: Tensor | float = 1.0
+    """Of the trace, where windows are bounded: that of the model as it was walked back."""
     inputs: InputMoments | None = None
     """Of the inputs, tokens weighted by |g_t|^2 of the Fisher pass; only in a walk for activations."""
     relevance: Tensor
@@ -170,7 +175,7 @@ class GatherSweep(ProfileSweep):
         cosines: list[Tensor] = []
 
         def observe(name: str, running: Pass, x: Tensor, y: Tensor, g: Tensor) -> None:
-            _add(found.modules[name], running, x, y, widen(g), changes.get(name))
+            _add(found.modules[name], running, x, y, widen(g), windows, changes.get(name))
             if running is Pass.FISHER:
                 self._add_outputs(outputs[name], first, windows, g)
 
@@ -212,6 +217,8 @@ class GatherSweep(ProfileSweep):
         for (name, site), parts in pieces.items():
             found.weights[name][site] = torch.cat(parts).cpu()  # a GPU is waited for here, not at each micro-batch
         found.squares |= {site: torch.cat(parts).cpu() for site, parts in squares.items()}
+        for sums in found.modules.values():
+            _finish_trace(sums)
         for name, dW in changes.items():
             _finish_gradient(found.modules[name], dW, found.num_tokens)
         found.cosine = sum(torch.stack(cosines).tolist()) / rows if cosines else None
@@ -249,6 +256,7 @@ def _add(
     x: Tensor,
     y: Tensor,
     g: Float[Tensor, "tokens d_out"],
+    num_windows: int,
     changes: Float[Tensor, "choices d_out d_in"] | None,
 ) -> None:
     squares = g.square()
@@ -259,7 +267,7 @@ def _add(
     if running is not Pass.FISHER:
         return
     x = widen(x)
-    sums.trace += (squares.sum(1).double() * x.square().sum(1).double()).sum()
+    sums.windows.append((squares.sum(1).double() * x.square().sum(1).double()).view(num_windows, -1).sum(1))
     if sums.inputs is not None:
         sums.inputs = sums.inputs.plus(x, squares.sum(1))
     if changes is not None:
@@ -267,6 +275,14 @@ def _add(
         sums.gradient = gradient if sums.gradient is None else sums.gradient.add_(gradient)
         error = torch.stack([((x @ dW.T).square() * squares).sum(dtype=torch.float64) for dW in changes])
         sums.output_error = error if sums.output_error is None else sums.output_error + error
+
+
+def _finish_trace(sums: ModuleSums) -> None:
+    """From windows to their sum, and what of it is left where they are bounded."""
+    windows = torch.cat([sums.trace.new_zeros(1), *sums.windows])
+    sums.trace, bounded = windows.sum(), bounded_sum(windows)
+    sums.share = torch.where(sums.trace > 0, bounded / sums.trace, 1.0)
+    sums.windows = []
 
 
 def _finish_gradient(sums: ModuleSums, changes: Float[Tensor, "choices d_out d_in"], num_tokens: int) -> None:

@@ -9,6 +9,13 @@ adds, by 1 to 160 (docs/log.md). What the product is to be on average over all d
     mean_t |g_t|^2 |x_t|^2,
 
 the trace of all blocks together, and one factor for the layer makes it so.
+
+A mean of products has heavier tails than a product of means. Behind a norm whose input nearly vanishes for one token in
+100,000 gradients are hundreds of times as long as elsewhere, in its layer and in all before it, and the second order
+says far more than an error can do there: a unit vector stays one. Such a token can be all of a layer's mean, and then
+the layer gets bits that the others lack. So no window counts for more than ``MOST`` times what the middle one does:
+what every window has, like its first token's, counts in full, and what a few of them have does not
+(docs/adr/0028-no-window-is-the-whole-trace.md).
 """
 
 from __future__ import annotations
@@ -22,6 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST = 4.0
+"""Of a window over the median of those that reach the layer. Of SmolLM2's windows and layers few are above."""
+
+
 def matched_curvature(
     c: Float[Tensor, "rows=d_out"], trace: Float[Tensor, "*one"] | float, hessian_trace: Float[Tensor, ""] | float
 ) -> Float[Tensor, "rows=d_out"]:
@@ -31,7 +42,7 @@ def matched_curvature(
 
     Args:
         c: mean_t g_tj^2, float64.
-        trace: mean_t |g_t|^2 |x_t|^2, over the same tokens.
+        trace: mean_t |g_t|^2 |x_t|^2, over the same tokens (`bounded_sum`).
         hessian_trace: of H, normalized, of the same inputs. The factor is one of the model that was profiled: where H
             is carried over to a folded model, whose costs are the same, it stays.
 
@@ -42,6 +53,16 @@ def matched_curvature(
     product = c.sum() * torch.as_tensor(hessian_trace, dtype=torch.float64, device=c.device)
     wanted = torch.as_tensor(trace, dtype=torch.float64, device=c.device).squeeze()
     return c * torch.where(product > 0, wanted / product, 1.0)
+
+
+def bounded_sum(windows: Float[Tensor, " windows"]) -> Float[Tensor, ""]:
+    """Sum over windows of what each has of a trace, no more than ``MOST`` times the median of those that have any.
+
+    Args:
+        windows: sum_t |g_t|^2 |x_t|^2 of each, float64; zero where none of its tokens was sent to the layer.
+    """
+    median = windows.where(windows > 0, torch.nan).nanmedian().nan_to_num(0.0)
+    return windows.minimum(MOST * median).sum()
 
 
 def trace_of(H: Float[Tensor, "d_in d_in"]) -> Float[Tensor, ""]:

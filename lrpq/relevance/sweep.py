@@ -46,9 +46,9 @@ class BlockSums:
     """Input site -> relevance-weighted Hessian sums."""
     curvature: Mapping[str, Float[Tensor, " d_out"]]
     """Module name -> sum over tokens of g_tj^2 (float64), g the true gradient in nats per unit of output."""
-    traces: Mapping[str, Float[Tensor, " one"]]
-    """Module name -> sum over tokens of |g_t|^2 |x_t|^2 (float64): what costs are scaled to
-    (quant/matched_curvature.py)."""
+    traces: Mapping[str, Float[Tensor, " windows"]]
+    """Module name -> of every window that has gradients, in their order, the sum over its tokens of |g_t|^2 |x_t|^2
+    (float64): what costs are scaled to (quant/matched_curvature.py). Of the head, of every shard."""
     outputs: Mapping[str, Outputs]
     """Module name -> second moments of the true gradient at its outputs; not of experts, nor of the head."""
     num_tokens: int
@@ -73,7 +73,7 @@ def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
     return BlockSums(
         hessians={site: merge(left.hessians[site], right.hessians[site]) for site in left.hessians},
         curvature={name: left.curvature[name] + right.curvature[name] for name in left.curvature},
-        traces={name: left.traces[name] + right.traces[name] for name in left.traces},
+        traces={name: torch.cat([left.traces[name], right.traces[name]]) for name in left.traces},
         outputs={name: merge_outputs(left.outputs[name], right.outputs[name]) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
         num_explained=left.num_explained + right.num_explained,
@@ -86,7 +86,7 @@ def add_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
         left,
         hessians={site: add(left.hessians[site], right.hessians[site]) for site in left.hessians},
         curvature={name: left.curvature[name].add_(right.curvature[name]) for name in left.curvature},
-        traces={name: left.traces[name].add_(right.traces[name]) for name in left.traces},
+        traces={name: torch.cat([left.traces[name], right.traces[name]]) for name in left.traces},
         outputs={name: merge_outputs_into(left.outputs[name], right.outputs[name]) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
         num_explained=left.num_explained + right.num_explained,
@@ -328,7 +328,7 @@ class ProfileSweep:
             for site, members in weighed.items()
         }
         curvature = {spec.name: torch.zeros(spec.d_out, dtype=torch.float64) for spec in self.stream.block_specs(block)}
-        traces = {name: torch.zeros(1, dtype=torch.float64) for name in curvature}
+        traces: dict[str, list[Tensor]] = {name: [] for name in curvature}
         outputs = {
             spec.name: empty_outputs(spec.d_out, self.stream.device)
             for spec in self.stream.block_specs(block)
@@ -367,19 +367,22 @@ class ProfileSweep:
             lengths = {site: token_squares(inputs).double() for site, inputs in result.inputs.items()}
             for site, members in sites.items():
                 for name, _ in members:
-                    if name in result.modules:  # an expert that no token was sent to has none
-                        stats_of = result.modules[name]
-                        trace = stats_of.token_sums[Pass.FISHER].double() @ lengths[site]
-                        both = torch.cat([stats_of.channel_sums, trace.view(1)]).cpu()
-                        curvature[name] += both[:-1]
-                        traces[name] += both[-1:]
+                    if name not in result.modules:  # an expert that no token was sent to
+                        traces[name].append(torch.zeros(len(hidden), dtype=torch.float64))
+                        continue
+                    stats_of = result.modules[name]
+                    products = stats_of.token_sums[Pass.FISHER].double() * lengths[site]
+                    by_window = sums_by_window(products, len(hidden), result.rows.get(site), hidden.shape[1])
+                    both = torch.cat([stats_of.channel_sums, by_window]).cpu()
+                    curvature[name] += both[: -len(hidden)]
+                    traces[name].append(both[-len(hidden) :])
             start += hidden.shape[0] * hidden.shape[1]
             num_explained += self.stream.num_tokens(block, hidden)
             self.on_batch()
         sums = BlockSums(
             hessians=hessians,
             curvature=curvature,
-            traces=traces,
+            traces={name: torch.cat([*parts, torch.empty(0, dtype=torch.float64)]) for name, parts in traces.items()},
             outputs=outputs,
             num_tokens=num_explained if self.weighs_tokens else shard.tokens.numel(),
             num_explained=num_explained,
@@ -389,6 +392,22 @@ class ProfileSweep:
             rows={site: torch.cat([torch.empty(0, dtype=torch.long), *parts]) for site, parts in rows.items()},
             squares={site: torch.cat([torch.empty(0), *parts]) for site, parts in squares.items()},
         )
+
+
+def sums_by_window(
+    values: Float[Tensor, " tokens"], num_windows: int, rows: Int[Tensor, " tokens"] | None, length: int
+) -> Float[Tensor, " windows"]:
+    """Sums of a micro-batch's tokens by the window that they are of.
+
+    Args:
+        values: of all tokens, windows one after the other; of an expert's, of those that were sent there.
+        num_windows: of the micro-batch.
+        rows: which tokens those are; None where they are all.
+        length: tokens of a window.
+    """
+    if rows is None:
+        return values.view(num_windows, -1).sum(1)
+    return values.new_zeros(num_windows).index_add_(0, rows // length, values)
 
 
 def _held(sums: BlockSums, hold: Hold) -> Callable[[], BlockSums]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lrpq.model.layers import Choice
 from lrpq.quant.gptq import predicted_cost
 from lrpq.quant.grid import QuantizedWeight
-from lrpq.quant.matched_curvature import matched_curvature, trace_of
+from lrpq.quant.matched_curvature import MOST, bounded_sum, matched_curvature, trace_of
 from lrpq.quant.rtn import round_to_nearest
 
 TOKENS, D_OUT, D_IN = 4000, 24, 32
@@ -70,3 +70,33 @@ def test_where_nothing_arrives_costs_are_nothing() -> None:
     assert torch.equal(matched_curvature(torch.zeros(3), torch.zeros(1), 4.0), torch.zeros(3, dtype=torch.float64))
     c = torch.ones(3, dtype=torch.float64)
     assert torch.equal(matched_curvature(c, 0.0, 0.0), c)
+
+
+def test_no_window_is_the_whole_trace() -> None:
+    """Behind a norm one token's output nearly vanishes; costs are those of the other windows."""
+    W, x, g = layer(1.0)
+    g = g.clone()
+    g[777] *= 1e4
+    products = (g.square().sum(1) * x.square().sum(1)).view(40, 100)
+    others = float(products[torch.arange(40) != 7].mean(1).mean())
+    assert float(products.mean()) > 1e4 * others
+    assert float(bounded_sum(products.sum(1))) / TOKENS == pytest.approx(others, rel=0.15)
+    assert W.shape == (D_OUT, D_IN)
+
+
+def test_what_every_window_has_counts_in_full() -> None:
+    """The first token of a window has nearly all of what it has, in every window."""
+    _, x, g = layer(0.5)
+    products = (g.square().sum(1) * x.square().sum(1)).view(40, 100)
+    products[:, 0] *= 1e4
+    windows = products.sum(1)
+    assert float(windows.max()) < MOST * float(windows.median())
+    assert float(bounded_sum(windows)) == pytest.approx(float(products.sum()), rel=1e-12)
+
+
+def test_windows_without_a_token_in_a_layer_do_not_bound_the_others() -> None:
+    windows = torch.zeros(9, dtype=torch.float64)
+    assert float(bounded_sum(windows)) == 0
+    windows[:3] = torch.tensor([1.0, 2.0, 1e9])
+    assert float(bounded_sum(windows)) == 1 + 2 + 2 * MOST
+    assert float(bounded_sum(torch.tensor([5.0], dtype=torch.float64))) == 5

@@ -126,7 +126,7 @@ def streamed(
             by_shard_of_site = [weights[index][shard].values[site] for shard in range(NUM_SHARDS)]
             found.weights[f"{index}.{site}"] = torch.cat(by_shard_of_site)
         found.curvature |= {name: g2 / merged.num_tokens for name, g2 in merged.curvature.items()}
-        found.traces |= {name: trace / merged.num_tokens for name, trace in merged.traces.items()}
+        found.traces |= {name: trace.sum() / merged.num_tokens for name, trace in merged.traces.items()}
     return found
 
 

@@ -152,6 +152,7 @@ def evidence_of(spec: LinearSpec) -> ModuleEvidence:
         hessians={},
         curvature={},
         trace=0.0,
+        bounded_trace=0.0,
         relevance=0.0,
         block_cosine=None,
     )
