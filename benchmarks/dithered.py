@@ -18,6 +18,7 @@ from one width to the next. For normal numbers that is 3.8 to 4.0.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -100,7 +101,7 @@ def errors(weights: Callable[[LinearSpec], Tensor], specs: list[LinearSpec]) -> 
 
 def line(label: str, found: list[float]) -> str:
     """A model's errors and by what factors they fall."""
-    falls = " ".join(f"{wide / narrow:.2f}" for wide, narrow in zip(found, found[1:], strict=False))
+    falls = " ".join(f"{wide / narrow:.2f}" for wide, narrow in itertools.pairwise(found))
     return f"{label}: {' '.join(f'{error:.2e}' for error in found)}, falling {falls} times"
 
 

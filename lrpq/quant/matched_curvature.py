@@ -10,12 +10,12 @@ adds, by 1 to 160 (docs/log.md). What the product is to be on average over all d
 
 the trace of all blocks together, and one factor for the layer makes it so.
 
-A mean of products has heavier tails than a product of means. Behind a norm whose input nearly vanishes for one token in
-100,000 gradients are hundreds of times as long as elsewhere, in its layer and in all before it, and the second order
-says far more than an error can do there: a unit vector stays one. Such a token can be all of a layer's mean, and then
-the layer gets bits that the others lack. So no window counts for more than ``MOST`` times what the middle one does:
-what every window has, like its first token's, counts in full, and what a few of them have does not
-(docs/adr/0028-no-window-is-the-whole-trace.md).
+A mean of products has heavier tails than a product of means. On a model with norms behind its MLPs one window in 128
+has had 280,000 times what the middle one had, in one layer and in most before it: presumably a token for which a norm's
+input nearly vanishes, whose gradients are then far longer than an error can matter there, for a unit vector stays one.
+That window is all of the mean, and the layers get bits that others lack. So no window counts for more than ``MOST``
+times what the middle one does: what every window has, like its first token's, counts in full, and what a few of them
+have does not (docs/adr/0028-no-window-is-the-whole-trace.md).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 MOST = 4.0
-"""Of a window over the median of those that reach the layer. Of SmolLM2's windows and layers few are above."""
+"""Of a window over the median of those that reach the layer. On SmolLM2 7 of 128 x 210 are above (docs/log.md)."""
 
 
 def matched_curvature(
@@ -55,7 +55,7 @@ def matched_curvature(
     return c * torch.where(product > 0, wanted / product, 1.0)
 
 
-def bounded_sum(windows: Float[Tensor, " windows"]) -> Float[Tensor, ""]:
+def bounded_sum(windows: Float[Tensor, "windows=n"]) -> Float[Tensor, ""]:
     """Sum over windows of what each has of a trace, no more than ``MOST`` times the median of those that have any.
 
     Args:

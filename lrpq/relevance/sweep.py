@@ -395,8 +395,8 @@ class ProfileSweep:
 
 
 def sums_by_window(
-    values: Float[Tensor, " tokens"], num_windows: int, rows: Int[Tensor, " tokens"] | None, length: int
-) -> Float[Tensor, " windows"]:
+    values: Float[Tensor, "values=tokens"], num_windows: int, rows: Int[Tensor, "rows=tokens"] | None, length: int
+) -> Float[Tensor, "windows=n"]:
     """Sums of a micro-batch's tokens by the window that they are of.
 
     Args:

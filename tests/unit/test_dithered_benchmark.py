@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def lattice(tmp_path: Path) -> Path:
 def falls(folder: Path) -> list[float]:
     stream = BlockStream(open_source(folder), dtype=torch.float32)
     found = list(errors(stream.weight, list(stream.specs)))
-    return [wide / narrow for wide, narrow in zip(found, found[1:], strict=False)]
+    return [wide / narrow for wide, narrow in itertools.pairwise(found)]
 
 
 def test_what_a_lattice_saves_at_five_bits_is_gone_behind_the_noise(lattice: Path, tmp_path: Path) -> None:
