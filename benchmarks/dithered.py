@@ -3,8 +3,8 @@
     python -m benchmarks.dithered MODEL [--output DIR] [--share .08] [--width 32] [--seed 0]
 
 A model that is dequantized has weights that lie on a few levels in each run of ``--width`` columns. Files of GGUF that
-are called Q4_K_M hold every layer whose rows are no multiple of 256 as Q5_0: 32 levels, a scale of either sign for 32
-columns. A signed grid of 5 bits for groups of 64 then rounds with two thirds of the error that it has elsewhere, which
+are called Q4_K_M hold most layers whose rows are no multiple of 256 as Q5_0: 32 levels, a scale of either sign for 32
+columns. A signed grid of 5 bits for groups of 64 then rounds with six tenths of the error that it has elsewhere, which
 flatters uniform groups with exact scales at 5 bits and more and nothing below. Each weight of the layers that lrpq
 quantizes gets Gaussian noise of ``--share`` of its run's root mean square, and the lattice is gone: .08 is six tenths
 of a step of Q5_0 (a sixteenth of the largest of 32, some 2.1 standard deviations), which fills the cells evenly. The
