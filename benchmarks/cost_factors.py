@@ -7,7 +7,7 @@ A cost is 1/2 sum_j c_j dW_j H dW_j^T, c_j = mean_t g_tj^2 (docs/methods.md, sec
 first, rows by themselves, is 1/2 mean_t sum_j g_tj^2 (dW_j x_t)^2. The quotient of the two, for the error dW that GPTQ
 makes under H, is the factor that a layer's cost should have ("exact"); beside it the factors that a run could use:
 
-    trace      mean_t |g_t|^2 |x_t|^2 over that of the product: what costs are scaled to (ADR 27)
+    trace      mean_t |g_t|^2 |x_t|^2 over that of the product: what costs are scaled to (ADR 27), no window bounded
     channels   the mean over inputs k of mean_t |g_t|^2 x_tk^2 over that of the product
     whitened   mean_t |g_t|^2 q_t over that of the product, q_t = sum_k R_kk^2 z_tk^2 with z = R^-1 x and R the factor
                that GPTQ works with: what a token sees of errors that are R_kk times the same noise at every step

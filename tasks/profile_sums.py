@@ -280,7 +280,7 @@ def _plus(left: Tensor | Triangle, right: Tensor | Triangle) -> Tensor | Triangl
 
 def _write_curvature(store: ObjectStore, job: ProfileJob, block: int, merged: BlockSums) -> dict[str, Tensor]:
     """Store the curvature and return it: nats per unit of output squared, a mean over the tokens with gradients; beside
-    it the trace of every module's Fisher information."""
+    it the trace of every module's Fisher information, no window counting for far more than the others."""
     curvature = {name: g2 / merged.num_explained for name, g2 in merged.curvature.items()}
     traces = {n + TRACE: bounded_sum(t).view(1) / merged.num_explained for n, t in merged.traces.items()}
     write_tensors(store, job.folder.block("curvature", block, "safetensors"), curvature | traces, {})

@@ -39,7 +39,7 @@ class ModuleEvidence:
     """mean_t |g_t|^2 |x_t|^2 of the Fisher pass: trace of the Fisher information of W, nats per unit of weight
     squared."""
     bounded_trace: float
-    """The same, no window counting for more than others do (lrpq.quant.matched_curvature)."""
+    """The same, no window counting for more than four times the median one (lrpq.quant.matched_curvature)."""
     relevance: float
     """mean_t sum_j |y_tj g_tj| of the LRP pass, nats; 0 where no such pass ran."""
     gradient_change: Sequence[float] | None = None

@@ -49,9 +49,9 @@ class ModuleSums:
     trace: Tensor
     """sum_t |g_t|^2 |x_t|^2, Fisher pass (float64)."""
     windows: list[Float[Tensor, " windows"]] = field(default_factory=list)
-    """The same of every window, by micro-batch."""
+    """The same of every window, by micro-batch; until the block is walked back."""
     share: Tensor | float = 1.0
-    """Of the trace, where windows are bounded: that of the model as it was walked back."""
+    """Of the trace that is left when windows are bounded, of the model as it was walked back."""
     inputs: InputMoments | None = None
     """Of the inputs, tokens weighted by |g_t|^2 of the Fisher pass; only in a walk for activations."""
     relevance: Tensor
@@ -218,7 +218,7 @@ class GatherSweep(ProfileSweep):
             found.weights[name][site] = torch.cat(parts).cpu()  # a GPU is waited for here, not at each micro-batch
         found.squares |= {site: torch.cat(parts).cpu() for site, parts in squares.items()}
         for sums in found.modules.values():
-            _finish_trace(sums)
+            _finish_trace(sums, bounded=stream.family.pooling is None)
         for name, dW in changes.items():
             _finish_gradient(found.modules[name], dW, found.num_tokens)
         found.cosine = sum(torch.stack(cosines).tolist()) / rows if cosines else None
@@ -277,11 +277,13 @@ def _add(
         sums.output_error = error if sums.output_error is None else sums.output_error + error
 
 
-def _finish_trace(sums: ModuleSums) -> None:
-    """From windows to their sum, and what of it is left where they are bounded."""
+def _finish_trace(sums: ModuleSums, *, bounded: bool) -> None:
+    """From windows to their sum, and to what of it is left when they are bounded; images have one label each, and are
+    not."""
     windows = torch.cat([sums.trace.new_zeros(1), *sums.windows])
-    sums.trace, bounded = windows.sum(), bounded_sum(windows)
-    sums.share = torch.where(sums.trace > 0, bounded / sums.trace, 1.0)
+    sums.trace = windows.sum()
+    if bounded:
+        sums.share = torch.where(sums.trace > 0, bounded_sum(windows) / sums.trace, 1.0)
     sums.windows = []
 
 

@@ -55,11 +55,12 @@ def matched_curvature(
     return c * torch.where(product > 0, wanted / product, 1.0)
 
 
-def bounded_sum(windows: Float[Tensor, "windows=n"]) -> Float[Tensor, ""]:
-    """Sum over windows of what each has of a trace, no more than ``MOST`` times the median of those that have any.
+def bounded_sum(windows: Float[Tensor, "*windows"]) -> Float[Tensor, ""]:
+    """Sum over windows of what each has of a trace, no more than ``MOST`` times the median of those that have any (of
+    an even number the lower one of the two in the middle).
 
     Args:
-        windows: sum_t |g_t|^2 |x_t|^2 of each, float64; zero where none of its tokens was sent to the layer.
+        windows: sum_t |g_t|^2 |x_t|^2 of each, float64. One number, that of all windows, stays what it is.
     """
     median = windows.where(windows > 0, torch.nan).nanmedian().nan_to_num(0.0)
     return windows.minimum(MOST * median).sum()

@@ -46,9 +46,11 @@ class BlockSums:
     """Input site -> relevance-weighted Hessian sums."""
     curvature: Mapping[str, Float[Tensor, " d_out"]]
     """Module name -> sum over tokens of g_tj^2 (float64), g the true gradient in nats per unit of output."""
-    traces: Mapping[str, Float[Tensor, " windows"]]
-    """Module name -> of every window that has gradients, in their order, the sum over its tokens of |g_t|^2 |x_t|^2
-    (float64): what costs are scaled to (quant/matched_curvature.py). Of the head, of every shard."""
+    traces: Mapping[str, Float[Tensor, "*windows"]]
+    """Module name -> sum over tokens of |g_t|^2 |x_t|^2 (float64): what costs are scaled to
+    (quant/matched_curvature.py). Of every window that has gradients, in their order; one number where windows cannot be
+    compared: images, which have one label each, experts, which see many tokens of one window and few of another, and
+    the head, whose gradients have an end."""
     outputs: Mapping[str, Outputs]
     """Module name -> second moments of the true gradient at its outputs; not of experts, nor of the head."""
     num_tokens: int
@@ -69,11 +71,11 @@ def on_host(sums: BlockSums, copy: Callable[[Tensor], Tensor] = Tensor.cpu) -> B
 
 
 def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
-    """Sum of two disjoint sets of shards, in new memory."""
+    """Sum of two disjoint sets of shards, in new memory; windows of ``left`` come first."""
     return BlockSums(
         hessians={site: merge(left.hessians[site], right.hessians[site]) for site in left.hessians},
         curvature={name: left.curvature[name] + right.curvature[name] for name in left.curvature},
-        traces={name: torch.cat([left.traces[name], right.traces[name]]) for name in left.traces},
+        traces={name: _joined(left.traces[name], right.traces[name]) for name in left.traces},
         outputs={name: merge_outputs(left.outputs[name], right.outputs[name]) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
         num_explained=left.num_explained + right.num_explained,
@@ -81,12 +83,12 @@ def merge_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
 
 
 def add_block_sums(left: BlockSums, right: BlockSums) -> BlockSums:
-    """The same sum in the memory of ``left``, which nobody else may hold."""
+    """The same sum, matrices in the memory of ``left``, which nobody else may hold."""
     return replace(
         left,
         hessians={site: add(left.hessians[site], right.hessians[site]) for site in left.hessians},
         curvature={name: left.curvature[name].add_(right.curvature[name]) for name in left.curvature},
-        traces={name: torch.cat([left.traces[name], right.traces[name]]) for name in left.traces},
+        traces={name: _joined(left.traces[name], right.traces[name]) for name in left.traces},
         outputs={name: merge_outputs_into(left.outputs[name], right.outputs[name]) for name in left.outputs},
         num_tokens=left.num_tokens + right.num_tokens,
         num_explained=left.num_explained + right.num_explained,
@@ -273,7 +275,7 @@ class ProfileSweep:
         found = BlockSums(
             hessians={self.head.input_site: sums.hessian},
             curvature={self.head.name: sums.curvature.cpu()},
-            traces={self.head.name: sums.trace.cpu()},
+            traces={self.head.name: sums.trace.cpu().squeeze()},
             outputs={},
             num_tokens=self.stream.num_labels(shard.tokens),
             num_explained=self.num_explained(shard),
@@ -328,7 +330,9 @@ class ProfileSweep:
             for site, members in weighed.items()
         }
         curvature = {spec.name: torch.zeros(spec.d_out, dtype=torch.float64) for spec in self.stream.block_specs(block)}
-        traces: dict[str, list[Tensor]] = {name: [] for name in curvature}
+        traces = {name: [torch.zeros(0, dtype=torch.float64)] for name in curvature}
+        images = self.stream.family.pooling is not None
+        whole = {spec.name for spec in self.stream.block_specs(block) if images or spec.routed}
         outputs = {
             spec.name: empty_outputs(spec.d_out, self.stream.device)
             for spec in self.stream.block_specs(block)
@@ -367,22 +371,20 @@ class ProfileSweep:
             lengths = {site: token_squares(inputs).double() for site, inputs in result.inputs.items()}
             for site, members in sites.items():
                 for name, _ in members:
-                    if name not in result.modules:  # an expert that no token was sent to
-                        traces[name].append(torch.zeros(len(hidden), dtype=torch.float64))
-                        continue
-                    stats_of = result.modules[name]
-                    products = stats_of.token_sums[Pass.FISHER].double() * lengths[site]
-                    by_window = sums_by_window(products, len(hidden), result.rows.get(site), hidden.shape[1])
-                    both = torch.cat([stats_of.channel_sums, by_window]).cpu()
-                    curvature[name] += both[: -len(hidden)]
-                    traces[name].append(both[-len(hidden) :])
+                    if name in result.modules:  # an expert that no token was sent to has none
+                        stats_of = result.modules[name]
+                        products = stats_of.token_sums[Pass.FISHER].double() * lengths[site]
+                        parts = products.view(1 if name in whole else len(hidden), -1).sum(1)
+                        both = torch.cat([stats_of.channel_sums, parts]).cpu()
+                        curvature[name] += both[: -len(parts)]
+                        traces[name].append(both[-len(parts) :])
             start += hidden.shape[0] * hidden.shape[1]
             num_explained += self.stream.num_tokens(block, hidden)
             self.on_batch()
         sums = BlockSums(
             hessians=hessians,
             curvature=curvature,
-            traces={name: torch.cat([*parts, torch.empty(0, dtype=torch.float64)]) for name, parts in traces.items()},
+            traces={n: torch.cat(t).sum() if n in whole else torch.cat(t) for n, t in traces.items()},
             outputs=outputs,
             num_tokens=num_explained if self.weighs_tokens else shard.tokens.numel(),
             num_explained=num_explained,
@@ -394,20 +396,9 @@ class ProfileSweep:
         )
 
 
-def sums_by_window(
-    values: Float[Tensor, "values=tokens"], num_windows: int, rows: Int[Tensor, "rows=tokens"] | None, length: int
-) -> Float[Tensor, "windows=n"]:
-    """Sums of a micro-batch's tokens by the window that they are of.
-
-    Args:
-        values: of all tokens, windows one after the other; of an expert's, of those that were sent there.
-        num_windows: of the micro-batch.
-        rows: which tokens those are; None where they are all.
-        length: tokens of a window.
-    """
-    if rows is None:
-        return values.view(num_windows, -1).sum(1)
-    return values.new_zeros(num_windows).index_add_(0, rows // length, values)
+def _joined(left: Tensor, right: Tensor) -> Tensor:
+    """Of windows, one after the other; of numbers, their sum."""
+    return torch.cat([left, right]) if left.ndim else left + right
 
 
 def _held(sums: BlockSums, hold: Hold) -> Callable[[], BlockSums]:

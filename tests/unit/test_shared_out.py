@@ -37,7 +37,7 @@ def sums(seed: int) -> BlockSums:
     return BlockSums(
         hessians={WIDE: hessian(1100), NARROW: hessian(40)},
         curvature={"down": random(9, seed=seed).double()},
-        traces={"down": random(1, seed=seed).double()},
+        traces={"down": random(3, seed=seed).double()},
         outputs={"down": [random(9, 9, seed=seed), random(5, 5, seed=seed)]},
         num_tokens=7,
         num_explained=7,

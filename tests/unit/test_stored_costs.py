@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,9 @@ from lrpq.activations.grids import UniformGrid
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.quant.gptq import predicted_cost
 from lrpq.quant.hessian import HessianSum
+from lrpq.quant.matched_curvature import MOST
 from lrpq.quant.rtn import round_to_nearest
-from lrpq.relevance.sweep import BlockSums
+from lrpq.relevance.sweep import BlockSums, add_block_sums, merge_block_sums
 from tasks import candidates, profile, profile_reads
 from tasks.artifacts import StageFolder
 from tasks.profile_job import INPUTS, ProfileJob
@@ -40,8 +42,12 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def profiled(store: Path) -> ProfileJob:
-    """A profile of one site with the sums of 200 tokens, inputs of very different sizes."""
+def profiled(store: Path, outlier: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> ProfileJob:
+    """A profile of one site with the sums of 200 tokens in 4 windows, inputs of very different sizes.
+
+    Args:
+        outlier: factors of the windows' traces.
+    """
     stream = StreamJob(
         model="m",
         dtype="float32",
@@ -67,7 +73,9 @@ def profiled(store: Path) -> ProfileJob:
     sums = BlockSums(
         hessians={SITE: HessianSum(xx=(x.T @ x).triu(), weight_sum=200.0, num_tokens=200, x=x.double().sum(0))},
         curvature={SPEC.name: squares.sum(0)},
-        traces={SPEC.name: (squares.sum(1) @ x.double().square().sum(1)).view(1)},
+        traces={
+            SPEC.name: (squares.sum(1) * x.double().square().sum(1)).view(4, -1).sum(1) * torch.tensor(outlier).double()
+        },
         outputs={},
         num_tokens=200,
         num_explained=200,
@@ -119,3 +127,34 @@ def test_the_trace_is_stored_beside_the_curvature(tmp_path: Path) -> None:
     trace = float((g.double().square().sum(1) * x.double().square().sum(1)).mean())
     assert float(c.sum()) * H_trace == pytest.approx(trace, rel=1e-6)
     assert profile.stored_curvature(job, [0]) == {SPEC.name: pytest.approx(float(g.double().square().sum() / 200))}
+
+
+def test_a_window_that_would_be_all_of_the_trace_is_bounded(tmp_path: Path) -> None:
+    job = profiled(tmp_path, outlier=(1.0, 1e5, 1.0, 1.0))
+    x = normal(200, WIDTH, seed=0) * normal(WIDTH, seed=1).exp()
+    g = normal(200, 16, seed=2) / x.norm(dim=1, keepdim=True)
+    windows = (g.double().square().sum(1) * x.double().square().sum(1)).view(4, -1).sum(1)
+    others = windows[torch.tensor([0, 2, 3])]
+    c = read_curvature(job, 0, [SPEC.name], 1.0)[SPEC.name]
+    bound = sum(sorted(others.tolist())) + MOST * sorted([*others.tolist(), 1e5 * float(windows[1])])[1]
+    assert float(c.sum()) == pytest.approx(bound / 200, rel=1e-6)
+
+
+def test_a_number_for_all_windows_stays(tmp_path: Path) -> None:
+    """Of an expert, of images, of the head: sums of shards add up, and nothing is bounded."""
+    job = profiled(tmp_path)
+    job = replace(job, folder=replace(job.folder, key="1" * 64))
+    store = open_store(str(job.stream.store))
+    one = BlockSums(
+        hessians={},
+        curvature={SPEC.name: torch.ones(16, dtype=torch.float64)},
+        traces={SPEC.name: torch.tensor(1.0, dtype=torch.float64)},
+        outputs={},
+        num_tokens=100,
+        num_explained=100,
+    )
+    far = replace(one, traces={SPEC.name: torch.tensor(1e6, dtype=torch.float64)})
+    both = merge_block_sums(one, far)
+    assert float(add_block_sums(one, far).traces[SPEC.name]) == float(both.traces[SPEC.name]) == 1 + 1e6
+    _write_curvature(store, job, 0, both)
+    assert float(read_curvature(job, 0, [SPEC.name], 1.0)[SPEC.name].sum()) == pytest.approx((1 + 1e6) / 200)
