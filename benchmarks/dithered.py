@@ -130,6 +130,8 @@ def main() -> None:
         for folder in folders:
             stream = BlockStream(open_source(folder), dtype=torch.bfloat16)
             specs = [spec for spec in stream.specs[5::EVERY] if spec.d_in % GROUP == 0]
+            if not specs:
+                raise ConfigError(f"{folder}: no layer looked at has rows of whole groups of {GROUP} columns")
             print(line(str(folder), list(errors(stream.weight, specs))), flush=True)
     except LrpqError as error:
         raise SystemExit(f"error: {error}") from None

@@ -1,7 +1,7 @@
 """How far a plan's divergence is known before its codes are refined.
 
     python -m benchmarks.forecast MODEL --calibration FILE --text FILE [--budgets 2.75,3.25,4.25,5.25,6.25] [--seeds 0]
-        [--windows 128] [--length 1024] [--text-windows 64] [--scale-bits 8] [--device cuda]
+        [--windows 128] [--length 1024] [--text-windows 64] [--scale-bits 16] [--device cpu]
 
 By budget: the sum of the plan's costs, and on the held-out windows of the calibration text and on the other text the KL
 divergence of the plan's candidates (GPTQ on the original inputs), that of the refined codes, and their ratio. A ratio
