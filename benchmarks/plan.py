@@ -76,6 +76,9 @@ class Stages:
     def note(self, text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
+    def tell(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
 
 class InlinePool:
     """One worker that is this process: the same calls, so that what they compute can be counted."""

@@ -30,6 +30,7 @@ from prefect.runtime import flow_run
 from flows.closing import (
     activations_line,
     budget_line,
+    forecast_line,
     guard_line,
     reconstruction_line,
     rotation_line,
@@ -83,6 +84,10 @@ class ArtifactProgress:
     def note(self, text: str) -> None:
         """See Progress."""
         self._inner.note(text)
+
+    def tell(self, text: str) -> None:
+        """See Progress."""
+        self._inner.tell(text)
 
     def left_open(self) -> None:
         """Say of stages that did not end that they did not."""
@@ -160,6 +165,8 @@ def result_text(manifest: Mapping[str, Any]) -> str:
             if scores:
                 lines.append(f"| {name} | {_quality(scores)} | {scores['kl_nats']:.4f} |")
         lines.append("")
+    if manifest.get("forecast"):
+        lines += [forecast_line(manifest["forecast"]), ""]
     if manifest.get("guard"):
         lines += [guard_line(manifest["guard"]), ""]
     sizes = manifest["bytes"]

@@ -17,6 +17,7 @@ STAGES = (
     "responses",
     "allocate",
     "stitch",
+    "forecast",
     "refine",
     "rebuild",
     "guard",

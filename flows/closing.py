@@ -68,6 +68,8 @@ def _closing(manifest: Mapping[str, Any]) -> list[RenderableType]:
     if modules := manifest.get("modules"):
         parts.append(bits_table(modules, kept=manifest.get("kept_16bit", ())))
     parts.append(quality_table(manifest.get("evaluation", {}), sizes=manifest.get("bytes", {})))
+    if expected := manifest.get("forecast"):
+        parts.append(Text(forecast_line(expected)))
     if rebuilt := manifest.get("reconstruction"):
         parts.append(Text(reconstruction_line(rebuilt)))
     if guard := manifest.get("guard"):
@@ -117,6 +119,15 @@ def guard_line(guard: Mapping[str, Any]) -> str:
     return (
         f"held-out calibration {windows} ({guard['windows']}): KL {guard['lrpq']['kl_nats']:.4f} nats {unit}, uniform "
         f"{guard['uniform_choice']} {guard['uniform']['kl_nats']:.4f}{paired}; written: {guard['kept']}"
+    )
+
+
+def forecast_line(expected: Mapping[str, Any]) -> str:
+    """Say what was expected before codes were refined, and from what."""
+    measured = f"{expected['candidates']['kl_nats']:.4f} on {expected['windows']} x {expected['length']} tokens"
+    return (
+        f"forecast before refinement: KL {expected['kl_nats']:.4f} nats a token, {expected['factor']:g} times the "
+        f"candidates' {measured} of {expected['source']}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,8 @@ from flows import artifacts, guard, jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.changes import change_json, change_of, changed_fingerprint
 from flows.config import CompressConfig
-from flows.guard import UNIFORM, Contender, Windows, guarded, measure_held_out
+from flows.forecasting import forecast, forecast_windows
+from flows.guard import UNIFORM, Contender, Windows, guarded
 from flows.jobs import JobContext
 from flows.manifest_file import MANIFEST, write_manifest_file
 from flows.output_checkpoint import Call, OutputCheckpoint
@@ -24,6 +25,7 @@ from flows.result import content_key, manifest_of, model_bytes
 from flows.run import Run
 from flows.run_config import RunConfig, default_run_id, read_configuration
 from flows.scales import stored_scale_bits
+from flows.scoring import ScoredWindows, score_stored, scoring_stream
 from flows.search import Search
 from flows.stages import count_degradations, run_candidates, run_evaluate, run_profile, run_refine
 from flows.stitching import Stitching
@@ -264,7 +266,9 @@ class Compression:
         if not any(self._output(key).manifest() for key in keys):
             check_output(self.config.output, overwrite=self.config.overwrite)
         degraded = count_degradations(rows)
+        expected: dict[str, Any] | None = None
         if refined is not None:
+            expected = self._forecast(pool, prepared, stitching.named(plans.ours), head=head)
             counts = run_refine(run, pool, refined, self.stream, label="refine")
             degraded |= {
                 "refine_damping_steps": counts["damping_steps"],
@@ -299,6 +303,8 @@ class Compression:
         )
         manifest |= self.description(kept)
         manifest["guard"] = compared
+        if expected is not None:
+            manifest["forecast"] = expected
         if reconstruction is not None:
             manifest["reconstruction"] = {**reconstruction, "written": kept is rebuilt}
         manifest["budget"] |= {"search": self.searched, **self._shared_budget(kept)}
@@ -352,9 +358,20 @@ class Compression:
         """Scores on the held-out windows, which there are."""
         held_out = self.windows.held_out
         assert held_out is not None
-        return measure_held_out(
-            self.run_state, pool, prepared.stream_job, held_out, contenders, head=head, label=guard.STAGE
-        )
+        windows, stream = ScoredWindows(stored=held_out, length=self.context.length), prepared.stream_job
+        label = guard.STAGE
+        return score_stored(self.run_state, pool, stream, windows, contenders, head=head, stage=label, label=label)
+
+    def _forecast(
+        self, pool: Pool, prepared: Prepared, candidates: Contender, *, head: CandidatesJob | None
+    ) -> dict[str, Any] | None:
+        """What is to be expected of the refined codes; None where candidates are not in the store or windows lack."""
+        length = self.config.evaluation.length
+        found = forecast_windows(self.measured, self.windows, measured_length=length, length=self.context.length)
+        if found is None or prepared.candidates.cost_rows is not None:
+            return None
+        windows, text = found
+        return forecast(self.run_state, pool, prepared.stream_job, windows, candidates, head=head, text=text)
 
     def _rebuilding(self, pool: Pool, prepared: Prepared, start: Contender) -> Rebuilding | None:
         """What reconstruction makes of these codes; None where nothing is rebuilt."""
@@ -437,14 +454,7 @@ class Compression:
             head = None if self.head is None else prepared.candidates
             variants["control"] = StoredCodes(folder=job.folder, choices=control.choices, head=head)
             inputs["control"] = job.folder.key if head is None else f"{job.folder.key} {head.folder.key}"
-        stream_job = replace(
-            prepared.stream_job,
-            windows=windows.key,
-            length=config.length,
-            num_tokens=windows.num_windows * config.length,
-            num_shards=windows.num_windows,
-            micro_batch=1,
-        )
+        stream_job = scoring_stream(prepared.stream_job, windows, length=config.length)
         folder = run.folder(evaluate.STAGE, inputs=inputs, parameters={"dtype": self.dtype}, code=["tasks.evaluate"])
         found = run_evaluate(run, pool, EvaluateJob(stream=stream_job, variants=variants), folder)
         result: dict[str, Any] = {

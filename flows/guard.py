@@ -11,21 +11,15 @@ errors of the paired difference.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from flows.calibrate import HeldOut
-from flows.result import choices_json
 from flows.run import Run
-from flows.stages import run_scores
 from lrpq.allocate.plan import Plan
-from tasks import evaluate
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
-from tasks.cluster import Pool
-from tasks.evaluate import EvaluateJob, StoredCodes
-from tasks.streams import StreamJob
 
 STAGE = "guard"
 OURS, UNIFORM = "lrpq", "uniform"
@@ -124,42 +118,3 @@ def better(scores: Mapping[str, Mapping[str, Any]], of: Windows) -> str:
     """Which of the two is kept: ours, unless it is worse."""
     margin = ERRORS * (scores[OURS][DIFFERENCE_ERROR] or 0.0) if of is Windows.IMAGES else 0.0
     return OURS if scores[OURS]["kl_nats"] <= scores[UNIFORM]["kl_nats"] + margin else UNIFORM
-
-
-def measure_held_out(
-    run: Run,
-    pool: Pool,
-    stream: StreamJob,
-    held_out: HeldOut,
-    contenders: Mapping[str, Contender],
-    *,
-    head: CandidatesJob | None,
-    label: str,
-) -> Mapping[str, dict[str, Any]]:
-    """Perplexity and KL divergence of codes in the store on the held-out windows, by name; kept in the store."""
-    folder = run.folder(
-        STAGE,
-        inputs={"windows": held_out.digest, **{name: contender.key for name, contender in contenders.items()}},
-        parameters={name: choices_json(contender.plan.choices) for name, contender in contenders.items()},
-        code=["tasks.evaluate"],
-    )
-    done = run.stored(folder, label)
-    if done is None:
-        job = EvaluateJob(
-            stream=replace(
-                stream,
-                windows=held_out.key,
-                num_tokens=held_out.num_windows * stream.length,
-                num_shards=held_out.num_windows,
-                micro_batch=1,
-            ),
-            variants={
-                name: StoredCodes(folder=contender.codes, choices=contender.plan.choices, head=head)
-                for name, contender in contenders.items()
-            },
-        )
-        scores = run_scores(run, pool, job, label)
-        summaries = {name: asdict(evaluate.summarize(scores[name])) for name in contenders}
-        done = run.finish(folder, label, {"scores": summaries})
-    found: Mapping[str, dict[str, Any]] = done["scores"]
-    return found

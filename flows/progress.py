@@ -42,6 +42,10 @@ class Progress(Protocol):
         """A warning."""
         ...
 
+    def tell(self, text: str) -> None:
+        """What a person waits to know, as soon as it is known."""
+        ...
+
 
 @dataclass(slots=True, kw_only=True)
 class StageClock:
@@ -120,6 +124,10 @@ class PlainProgress:
         """See Progress."""
         self._line(f"warning: {text}")
 
+    def tell(self, text: str) -> None:
+        """See Progress."""
+        self._line(text)
+
     def _line(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
@@ -153,6 +161,10 @@ class JsonlProgress:
     def note(self, text: str) -> None:
         """See Progress."""
         self._event("note", text=text)
+
+    def tell(self, text: str) -> None:
+        """See Progress."""
+        self._event("told", text=text)
 
     def _event(self, event: str, **fields: Any) -> None:
         print(json.dumps({"event": event, **fields}), file=self._stream, flush=True)
@@ -202,6 +214,10 @@ class RichProgress:
     def note(self, text: str) -> None:
         """See Progress."""
         self._line(f"warning: {text}", style="yellow")
+
+    def tell(self, text: str) -> None:
+        """See Progress."""
+        self._line(text, style="")
 
     def _line(self, text: str, *, style: str) -> None:
         self._bars.console.print(Text(text, style=style))

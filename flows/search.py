@@ -9,9 +9,11 @@ from typing import Any
 
 from flows import jobs
 from flows.calibrate import HeldOut
-from flows.guard import OURS, Contender, measure_held_out
+from flows.guard import OURS, Contender
+from flows.guard import STAGE as GUARD
 from flows.jobs import JobContext
 from flows.planning import Planner
+from flows.scoring import ScoredWindows, score_stored
 from flows.stages import run_refine
 from flows.stitching import Stitching
 from lrpq.allocate.accuracy import smallest_budget
@@ -80,13 +82,15 @@ class Search:
         return {"max_kl": max_kl, **asdict(found)}
 
     def _measured(self, contenders: Mapping[str, Contender], label: str) -> list[float]:
-        found = measure_held_out(
+        stream = self.candidates.profile.stream
+        found = score_stored(
             self.context.run,
             self.pool,
-            self.candidates.profile.stream,
-            self.held_out,
+            stream,
+            ScoredWindows(stored=self.held_out, length=stream.length),
             contenders,
             head=self.head,
+            stage=GUARD,
             label=label,
         )
         return [float(found[name]["kl_nats"]) for name in contenders]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lrpq.allocate.forecast import every
 from lrpq.model.layers import Choice
 from lrpq.plan.machine import Machine
 from lrpq.quant.grid import Grid
@@ -53,6 +54,19 @@ class Asked:
     def held_out_windows(self) -> int:
         """Windows that guard the result."""
         return default_held_out(self.num_windows) if self.held_out is None else self.held_out
+
+    @property
+    def forecast_windows(self) -> int:
+        """Windows that candidates are measured on before their refinement: of the evaluation, else of the guard."""
+        if not self.sequential or self.cost_rows is not None:
+            return 0
+        windows = self.evaluated_windows or self.held_out_windows
+        return len(range(0, windows, every(windows))) if windows else 0
+
+    @property
+    def forecast_length(self) -> int:
+        """Tokens of one of these."""
+        return self.evaluated_length if self.evaluated_windows else self.length
 
     @property
     def weighs_tokens(self) -> bool:

@@ -71,6 +71,8 @@ def stored(shape: ModelShape, asked: Asked) -> dict[str, Stored]:
         num_bytes=shape.num_weights * asked.budget_bits / BITS_PER_BYTE + len(shape.specs) * (16 + 4 * HEADER_BYTES),
         num_objects=len(shape.specs),
     )
+    if asked.forecast_windows:
+        found["forecast"] = _manifest(shape)
     if asked.sequential:
         found["refine"] = _manifest(shape) + refined
     elif asked.cost_rows is not None:

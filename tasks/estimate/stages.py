@@ -25,6 +25,10 @@ def loads(shape: ModelShape, asked: Asked, *, num_workers: int, cpu: bool, kept_
     found = {"profile": of(Profiling).profile(), "candidates": of(Rounding).candidates()}
     if asked.cost_rows is not None and not asked.sequential:
         found["stitch"] = of(Rounding).stitch()
+    if asked.forecast_windows:
+        found["forecast"] = of(Finishing).score(
+            asked.forecast_windows, asked.forecast_length, variants=1, held_out=not asked.evaluated_windows
+        )
     if asked.sequential:
         found["refine"] = of(Refining).refine(
             corrected=asked.corrected, polish_rounds=asked.polish_rounds, weighted=asked.weighs_tokens

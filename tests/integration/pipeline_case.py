@@ -81,6 +81,7 @@ class Silent:
         self.stages: list[str] = []
         self.reused: list[str] = []
         self.notes: list[str] = []
+        self.told: list[str] = []
         self.left: dict[str, int] = {}
         self.on_advance: Callable[[str, str], None] = lambda name, detail: None
 
@@ -100,6 +101,9 @@ class Silent:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def tell(self, text: str) -> None:
+        self.told.append(text)
 
 
 class Job:

@@ -117,8 +117,8 @@ def test_manifest_beside_the_checkpoint_says_what_was_done(job: Job, first: dict
     assert first["budget"]["predicted_kl_nats"] == pytest.approx(sum(m["cost_nats"] for m in first["modules"]))
     assert first["configuration"]["run"]["seed"] == 0
     assert set(first["environment"]) >= {"torch", "transformers", "device", "threads"}
-    stages = ["calibrate", "profile", "candidates", "allocate", "refine", "guard", "assemble", "control", "evaluate"]
-    assert set(stages) <= set(first["seconds"])
+    stages = ["calibrate", "profile", "candidates", "allocate", "forecast", "refine", "guard", "assemble", "control"]
+    assert {*stages, "evaluate"} <= set(first["seconds"])
     assert all(seconds > 0 for seconds in first["seconds"].values())
     assert (first["reused"], first["computed_nothing"], first["kept_16bit"]) == ([], False, [])
     assert first["degraded"]["rows"] == LAYERS * (3 * 128 + 2 * 64 + 2 * 192)
@@ -173,7 +173,7 @@ def test_the_same_again_computes_nothing_and_says_so(job: Job, first: dict[str, 
     assert again["computed_nothing"]
     assert job.progress.stages == ["allocate"]
     stages = [
-        *("calibrate", "evaluation text", "profile", "candidates", "refine"),
+        *("calibrate", "evaluation text", "profile", "candidates", "forecast", "refine"),
         *("guard", "assemble", "control", "evaluate"),
     ]
     assert job.progress.reused == again["reused"] == stages
@@ -214,14 +214,15 @@ def reallocate(job: Job, first: dict[str, Any], output: str, **plan: Any) -> dic
 def test_another_budget_computes_no_profile_and_no_candidates(job: Job, first: dict[str, Any]) -> None:
     before = snapshot(job.folder / "store")
     found = reallocate(job, first, "wider", budget_bits=4.75)
-    assert job.progress.stages == ["allocate", "refine", "guard", "assemble", "control", "evaluate"]
+    assert job.progress.stages == ["allocate", "forecast", "refine", "guard", "assemble", "control", "evaluate"]
     assert not found["computed_nothing"]
     bits, weights = stored_bits(job.folder / "wider")
     assert 4.73 <= bits / weights <= 4.75
     assert found["evaluation"]["lrpq"]["kl_nats"] < 0.7 * first["evaluation"]["lrpq"]["kl_nats"]
     after = snapshot(job.folder / "store")
     assert {name: when for name, when in after.items() if name in before} == before
-    assert {name.split("/")[1] for name in after.keys() - before.keys()} == {"allocate", "refine", "guard", "evaluate"}
+    new = {name.split("/")[1] for name in after.keys() - before.keys()}
+    assert new == {"allocate", "forecast", "refine", "guard", "evaluate"}
 
 
 def test_stitching_takes_the_stored_candidates_as_they_are(job: Job, first: dict[str, Any], model: Path) -> None:
@@ -248,6 +249,13 @@ def test_stitching_takes_the_stored_candidates_as_they_are(job: Job, first: dict
     assert not torch.equal(packed(job.folder / "unpolished", other), packed(job.folder / "stitched", other))
     assert found["evaluation"]["control"] == first["evaluation"]["control"]
     assert "correction_rejected_rows" not in found["degraded"]
+    # what was forecast was measured on the windows that the result is measured on, with the very codes of this one
+    assert "forecast" not in found
+    expected, measured = first["forecast"], found["evaluation"]
+    assert (expected["windows"], expected["length"], expected["source"]) == (4, 48, "pydoc:evaluate")
+    assert expected["candidates"]["kl_nats"] == pytest.approx(measured["lrpq"]["kl_nats"], rel=1e-6)
+    assert expected["kl_nats"] == expected["factor"] * expected["candidates"]["kl_nats"]
+    assert expected["kl_nats"] != pytest.approx(first["evaluation"]["lrpq"]["kl_nats"], rel=1e-6)
 
 
 def test_lagrangian_is_under_the_budget_and_no_better_than_exact(job: Job, first: dict[str, Any]) -> None:

@@ -188,7 +188,7 @@ def test_ctrl_c_in_the_refinement_and_the_same_command_again(model: Path, undist
     continued = run(told)
     assert continued.code == 0, continued.err
     manifest = json.loads(continued.out)
-    assert {"calibrate", "evaluation text", "profile", "candidates"} == set(manifest["reused"])
+    assert {"calibrate", "evaluation text", "profile", "candidates", "forecast"} == set(manifest["reused"])
     stages = {event["name"] for event in continued.events if event["event"] == "stage"}
     assert stages == {"allocate", "refine", "guard", "assemble", "evaluate"}
     after = snapshot(tmp_path / "store")

@@ -132,7 +132,7 @@ def test_a_lost_worker_costs_a_few_blocks_and_no_byte(
 
 
 def left_out(_: str, names: list[str], *, stage: str) -> set[str]:
-    order = ["profile", "candidates", "refine", "guard"]
+    order = ["profile", "candidates", "forecast", "refine", "guard"]
     later = order[order.index(stage) :] if stage in order else []
     return {name for name in names if name in later}
 

@@ -114,12 +114,14 @@ def test_what_is_planned_is_what_runs(
             torch.set_num_threads(threads)
     stages = {stage.stage: stage for stage in found.stages}
     assert ("refine" in stages) == ("refine" in counted) == (not fast)
+    assert ("forecast" in stages) == ("forecast" in counted) == (not fast)
     assert ("stitch" in stages) == ("stitch" in counted) == ("uniform" in stages) == ("uniform" in counted) == fast
     assert manifest["configuration"]["run"]["gradients_every"] == (8 if fast else 1)
     for name in stages.keys() & {
         "profile",
         "candidates",
         "stitch",
+        "forecast",
         "refine",
         "uniform",
         "guard",

@@ -63,7 +63,7 @@ def test_a_run_is_shown(job: Job, client: Any) -> None:
     found = artifacts_of(client, run.id)
     assert {"bits-per-layer", "bits-by-block", "cost-curves", "result"} <= set(found)
     progress = {key: artifact.data for key, artifact in found.items() if key.startswith("progress-")}
-    assert {f"progress-{stage}" for stage in ("profile", "candidates", "refine", "guard", "assemble")} <= set(progress)
+    assert {f"progress-{stage}" for stage in ("profile", "forecast", "refine", "guard", "assemble")} <= set(progress)
     assert set(progress.values()) == {100.0}
     table = json.loads(found["bits-per-layer"].data)
     assert [row["bits"] for row in table] == [module["bits"] for module in manifest["modules"]]
