@@ -20,19 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from benchmarks.benches import BenchTerms, budgets, numbers, spread_windows, workbench
 from lrpq.compare.methods import methods_named
 from lrpq.compare.recipes import CONTROL, Recipe
 from lrpq.compare.run import Comparison
-from lrpq.compare.terms import Terms
-from lrpq.compare.workbench import Workbench
 from lrpq.evaluate.divergence import summarize
-from lrpq.model.source import open_source
-from tasks.calibration.held_out import default_held_out, split_held_out
-from tasks.calibration.load import load_windows
-from tasks.calibration.sources import parse_source
-from tasks.resources import cut_of
 
 
 def peak(device: str) -> str:
@@ -96,54 +89,27 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peak:
         print(peak(arguments.device), flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
-    scored = load_windows(
-        parse_source(f"text:{arguments.text}"),
-        tokenizer,
-        num_windows=arguments.text_windows,
-        length=arguments.length,
-        seed=0,
-        placement="spread",
-    ).tokens
+    scored = spread_windows(arguments.model, arguments.text, number=arguments.text_windows, length=arguments.length)
     fields = dict(part.split("=") for part in arguments.replace.split(",") if part)
     methods = {
         name: method if method.recipe == CONTROL else replace(method, recipe=replaced(method.recipe, fields))
         for name, method in methods_named(arguments.methods.split(",")).items()
     }
     rows: list[dict[str, object]] = []
+    terms = BenchTerms(
+        model=arguments.model,
+        calibration=arguments.calibration,
+        windows=arguments.windows,
+        length=arguments.length,
+        bits=numbers(arguments.bits),
+        group_sizes=numbers(arguments.group_sizes),
+        scale_bits=arguments.scale_bits,
+        device=arguments.device,
+        micro_batch=arguments.micro_batch,
+    )
+    wanted = [(name, budget) for budget in budgets(arguments.budgets) for name in methods]
     for seed in numbers(arguments.seeds):
-        drawn = load_windows(
-            parse_source(f"text:{arguments.calibration}"),
-            tokenizer,
-            num_windows=arguments.windows + default_held_out(arguments.windows),
-            length=arguments.length,
-            seed=seed,
-        )
-        calibration, held_out = split_held_out(drawn, num_windows=arguments.windows)
-        source = open_source(arguments.model)
-        cut = cut_of(
-            device=arguments.device,
-            num_windows=len(calibration.tokens),
-            length=arguments.length,
-            hidden=source.config.hidden_size,
-            micro_batch=arguments.micro_batch,
-        )
-        terms = Terms(
-            bits=tuple(numbers(arguments.bits)),
-            group_sizes=tuple(numbers(arguments.group_sizes)),
-            scale_bits=arguments.scale_bits,
-            seed=seed,
-            device=arguments.device,
-            shards=cut.shards,
-            micro_batch=cut.micro_batch,
-        )
-        bench = Workbench(source, calibration.tokens, terms, held_out=held_out)
-        budgets = [float(part) for part in arguments.budgets.split(",")]
-        wanted = [(name, budget) for budget in budgets for name in methods]
+        bench, _ = workbench(terms, seed=seed)
         comparison = Comparison(bench, methods, wanted, scored)
         comparison.check()
         for row in comparison.rows():

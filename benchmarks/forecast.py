@@ -4,32 +4,28 @@
         [--windows 128] [--length 1024] [--text-windows 64] [--scale-bits 16] [--device cpu]
 
 By budget: the sum of the plan's costs, and on the held-out windows of the calibration text and on the other text the KL
-divergence of the plan's candidates (GPTQ on the original inputs), that of the refined codes, and their ratio. A ratio
-that is much the same for all models and budgets would make the candidates' divergence a forecast; costs are none where
-errors of layers meet, and a divergence on one text is none of that on another.
+divergence of the plan's candidates (GPTQ on the original inputs), that of the refined codes, and their ratio; then what
+`lrpq compress` would have forecast, from some windows of the other text, and how many times that is measured. Costs are
+no forecast where errors of layers meet, and a divergence on one text is none of that on another.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer
-
+from benchmarks.benches import BenchTerms, budgets, numbers, spread_windows, workbench
+from lrpq.allocate.forecast import REFINED, every, refined_kl
 from lrpq.compare import allocation
 from lrpq.compare.codes import Codes, stitched
 from lrpq.compare.recipes import DEFAULT
-from lrpq.compare.terms import Terms
 from lrpq.compare.workbench import Quantized, Workbench
 from lrpq.evaluate.divergence import summarize
 from lrpq.importance.registry import MEASURES
-from lrpq.model.source import open_source
-from tasks.calibration.held_out import default_held_out, split_held_out
-from tasks.calibration.load import load_windows
-from tasks.calibration.sources import parse_source
-from tasks.resources import cut_of
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -42,13 +38,16 @@ def divergence(bench: Workbench, windows: Int[Tensor, "windows length"], codes: 
     return summarize(scores["variant"]).kl_nats
 
 
-def lines(
+def shares(
     bench: Workbench,
     held_out: Int[Tensor, "held_out length"],
     text: Int[Tensor, "windows length"],
-    budgets: Sequence[float],
-) -> list[str]:
-    """A line a budget."""
+    asked: Sequence[float],
+) -> list[float]:
+    """Print a line a budget; returns what refinement leaves of the candidates' divergence on the text.
+
+    What `lrpq compress` would have forecast is of the windows of the text that it measures.
+    """
     measure = DEFAULT.allocation
     gathered = bench.gather(
         {measure: MEASURES[measure]},
@@ -57,18 +56,27 @@ def lines(
         keep_candidates=True,
         with_outputs=True,
     )
-    found = []
-    for budget in budgets:
+    found, few = [], text[:: every(len(text))]
+    for budget in asked:
         plan = allocation.by_costs(gathered.costs[measure], budget_bits=budget)
         before = stitched(gathered.candidates, plan)
         after = bench.codes(plan.choices, DEFAULT, gathered)
         line = f"seed {bench.terms.seed}  {budget:5.2f} bits  costs {plan.cost_nats:.5f}"
-        for name, windows in (("held out", held_out), ("text", text)):
-            candidates, refined = (divergence(bench, windows, codes) for codes in (before, after))
+        measured = {"held out": held_out, "text": text}
+        kls = {name: tuple(divergence(bench, of, codes) for codes in (before, after)) for name, of in measured.items()}
+        for name, (candidates, refined) in kls.items():
             line += f"  {name}: candidates {candidates:.5f} refined {refined:.5f} ({refined / candidates:.2f})"
-        found.append(line)
-        print(found[-1], flush=True)
+        candidates, refined = kls["text"]
+        found.append(refined / candidates)
+        forecast = refined_kl(divergence(bench, few, before))
+        print(f"{line}  forecast {forecast:.5f} (measured is {refined / forecast:.2f} times it)", flush=True)
     return found
+
+
+def summary(left: Sequence[float]) -> str:
+    """The shares' geometric mean, which a forecast is fitted by, and how far they are from that of `lrpq compress`."""
+    mean = math.exp(statistics.fmean(map(math.log, left)))
+    return f"left: {mean:.3f} in the geometric mean, {min(left):.3f} to {max(left):.3f}; compress takes {REFINED:g}"
 
 
 def main() -> None:
@@ -84,41 +92,22 @@ def main() -> None:
     parser.add_argument("--scale-bits", type=int, default=16, choices=(8, 16), help="of a group's scale")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    tokenizer, source = AutoTokenizer.from_pretrained(arguments.model), open_source(arguments.model)
-    text = load_windows(
-        parse_source(f"text:{arguments.text}"),
-        tokenizer,
-        num_windows=arguments.text_windows,
+    text = spread_windows(arguments.model, arguments.text, number=arguments.text_windows, length=arguments.length)
+    terms = BenchTerms(
+        model=arguments.model,
+        calibration=arguments.calibration,
+        windows=arguments.windows,
         length=arguments.length,
-        seed=0,
-        placement="spread",
-    ).tokens
-    for seed in map(int, arguments.seeds.split(",")):
-        drawn = load_windows(
-            parse_source(f"text:{arguments.calibration}"),
-            tokenizer,
-            num_windows=arguments.windows + default_held_out(arguments.windows),
-            length=arguments.length,
-            seed=seed,
-        )
-        calibration, held_out = split_held_out(drawn, num_windows=arguments.windows)
-        cut = cut_of(
-            device=arguments.device,
-            num_windows=len(calibration.tokens),
-            length=arguments.length,
-            hidden=source.config.hidden_size,
-        )
-        terms = Terms(
-            bits=(2, 3, 4, 5, 6, 8),
-            group_sizes=(64, -1),
-            scale_bits=arguments.scale_bits,
-            seed=seed,
-            device=arguments.device,
-            shards=cut.shards,
-            micro_batch=cut.micro_batch,
-        )
-        bench = Workbench(source, calibration.tokens, terms, held_out=held_out).scaled()
-        lines(bench, held_out, text, [float(part) for part in arguments.budgets.split(",")])
+        bits=(2, 3, 4, 5, 6, 8),
+        group_sizes=(64, -1),
+        scale_bits=arguments.scale_bits,
+        device=arguments.device,
+    )
+    left: list[float] = []
+    for seed in numbers(arguments.seeds):
+        bench, held_out = workbench(terms, seed=seed)
+        left += shares(bench.scaled(), held_out, text, budgets(arguments.budgets))
+    print(summary(left))
 
 
 if __name__ == "__main__":
