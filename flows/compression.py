@@ -365,10 +365,11 @@ class Compression:
     def _forecast(
         self, pool: Pool, prepared: Prepared, candidates: Contender, *, head: CandidatesJob | None
     ) -> dict[str, Any] | None:
-        """What is to be expected of the refined codes; None where candidates are not in the store or windows lack."""
+        """What is to be expected of the refined codes; None where nobody asks, candidates are not in the store or windows
+        lack."""
         length = self.config.evaluation.length
         found = forecast_windows(self.measured, self.windows, measured_length=length, length=self.context.length)
-        if found is None or prepared.candidates.cost_rows is not None:
+        if found is None or prepared.candidates.cost_rows is not None or not self.config.evaluation.forecast:
             return None
         windows, text = found
         return forecast(self.run_state, pool, prepared.stream_job, windows, candidates, head=head, text=text)

@@ -125,6 +125,8 @@ class EvaluationConfig(Section):
     left in the output folder; 0 is none."""
     control: Annotated[bool, Flag("--control", "--no-control")] = True
     """Also measure uniform GPTQ at the nearest width."""
+    forecast: Annotated[bool, Flag("--forecast", "--no-forecast")] = True
+    """Say before the refinement what KL divergence to expect."""
     enabled: Annotated[bool, Flag("--evaluate", "--no-evaluate")] = True
     """Measure perplexity and KL divergence."""
 

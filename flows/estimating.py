@@ -81,6 +81,7 @@ def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu"
         evaluated_windows=measured.num_windows if measured.enabled else 0,
         evaluated_length=measured.length,
         control=measured.control,
+        forecast=measured.forecast,
         head_choice=head,
         gradients_every=run.gradients_every,
         cost_rows=run.candidates.cost_rows,

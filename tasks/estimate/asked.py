@@ -41,6 +41,8 @@ class Asked:
     """0 measures nothing."""
     evaluated_length: int
     control: bool
+    forecast: bool = True
+    """Whether candidates are measured before their refinement."""
     head_choice: Choice | None = None
     gradients_every: int = 1
     cost_rows: int | None = None
@@ -58,7 +60,7 @@ class Asked:
     @property
     def forecast_windows(self) -> int:
         """Windows that candidates are measured on before their refinement: of the evaluation, else of the guard."""
-        if not self.sequential or self.cost_rows is not None:
+        if not self.forecast or not self.sequential or self.cost_rows is not None:
             return 0
         windows = self.evaluated_windows or self.held_out_windows
         return len(range(0, windows, every(windows))) if windows else 0

@@ -62,6 +62,13 @@ def test_without_a_text_to_measure_on_it_is_of_held_out_windows(job: Job, model:
     assert job.progress.told == []
 
 
+def test_it_can_be_left_out(job: Job, model: Path) -> None:
+    found = job(model, "left-out", evaluation__control=False, evaluation__forecast=False)
+    assert "refine" in job.progress.stages
+    assert "forecast" not in found
+    assert job.progress.told == []
+
+
 def test_with_costs_of_some_rows_there_are_no_candidates_to_measure(job: Job, model: Path) -> None:
     found = job(model, "sampled", evaluation__control=False, run__candidates__cost_rows=16)
     assert "refine" in job.progress.stages
