@@ -365,8 +365,8 @@ class Compression:
     def _forecast(
         self, pool: Pool, prepared: Prepared, candidates: Contender, *, head: CandidatesJob | None
     ) -> dict[str, Any] | None:
-        """What is to be expected of the refined codes; None where nobody asks for it, or candidates are not in the store,
-        or there are no windows."""
+        """What is to be expected of the refined codes; None where it is not wanted, candidates are not in the store, or
+        there are no windows."""
         length = self.config.evaluation.length
         found = forecast_windows(self.measured, self.windows, measured_length=length, length=self.context.length)
         if found is None or prepared.candidates.cost_rows is not None or not self.config.evaluation.forecast:
