@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.benches import BenchTerms, budgets, numbers, spread_windows, workbench
-from lrpq.allocate.forecast import REFINED, every, refined_kl
+from lrpq.allocate.forecast import REFINED, refined_kl, stride_of
 from lrpq.compare import allocation
 from lrpq.compare.codes import Codes, stitched
 from lrpq.compare.recipes import DEFAULT
@@ -56,7 +56,7 @@ def shares(
         keep_candidates=True,
         with_outputs=True,
     )
-    found, few = [], text[:: every(len(text))]
+    found, few = [], text[:: stride_of(len(text))]
     for budget in asked:
         plan = allocation.by_costs(gathered.costs[measure], budget_bits=budget)
         before = stitched(gathered.candidates, plan)

@@ -124,10 +124,12 @@ def guard_line(guard: Mapping[str, Any]) -> str:
 
 def forecast_line(expected: Mapping[str, Any]) -> str:
     """Say what was expected before codes were refined, and from what."""
+    low, high = expected["range_nats"]
     measured = f"{expected['candidates']['kl_nats']:.4f} on {expected['windows']} x {expected['length']} tokens"
+    rejected = "" if expected.get("written", True) else "; of lrpq's plan, which is not what was written"
     return (
-        f"forecast before refinement: KL {expected['kl_nats']:.4f} nats a token, {expected['factor']:g} times the "
-        f"candidates' {measured} of {expected['source']}"
+        f"forecast before refinement: KL {expected['kl_nats']:.3f} nats a token, going by other models {low:.3f} to "
+        f"{high:.3f} ({expected['factor']:g} times the candidates' {measured} of {expected['source']}){rejected}"
     )
 
 

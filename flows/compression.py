@@ -14,7 +14,7 @@ from flows import artifacts, guard, jobs
 from flows.calibrate import StoredWindows, calibration_windows, evaluation_windows
 from flows.changes import change_json, change_of, changed_fingerprint
 from flows.config import CompressConfig
-from flows.forecasting import forecast, forecast_windows
+from flows.forecasting import can_forecast, forecast, forecast_windows
 from flows.guard import UNIFORM, Contender, Windows, guarded
 from flows.jobs import JobContext
 from flows.manifest_file import MANIFEST, write_manifest_file
@@ -268,7 +268,7 @@ class Compression:
         degraded = count_degradations(rows)
         expected: dict[str, Any] | None = None
         if refined is not None:
-            expected = self._forecast(pool, prepared, stitching.named(plans.ours), head=head)
+            expected = self._forecast(pool, prepared, stitching.named(plans.ours))
             counts = run_refine(run, pool, refined, self.stream, label="refine")
             degraded |= {
                 "refine_damping_steps": counts["damping_steps"],
@@ -304,7 +304,7 @@ class Compression:
         manifest |= self.description(kept)
         manifest["guard"] = compared
         if expected is not None:
-            manifest["forecast"] = expected
+            manifest["forecast"] = {**expected, "written": kept is not uniform}
         if reconstruction is not None:
             manifest["reconstruction"] = {**reconstruction, "written": kept is rebuilt}
         manifest["budget"] |= {"search": self.searched, **self._shared_budget(kept)}
@@ -362,17 +362,14 @@ class Compression:
         label = guard.STAGE
         return score_stored(self.run_state, pool, stream, windows, contenders, head=head, stage=label, label=label)
 
-    def _forecast(
-        self, pool: Pool, prepared: Prepared, candidates: Contender, *, head: CandidatesJob | None
-    ) -> dict[str, Any] | None:
-        """What is to be expected of the refined codes; None where it is not wanted, candidates are not in the store, or
-        there are no windows."""
+    def _forecast(self, pool: Pool, prepared: Prepared, candidates: Contender) -> dict[str, Any] | None:
+        """What is to be expected of the codes that are refined next; a search has refined and measured them already."""
         length = self.config.evaluation.length
         found = forecast_windows(self.measured, self.windows, measured_length=length, length=self.context.length)
-        if found is None or prepared.candidates.cost_rows is not None or not self.config.evaluation.forecast:
+        if found is None or self.searched is not None or not can_forecast(self.config):
             return None
         windows, text = found
-        return forecast(self.run_state, pool, prepared.stream_job, windows, candidates, head=head, text=text)
+        return forecast(self.run_state, pool, prepared.stream_job, windows, candidates, text=text)
 
     def _rebuilding(self, pool: Pool, prepared: Prepared, start: Contender) -> Rebuilding | None:
         """What reconstruction makes of these codes; None where nothing is rebuilt."""

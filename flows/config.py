@@ -126,7 +126,7 @@ class EvaluationConfig(Section):
     control: Annotated[bool, Flag("--control", "--no-control")] = True
     """Also measure uniform GPTQ at the nearest width."""
     forecast: Annotated[bool, Flag("--forecast", "--no-forecast")] = True
-    """Say before the refinement what KL divergence to expect."""
+    """Say before the refinement what KL divergence to expect; without --evaluate on held-out calibration windows."""
     enabled: Annotated[bool, Flag("--evaluate", "--no-evaluate")] = True
     """Measure perplexity and KL divergence."""
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from flows.closing import shown_bytes
 from flows.compression import resolve_dtype
 from flows.config import CompressConfig, cache_folder
+from flows.forecasting import can_forecast
 from flows.jobs import asked_choices
 from flows.progress import shown_seconds
 from flows.scales import stored_scale_bits
@@ -81,7 +82,7 @@ def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu"
         evaluated_windows=measured.num_windows if measured.enabled else 0,
         evaluated_length=measured.length,
         control=measured.control,
-        forecast=measured.forecast,
+        forecast=can_forecast(config),
         head_choice=head,
         gradients_every=run.gradients_every,
         cost_rows=run.candidates.cost_rows,

@@ -265,9 +265,7 @@ class ImageCompression(Compression):
         job = self._scoring(held_out.key, held_out.num_windows, variants)
         return self._scores(pool, job, folder, label, labelled=False, paired=paired)
 
-    def _forecast(
-        self, pool: Pool, prepared: Prepared, candidates: Contender, *, head: CandidatesJob | None
-    ) -> dict[str, Any] | None:
+    def _forecast(self, pool: Pool, prepared: Prepared, candidates: Contender) -> dict[str, Any] | None:
         """None: what refinement leaves of a divergence was measured on language models."""
         return None
 

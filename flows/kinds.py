@@ -27,6 +27,7 @@ OF_TEXT = (
     "plan.tensor_parallel",
     "evaluation.num_windows",
     "evaluation.length",
+    "evaluation.forecast",
 )
 """Fields that mean nothing for images, or that nobody has built for them."""
 OF_IMAGES = (

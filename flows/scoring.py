@@ -25,13 +25,13 @@ class ScoredWindows:
     stored: HeldOut | StoredWindows
     length: int
     """Tokens of a window."""
-    every: int = 1
+    stride: int = 1
     """The first of every so many is scored."""
 
     @property
     def number(self) -> int:
         """Of the windows that are scored."""
-        return len(range(0, self.stored.num_windows, self.every))
+        return len(range(0, self.stored.num_windows, self.stride))
 
 
 def scoring_stream(stream: StreamJob, windows: HeldOut | StoredWindows, *, length: int) -> StreamJob:
@@ -70,8 +70,8 @@ def score_stored(
         label: what it is called while it runs.
     """
     parameters: dict[str, Any] = {name: choices_json(contender.plan.choices) for name, contender in contenders.items()}
-    if windows.every > 1:
-        parameters["every"] = windows.every
+    if windows.stride > 1:
+        parameters["stride"] = windows.stride
     codes = {name: contender.key for name, contender in contenders.items()}
     folder = run.folder(
         stage, inputs={"windows": windows.stored.digest, **codes}, parameters=parameters, code=["tasks.evaluate"]
@@ -84,7 +84,7 @@ def score_stored(
                 name: StoredCodes(folder=contender.codes, choices=contender.plan.choices, head=head)
                 for name, contender in contenders.items()
             },
-            every=windows.every,
+            stride=windows.stride,
         )
         scores = run_scores(run, pool, job, label)
         summaries = {name: asdict(evaluate.summarize(scores[name])) for name in contenders}

@@ -66,7 +66,7 @@ class EvaluateJob:
 
     stream: StreamJob
     variants: Mapping[str, Variant]
-    every: int = 1
+    stride: int = 1
     """The first of every so many shards is scored."""
 
 
@@ -76,7 +76,7 @@ def score(state: WorkerState, job: EvaluateJob) -> dict[int, dict[str, list[dict
     Windows are computed one by one, so their scores do not depend on which of them a worker holds.
     """
     mine = my_shards(state, job.stream)
-    shards = [shard for shard in mine if len(shard.tokens) and shard.index % job.every == 0]
+    shards = [shard for shard in mine if len(shard.tokens) and shard.index % job.stride == 0]
     if not shards:
         return {}
     asked = job.stream

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lrpq.allocate.forecast import REFINED
 from lrpq.errors import BudgetError
 
 Quick = Callable[[Sequence[float]], Sequence[float]]
@@ -25,8 +26,6 @@ GRID = 9
 """Budgets measured quickly at once."""
 TOLERANCE_BITS = 0.02
 """Between budgets closer than this the choice is noise."""
-FIRST_RATIO = 0.7
-"""Refined over quick KL, before one is known (0.63 to 0.75 in docs/log.md)."""
 MAX_TRIES = 6
 """Refinements."""
 _SMALLEST = 1e-12
@@ -47,7 +46,8 @@ def smallest_budget(quick: Quick, real: Real | None, *, lowest: float, highest: 
     """Search the budgets from ``lowest`` to ``highest`` for the smallest whose KL is at most ``max_kl``.
 
     The quick estimate is measured on a grid, between whose points its logarithm is taken to be linear in bits; its
-    ratio to the real KL is learned from the budgets that are tried. Without ``real`` the quick one counts.
+    ratio to the real KL, at first what refinement leaves elsewhere, is learned from the budgets that are tried. Without
+    ``real`` the quick one counts.
 
     Raises:
         BudgetError: not even the highest budget keeps the limit; what it reaches is named.
@@ -64,7 +64,7 @@ def smallest_budget(quick: Quick, real: Real | None, *, lowest: float, highest: 
     tried: list[tuple[float, float]] = []
     good: tuple[float, float] | None = None
     too_small = -math.inf
-    ratio, step = FIRST_RATIO, 2 * TOLERANCE_BITS
+    ratio, step = REFINED, 2 * TOLERANCE_BITS
     while len(tried) < MAX_TRIES:
         bits = _crossing(curve, max_kl / ratio)
         bits = bits if bits == lowest else bits + TOLERANCE_BITS / 2  # the estimate is as often too small as too large

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lrpq.allocate.forecast import every
+from lrpq.allocate.forecast import measured_windows
 from lrpq.model.layers import Choice
 from lrpq.plan.machine import Machine
 from lrpq.quant.grid import Grid
@@ -41,7 +41,7 @@ class Asked:
     """0 measures nothing."""
     evaluated_length: int
     control: bool
-    forecast: bool = True
+    forecast: bool = False
     """Whether candidates are measured before their refinement."""
     head_choice: Choice | None = None
     gradients_every: int = 1
@@ -60,10 +60,7 @@ class Asked:
     @property
     def forecast_windows(self) -> int:
         """Windows that candidates are measured on before their refinement: of the evaluation, else of the guard."""
-        if not self.forecast or not self.sequential or self.cost_rows is not None:
-            return 0
-        windows = self.evaluated_windows or self.held_out_windows
-        return len(range(0, windows, every(windows))) if windows else 0
+        return measured_windows(self.evaluated_windows or self.held_out_windows) if self.forecast else 0
 
     @property
     def forecast_length(self) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from pipeline_case import Job, start_pool, start_server, write_model
 
-from lrpq.allocate.forecast import MOST_WINDOWS, every
+import flows.forecasting
+from lrpq.allocate.forecast import MOST_WINDOWS, SPREAD, measured_windows, stride_of
+from lrpq.errors import CheckpointError
 from tasks.store.manifest import read_manifest
 from tasks.store.opened import open_store
 
@@ -31,14 +33,16 @@ def model(job: Job) -> Path:
 
 
 def test_it_is_said_before_the_refinement(job: Job, model: Path) -> None:
-    """On every second of 18 windows, which are more than it takes; the first worker has 9 of them, the other too."""
+    """On every second of 18 windows, which are more than it takes; both workers have some of these."""
     found = job(model, "many", **MANY)
     expected = found["forecast"]
     assert (expected["windows"], expected["length"], expected["source"]) == (9, 32, "pydoc:evaluate")
     stages = job.progress.stages
     assert stages.index("allocate") < stages.index("forecast") < stages.index("refine")
     (line,) = job.progress.told
-    assert f"KL {expected['kl_nats']:.4f} nats a token" in line
+    assert f"KL {expected['kl_nats']:.3f} nats a token" in line
+    assert expected["range_nats"] == [share * expected["kl_nats"] for share in SPREAD]
+    assert expected["written"]
     assert f"{expected['candidates']['kl_nats']:.4f} on 9 x 32 tokens of pydoc:evaluate" in line
     # the same windows, measured as the result of a run that stops at the candidates
     stitched = job(model, "stitched", plan__refine="stitch", **MANY)
@@ -62,24 +66,40 @@ def test_without_a_text_to_measure_on_it_is_of_held_out_windows(job: Job, model:
     assert job.progress.told == []
 
 
-def test_it_can_be_left_out(job: Job, model: Path) -> None:
-    found = job(model, "left-out", evaluation__control=False, evaluation__forecast=False)
-    assert "refine" in job.progress.stages
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"evaluation__forecast": False},
+        {"run__candidates__cost_rows": 16},  # there are no candidates to measure
+        {"run__candidates__quantize_head": 8},  # whose codes are not refined
+        {"plan__correction": 0.0},  # of a refinement without it nothing is known
+    ],
+)
+def test_where_it_is_not_wanted_or_not_known_there_is_none(job: Job, model: Path, asked: dict[str, Any]) -> None:
+    found = job(model, f"none-{next(iter(asked))}", evaluation__control=False, **asked)
+    assert "refine" in found["seconds"]
     assert "forecast" not in found
     assert job.progress.told == []
 
 
-def test_with_costs_of_some_rows_there_are_no_candidates_to_measure(job: Job, model: Path) -> None:
-    found = job(model, "sampled", evaluation__control=False, run__candidates__cost_rows=16)
-    assert "refine" in job.progress.stages
+def test_candidates_whose_logits_are_not_finite_end_no_run(
+    job: Job, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise CheckpointError("variant candidates: logits are not finite on the evaluation text")
+
+    monkeypatch.setattr(flows.forecasting, "score_stored", fails)
+    found = job(model, "not-finite", evaluation__control=False)
     assert "forecast" not in found
+    assert any(text.startswith("no forecast: variant candidates: logits") for text in found["warnings"])
 
 
 @pytest.mark.parametrize("number", [1, 15, 16, 17, 32, 33, 64, 1000])
 def test_it_takes_few_windows_spread_over_all(number: int) -> None:
-    taken = range(0, number, every(number))
-    assert min(number, MOST_WINDOWS // 2) <= len(taken) <= MOST_WINDOWS
-    assert taken[-1] >= number - every(number)
+    taken = range(0, number, stride_of(number))
+    assert min(number, MOST_WINDOWS // 2) <= len(taken) == measured_windows(number) <= MOST_WINDOWS
+    assert taken[-1] >= number - stride_of(number)
+    assert measured_windows(0) == 0
 
 
 def windows_of(job: Job, manifest: dict[str, Any]) -> list[dict[str, float]]:

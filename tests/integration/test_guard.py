@@ -75,6 +75,7 @@ def test_a_worse_plan_is_not_what_the_user_gets(
     found = job(model, "worse", evaluation__control=False, plan__budget_bits=3.25)
     guard = found["guard"]
     assert guard["kept"] == "uniform"
+    assert not found["forecast"]["written"]
     assert guard["lrpq"]["kl_nats"] > guard["uniform"]["kl_nats"]
     assert found["degraded"]["kept_uniform"] == 1
     assert any("uniform is what is written" in text for text in found["warnings"])
@@ -156,6 +157,8 @@ def test_the_smallest_checkpoint_within_a_divergence(job: Job, model: Path, good
     assert found["configuration"]["plan"]["max_kl"] == limit
     stages = list(job.progress.stages)
     assert stages.count("refine") == 0  # the refinement of the budget that was found is not done twice
+    assert "forecast" not in stages  # what is measured already
+    assert "forecast" not in found
     again = job(model, "within", evaluation__control=False, plan__max_kl=limit)
     assert again["computed_nothing"]
     assert again["budget"] == found["budget"]

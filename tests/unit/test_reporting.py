@@ -98,6 +98,27 @@ def test_closing_table_adds_up() -> None:
     assert NOTHING_COMPUTED not in text
 
 
+def test_what_was_expected_stands_beside_what_came_of_it() -> None:
+    expected = {
+        "source": "text:t",
+        "windows": 16,
+        "length": 512,
+        "candidates": {"kl_nats": 0.25},
+        "factor": 0.5,
+        "kl_nats": 0.125,
+        "range_nats": [0.1, 0.15],
+    }
+    target = console()
+    print_closing(MANIFEST | {"forecast": expected}, target)
+    text = " ".join(text_of(target).split())
+    assert "forecast before refinement: KL 0.125 nats a token, going by other models 0.100 to 0.150" in text
+    assert "(0.5 times the candidates' 0.2500 on 16 x 512 tokens of text:t)" in text
+    assert "not what was written" not in text
+    target = console()
+    print_closing(MANIFEST | {"forecast": expected | {"written": False}}, target)
+    assert "of lrpq's plan, which is not what was written" in " ".join(text_of(target).split())
+
+
 def test_second_run_says_that_nothing_was_computed() -> None:
     again = MANIFEST | {"reused": ["profile", "refine"]}
     target = console()
@@ -160,7 +181,9 @@ def test_plain_lines_are_few_and_say_what_is_left() -> None:
     progress.done("candidates", seconds=120.0, reused=False)
     progress.done("profile", seconds=0.0, reused=True)
     progress.note("short text")
-    lines = stream.getvalue().splitlines()
+    progress.tell("forecast: 0.1")
+    *lines, last = stream.getvalue().splitlines()
+    assert last == "forecast: 0.1"
     assert lines[0] == "candidates: 30 blocks"
     assert lines[1] == "candidates: 3/30, block 2, 1 min 48 s left"
     assert lines[-3:] == ["candidates: 30 blocks in 2 min 00 s", "profile: found in the store", "warning: short text"]
@@ -174,8 +197,10 @@ def test_json_lines_hold_the_same_facts() -> None:
     clock.now += 5
     progress.advance("refine", "block 0")
     progress.done("refine", seconds=10.0, reused=False)
+    progress.tell("forecast: 0.1")
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [event["event"] for event in events] == ["stage", "advance", "done"]
+    assert [event["event"] for event in events] == ["stage", "advance", "done", "told"]
+    assert events[3] == {"event": "told", "text": "forecast: 0.1"}
     assert events[1] == {
         "event": "advance", "name": "refine", "done": 1, "total": 2, "detail": "block 0", "seconds_left": 5.0
     }  # fmt: skip
@@ -193,7 +218,9 @@ def test_bars_show_the_time_left_of_slow_blocks() -> None:
         bars.refresh()
         progress.done("profile", seconds=600.0, reused=False)
         progress.done("candidates", seconds=0.0, reused=True)
+        progress.tell("forecast: [x]")
     text = text_of(target)
+    assert "forecast: [x]" in text
     assert "1/61 blocks" in text
     assert "10 h 00 min left" in text
     assert "block 29 [x]" in text
