@@ -364,9 +364,11 @@ class Compression:
 
     def _forecast(self, pool: Pool, prepared: Prepared, candidates: Contender) -> dict[str, Any] | None:
         """What is to be expected of the codes that are refined next; a search has refined and measured them already."""
+        if self.searched is not None or not can_forecast(self.config):
+            return None
         length = self.config.evaluation.length
         found = forecast_windows(self.measured, self.windows, measured_length=length, length=self.context.length)
-        if found is None or self.searched is not None or not can_forecast(self.config):
+        if found is None:
             return None
         windows, text = found
         return forecast(self.run_state, pool, prepared.stream_job, windows, candidates, text=text)

@@ -265,10 +265,6 @@ class ImageCompression(Compression):
         job = self._scoring(held_out.key, held_out.num_windows, variants)
         return self._scores(pool, job, folder, label, labelled=False, paired=paired)
 
-    def _forecast(self, pool: Pool, prepared: Prepared, candidates: Contender) -> dict[str, Any] | None:
-        """None: what refinement leaves of a divergence was measured on language models."""
-        return None
-
     def _rebuilding(self, pool: Pool, prepared: Prepared, start: Contender) -> Rebuilding | None:
         if not self.planner.wanted.reconstruct:
             return None

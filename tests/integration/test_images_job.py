@@ -131,6 +131,7 @@ def test_the_codes_and_grids_are_those_of_one_process(
 ) -> None:
     stored = read_classifier(job.folder / "mixed")
     assert manifest["degraded"]["kept_uniform"] == 0
+    assert "forecast" not in manifest  # what refinement leaves is known of language models
     assert stored.codes.keys() == in_process.codes.keys()
     for name, codes in in_process.codes.items():
         assert codes.choice == stored.codes[name].choice
