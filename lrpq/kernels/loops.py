@@ -210,3 +210,124 @@ def write_fit(
                 squares_of[i] += weight * (q * q)
         product[group, 0, first:last] = product_of[: last - first]
         squares[group, 0, first:last] = squares_of[: last - first]
+
+
+@_compiled
+def round_segments(
+    begin: int,
+    end: int,
+    edge_rows: int,
+    bits: int,
+    edges: NDArray[np.int32],
+    R: NDArray[np.float32],
+    T: NDArray[np.float32],
+    W: NDArray[np.float32],
+    S: NDArray[np.float32],
+    weights: NDArray[np.float32],
+    runs: NDArray[np.int64],
+    book: NDArray[np.float32],
+    codes: NDArray[np.int8],
+) -> None:
+    """Columns in the order of the sweep; see `lrpq.kernels.trellis.round_segments`."""
+    num_columns = len(T)
+    most_rows = (edges[1:] - edges[:-1]).max()
+    kept = len(book) >> bits  # histories: states without their oldest symbol
+    cost, least = np.zeros(len(book), np.float32), np.zeros(kept, np.float32)
+    back = np.zeros((max(most_rows, 2 * edge_rows), kept), np.uint8)
+    x, weight = np.zeros(most_rows, np.float32), np.zeros(most_rows, np.float32)
+    for segment in range(begin, end):
+        first = edges[segment]
+        rows = edges[segment + 1] - first
+        edge = min(rows, edge_rows)
+        for k in range(num_columns):
+            t, w, s, code = T[k, first : first + rows], W[k, first:], S[runs[k], first:], codes[k, first:]
+            for j in range(k):
+                pull, error = R[k, j], T[j, first : first + rows]
+                for i in range(rows):
+                    t[i] += pull * error[i]
+            for i in range(rows):
+                x[i] = t[i] / s[i]
+                weight[i] = weights[first + i] * (s[i] * s[i])
+            total = np.float32(0.0)
+            for i in range(rows):
+                total += weight[i]
+            if total > 0:
+                for i in range(rows):
+                    weight[i] *= rows / total
+            # where the end meets the beginning, without a constraint: the history that both agree on
+            _walk(x, weight, rows - edge, 2 * edge, rows, -1, bits, book, cost, least, back)
+            state = np.argmin(cost)
+            for i in range(2 * edge - 1, edge - 1, -1):
+                state = _before(state, back[i], bits, kept)
+            history = state & (kept - 1)
+            _walk(x, weight, 0, rows, rows, history, bits, book, cost, least, back)
+            state = history
+            for other in range(history, len(book), kept):
+                if cost[other] < cost[state]:
+                    state = other
+            for i in range(rows - 1, -1, -1):
+                code[i] = np.int8((state & ((1 << bits) - 1)) - (1 << (bits - 1)))
+                t[i] = w[i] - book[state] * s[i]
+                state = _before(state, back[i], bits, kept)
+
+
+@_compiled
+def _before(state: int, back: NDArray[np.uint8], bits: int, kept: int) -> int:
+    """The state of the row above: what the state holds of it, and its oldest symbol as noted."""
+    shared = state >> bits
+    return shared + kept * np.int64(back[shared])
+
+
+@_compiled
+def _walk(
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    start: int,
+    steps: int,
+    rows: int,
+    history: int,
+    bits: int,
+    book: NDArray[np.float32],
+    cost: NDArray[np.float32],
+    least: NDArray[np.float32],
+    back: NDArray[np.uint8],
+) -> None:
+    """Viterbi's algorithm down a segment from row ``start``, around its end: the least cost of every state, and of every
+    history the symbol that leaves it. Non-negative floats compare as their bits do, so the symbol is noted in the last
+    bits of the cost."""
+    kept, symbols = len(least), 1 << bits
+    costs, leasts = cost.view(np.int32), least.view(np.int32)
+    symbol_of = np.int32(symbols - 1)
+    without = np.int32(~symbol_of)
+    cost[:] = 0.0
+    for i in range(steps):
+        row = (start + i) % rows
+        if i == 0 and history >= 0:
+            least[:] = np.float32(1e30)
+            least[history] = 0.0
+        else:
+            part = costs[:kept]
+            for p in range(kept):
+                leasts[p] = part[p] & without
+            for symbol in range(1, symbols):
+                part = costs[symbol * kept : (symbol + 1) * kept]
+                noted = np.int32(symbol)
+                for p in range(kept):
+                    leasts[p] = min(leasts[p], (part[p] & without) | noted)
+            noted_in = back[i]
+            for p in range(kept):
+                noted_in[p] = np.uint8(leasts[p] & symbol_of)
+                leasts[p] &= without
+        here, by = x[row], weight[row]
+        if bits == 2:
+            for p in range(kept):
+                for b in range(4):
+                    d = here - book[4 * p + b]
+                    cost[4 * p + b] = least[p] + by * (d * d)
+        else:
+            for p in range(kept):
+                so_far = least[p]
+                values, costs_of = book[p * symbols : (p + 1) * symbols], cost[p * symbols : (p + 1) * symbols]
+                for b in range(symbols):
+                    d = here - values[b]
+                    costs_of[b] = so_far + by * (d * d)

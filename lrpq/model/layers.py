@@ -54,6 +54,8 @@ class Choice:
     """Columns per scale; -1 is one scale a row (per channel)."""
     scale_bits: int = 16
     """Of a stored scale: 16 is bfloat16, 8 is float8 (e4m3)."""
+    trellis: bool = False
+    """Whether codes are symbols of a trellis (quant/trellis.py), not steps of a uniform grid."""
 
     def groups(self, d_in: int) -> int:
         """Number of scales in a row of ``d_in`` columns."""
@@ -64,16 +66,23 @@ class Choice:
         return self.group_size == -1 or d_in % self.group_size == 0
 
     def __str__(self) -> str:
-        """Short text such as ``4b/g64``, ``4b/channel`` or, with scales of 8 bits, ``4b/g32/f8``."""
+        """Short text such as ``4b/g64``, ``4b/channel``, with scales of 8 bits ``4b/g32/f8``, and ``4b/g64/trellis``."""
         groups = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{self.bits}b/{groups}" + ("/f8" if self.scale_bits == 8 else "")
+        return f"{self.bits}b/{groups}" + ("/f8" if self.scale_bits == 8 else "") + ("/trellis" if self.trellis else "")
 
 
-def all_choices(bits: Sequence[int], group_sizes: Sequence[int], *, scale_bits: int = 16) -> tuple[Choice, ...]:
+def all_choices(
+    bits: Sequence[int], group_sizes: Sequence[int], *, scale_bits: int = 16, trellis_bits: Sequence[int] = ()
+) -> tuple[Choice, ...]:
     """Every width with every group size. ``scale_bits`` is of groups' scales: one scale a row is so few bytes that it
-    keeps 16."""
+    keeps 16. Codes of the widths ``trellis_bits`` are a trellis's."""
     return tuple(
-        Choice(bits=width, group_size=size, scale_bits=16 if size == -1 else scale_bits)
+        Choice(
+            bits=width,
+            group_size=size,
+            scale_bits=16 if size == -1 else scale_bits,
+            trellis=width in trellis_bits,
+        )
         for width in bits
         for size in group_sizes
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
+from lrpq.quant import trellis
 from lrpq.quant.stored_scales import storable
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 """Widths of a code that a format stores."""
+_DECODED_ELEMENTS = 2**26
+"""Of a trellis, at once."""
 
 
 class Grid(Enum):
@@ -44,7 +47,7 @@ class QuantizedWeight:
     """Codes and scales of one linear layer, in the original order of columns."""
 
     codes: Int8[Tensor, "d_out d_in"]
-    """Signed, in [-2^(bits-1), 2^(bits-1) - 1]."""
+    """Signed, in [-2^(bits-1), 2^(bits-1) - 1]: steps of a uniform grid, or symbols of a trellis (quant/trellis.py)."""
     scales: BFloat16[Tensor, "d_out groups"]
     """Value of one code step; ``groups`` is ``choice.groups(d_in)``. Where they are stored as float8, these are float8
     numbers, which bfloat16 holds exactly."""
@@ -53,7 +56,8 @@ class QuantizedWeight:
     """Code that stands for zero (asymmetric grids only)."""
 
     def dequantize(self, dtype: torch.dtype = torch.float32, *, name: str = "layer") -> Float[Tensor, "d_out d_in"]:
-        """Scale times code, both in ``dtype``: what compressed-tensors computes on loading.
+        """Scale times code, both in ``dtype``: what compressed-tensors computes on loading. Of a trellis: scale times
+        the value of the state, multiplied in float32.
 
         In float32 and bfloat16 a grid without zero points is always finite. Float16 ends at 65,504 and the lowest
         code may lie a few times as far out as the group's largest weight; scales lose digits below 2^-17 and vanish
@@ -62,23 +66,52 @@ class QuantizedWeight:
         Raises QuantizationError naming the layer where a value overflows float16.
         """
         d_out, d_in = self.codes.shape
-        codes = self.codes.view(d_out, self.scales.shape[1], -1).to(dtype)  # int8 is exact in bfloat16
-        if self.zero_points is not None:
-            codes -= self.zero_points.to(dtype).unsqueeze(-1)
-        values = codes.mul_(self.scales.to(dtype).unsqueeze(-1)).view(d_out, d_in)
+        if self.choice.trellis:
+            values = self._of_trellis(dtype)
+        else:
+            scales = self.scales.to(dtype).unsqueeze(-1)
+            values = self.units(dtype).view(d_out, len(self.scales[0]), -1).mul_(scales).view(d_out, d_in)
         if dtype is torch.float16 and not bool(torch.isfinite(values).all()):
             raise QuantizationError(
                 f"{name}: scale times code is beyond float16's largest number, 65,504; use bfloat16 or float32"
             )
         return values
 
+    def units(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Float[Tensor, "rows d_in"]:
+        """Values of some rows in units of their scales, in new memory."""
+        if self.choice.trellis:
+            return trellis.values(self.codes, self.choice.bits, rows).to(dtype)
+        codes = self.codes[rows].to(dtype)  # int8 is exact in bfloat16
+        if self.zero_points is not None:
+            zeros = self.zero_points[rows].to(dtype).unsqueeze(-1)
+            codes.view(len(codes), zeros.shape[1], -1).sub_(zeros)
+        return codes
+
+    def _of_trellis(self, dtype: torch.dtype) -> Tensor:
+        """Some rows at a time: states and values of float32 take eight times what codes do."""
+        d_out, d_in = self.codes.shape
+        values = torch.empty(d_out, d_in, dtype=dtype, device=self.codes.device)
+        for start in range(0, d_out, step := trellis.whole_segments(_DECODED_ELEMENTS // d_in)):
+            rows = slice(start, start + step)
+            scales = self.scales[rows].float().unsqueeze(-1)
+            found = self.units(torch.float32, rows)
+            values[rows] = found.view(len(found), scales.shape[1], -1).mul_(scales).view(len(found), d_in)
+        return values
+
     def rows(self, rows: slice) -> QuantizedWeight:
-        """Some of the rows, as a view."""
+        """Some of the rows, as a view; of a trellis whole segments.
+
+        Raises:
+            QuantizationError: a segment would be cut.
+        """
+        if self.choice.trellis:
+            trellis.check_cut(rows, len(self.codes))
         zeros = None if self.zero_points is None else self.zero_points[rows]
         return QuantizedWeight(codes=self.codes[rows], scales=self.scales[rows], choice=self.choice, zero_points=zeros)
 
     def split(self, num_rows: Sequence[int]) -> list[QuantizedWeight]:
-        """Parts of consecutive rows, for layers that were stacked because they share an input (q, k, v)."""
+        """Parts of consecutive rows, for layers that were stacked because they share an input (q, k, v); streams of a
+        trellis must have been found for these parts."""
         zeros = [None] * len(num_rows) if self.zero_points is None else self.zero_points.split(list(num_rows))
         parts = zip(self.codes.split(list(num_rows)), self.scales.split(list(num_rows)), zeros, strict=True)
         return [QuantizedWeight(codes=q, scales=s, choice=self.choice, zero_points=z) for q, s, z in parts]

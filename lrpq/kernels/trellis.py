@@ -1,0 +1,61 @@
+"""Some columns of a sweep whose codes are trellis codes (quant/trellis.py): Viterbi's algorithm down each of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lrpq.kernels import loops
+from lrpq.kernels.threads import in_threads
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int8, Int32, Int64
+    from torch import Tensor
+
+EDGE_ROWS = 16
+"""Rows on either side of where a segment's end meets its beginning, from which the history at that place is found."""
+
+
+def round_segments(
+    T: Float[Tensor, "columns rows"],
+    W: Float[Tensor, "columns rows"],
+    S: Float[Tensor, "runs rows"],
+    R: Float[Tensor, "columns columns"],
+    weights: Float[Tensor, "rows=size"],
+    runs: Int64[Tensor, "columns=size"],
+    book: Float[Tensor, "states=size"],
+    codes: Int8[Tensor, "columns rows"],
+    edges: Int32[Tensor, "edges=size"],
+    *,
+    bits: int,
+) -> None:
+    """Codes of these columns and, in place of their targets in T, their errors W - Q.
+
+    Of a segment's codes those with the least sum of weights times squared errors, among all whose end and beginning
+    meet in the history that the rows around that place prefer on their own. 4,096 states are four operations each, so
+    2^14 FLOPs a row and column, times 1 + 2 EDGE_ROWS / 128 with segments of 128. Each segment by itself, so threads change no
+    digit.
+
+    Args:
+        T: targets as all columns before these have corrected them, float32, contiguous; changed.
+        W: what errors are taken from, columns in the order of the sweep, contiguous.
+        S: scales of the runs of columns that share one, contiguous.
+        R: how the error of an earlier column (row) moves the target of a later one (column).
+        weights: of the rows, non-negative: a segment's rows share its errors out by them.
+        runs: row of S for each column.
+        book: value of each state.
+        codes: written, int8: symbols less 2^(bits - 1).
+        edges: first row of each segment, and the number of rows; none has more than 128.
+        bits: of a symbol.
+    """
+    if T.is_cuda:
+        from lrpq.kernels import trellis_cuda
+
+        trellis_cuda.round_segments(T, W, S, R, weights, runs, book, codes, edges, bits=bits, edge_rows=EDGE_ROWS)
+        return
+    upper = R.T.contiguous().numpy()
+    arrays = [x.numpy() for x in (edges, T, W, S, weights, runs, book, codes)]
+
+    def work(begin: int, end: int) -> None:
+        loops.round_segments(begin, end, EDGE_ROWS, bits, arrays[0], upper, *arrays[1:])
+
+    in_threads(work, len(edges) - 1)
