@@ -37,6 +37,7 @@ class BenchTerms:
     group_sizes: tuple[int, ...]
     scale_bits: int
     device: str
+    trellis: bool = False
     micro_batch: int | None = None
     """Windows at once; None as `lrpq compress` chooses."""
 
@@ -85,6 +86,7 @@ def workbench(terms: BenchTerms, *, seed: int) -> tuple[Workbench, Int[Tensor, "
         bits=terms.bits,
         group_sizes=terms.group_sizes,
         scale_bits=terms.scale_bits,
+        trellis=terms.trellis,
         seed=seed,
         device=terms.device,
         shards=cut.shards,

@@ -2,11 +2,12 @@
 
     python -m benchmarks.equal_terms MODEL --calibration FILE --text FILE [--methods lrpq,control,weights:*]
         [--budgets 3.25,4.25] [--seeds 0,1,2] [--windows 128] [--length 1024] [--device cuda] [--json FILE]
-        [--replace polish_rounds=0,correction=.25] [--group-sizes 64,-1] [--scale-bits 8]
+        [--replace polish_rounds=0,correction=.25] [--group-sizes 64,-1] [--scale-bits 8] [--codes trellis]
 
 The same methods, workbench and windows; rows are printed and written as they are measured. ``--peak`` prints what the
 device computes and copies at, so that seconds can be read against it. ``--replace`` changes numbers in the recipe of
-every method but the control.
+every method but the control. With ``--codes trellis`` all methods but the control have trellis codes
+(quant/trellis.py).
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument("--group-sizes", default="64,-1")
     parser.add_argument("--scale-bits", type=int, default=16, choices=(8, 16), help="of a group's scale")
+    parser.add_argument("--codes", default="uniform", choices=("uniform", "trellis"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--micro-batch", type=int, help="windows at once; by default as `lrpq compress` chooses")
     parser.add_argument("--replace", default="")
@@ -105,6 +107,7 @@ def main() -> None:
         group_sizes=numbers(arguments.group_sizes),
         scale_bits=arguments.scale_bits,
         device=arguments.device,
+        trellis=arguments.codes == "trellis",
         micro_batch=arguments.micro_batch,
     )
     wanted = [(name, budget) for budget in budgets(arguments.budgets) for name in methods]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
-from lrpq.allocate.wide import with_wide_scales
+from lrpq.allocate.wide import on_uniform_grids, with_wide_scales
 from lrpq.checkpoint.plan import planned_size
 from lrpq.compare import allocation
 from lrpq.compare import planned as searching
@@ -77,27 +78,29 @@ class Prepared:
             case searching.SWAPS:
                 return searching.swapped(self.bench, self.gathered, self.plan(DEFAULT.allocation, budget), budget)
             case name:
-                return Planned(plan=self.plan(name, budget, wide_scales=recipe.wide_scales))
+                return Planned(plan=self.plan(name, budget, recipe))
 
-    def plan(self, name: str, budget: float, *, wide_scales: bool = False) -> Plan:
-        """The plan of an allocation, by its name; with scales of 16 bits or as the terms have them."""
-        ours = self._rows(DEFAULT.allocation, wide_scales)
+    def plan(self, name: str, budget: float, recipe: Recipe = DEFAULT) -> Plan:
+        """The plan of an allocation, by its name; scales and grids are the recipe's or as the terms have them."""
+        ours = self._rows(DEFAULT.allocation, recipe)
         if name == "uniform":
             return allocation.uniform(ours, budget_bits=budget)
         if name in self.gathered.scores:
             return allocation.by_ranking(ours, self.gathered.scores[name], budget_bits=budget)
-        return allocation.by_costs(self._rows(_key(name, budget), wide_scales), budget_bits=budget)
+        return allocation.by_costs(self._rows(_key(name, budget), recipe), budget_bits=budget)
 
-    def _rows(self, name: str, wide_scales: bool) -> list[CostRow]:
-        rows = self.costs[name]
-        return with_wide_scales(rows) if wide_scales else rows
+    def _rows(self, name: str, recipe: Recipe) -> list[CostRow]:
+        rows = with_wide_scales(self.costs[name]) if recipe.wide_scales else self.costs[name]
+        return on_uniform_grids(rows) if recipe.uniform_codes else rows
 
     def predicted_nats(self, plan: Plan) -> float:
-        """The plan under lrpq's own costs, whatever chose it; those of the same widths where its scales are wider."""
+        """The plan under lrpq's own costs, whatever chose it; those of the same widths where its scales are wider or
+        its grids uniform."""
         ours = {
             (row.module.name, choice): row.cost_nats
             for wide in (False, True)
-            for row in self._rows(DEFAULT.allocation, wide)
+            for uniform in (False, True)
+            for row in self._rows(DEFAULT.allocation, replace(DEFAULT, wide_scales=wide, uniform_codes=uniform))
             if (choice := row.choice) is not None
         }
         return sum(ours[module, choice] for module, choice in plan.choices.items() if choice is not None)

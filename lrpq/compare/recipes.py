@@ -44,6 +44,8 @@ class Recipe:
     """Of the model before it is quantized."""
     wide_scales: bool = False
     """Scales of 16 bits, whatever the terms allow."""
+    uniform_codes: bool = False
+    """No trellis, whatever the terms say."""
 
 
 TUNINGS: Mapping[str, Trained] = {
@@ -55,7 +57,13 @@ TUNINGS: Mapping[str, Trained] = {
 """One pass over the calibration windows each; gains are those of the norms, which stay as they are stored."""
 DEFAULT = Recipe()
 CONTROL = Recipe(
-    allocation="uniform", weighting="none", correction=0.0, polish_rounds=0, row_blocks=1, wide_scales=True
+    allocation="uniform",
+    weighting="none",
+    correction=0.0,
+    polish_rounds=0,
+    row_blocks=1,
+    wide_scales=True,
+    uniform_codes=True,
 )
 """The strong uniform GPTQ: sequential, static activation order, searched scales in bfloat16."""
 FAST = Recipe(

@@ -8,6 +8,7 @@ import torch
 
 from lrpq.model.layers import Choice, all_choices
 from lrpq.quant.grid import Grid
+from lrpq.quant.trellis import WIDTHS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,8 @@ class Terms:
     """Columns that share a scale; -1 is one scale a row."""
     scale_bits: int = 16
     """Of a group's scale: 16 is bfloat16, 8 is float8."""
+    trellis: bool = False
+    """Whether codes of the widths that have a codebook are a trellis's (quant/trellis.py), but for the control's."""
     grid: Grid = Grid.SIGNED
     damping: float = 0.01
     """Of GPTQ, share of the mean diagonal."""
@@ -38,4 +41,5 @@ class Terms:
     @property
     def choices(self) -> tuple[Choice, ...]:
         """All choices of width and group size."""
-        return all_choices(self.bits, self.group_sizes, scale_bits=self.scale_bits)
+        trellis_bits = WIDTHS if self.trellis else ()
+        return all_choices(self.bits, self.group_sizes, scale_bits=self.scale_bits, trellis_bits=trellis_bits)

@@ -285,6 +285,8 @@ class Workbench:
         """
         if recipe.tuning == "none":
             return
+        if self.terms.trellis:
+            raise QuantizationError("scales and codes of a trellis are not tuned; compare with uniform codes")
         if self.held_out is None or not len(self.held_out):
             raise CalibrationError("tuning is chosen on held-out windows of the calibration text, and there are none")
         stream = self.stream()

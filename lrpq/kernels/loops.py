@@ -236,8 +236,8 @@ def round_segments(
     back = np.zeros((max(most_rows, 2 * edge_rows), kept), np.uint8)
     x, weight = np.zeros(most_rows, np.float32), np.zeros(most_rows, np.float32)
     for segment in range(begin, end):
-        first = edges[segment]
-        rows = edges[segment + 1] - first
+        first = int(edges[segment])
+        rows = int(edges[segment + 1]) - first
         edge = min(rows, edge_rows)
         for k in range(num_columns):
             t, w, s, code = T[k, first : first + rows], W[k, first:], S[runs[k], first:], codes[k, first:]
@@ -256,7 +256,7 @@ def round_segments(
                     weight[i] *= rows / total
             # where the end meets the beginning, without a constraint: the history that both agree on
             _walk(x, weight, rows - edge, 2 * edge, rows, -1, bits, book, cost, least, back)
-            state = np.argmin(cost)
+            state = int(np.argmin(cost))
             for i in range(2 * edge - 1, edge - 1, -1):
                 state = _before(state, back[i], bits, kept)
             history = state & (kept - 1)
@@ -275,7 +275,7 @@ def round_segments(
 def _before(state: int, back: NDArray[np.uint8], bits: int, kept: int) -> int:
     """The state of the row above: what the state holds of it, and its oldest symbol as noted."""
     shared = state >> bits
-    return shared + kept * np.int64(back[shared])
+    return shared + kept * int(back[shared])
 
 
 @_compiled
@@ -292,9 +292,9 @@ def _walk(
     least: NDArray[np.float32],
     back: NDArray[np.uint8],
 ) -> None:
-    """Viterbi's algorithm down a segment from row ``start``, around its end: the least cost of every state, and of every
-    history the symbol that leaves it. Non-negative floats compare as their bits do, so the symbol is noted in the last
-    bits of the cost."""
+    """Viterbi's algorithm down a segment from row ``start``, around its end: the least cost of every state, and of
+    every history the symbol that leaves it. Non-negative floats compare as their bits do, so the symbol is noted in the
+    last bits of the cost."""
     kept, symbols = len(least), 1 << bits
     costs, leasts = cost.view(np.int32), least.view(np.int32)
     symbol_of = np.int32(symbols - 1)

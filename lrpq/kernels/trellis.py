@@ -31,9 +31,9 @@ def round_segments(
     """Codes of these columns and, in place of their targets in T, their errors W - Q.
 
     Of a segment's codes those with the least sum of weights times squared errors, among all whose end and beginning
-    meet in the history that the rows around that place prefer on their own. 4,096 states are four operations each, so
-    2^14 FLOPs a row and column, times 1 + 2 EDGE_ROWS / 128 with segments of 128. Each segment by itself, so threads change no
-    digit.
+    meet in the history that the rows around that place prefer on their own. 4,096 states are four operations each:
+    2^14 FLOPs a row and column, times 1 + 2 EDGE_ROWS / 128 with segments of 128. Each segment by itself, so threads
+    change no digit.
 
     Args:
         T: targets as all columns before these have corrected them, float32, contiguous; changed.

@@ -66,7 +66,7 @@ class Choice:
         return self.group_size == -1 or d_in % self.group_size == 0
 
     def __str__(self) -> str:
-        """Short text such as ``4b/g64``, ``4b/channel``, with scales of 8 bits ``4b/g32/f8``, and ``4b/g64/trellis``."""
+        """Short text such as ``4b/g64``, ``4b/channel``, with scales of 8 bits ``4b/g32/f8``, ``4b/g64/trellis``."""
         groups = "channel" if self.group_size == -1 else f"g{self.group_size}"
         return f"{self.bits}b/{groups}" + ("/f8" if self.scale_bits == 8 else "") + ("/trellis" if self.trellis else "")
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,8 @@ from lrpq.quant.halves import add_in_parts, by_halves, multiplied
 from lrpq.quant.importance import search_importance
 from lrpq.quant.residual import has_kernel, write_residual
 from lrpq.quant.scale_search import search_scales_transposed
+from lrpq.quant.trellis import segment_edges, whole_segments
+from lrpq.quant.trellis_loop import gptq_trellis, trellis_scales
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -74,11 +77,14 @@ def gptq(
     scales: Sequence[Float[Tensor, "d_out groups"]] | None = None,
     H: Float[Tensor, "d_in d_in"] | None = None,
     grid: Grid = Grid.SYMMETRIC,
+    rows: Rows | None = None,
     name: str = "layer",
 ) -> list[QuantizedWeight]:
     """Quantize W for every choice in one sweep over the columns; results in the order of ``choices``.
 
-    Rows do not interact: layers that share an input may be stacked and the result taken apart with ``split``.
+    Rows do not interact: layers that share an input may be stacked and the result taken apart with ``split``. Those of
+    a trellis do, within a segment, which is why ``rows`` then says what is stacked; a choice of them is a sweep of its
+    own.
     ``scales`` (rounded to bfloat16 first; one tensor a choice) are searched where not given, with the importance that
     ``search_importance`` finds in the factor, or diag(H) of another ``H``. Computes in the dtype of the factor (fp32;
     fp64 in tests).
@@ -89,7 +95,26 @@ def gptq(
     overflow (from about 1e30 in fp32), a scale of zero, or a group size that does not divide d_in.
     """
     rounding = Rounding(factor, choices, H=H, grid=grid, name=name)
-    return rounding(W, scales)
+    return rounding(W, scales, rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Which rows a weight has, for choices with a trellis; for others they are all alike."""
+
+    parts: Sequence[int]
+    """Rows of every layer, or part of a layer, that is stacked."""
+    weights: Float[Tensor, "rows=size"] | None = None
+    """How much the squared errors of a row count beside those of others, positive; None: all the same."""
+
+    @classmethod
+    def of(cls, W: Float[Tensor, "rows d_in"], rows: Rows | None) -> Rows:
+        """Those of one layer where nothing is said."""
+        return rows if rows is not None else cls(parts=(len(W),))
+
+    def weights_on(self, W: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows=size"]:
+        """The weights as float32 where W is."""
+        return W.new_ones(len(W), dtype=torch.float32) if self.weights is None else self.weights.to(W.device).float()
 
 
 class Rounding:
@@ -128,7 +153,10 @@ class Rounding:
         self._site_ends = list(ends([self._importance, factor.R]))
 
     def __call__(
-        self, W: Float[Tensor, "rows d_in"], scales: Sequence[Float[Tensor, "rows groups"]] | None = None
+        self,
+        W: Float[Tensor, "rows d_in"],
+        scales: Sequence[Float[Tensor, "rows groups"]] | None = None,
+        rows: Rows | None = None,
     ) -> list[QuantizedWeight]:
         """Codes of the rows for every choice, in the order of the choices.
 
@@ -136,7 +164,7 @@ class Rounding:
             QuantizationError: as ``gptq``; of what waits for the device, where the doubts are settled.
         """
         factor, choices, name = self._factor, self._choices, self._name
-        num_rows, d_in = W.shape
+        d_in = W.shape[1]
         if d_in != len(factor.order):
             raise QuantizationError(
                 f"{name}: {d_in} inputs but a Hessian of {len(factor.order)}; pass its own input's factor"
@@ -145,14 +173,41 @@ class Rounding:
             raise QuantizationError(f"{name}: give one tensor of scales for each choice or none at all")
         Wt = W.T.to(factor.R.dtype).contiguous()
         if scales is None:
-            scales = search_scales_transposed(Wt, self._importance, choices, grid=self._grid, name=name)
-        zeros = [zero_points(Wt.T, choice) for choice in choices] if self._grid is Grid.ASYMMETRIC else []
-
-        # one row of scales for every run of columns that lies in one group of every choice
+            scales = self._search(Wt)
         scales = [s.bfloat16() for s in scales]
         self._check(W, scales)
-        S = _stack(scales, self._widths, self._run).to(Wt)
-        Z = _stack(zeros, self._widths, self._run).to(Wt) if zeros else None
+        uniform = [i for i, choice in enumerate(choices) if not choice.trellis]
+        found = dict(zip(uniform, self._on_grids(Wt, [scales[i] for i in uniform], uniform), strict=True))
+        if len(uniform) < len(choices):
+            edges = segment_edges(Rows.of(W, rows).parts, W.device)
+            weights = Rows.of(W, rows).weights_on(W)
+            Wt = Wt[factor.order].float()
+            for i, choice in enumerate(choices):
+                if choice.trellis:
+                    codes = gptq_trellis(Wt, factor, scales[i].T.float(), choice, weights, edges)
+                    codes = codes.index_select(0, self._back).T.contiguous()
+                    found[i] = QuantizedWeight(codes=codes, scales=scales[i], choice=choice)
+        return [found[i] for i in range(len(choices))]
+
+    def _search(self, Wt: Tensor) -> list[Tensor]:
+        """Scales of every choice."""
+        uniform = [choice for choice in self._choices if not choice.trellis]
+        found = iter(search_scales_transposed(Wt, self._importance, uniform, grid=self._grid, name=self._name))
+        return [
+            trellis_scales(Wt, self._importance, choice) if choice.trellis else next(found) for choice in self._choices
+        ]
+
+    def _on_grids(self, Wt: Tensor, scales: Sequence[Tensor], which: Sequence[int]) -> list[QuantizedWeight]:
+        """Codes of the choices of uniform grids, in one sweep."""
+        if not which:
+            return []
+        factor, choices = self._factor, [self._choices[i] for i in which]
+        num_rows, d_in = Wt.shape[1], len(Wt)
+        zeros = [zero_points(Wt.T, choice) for choice in choices] if self._grid is Grid.ASYMMETRIC else []
+        # one row of scales for every run of columns that lies in one group of every choice
+        widths = [self._widths[i] for i in which]
+        S = _stack(scales, widths, self._run).to(Wt)
+        Z = _stack(zeros, widths, self._run).to(Wt) if zeros else None
         bounds = code_ranges(tuple(choice.bits for choice in choices), Wt.dtype, Wt.device)
         codes = torch.empty(d_in, len(choices), num_rows, dtype=torch.int8, device=Wt.device)
         Wt = Wt[factor.order]
@@ -254,7 +309,7 @@ def _loss(errors: Callable[[slice], Tensor], d_out: int, d_in: int, *, H: Tensor
 
 def row_chunks(d_out: int, H: Float[Tensor, "d_in d_in"]) -> Iterator[slice]:
     """Rows whose errors are looked at at once."""
-    step = max(1, _GPU_LOSS_ELEMENTS // len(H)) if H.is_cuda else _LOSS_ROWS
+    step = whole_segments(_GPU_LOSS_ELEMENTS // len(H)) if H.is_cuda else _LOSS_ROWS
     return (slice(top, min(d_out, top + step)) for top in range(0, d_out, step))
 
 
@@ -307,5 +362,6 @@ def predicted_cost(
 
 
 def _by_halves(W: Tensor, quantized: QuantizedWeight, H: Tensor, forms: QuadraticForms) -> Tensor:
-    chunks = (slice(top, top + _HALVES_ELEMENTS // len(H)) for top in range(0, len(W), _HALVES_ELEMENTS // len(H)))
+    step = whole_segments(_HALVES_ELEMENTS // len(H))
+    chunks = (slice(top, top + step) for top in range(0, len(W), step))
     return torch.cat([forms(_errors(W[rows], quantized.rows(rows), H)) for rows in chunks])

@@ -25,6 +25,8 @@ def pack(quantized: QuantizedWeight) -> dict[str, Tensor]:
     of the type that they are to be stored as.
     """
     code_range(quantized.choice.bits)
+    if quantized.choice.trellis:
+        raise QuantizationError("codes of a trellis are not of this format, whose readers would take them for steps")
     scales = quantized.scales.contiguous()
     if quantized.choice.scale_bits != 16:
         scales = scales.to(dtype_of(quantized.choice.scale_bits))

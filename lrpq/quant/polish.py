@@ -12,9 +12,11 @@ from torch import Tensor
 from lrpq.errors import QuantizationError
 from lrpq.quant.descent import descend, descend_checked
 from lrpq.quant.doubts import Doubts
-from lrpq.quant.gptq import loss_of
+from lrpq.quant.gptq import Rows, loss_of
 from lrpq.quant.grid import QuantizedWeight, power_of_two
 from lrpq.quant.refit import refit_checked
+from lrpq.quant.trellis import segment_edges, summed
+from lrpq.quant.trellis_loop import descend_trellis
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -58,6 +60,7 @@ def polish(
     rounds: int = 2,
     sweeps: int = 2,
     damping: float = DEFAULT_DAMPING,
+    rows: Rows | None = None,
     name: str = "layer",
 ) -> list[Polished]:
     """``rounds`` times ``sweeps`` of coordinate descent and a refit of the scales, for several choices at once.
@@ -66,7 +69,7 @@ def polish(
     included, and more of it is noise the fewer tokens H has. GPTQ's own damping need not be the same.
 
     Guard: a row whose error (T - Q) H (T - Q)^T under the *undamped* H has grown is as it came in, and counted (of a
-    large layer on a GPU as far as products by halves can tell).
+    large layer on a GPU as far as products by halves can tell). Rows of a trellis's segment stay so together.
 
     FLOPs a row and choice: (2 sweeps + 3) d_in^2 a round, and about 2 d_in^2 for the guard. Memory: a copy of H.
 
@@ -74,7 +77,7 @@ def polish(
     are not finite.
     """
     polisher = Polisher(H, damping=damping, sweeps=sweeps, name=name)
-    return polisher(T, quantized, rounds=rounds)
+    return polisher(T, quantized, rounds=rounds, rows=rows)
 
 
 class Polisher:
@@ -106,13 +109,20 @@ class Polisher:
         self._sweeps, self._doubts, self._name = sweeps, doubts, name
 
     def __call__(
-        self, T: Float[Tensor, "rows d_in"], quantized: Sequence[QuantizedWeight], *, rounds: int
+        self,
+        T: Float[Tensor, "rows d_in"],
+        quantized: Sequence[QuantizedWeight],
+        *,
+        rounds: int,
+        rows: Rows | None = None,
     ) -> list[Polished]:
-        """Polished rows.
+        """Polished rows, of one layer.
 
         Raises:
             QuantizationError: as ``polish``; of what waits for the device, where the doubts are settled.
         """
+        if any(q.choice.trellis for q in quantized):
+            return [self._polished(T, q, rounds, Rows.of(T, rows)) for q in quantized]
         found = list(quantized)
         for turn in range(rounds):
             if turn and self._damping > 0:
@@ -123,6 +133,18 @@ class Polisher:
                 step = descend(T, found, self._damped, sweeps=self._sweeps, doubts=self._doubts, name=self._name)
             found = [refit_checked(T, d.weight, self._damped).weight for d in step]
         return [_guarded(T, q, before, self._H) for q, before in zip(found, quantized, strict=True)]
+
+    def _polished(self, T: Tensor, before: QuantizedWeight, rounds: int, rows: Rows) -> Polished:
+        """Codes of one choice, after one sweep of descent a round where they are a trellis's: Viterbi's algorithm takes
+        a column to its best stream at once."""
+        if not before.choice.trellis:
+            return self(T, [before], rounds=rounds)[0]
+        edges, weights = segment_edges(rows.parts, T.device), rows.weights_on(T)
+        T, found = T.to(self._damped.dtype), refit_checked(T, before, self._damped).weight
+        for _ in range(rounds):
+            found = descend_trellis(T, found, self._damped, weights, edges)
+            found = refit_checked(T, found, self._damped).weight
+        return _guarded(T, found, before, self._H, weights)
 
 
 def _damped(H: Tensor, damping: float) -> Tensor:
@@ -137,9 +159,12 @@ def _damped(H: Tensor, damping: float) -> Tensor:
     return damped.div_(power_of_two(diagonal.amax()))
 
 
-def _guarded(T: Tensor, after: QuantizedWeight, before: QuantizedWeight, H: Tensor) -> Polished:
+def _guarded(
+    T: Tensor, after: QuantizedWeight, before: QuantizedWeight, H: Tensor, weights: Tensor | None = None
+) -> Polished:
     T = T.to(H.dtype)
-    worse = loss_of(T, after, H) > loss_of(T, before, H)
+    grown = loss_of(T, after, H) - loss_of(T, before, H)
+    worse = (grown if weights is None else summed(grown * weights)) > 0
     codes = torch.where(worse.unsqueeze(1), before.codes, after.codes)
     scales = torch.where(worse.unsqueeze(1), before.scales, after.scales)
     return Polished(

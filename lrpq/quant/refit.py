@@ -1,7 +1,8 @@
 """Scales refitted under H: with the codes held, the best scales of a row solve a small linear system.
 
-Let Z_g be the codes of a row in group g (less the zero point) and zero elsewhere. The row is Q = sum_g s_g Z_g, and its
-error (T - Q) H (T - Q)^T is a parabola in the scales s. From the present ones the best step ds solves
+Let Z_g be the codes of a row in group g (less the zero point; of a trellis the values of its states) and zero
+elsewhere. The row is Q = sum_g s_g Z_g, and its error (T - Q) H (T - Q)^T is a parabola in the scales s. From the
+present ones the best step ds solves
 
     A ds = b,      A_gh = Z_g H Z_h^T,      b_g = Z_g H (T - Q)^T,
 
@@ -118,9 +119,7 @@ def _systems(T: Tensor, quantized: QuantizedWeight, rows: slice, H: Tensor) -> t
     s = quantized.scales[rows].to(H.dtype).unsqueeze(2)
     num_groups = s.shape[1]
     width = d_in // num_groups
-    Z = quantized.codes[rows].view(num, num_groups, width).to(H.dtype)
-    if quantized.zero_points is not None:
-        Z = Z - quantized.zero_points[rows].to(H.dtype).unsqueeze(2)
+    Z = quantized.units(H.dtype, rows).view(num, num_groups, width)
     D = T.to(H.dtype) - (Z * s).view(num, d_in)
     b = torch.einsum("rgw,rgw->rg", Z, (D @ H).view(num, num_groups, width)).double()
     A = torch.empty(num, num_groups, num_groups, dtype=torch.float64, device=T.device)

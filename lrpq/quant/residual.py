@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 def has_kernel(T: Tensor, quantized: QuantizedWeight, H: Tensor) -> bool:
-    """Whether T - Q in the dtype of H is one launch: float32 on a CUDA device, no zero points."""
-    return H.is_cuda and usable(H) and T.dtype != torch.float64 and quantized.zero_points is None
+    """Whether T - Q in the dtype of H is one launch: float32 on a CUDA device, a uniform grid
+    without zero points."""
+    uniform = quantized.zero_points is None and not quantized.choice.trellis
+    return H.is_cuda and usable(H) and T.dtype != torch.float64 and uniform
 
 
 def write_residual(

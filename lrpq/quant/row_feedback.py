@@ -27,8 +27,10 @@ import torch
 
 from lrpq.errors import QuantizationError
 from lrpq.quant.factor import Factor, factorize
+from lrpq.quant.gptq import Rows
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.halves import multiplied
+from lrpq.quant.trellis import whole_segments
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -47,14 +49,15 @@ IMPROVED_ELEMENTS = 2**27
 """Weights that are improved together, which bounds the memory of temporaries: all rows of a chunk up to 32,768 inputs.
 The descent goes column by column however few rows there are: with 2^25 a 70B block's codes took 16.8 s, with this 8.8
 (docs/gpu.md)."""
-RoundRows = Callable[["Tensor"], QuantizedWeight]
+RoundRows = Callable[["Tensor", Rows], QuantizedWeight]
 """From targets [rows, d_in] to codes and scales."""
-ImproveRows = Callable[["Tensor", QuantizedWeight], QuantizedWeight]
+ImproveRows = Callable[["Tensor", QuantizedWeight, Rows], QuantizedWeight]
 """From targets [rows, d_in] and codes of these rows to others."""
 
 
 class RowBlocks:
-    """A layer on its way from one block of rows to the next, those with the largest G_jj first.
+    """A layer on its way from one block of rows to the next, those with the largest G_jj first, or in their own order
+    where rows have to stay together.
 
     FLOPs besides those of what rounds and improves: about c^3 / 2 for every chunk of c rows, and c^2 d_in for its
     rounding and for each improvement. Memory: T twice over, a block's targets, and of every chunk two matrices like
@@ -65,6 +68,7 @@ class RowBlocks:
         outputs: G of consecutive chunks of rows, in any unit; rows of different chunks do not see each other.
         num_blocks: of every chunk, at most: no block has fewer than 48 rows; 1 rounds each row on its own.
         damping: share of the mean diagonal of G that is added to it.
+        together: rows that stay side by side: a trellis's segments; no block cuts them.
         name: module name for errors.
 
     Raises:
@@ -78,6 +82,7 @@ class RowBlocks:
         *,
         num_blocks: int,
         damping: float = DEFAULT_DAMPING,
+        together: int = 1,
         name: str = "layer",
     ) -> None:
         if sum(len(G) for G in outputs) != len(T):
@@ -86,9 +91,13 @@ class RowBlocks:
         self._chunks: list[_Chunk] = []
         start = 0
         for G in outputs:
-            blocks = blocks_of(len(G), num_blocks)
-            factor = factorize(G, damping=damping, name=f"{name}, output gradients") if blocks > 1 else None
-            self._chunks.append(_Chunk(T[start : start + len(G)], factor, blocks))
+            blocks = blocks_of(len(G), num_blocks, together=together)
+            factor = None
+            if blocks > 1:
+                by_size = together == 1
+                factor = factorize(G, damping=damping, act_order=by_size, name=f"{name}, output gradients")
+            weights = row_weights([G], damping=damping)
+            self._chunks.append(_Chunk(T[start : start + len(G)], factor, blocks, together, weights))
             start += len(G)
 
     def round(self, round_rows: RoundRows) -> None:
@@ -96,8 +105,10 @@ class RowBlocks:
         for block in range(max(len(chunk.blocks) for chunk in self._chunks)):
             own = [chunk for chunk in self._chunks if block < len(chunk.blocks)]
             targets = [chunk.targets(block) for chunk in own]
-            found = round_rows(targets[0] if len(own) == 1 else torch.cat(targets))
-            for chunk, part in zip(own, found.split([len(rows) for rows in targets]), strict=True):
+            parts = [len(rows) for rows in targets]
+            rows = Rows(parts=parts, weights=torch.cat([chunk.weights_of(block) for chunk in own]))
+            found = round_rows(targets[0] if len(own) == 1 else torch.cat(targets), rows)
+            for chunk, part in zip(own, found.split(parts), strict=True):
                 chunk.put(block, part)
 
     def improve(self, improve_rows: ImproveRows) -> None:
@@ -110,14 +121,24 @@ class RowBlocks:
         return stacked([chunk.weight() for chunk in self._chunks])
 
 
-def interacts(outputs: Sequence[Float[Tensor, "chunk chunk"]], *, num_blocks: int) -> bool:
+def row_weights(
+    outputs: Sequence[Float[Tensor, "chunk chunk"]], *, damping: float = DEFAULT_DAMPING
+) -> Float[Tensor, "rows=d_out"]:
+    """Damped G_jj of all rows: how much the squared errors of a row count beside those of others; all alike where there
+    is no gradient."""
+    weights = torch.cat([G.diagonal() + damping * G.diagonal().mean() for G in outputs])
+    return torch.where(weights > 0, weights, 1.0)
+
+
+def interacts(outputs: Sequence[Float[Tensor, "chunk chunk"]], *, num_blocks: int, together: int = 1) -> bool:
     """Whether any rows are cut into more than one block."""
-    return any(blocks_of(len(G), num_blocks) > 1 for G in outputs)
+    return any(blocks_of(len(G), num_blocks, together=together) > 1 for G in outputs)
 
 
-def blocks_of(rows: int, num_blocks: int) -> int:
+def blocks_of(rows: int, num_blocks: int, *, together: int = 1) -> int:
     """Blocks that a chunk is cut into when ``num_blocks`` are asked for."""
-    return max(1, min(num_blocks, rows // LEAST_ROWS))
+    most = rows // LEAST_ROWS if together == 1 else -(-rows // together)
+    return max(1, min(num_blocks, most))
 
 
 def joint_error(
@@ -156,7 +177,7 @@ def joint_error_of(
 
 def _joint(errors: Callable[[slice], Tensor], C: Tensor, P: Tensor | None, outputs: Sequence[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=C.device)
-    step, start = max(1, IMPROVED_ELEMENTS // len(C)), 0
+    step, start = whole_segments(IMPROVED_ELEMENTS // len(C)), 0
     for G in outputs:
         cuts = [slice(top, min(top + step, len(G))) for top in range(0, len(G), step)]
         for own in cuts:
@@ -176,15 +197,27 @@ def _joint(errors: Callable[[slice], Tensor], C: Tensor, P: Tensor | None, outpu
 class _Chunk:
     """Rows that see each other, in the order in which they are rounded."""
 
-    def __init__(self, T: Float[Tensor, "rows d_in"], factor: Factor | None, num_blocks: int) -> None:
+    def __init__(
+        self,
+        T: Float[Tensor, "rows d_in"],
+        factor: Factor | None,
+        num_blocks: int,
+        together: int,
+        weights: Float[Tensor, "rows=size"],
+    ) -> None:
+        self._weights = weights if factor is None else weights[factor.order]
         self._order = None if factor is None else factor.order
         self._T = T if factor is None else T[factor.order]
         self._errors = None if factor is None else torch.zeros_like(self._T)
         """T - Q of the rows that are rounded."""
         self._found: list[QuantizedWeight] = []
-        size = -(-len(T) // num_blocks)
+        size = -(-len(T) // (num_blocks * together)) * together
         self.blocks = [slice(start, min(start + size, len(T))) for start in range(0, len(T), size)]
         self._pull = None if factor is None else _pull(factor, self.blocks)
+
+    def weights_of(self, block: int) -> Float[Tensor, "rows=size"]:
+        """Damped G_jj of the block's rows."""
+        return self._weights[self.blocks[block]]
 
     def targets(self, block: int) -> Float[Tensor, "rows d_in"]:
         """What the block should reproduce, now that those before it are rounded."""
@@ -204,11 +237,12 @@ class _Chunk:
         """Better codes for all rows, some at a time."""
         whole = stacked(self._found)
         targets = self._T if self._errors is None else self._targets()
-        step = max(1, IMPROVED_ELEMENTS // self._T.shape[1])
+        step = whole_segments(IMPROVED_ELEMENTS // self._T.shape[1])
         self._found = []
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
-            self._found.append(improve_rows(targets[rows], whole.rows(rows)))
+            of_rows = Rows(parts=(len(targets[rows]),), weights=self._weights[rows])
+            self._found.append(improve_rows(targets[rows], whole.rows(rows), of_rows))
             if self._errors is not None:
                 torch.sub(self._T[rows], self._found[-1].dequantize(self._T.dtype), out=self._errors[rows])
 

@@ -10,7 +10,7 @@ import torch
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import Factor
-from lrpq.quant.gptq import gptq
+from lrpq.quant.gptq import Rows, gptq
 from lrpq.quant.grid import Grid, QuantizedWeight
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def _together(
     weights = [W for _, W in layers]
     stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
     try:
-        found = gptq(stacked, factor, choices, grid=grid, name=" + ".join(name for name, _ in layers))
+        rows = Rows(parts=[len(W) for W in weights])
+        found = gptq(stacked, factor, choices, grid=grid, rows=rows, name=" + ".join(name for name, _ in layers))
     except QuantizationError:
         for name, W in layers if len(layers) > 1 else ():
             gptq(W, factor, choices, grid=grid, name=name)  # the one at fault says so under its own name

@@ -61,7 +61,7 @@ def segment_edges(parts: Sequence[int], device: torch.device | str = "cpu") -> I
 
 
 def whole_segments(rows: int) -> int:
-    """About so many rows that no segment is cut where a layer is taken apart every so many rows; at least one segment."""
+    """About so many rows, at least one segment, that cut none where a layer is taken apart every so many."""
     return max(1, rows // SEGMENT_ROWS) * SEGMENT_ROWS
 
 
@@ -76,7 +76,8 @@ def summed(errors: Float[Tensor, "rows=d_out"]) -> Float[Tensor, "rows=d_out"]:
     """The sum over a row's segment, for every row."""
     segment = torch.arange(len(errors), device=errors.device) // SEGMENT_ROWS
     padded = torch.nn.functional.pad(errors, (0, -len(errors) % SEGMENT_ROWS))
-    return padded.view(-1, SEGMENT_ROWS).sum(1)[segment]
+    found: Tensor = padded.view(-1, SEGMENT_ROWS).sum(1)[segment]
+    return found
 
 
 def codebook(bits: int, device: torch.device | str = "cpu") -> Float[Tensor, "states=size"]:
@@ -91,7 +92,8 @@ def codebook(bits: int, device: torch.device | str = "cpu") -> Float[Tensor, "st
 @lru_cache(maxsize=64)
 def _on(bits: int, device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return load(files("lrpq.quant").joinpath(_CODEBOOKS).read_bytes())[f"bits_{bits}"].float()
+        books: dict[str, Tensor] = load(files("lrpq.quant").joinpath(_CODEBOOKS).read_bytes())
+        return books[f"bits_{bits}"].float()
     return _on(bits, torch.device("cpu")).to(device)
 
 
@@ -103,8 +105,8 @@ def values(codes: Int8[Tensor, "d_out d_in"], bits: int, rows: slice = slice(Non
         bits: of a symbol.
         rows: those that are wanted, consecutive.
     """
-    # index_select wants int32 or int64; the states of some rows at a time are small beside the weights of a layer
-    return codebook(bits, codes.device)[states(codes, bits, rows)]
+    found: Tensor = codebook(bits, codes.device)[states(codes, bits, rows)]
+    return found
 
 
 def states(codes: Int8[Tensor, "d_out d_in"], bits: int, rows: slice = slice(None)) -> Int[Tensor, "rows d_in"]:
@@ -112,7 +114,7 @@ def states(codes: Int8[Tensor, "d_out d_in"], bits: int, rows: slice = slice(Non
     own = torch.arange(len(codes), device=codes.device)[rows]
     first = own // SEGMENT_ROWS * SEGMENT_ROWS
     length = torch.clamp(len(codes) - first, max=SEGMENT_ROWS)
-    found = torch.zeros(len(own), codes.shape[1], dtype=torch.int32, device=codes.device)
+    found: Tensor = torch.zeros(len(own), codes.shape[1], dtype=torch.int32, device=codes.device)
     for back in range(-(-STATE_BITS // bits)):
         above = first + torch.remainder(own - first - back, length)
         found += (codes[above].to(torch.int32) + (1 << (bits - 1))) << (bits * back)

@@ -14,16 +14,17 @@ from lrpq.model.layers import Choice
 from lrpq.quant.correction import correct, target_error
 from lrpq.quant.doubts import Doubts
 from lrpq.quant.factor import Factor, factorize
-from lrpq.quant.gptq import Rounding, gptq, row_chunks
+from lrpq.quant.gptq import Rounding, Rows, gptq, row_chunks
 from lrpq.quant.grid import Grid, QuantizedWeight, fetch, power_of_two
 from lrpq.quant.hessian import factor_damped, normalized
 from lrpq.quant.polish import Polisher, polish
-from lrpq.quant.row_feedback import DEFAULT_BLOCKS, RowBlocks, interacts, joint_error_of, stacked
+from lrpq.quant.row_feedback import DEFAULT_BLOCKS, RowBlocks, interacts, joint_error_of, row_weights, stacked
+from lrpq.quant.trellis import SEGMENT_ROWS, summed
 from lrpq.refine.products import SiteProducts
 from lrpq.refine.row_parts import row_parts
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
 ALONE_ELEMENTS = 2**27
@@ -66,7 +67,7 @@ def quantize_refined(
     The corrected target is W + a W D (C + damping)^-1, with P for W D where there is one. A row's calibration error is
     the weighted distance between the output that is wanted (quant/correction.py) and its quantized output on the real
     inputs; each row keeps the better of the corrected and the plain codes. Rows do not interact in GPTQ, so this guard
-    can act on each.
+    can act on each; of a trellis it acts on segments.
 
     Args:
         W: original weights, float32.
@@ -105,9 +106,11 @@ def quantize_refined(
     for rows, prefix, of_rows in zip(cuts, prefixes, chunks, strict=True):
         target = corrected.pop(0)
         if prefix is None or target is None:
-            rounded = _Rounded(target=W[rows], weight=gptq(W[rows], factor, [choice], grid=grid, name=name)[0])
+            own = _rows(W[rows], of_rows)
+            weight = gptq(W[rows], factor, [choice], grid=grid, rows=own, name=name)[0]
+            rounded = _Rounded(target=W[rows], weight=weight)
         else:
-            rounded = prefix.better(target, *_round_both(W[rows], target, factor, choice, grid, name))
+            rounded = prefix.better(target, *_round_both(W[rows], target, factor, choice, of_rows, grid, name), of_rows)
         del target
         found.append(
             _finished(W[rows], C, prefix, rounded, factor, choice, of_rows, row_blocks, polish_rounds, grid, name)
@@ -159,7 +162,7 @@ def _finished(
 ) -> _Part:
     """Blocks of rows that make up for each other's errors, or polished rows on their own."""
     weight: QuantizedWeight | None = None
-    together = outputs is not None and interacts(outputs, num_blocks=row_blocks)
+    together = outputs is not None and interacts(outputs, num_blocks=row_blocks, together=_together(choice))
     if outputs is not None and together:
         outputs = [G.to(W.device) for G in outputs]
         weight = _with_feedback(W, C, prefix, rounded, factor, choice, outputs, row_blocks, polish_rounds, grid, name)
@@ -167,19 +170,38 @@ def _finished(
     if weight is None:
         weight = rounded.weight
         if polish_rounds:
-            polished = polish(rounded.target, [weight], C, rounds=polish_rounds, name=name)[0].weight
-            weight = polished if prefix is None else prefix.lower(polished, weight)
+            own = _rows(W, outputs)
+            polished = polish(rounded.target, [weight], C, rounds=polish_rounds, rows=own, name=name)[0].weight
+            weight = polished if prefix is None else prefix.lower(polished, weight, outputs)
     return _Part(weight=weight, rejected_rows=rounded.rejected_rows, alone=alone)
 
 
+def _rows(W: Tensor, outputs: Sequence[Tensor] | None, *, times: int = 1) -> Rows:
+    """The rows of a layer's part, so many times over."""
+    return Rows(parts=[len(W)] * times, weights=None if outputs is None else row_weights(outputs).repeat(times))
+
+
+def _together(choice: Choice) -> int:
+    """Rows that stay side by side."""
+    return SEGMENT_ROWS if choice.trellis else 1
+
+
 def _round_both(
-    W: Tensor, corrected: Tensor, factor: Factor, choice: Choice, grid: Grid, name: str
+    W: Tensor,
+    corrected: Tensor,
+    factor: Factor,
+    choice: Choice,
+    outputs: Sequence[Tensor] | None,
+    grid: Grid,
+    name: str,
 ) -> tuple[QuantizedWeight, QuantizedWeight]:
     """Codes of the plain and of the corrected weights, in one sweep but where one of them fills a GPU."""
     if W.is_cuda and W.numel() >= ALONE_ELEMENTS:
-        plain, with_correction = (gptq(T, factor, [choice], grid=grid, name=name)[0] for T in (W, corrected))
+        own = _rows(W, outputs)
+        plain, with_correction = (gptq(T, factor, [choice], grid=grid, rows=own, name=name)[0] for T in (W, corrected))
     else:
-        both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, name=name)[0]
+        own = _rows(W, outputs, times=2)
+        both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, rows=own, name=name)[0]
         plain, with_correction = both.split([len(W), len(W)])
     return plain, with_correction
 
@@ -205,8 +227,8 @@ def _with_feedback(
     """
     doubts = Doubts()
     rounding = Rounding(factor, [choice], grid=grid, doubts=doubts, name=name)
-    blocks = RowBlocks(rounded.target, outputs, num_blocks=row_blocks, name=name)
-    blocks.round(lambda T: rounding(T)[0])
+    blocks = RowBlocks(rounded.target, outputs, num_blocks=row_blocks, together=_together(choice), name=name)
+    blocks.round(lambda T, rows: rounding(T, rows=rows)[0])
     hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
 
     def error(weight: QuantizedWeight) -> Tensor:
@@ -218,7 +240,7 @@ def _with_feedback(
     if polish_rounds:
         polisher = Polisher(C, doubts=doubts, name=name)
         for _ in range(polish_rounds):
-            blocks.improve(lambda T, q: polisher(T, [q], rounds=1)[0].weight)
+            blocks.improve(lambda T, q, rows: polisher(T, [q], rounds=1, rows=rows)[0].weight)
             now = blocks.weight()
             best, least = _lower(now, error(now), best, least)
         del polisher
@@ -296,9 +318,15 @@ class _Prefix:
         ]
         return torch.cat(errors)
 
-    def better(self, corrected: Tensor, plain: QuantizedWeight, with_correction: QuantizedWeight) -> _Rounded:
+    def better(
+        self,
+        corrected: Tensor,
+        plain: QuantizedWeight,
+        with_correction: QuantizedWeight,
+        outputs: Sequence[Tensor] | None,
+    ) -> _Rounded:
         """Of every row the better of the plain codes and those of the corrected weights."""
-        kept = self.error(with_correction) <= self.error(plain)
+        kept = ~_is_more(self.error(with_correction), self.error(plain), plain.choice, outputs)
         row = kept.unsqueeze(1)
         return _Rounded(
             target=torch.where(row, corrected, self.W),
@@ -310,11 +338,26 @@ class _Prefix:
             rejected_rows=len(kept) - int(kept.sum()),
         )
 
-    def lower(self, after: QuantizedWeight, before: QuantizedWeight) -> QuantizedWeight:
+    def lower(
+        self, after: QuantizedWeight, before: QuantizedWeight, outputs: Sequence[Tensor] | None
+    ) -> QuantizedWeight:
         """``after``, but for the rows whose error it raises."""
-        worse = (self.error(after) > self.error(before)).unsqueeze(1)
+        worse = _is_more(self.error(after), self.error(before), after.choice, outputs).unsqueeze(1)
         return replace(
             after,
             codes=torch.where(worse, before.codes, after.codes),
             scales=torch.where(worse, before.scales, after.scales),
         )
+
+
+def _is_more(
+    one: Float[Tensor, "rows=d_out"],
+    other: Float[Tensor, "rows=d_out"],
+    choice: Choice,
+    outputs: Sequence[Tensor] | None,
+) -> Bool[Tensor, "rows=d_out"]:
+    """Whether a row's error is the larger one; of a trellis that of its segment, rows weighed as in rounding."""
+    grown = one - other
+    if choice.trellis:
+        grown = summed(grown if outputs is None else grown * row_weights(outputs).to(grown.device))
+    return ~(grown <= 0)

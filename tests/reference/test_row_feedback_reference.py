@@ -11,7 +11,7 @@ from torch import Tensor
 from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import factorize
-from lrpq.quant.gptq import Rounding, gptq
+from lrpq.quant.gptq import Rounding, Rows, gptq
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum
 from lrpq.quant.polish import Polisher
@@ -41,7 +41,7 @@ def weights(seed: int, rows: int = ROWS) -> Tensor:
     return torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def nearest(T: Tensor) -> QuantizedWeight:
+def nearest(T: Tensor, _: Rows | None = None) -> QuantizedWeight:
     return round_to_nearest(T, CHOICE)
 
 
@@ -86,8 +86,8 @@ def test_improved_rows_see_the_errors_that_the_others_had(monkeypatch: pytest.Mo
     order = torch.argsort(G.diagonal(), descending=True, stable=True)
     seen: list[Tensor] = []
 
-    def improved(targets: Tensor, found: QuantizedWeight) -> QuantizedWeight:
-        assert found.codes.shape == targets.shape
+    def improved(targets: Tensor, found: QuantizedWeight, rows: Rows) -> QuantizedWeight:
+        assert found.codes.shape == targets.shape and rows.parts == (len(targets),)
         seen.append(targets.clone())
         return nearest(0.9 * targets)
 
@@ -104,7 +104,7 @@ def test_improved_rows_see_the_errors_that_the_others_had(monkeypatch: pytest.Mo
             best = torch.zeros_like(T)
             best[left] = torch.linalg.inv(damped[left][:, left]) @ damped[left][:, done] @ D[done]
             expected[block] += best[block]
-        assert len(seen) == (1 if at_once is None else 6)
+        assert len(seen) == (1 if at_once is None else 4)
         torch.testing.assert_close(torch.cat(seen), expected[order], rtol=1e-9, atol=1e-9)
         wanted = nearest(0.9 * torch.cat(seen))
         assert torch.equal(blocks.weight().codes[order], wanted.codes)
@@ -153,8 +153,8 @@ def test_a_polish_that_raises_the_joint_error_is_given_up() -> None:
 
     rounding, polisher = Rounding(factorize(C), [CHOICE], grid=Grid.SIGNED), Polisher(C)
     blocks = RowBlocks(W, [G], num_blocks=8)
-    blocks.round(lambda rows: rounding(rows)[0])
-    blocks.improve(lambda rows, q: polisher(rows, [q], rounds=1)[0].weight)
+    blocks.round(lambda T, rows: rounding(T, rows=rows)[0])
+    blocks.improve(lambda T, q, rows: polisher(T, [q], rounds=1, rows=rows)[0].weight)
     polished, before = (
         float(joint_error(q.dequantize(torch.float32) - W, C, None, [G])) for q in (blocks.weight(), plain.weight)
     )

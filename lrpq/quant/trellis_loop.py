@@ -1,0 +1,120 @@
+"""GPTQ and coordinate descent with trellis codes: what a column should be comes from the columns before it, and its
+codes from Viterbi's algorithm (quant/trellis.py).
+
+In GPTQ rows do not interact, and a factor of a row cannot change its codes. Here a segment's rows share a stream and
+so share its errors out: a column's codes minimise sum_j c_j s_j^2 (t_j / s_j - q_j)^2, with c_j the curvature at the
+row's output. Descent takes a column at a time to the best stream given all other columns: with D = T - Q the target is
+Q_k + (D H)_k / H_kk, the same loop with another factor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lrpq.kernels.trellis import round_segments
+from lrpq.model.layers import Choice
+from lrpq.quant.column_loop import halvings
+from lrpq.quant.factor import Factor
+from lrpq.quant.grid import QuantizedWeight, group_width
+from lrpq.quant.stored_scales import storable
+from lrpq.quant.trellis import codebook
+
+if TYPE_CHECKING:
+    from jaxtyping import BFloat16, Float, Int, Int8, Int32, Int64
+
+_LEAF_COLUMNS = {"cpu": 32, "cuda": 64}
+"""Columns of one call: on a GPU a segment's errors are fed back by one program, beside what its codes take."""
+_SMALLEST_UNIT = 2.0**-60
+"""Of a group of zeros, whose codes are the smallest values there are."""
+
+
+def trellis_scales(
+    Wt: Float[Tensor, "d_in d_out"], importance: Float[Tensor, "columns=d_in"], choice: Choice
+) -> BFloat16[Tensor, "d_out groups"]:
+    """Root mean squares of the groups, weighed by importance, as stored: codebooks are for a variance of 1."""
+    d_in, d_out = Wt.shape
+    width = group_width(choice, d_in)
+    groups = Wt.float().view(d_in // width, width, d_out)
+    weights = importance.float().view(-1, width, 1)
+    total = weights.sum(1)
+    dead = total <= 0
+    weights = torch.where(dead.unsqueeze(1), 1.0, weights / total.clamp(min=torch.finfo(total.dtype).tiny).unsqueeze(1))
+    largest = groups.abs().amax(1)
+    unit = torch.where(largest > 0, largest, 1.0)
+    mean = ((groups / unit.unsqueeze(1)).square() * weights).sum(1) / weights.sum(1)
+    scales = torch.where(largest > 0, mean.sqrt() * unit, _SMALLEST_UNIT)
+    # where the important weights of a group are zeros, the others still need values
+    scales = torch.maximum(scales, unit * 2.0**-10 * (largest > 0))
+    return storable(scales.T.contiguous(), 3, choice.scale_bits).bfloat16()
+
+
+def gptq_trellis(
+    Wt: Float[Tensor, "d_in rows"],
+    factor: Factor,
+    S: Float[Tensor, "runs rows"],
+    choice: Choice,
+    weights: Float[Tensor, "rows=size"],
+    edges: Int32[Tensor, "edges=size"],
+) -> Int8[Tensor, "d_in rows"]:
+    """Codes of the weights, whose columns are in the order of the sweep, as the codes' are.
+
+    FLOPs: d_in^2 a row as GPTQ's, and 2^14 (1 + 32/128) d_in a row.
+    """
+    return _sweep(Wt.clone(), Wt, factor.R, S, factor.order // (len(Wt) // len(S)), choice, weights, edges)
+
+
+def descend_trellis(
+    T: Float[Tensor, "rows d_in"],
+    quantized: QuantizedWeight,
+    H: Float[Tensor, "d_in d_in"],
+    weights: Float[Tensor, "rows=size"],
+    edges: Int32[Tensor, "edges=size"],
+) -> QuantizedWeight:
+    """One sweep over the columns, each to the best stream given all others; columns by falling H_kk.
+
+    A column whose H_kk is zero goes to its own target. Twice GPTQ's products.
+    """
+    d_in = T.shape[1]
+    diagonal = H.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
+    Q = quantized.dequantize(torch.float32)
+    pull = ((T - Q) @ H).mul_(inverse)
+    pull += torch.where(diagonal > 0, 0.0, T - Q)
+    Qt = Q.T[order].contiguous()
+    targets = Qt + pull.T[order]
+    R = (H * inverse)[order][:, order]
+    width = d_in // quantized.scales.shape[1]
+    S = quantized.scales.T.float().contiguous()
+    codes = _sweep(targets, Qt, R, S, order // width, quantized.choice, weights, edges)
+    found = torch.empty_like(quantized.codes)
+    found[:, order] = codes.T
+    return QuantizedWeight(codes=found, scales=quantized.scales, choice=quantized.choice)
+
+
+def _sweep(
+    T: Float[Tensor, "d_in rows"],
+    W: Float[Tensor, "d_in rows"],
+    R: Float[Tensor, "d_in d_in"],
+    S: Float[Tensor, "runs rows"],
+    runs: Int[Tensor, "columns=size"],
+    choice: Choice,
+    weights: Float[Tensor, "rows=size"],
+    edges: Int32[Tensor, "edges=size"],
+) -> Int8[Tensor, "d_in rows"]:
+    """Targets, of which errors W - Q are made, through all columns by halves, as `lrpq.quant.column_loop` does."""
+    codes = torch.empty(T.shape, dtype=torch.int8, device=T.device)
+    book, S = codebook(choice.bits, T.device), S.contiguous()
+    rows_of: Int64[Tensor, columns] = runs.to(torch.int64)
+    for first, middle, last in halvings(0, len(T), _LEAF_COLUMNS[T.device.type]):
+        if middle == last:
+            k = slice(first, last)
+            round_segments(
+                T[k], W[k], S, R[k, k], weights, rows_of[k], book, codes[k], edges, bits=choice.bits
+            )  # fmt: skip
+        else:
+            T[middle:last].addmm_(R[first:middle, middle:last].T, T[first:middle])
+    return codes
