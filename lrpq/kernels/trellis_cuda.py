@@ -14,7 +14,7 @@ from lrpq.kernels.threads import on_device_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WARPS = 8
+_WARPS = 4
 _ROWS = 128
 """Of a segment, at most."""
 
@@ -81,7 +81,7 @@ def _round_segments(
         tl.store(weight + row, by)
         tl.debug_barrier()
         cost = _walk(x, weight, here - edge, 2 * edge, here, -1, values, back, history, SYMBOLS, KEPT)
-        state = tl.argmin(tl.reshape(cost, (SYMBOLS * KEPT,)), axis=0)
+        state = _least(cost, history, SYMBOLS, KEPT)
         tl.debug_barrier()  # what leaves each history was noted by all threads
         for i in range(edge):
             state = _before(state, back + (2 * edge - 1 - i) * KEPT, BITS, KEPT)
@@ -89,7 +89,7 @@ def _round_segments(
         tl.debug_barrier()
         cost = _walk(x, weight, 0, here, here, meet, values, back, history, SYMBOLS, KEPT)
         cost = tl.where((history == meet)[None, :], cost, 1e31)
-        state = tl.argmin(tl.reshape(cost, (SYMBOLS * KEPT,)), axis=0)
+        state = _least(cost, history, SYMBOLS, KEPT)
         tl.debug_barrier()
         for i in range(here):
             at = here - 1 - i
@@ -102,6 +102,14 @@ def _round_segments(
         tl.store(T + k * rows + own, w - value * s, mask=valid)
         tl.store(codes + k * rows + own, ((states & (SYMBOLS - 1)) - SYMBOLS // 2).to(tl.int8), mask=valid)
         tl.debug_barrier()  # the next column reads errors that other threads have written
+
+
+@triton.jit
+def _least(cost, history, SYMBOLS: tl.constexpr, KEPT: tl.constexpr):
+    """The first of the states of least cost. Not by argmin of the costs in one row, which on an H200 finds others."""
+    state = tl.arange(0, SYMBOLS)[:, None] * KEPT + history[None, :]
+    least = tl.min(tl.min(cost, axis=0), axis=0)
+    return tl.min(tl.min(tl.where(cost == least, state, SYMBOLS * KEPT), axis=0), axis=0)
 
 
 @triton.jit
