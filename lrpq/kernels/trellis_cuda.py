@@ -14,7 +14,9 @@ from lrpq.kernels.threads import on_device_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WARPS = 4
+_WARPS = {2: 4, 3: 4, 4: 2, 5: 2, 6: 2}
+"""By width: the fastest of 2, 4, 8 and 16 on an H200. More warps wait for each other more: .45, 1.1 and 2.5 s a 10,000
+columns at 3 bits with 4, 8 and 16 of them (docs/log.md)."""
 _ROWS = 128
 """Of a segment, at most."""
 
@@ -44,7 +46,7 @@ def round_segments(
         _round_segments[(segments,)](
             T, W, S, R, weights, runs, book, codes, edges, back, x, weight, found,
             num_columns, rows, R.stride(0), R.stride(1),
-            BITS=bits, SYMBOLS=1 << bits, KEPT=kept, ROWS=_ROWS, EDGE=edge_rows, num_warps=_WARPS,
+            BITS=bits, SYMBOLS=1 << bits, KEPT=kept, ROWS=_ROWS, EDGE=edge_rows, num_warps=_WARPS[bits],
         )  # fmt: skip
 
 

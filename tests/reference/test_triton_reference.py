@@ -304,3 +304,24 @@ def test_equations_of_rows_are_solved(groups: int, device: str) -> None:
     reached = torch.einsum("rgh,rh->rg", A[fine], ds.cpu()[fine])
     assert torch.allclose(reached / units[fine, 0], b[fine] / units[fine, 0], rtol=1e-9, atol=1e-9)
     assert torch.allclose(ds.cpu()[fine], exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array")  # by the interpreter, of the length of a loop
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [2, 5])
+def test_the_streams_of_a_gpu_are_those_of_a_cpu(bits: int, device: str) -> None:
+    """Nearly all symbols, whole segments and a short one, errors fed back; and errors as good where some differ."""
+    from lrpq.kernels.trellis import EDGE_ROWS, round_segments
+    from lrpq.kernels.trellis_cuda import round_segments as on_gpu
+    from lrpq.quant.trellis import codebook, segment_edges
+
+    columns, rows = 3, 150
+    W, R = numbers(columns, rows, seed=1), 0.2 * numbers(columns, columns, seed=2)
+    S, weights = numbers(1, rows, seed=3).abs() + 0.5, numbers(rows, seed=4).abs() + 0.1
+    runs, codes = torch.zeros(columns, dtype=torch.int64), torch.empty(columns, rows, dtype=torch.int8)
+    given = W.clone(), W, S, R, weights, runs, codebook(bits), codes, segment_edges([rows])
+    there = [x.to(device, copy=True) for x in given]
+    round_segments(*given, bits=bits)
+    on_gpu(*there, bits=bits, edge_rows=EDGE_ROWS)
+    assert (there[7].cpu() == codes).double().mean() > 0.98
+    torch.testing.assert_close(there[0].cpu().square().mean(), given[0].square().mean(), rtol=0.01, atol=0)
