@@ -20,7 +20,7 @@ from lrpq.quant.column_loop import halvings
 from lrpq.quant.factor import Factor
 from lrpq.quant.grid import QuantizedWeight, group_width
 from lrpq.quant.stored_scales import storable
-from lrpq.quant.trellis import LEFT, codebook
+from lrpq.quant.trellis import LEFT, check_width, codebook
 
 if TYPE_CHECKING:
     from jaxtyping import BFloat16, Float, Int, Int8, Int32, Int64
@@ -51,6 +51,7 @@ def trellis_scales(
     row. The more bits, the more a weight counts that is cut off: on layers of Gemma 3 this leaves .85, .4 and .2 times
     the error of root mean squares at 3, 5 and 6 bits (docs/log.md).
     """
+    check_width(choice.bits)
     d_in, d_out = Wt.shape
     width = group_width(choice, d_in)
     groups = Wt.float().view(d_in // width, width, d_out).abs()
