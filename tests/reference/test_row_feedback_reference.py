@@ -87,7 +87,8 @@ def test_improved_rows_see_the_errors_that_the_others_had(monkeypatch: pytest.Mo
     seen: list[Tensor] = []
 
     def improved(targets: Tensor, found: QuantizedWeight, rows: Rows) -> QuantizedWeight:
-        assert found.codes.shape == targets.shape and rows.parts == (len(targets),)
+        assert found.codes.shape == targets.shape
+        assert rows.parts == (len(targets),)
         seen.append(targets.clone())
         return nearest(0.9 * targets)
 

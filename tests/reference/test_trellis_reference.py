@@ -140,20 +140,22 @@ def test_of_a_few_rows_no_stream_with_the_same_end_is_better() -> None:
     streams = torch.cartesian_prod(*[torch.arange(-2, 2, dtype=torch.int8)] * rows)
     decoded = values(streams.T.contiguous(), bits).T.double()
     T, W, weights = numbers(columns, rows, seed=1), numbers(columns, rows, seed=2), numbers(rows, seed=3).abs()
-    codes, errors = rounded(T, bits, W=W, weights=weights)
-    for t, w, code, error in zip(T.double(), W.double(), codes, errors.double(), strict=True):
-        costs = ((t - decoded).square() * weights.double()).sum(1)
+    S = numbers(columns, rows, seed=4).abs() + 0.3
+    codes, errors = rounded(T, bits, S=S, W=W, weights=weights)
+    for t, w, s, code, error in zip(T.double(), W.double(), S.double(), codes, errors.double(), strict=True):
+        costs = ((t - s * decoded).square() * weights.double()).sum(1)
         own = int((streams == code).all(1).nonzero())
         alike = (streams[:, 3:] == code[3:]).all(1)
         assert int(alike.sum()) == 4**3
         assert costs[own] <= costs[alike].min() * (1 + 1e-5)
-        torch.testing.assert_close(error, w - decoded[own], rtol=0, atol=1e-6)
+        torch.testing.assert_close(error, w - s * decoded[own], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("bits", "rows", "best_share"), [(6, 128, 0.7), (6, 44, 0.68), (5, 128, 0.63), (4, 128, 0.37)])
+@pytest.mark.parametrize(("bits", "rows", "best_share"), [(6, 128, 0.7), (6, 44, 0.68)])
 def test_streams_are_nearly_the_best_of_all(bits: int, rows: int, best_share: float) -> None:
-    """The share that is was measured on 64 to 128; the others have a history that is not the best, and on average up to
-    1.7% more error. Histories at random have 15 to 85% more."""
+    """The share that is was measured on 64 to 128 columns; the others have a history that is not the best, and on
+    average up to 1.7% more error (4 and 5 bits the same, shares of .37 and .63). Histories at random have 15 to 85%
+    more."""
     T, weights = numbers(12, rows, seed=bits), numbers(rows, seed=rows).abs() + 0.1
     codes, errors = rounded(T, bits, weights=weights)
     torch.testing.assert_close(errors, T - read_by_bits(codes.T, bits).T, rtol=0, atol=1e-6)
@@ -298,6 +300,15 @@ def test_descent_takes_each_column_to_its_best_stream_given_all_others() -> None
     assert (after.codes != before.codes).double().mean() > 0.1
 
 
+def test_descent_takes_a_dead_input_to_its_own_weights() -> None:
+    T, H = numbers(ROWS, 32, seed=12), hessian(32)
+    H[7] = H[:, 7] = 0.0
+    q = replace(gptq(T, factorize(hessian(32)), [CHOICE])[0], codes=any_codes(ROWS, 32, 3))
+    found = descend_trellis(T, q, H, torch.ones(ROWS), segment_edges([ROWS]))
+    expected, _ = rounded(T.T[7:8].contiguous(), 3, S=q.scales.T[:1].float())
+    assert (found.codes[:, 7] == expected[0]).double().mean() > 0.99
+
+
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_polish_raises_no_segments_error(rounds: int) -> None:
     """Rows weighed as they were rounded; restored rows are whole segments."""
@@ -312,6 +323,7 @@ def test_polish_raises_no_segments_error(rounds: int) -> None:
     ]
     assert (sums[0] <= sums[1] * (1 + 1e-5)).all()
     assert sums[0].sum() < 0.95 * sums[1].sum()
+    assert found.changed_codes > 0.01 * T.numel()
     assert all(part.all() or not part.any() for part in torch.split(found.restored, SEGMENT_ROWS))
 
 
@@ -397,6 +409,24 @@ def test_rows_make_up_for_each_others_errors_behind_a_corrected_prefix() -> None
     assert found < 0.6 * excess(CHOICE, None)
     assert found < 0.8 * excess(replace(CHOICE, trellis=False), [G])
     assert found < 0.01 * float(torch.trace(G.double() @ nothing @ C @ nothing.T))
+
+
+def test_the_better_of_plain_and_corrected_codes_is_kept_by_segments() -> None:
+    """A correction that hardly matters: rows gain and lose side by side, and segments stay whole."""
+    d_in = 32
+    W, H, D = numbers(ROWS, d_in, seed=30), hessian(d_in), 0.002 * numbers(d_in, d_in, seed=34)
+    products = SiteProducts(hessian=HessianSum(xx=H.triu(), weight_sum=1.0, num_tokens=400), shift=D)
+    kept, plain = (
+        quantize_refined(W, products, CHOICE, strength=strength, polish_rounds=0, name="w") for strength in (1.0, 0.0)
+    )
+    same = [part.all() for part in torch.split(kept.weight.codes == plain.weight.codes, SEGMENT_ROWS)]
+    assert kept.rejected_rows == sum(size for size, whole in zip((128, 128, 44), same, strict=True) if whole)
+    errors = []
+    for refined in (kept, plain):
+        dW = refined.weight.dequantize().double() - W.double()
+        errors.append(((dW @ H.double() - 2.0 * W.double() @ D.double()) * dW).sum(1))
+    assert (by_segment(errors[0]) <= by_segment(errors[1]) + 1e-4).all()
+    assert (errors[0] > errors[1]).double().mean() > 0.05
 
 
 def test_controls_have_uniform_grids_of_as_many_bits() -> None:
