@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STATE_BITS = 12
-"""Of the stream, that decide on a value. 10 leave 6 to 43% more error at 2 to 6 bits, and take a quarter of the
+"""Of the stream, that decide on a value. 10 leave 7 to 43% more error at 2 to 6 bits, and take a quarter of the
 time."""
 SEGMENT_ROWS = 128
 """Of a stream. Those of one column are found side by side, so that fewer rows would keep a GPU busier; each has its
