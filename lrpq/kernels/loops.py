@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+FARTHEST = np.float32(2.0**20)
+"""In units of its scale, where a trellis's target is cut: codebooks end near 4, and squares must not overflow."""
 LANES = 64
 """Rows that go through a loop together, contiguous in memory: a few vector registers of any CPU."""
 _LARGEST = np.finfo(np.float32).max
@@ -246,7 +248,7 @@ def round_segments(
                 for i in range(rows):
                     t[i] += pull * error[i]
             for i in range(rows):
-                x[i] = t[i] / s[i]
+                x[i] = min(max(t[i] / s[i], -FARTHEST), FARTHEST)
                 weight[i] = weights[first + i] * (s[i] * s[i])
             total = np.float32(0.0)
             for i in range(rows):

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lrpq.kernels.loops import FARTHEST
 from lrpq.kernels.threads import on_device_of
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def round_segments(
         _round_segments[(segments,)](
             T, W, S, R, weights, runs, book, codes, edges, back, x, weight, found,
             num_columns, rows, R.stride(0), R.stride(1),
-            BITS=bits, SYMBOLS=1 << bits, KEPT=kept, ROWS=_ROWS, EDGE=edge_rows, num_warps=_WARPS[bits],
+            BITS=bits, SYMBOLS=1 << bits, KEPT=kept, ROWS=_ROWS, EDGE=edge_rows, FARTHEST=float(FARTHEST),
+            num_warps=_WARPS[bits],
         )  # fmt: skip
 
 
@@ -55,6 +57,7 @@ def _round_segments(
     T, W, S, R, weights, runs, book, codes, edges, back, x, weight, found,
     num_columns, rows, R_row, R_column,
     BITS: tl.constexpr, SYMBOLS: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr,
+    FARTHEST: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     first = tl.load(edges + segment)
@@ -79,7 +82,7 @@ def _round_segments(
         by = row_weights * s * s
         total = tl.sum(by, axis=0)
         by = by * tl.where(total > 0, here / total, 1.0)
-        tl.store(x + row, t / s)
+        tl.store(x + row, tl.minimum(tl.maximum(t / s, -FARTHEST), FARTHEST))
         tl.store(weight + row, by)
         tl.debug_barrier()
         cost = _walk(x, weight, here - edge, 2 * edge, here, -1, values, back, history, SYMBOLS, KEPT)

@@ -109,8 +109,15 @@ class Rows:
 
     @classmethod
     def of(cls, W: Float[Tensor, "rows d_in"], rows: Rows | None) -> Rows:
-        """Those of one layer where nothing is said."""
-        return rows if rows is not None else cls(parts=(len(W),))
+        """Those of one layer where nothing is said.
+
+        Raises:
+            QuantizationError: they are not those of W.
+        """
+        rows = rows if rows is not None else cls(parts=(len(W),))
+        if sum(rows.parts) != len(W) or (rows.weights is not None and len(rows.weights) != len(W)):
+            raise QuantizationError(f"{len(W)} rows, and parts of {list(rows.parts)}; they must be of one weight")
+        return rows
 
     def weights_on(self, W: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows=size"]:
         """The weights as float32 where W is."""

@@ -14,7 +14,7 @@ from lrpq.quant.descent import descend, descend_checked
 from lrpq.quant.doubts import Doubts
 from lrpq.quant.gptq import Rows, loss_of
 from lrpq.quant.grid import QuantizedWeight, power_of_two
-from lrpq.quant.refit import refit_checked
+from lrpq.quant.refit import refit, refit_checked
 from lrpq.quant.trellis import segment_edges, summed
 from lrpq.quant.trellis_loop import descend_trellis
 
@@ -140,7 +140,7 @@ class Polisher:
         if not before.choice.trellis:
             return self(T, [before], rounds=rounds)[0]
         edges, weights = segment_edges(rows.parts, T.device), rows.weights_on(T)
-        T, found = T.to(self._damped.dtype), refit_checked(T, before, self._damped).weight
+        T, found = T.to(self._damped.dtype), refit(T, before, self._damped, name=self._name).weight
         for _ in range(rounds):
             found = descend_trellis(T, found, self._damped, weights, edges)
             found = refit_checked(T, found, self._damped).weight

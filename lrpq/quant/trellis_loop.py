@@ -18,7 +18,7 @@ from lrpq.kernels.trellis import round_segments
 from lrpq.model.layers import Choice
 from lrpq.quant.column_loop import halvings
 from lrpq.quant.factor import Factor
-from lrpq.quant.grid import QuantizedWeight, group_width
+from lrpq.quant.grid import QuantizedWeight, group_width, power_of_two
 from lrpq.quant.stored_scales import storable
 from lrpq.quant.trellis import LEFT, check_width, codebook
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _LEAF_COLUMNS = {"cpu": 32, "cuda": 64}
 """Columns of one call: on a GPU a segment's errors are fed back by one program, beside what its codes take."""
-_SMALLEST_UNIT = 2.0**-60
-"""Of a group of zeros, whose codes are the smallest values there are."""
+_SMALLEST, _SMALLEST_UNIT = 2.0**-40, 2.0**-100
+"""Scale of a group of zeros, in units of the layer's largest weight, and where all are zero."""
 _LEAST_MEAN = 2.0**-10
 """Of a group, in units of its largest weight."""
 _WITHIN = 2.5
@@ -70,7 +70,9 @@ def trellis_scales(
         error = LEFT[choice.bits] * s.square() + (beyond * weights).sum(1)
         best = torch.where(error < least, s, best)
         least = torch.minimum(error, least)
-    scales = torch.where(largest > 0, best * unit, _SMALLEST_UNIT)
+    # a group of zeros has the smallest values there are
+    none = torch.clamp(_SMALLEST * largest.amax(), min=_SMALLEST_UNIT)
+    scales = torch.where(largest > 0, best * unit, none)
     return storable(scales.T.contiguous(), 3, choice.scale_bits).bfloat16()
 
 
@@ -128,9 +130,14 @@ def _sweep(
     weights: Float[Tensor, "rows=size"],
     edges: Int32[Tensor, "edges=size"],
 ) -> Int8[Tensor, "d_in rows"]:
-    """Targets, of which errors W - Q are made, through all columns by halves, as `lrpq.quant.column_loop` does."""
+    """Targets, of which errors W - Q are made, through all columns by halves, as `lrpq.quant.column_loop` does.
+
+    All in units of a power of two near the largest scale, whose squares then neither vanish nor overflow.
+    """
+    unit = power_of_two(S.amax())
     codes = torch.empty(T.shape, dtype=torch.int8, device=T.device)
-    book, S = codebook(choice.bits, T.device), S.contiguous()
+    book, S, W, R = codebook(choice.bits, T.device), (S / unit).contiguous(), W / unit, R.float()
+    T.div_(unit)
     rows_of: Int64[Tensor, columns] = runs.to(torch.int64)
     for first, middle, last in halvings(0, len(T), _LEAF_COLUMNS[T.device.type]):
         if middle == last:

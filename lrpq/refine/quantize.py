@@ -19,7 +19,7 @@ from lrpq.quant.grid import Grid, QuantizedWeight, fetch, power_of_two
 from lrpq.quant.hessian import factor_damped, normalized
 from lrpq.quant.polish import Polisher, polish
 from lrpq.quant.row_feedback import DEFAULT_BLOCKS, RowBlocks, interacts, joint_error_of, row_weights, stacked
-from lrpq.quant.trellis import SEGMENT_ROWS, summed
+from lrpq.quant.trellis import SEGMENT_ROWS, check_parts, summed
 from lrpq.refine.products import SiteProducts
 from lrpq.refine.row_parts import row_parts
 
@@ -90,11 +90,14 @@ def quantize_refined(
         name: module name for errors.
 
     Raises:
-        QuantizationError: chunks of ``outputs`` lie across parts.
+        QuantizationError: chunks of ``outputs`` lie across parts, or parts or chunks across segments of a trellis.
     """
     C = normalized(products.hessian, name=name).to(W.device)
     factor = factorize(C, damping=damping, name=name)
     cuts = _slices(parts) if parts is not None else row_parts(*W.shape)
+    if choice.trellis:
+        check_parts([rows.stop - rows.start for rows in cuts], name=name)
+        check_parts([len(G) for G in outputs or ()], name=name)
     chunks = [None] * len(cuts) if outputs is None else _by_part(outputs, cuts, name=name)
     prefixes: list[_Prefix | None] = [None] * len(cuts)
     corrected: list[Tensor | None] = [None] * len(cuts)

@@ -43,6 +43,11 @@ def hessian(d_in: int, seed: int = 0) -> Tensor:
     return H
 
 
+def edges_of(rows: int) -> Tensor:
+    """Also of fewer rows than a layer may have."""
+    return torch.tensor([*range(0, rows, SEGMENT_ROWS), rows], dtype=torch.int32)
+
+
 def rounded(
     T: Tensor, bits: int, *, S: Tensor | None = None, weights: Tensor | None = None, W: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +58,7 @@ def rounded(
     codes, errors = torch.empty(columns, rows, dtype=torch.int8), T.clone()
     own, R = torch.arange(columns), torch.eye(columns)
     W = T if W is None else W
-    round_segments(errors, W, S, R, weights, own, codebook(bits), codes, segment_edges([rows]), bits=bits)
+    round_segments(errors, W, S, R, weights, own, codebook(bits), codes, edges_of(rows), bits=bits)
     return codes, errors
 
 
@@ -108,7 +113,7 @@ def test_a_weight_is_its_scale_times_its_value(monkeypatch: pytest.MonkeyPatch) 
 
 def test_parts_that_are_stacked_have_streams_of_their_own() -> None:
     """Codes and values are those of each part alone, to the bit."""
-    sizes, d_in = [44, 200, 130], 32
+    sizes, d_in = [44, 200, 150], 32
     W, factor = numbers(sum(sizes), d_in, seed=2), factorize(hessian(d_in))
     weights = numbers(len(W), seed=3).abs() + 0.1
     (stacked,) = gptq(W, factor, [CHOICE], rows=Rows(parts=sizes, weights=weights))
@@ -240,7 +245,7 @@ def test_feedback_and_trellis_each_lower_the_loss() -> None:
 
 
 def test_choices_with_and_without_a_trellis_are_those_of_each_alone() -> None:
-    W, factor = numbers(130, 32, seed=9), factorize(hessian(32))
+    W, factor = numbers(150, 32, seed=9), factorize(hessian(32))
     choices = [Choice(bits=3, group_size=16), CHOICE, Choice(bits=4, group_size=-1), replace(CHOICE, bits=2)]
     for together, choice in zip(gptq(W, factor, choices, grid=Grid.SIGNED), choices, strict=True):
         (alone,) = gptq(W, factor, [choice], grid=Grid.SIGNED)
@@ -257,7 +262,7 @@ def test_a_group_of_zeros_stays_negligible() -> None:
     one[5, 16:] = 0.0
     all_rows[:, 16:] = 0.0
     before, after = (gptq(V, factor, [CHOICE])[0].dequantize() for V in (W, one))
-    assert after[5, 16:].abs().max() < 1e-16
+    assert after[5, 16:].abs().max() < 1e-10
     others = torch.arange(ROWS) != 5
     errors = [float(loss(W[others], Q[others], H).sum()) for Q in (before, after)]
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
@@ -266,7 +271,7 @@ def test_a_group_of_zeros_stays_negligible() -> None:
         (q,) = gptq(V, factor, [CHOICE], rows=Rows(parts=[ROWS], weights=weights))
         Q = q.dequantize()[:, 16:]
         assert torch.isfinite(Q).all()
-        assert (Q - zeros).abs().max() < 1e-16
+        assert (Q - zeros).abs().max() < 1e-10
 
 
 def test_a_dead_input_is_rounded_to_its_own_weights() -> None:
@@ -369,7 +374,7 @@ def test_what_would_cut_or_misread_a_stream_is_refused() -> None:
             q.rows(rows)
     with pytest.raises(QuantizationError, match="trellis"):
         pack(q)
-    W, factor = numbers(130, 32, seed=18), factorize(hessian(32))
+    W, factor = numbers(150, 32, seed=18), factorize(hessian(32))
     for bits in (7, 8):
         with pytest.raises(QuantizationError, match=rf"no trellis of {bits} bits: choose from \[2, 3, 4, 5, 6\]"):
             gptq(W, factor, [replace(CHOICE, bits=bits)])
@@ -439,3 +444,36 @@ def test_controls_have_uniform_grids_of_as_many_bits() -> None:
     assert [row.choice for row in found] == [replace(CHOICE, trellis=False), *choices[1:]]
     assert [replace(row, choice=None) for row in found] == [replace(row, choice=None) for row in rows]
     assert storage_bits(ROWS, 32, replace(CHOICE, trellis=False)) == rows[0].storage_bits
+
+
+def test_magnitudes_change_nothing() -> None:
+    """Weights in any unit, a group of zeros among them, whose targets are far from anything that it can be."""
+    W, factor = numbers(ROWS, 64, seed=30), factorize(hessian(64))
+    W[5, 16:32] = 0.0
+    (plain,) = gptq(W, factor, [CHOICE])
+    error = loss(W, plain.dequantize(), hessian(64)).sum()
+    for unit in (2.0**-90, 2.0**10, 2.0**66):
+        (found,) = gptq(W * unit, factor, [CHOICE])
+        torch.testing.assert_close(loss(W, found.dequantize() / unit, hessian(64)).sum(), error, rtol=0.05, atol=0)
+
+
+def test_rows_that_are_not_the_weights_are_refused() -> None:
+    W, H = numbers(ROWS, 32, seed=31), hessian(32)
+    factor = factorize(H)
+    for parts in ([100], [200, 101], []):
+        with pytest.raises(QuantizationError, match="of one weight"):
+            gptq(W, factor, [CHOICE], rows=Rows(parts=parts))
+    with pytest.raises(QuantizationError, match="segment of 2, at least 16"):
+        gptq(W[:130], factor, [CHOICE])
+    sums = SiteProducts(hessian=HessianSum(xx=H, weight_sum=1.0, num_tokens=1), shift=None)
+    with pytest.raises(QuantizationError, match="cut segments of 128 rows"):
+        quantize_refined(W, sums, CHOICE, strength=0.0, parts=[100, 200], name="w")
+    (q,) = gptq(W, factor, [CHOICE])
+    with pytest.raises(QuantizationError, match="target is not finite"):
+        polish(W.clone().fill_(torch.nan), [q], H)
+
+
+def test_a_factor_of_float64_serves_too() -> None:
+    W, H = numbers(ROWS, 80, seed=32), hessian(80)
+    errors = [loss(W, gptq(W, factorize(G), [CHOICE])[0].dequantize(), H).sum() for G in (H, H.double())]
+    torch.testing.assert_close(errors[1], errors[0], rtol=0.03, atol=0)
