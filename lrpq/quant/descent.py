@@ -100,6 +100,8 @@ def descend(
     large that their products could overflow, or a scale of zero; with ``doubts``, where these are settled.
     """
     d_out, d_in = T.shape
+    if any(q.choice.trellis for q in quantized):
+        raise QuantizationError(f"{name}: codes of a trellis are polished by streams, not one by one")
     if tuple(H.shape) != (d_in, d_in) or any(q.codes.shape != T.shape for q in quantized) or not quantized:
         shapes = [tuple(q.codes.shape) for q in quantized]
         raise QuantizationError(

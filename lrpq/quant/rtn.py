@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lrpq.errors import QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant.grid import (
     Grid,
@@ -36,6 +37,8 @@ def round_to_nearest(
     Grids other than SYMMETRIC always search (with equal importance if none is given).
     Raises QuantizationError for weights that are not finite or a group size that does not divide d_in.
     """
+    if choice.trellis:
+        raise QuantizationError(f"{name}: {choice} has no nearest code; rounding to nearest is of uniform codes")
     check_finite(W, "weight", name=name)
     d_out, d_in = W.shape
     width = group_width(choice, d_in, name=name)

@@ -134,7 +134,7 @@ def _sweep(
 
     All in units of a power of two near the largest scale, whose squares then neither vanish nor overflow.
     """
-    unit = power_of_two(S.amax())
+    unit = power_of_two(S.abs().amax())
     codes = torch.empty(T.shape, dtype=torch.int8, device=T.device)
     book, S, W, R = codebook(choice.bits, T.device), (S / unit).contiguous(), W / unit, R.float()
     T.div_(unit)

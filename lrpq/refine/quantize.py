@@ -360,7 +360,7 @@ def _is_more(
     outputs: Sequence[Tensor] | None,
 ) -> Bool[Tensor, "rows=d_out"]:
     """Whether a row's error is the larger one; of a trellis that of its segment, rows weighed as in rounding."""
-    grown = one - other
     if choice.trellis:
-        grown = summed(grown if outputs is None else grown * row_weights(outputs).to(grown.device))
-    return ~(grown <= 0)
+        weights = 1.0 if outputs is None else row_weights(outputs).to(one.device)
+        one, other = summed(one * weights), summed(other * weights)
+    return ~(one <= other)

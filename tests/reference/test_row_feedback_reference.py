@@ -198,9 +198,10 @@ def test_chunks_of_other_numbers_of_blocks_go_side_by_side() -> None:
     T, G = weights(3, sum(sizes)), [moments(seed, size) for seed, size in enumerate(sizes)]
     rounded: list[int] = []
 
-    def counted(rows: torch.Tensor) -> QuantizedWeight:
-        rounded.append(len(rows))
-        return nearest(rows)
+    def counted(T: torch.Tensor, rows: Rows) -> QuantizedWeight:
+        assert sum(rows.parts) == len(T)
+        rounded.append(len(T))
+        return nearest(T)
 
     found = quantize_in_blocks(T, G, counted, num_blocks=3)
     assert rounded == [56 + 64 + 128, 56 + 128, 128]
