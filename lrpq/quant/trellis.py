@@ -7,7 +7,7 @@ Down a column of the weight runs a stream of symbols of ``bits`` bits, one a row
 
 So a weight may have one of 4,096 values, not of 2^bits, and still costs its ``bits``: what a row may be depends on what
 the rows above are, and Viterbi's algorithm finds the stream with the least error of all of a column together. For
-numbers of a normal distribution that leaves 1.1 to 1.6 times the least error that any code of so many bits can have
+numbers of a normal distribution that leaves 1.2 to 1.6 times the least error that any code of so many bits can have
 (the rate-distortion bound 4^-bits), where a uniform grid with a scale for 64 weights leaves 2.4 to 3.0
 (``python -m benchmarks.trellis_codebooks``). The trellis is QTIP's (Tseng et al. 2024, arXiv:2406.11235, the bitshift
 trellis; trellis coded quantization is Marcellin and Fischer 1990, IEEE Trans. Commun. 38:82). There, as in EXL3, it
