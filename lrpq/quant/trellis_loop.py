@@ -32,8 +32,8 @@ _SMALLEST, _SMALLEST_UNIT = 2.0**-40, 2.0**-100
 _LEAST_MEAN = 2.0**-10
 """Of a group, in units of its largest weight."""
 _WITHIN = 2.5
-"""Scales that a weight may be large without being cut off. Of 2 to 3 in steps of .25, on a layer of Gemma 3, the best in
-groups of 64 at 5 and 6 bits (docs/log.md)."""
+"""Scales that a weight may be large without being cut off. Of 2 to 3 in steps of .25 the best in groups of
+64 of a layer of Gemma 3, at 5 and 6 bits (docs/log.md)."""
 _LOWEST, _HIGHEST, _STEPS = 0.95, 5.0, 16
 
 
