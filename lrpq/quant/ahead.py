@@ -13,7 +13,8 @@ _WIDTH = 256
 
 
 def compile_ahead() -> None:
-    """Quantize and polish a small layer on the CPU, which calls every loop of lrpq.kernels.loops.
+    """Quantize and polish a small layer on the CPU, which calls every loop of lrpq.kernels.loops but those of
+    trellis codes, which no compression has yet.
 
     The first time on a machine numba compiles for seconds; later it reads what it has kept.
     """
