@@ -6,8 +6,8 @@
 
 The same methods, workbench and windows; rows are printed and written as they are measured. ``--peak`` prints what the
 device computes and copies at, so that seconds can be read against it. ``--replace`` changes numbers in the recipe of
-every method but the control. With ``--codes trellis`` all methods but the control have trellis codes
-(quant/trellis.py).
+every method but the control. With ``--codes trellis`` all methods but the control and what is built on it have
+trellis codes (quant/trellis.py).
 """
 
 from __future__ import annotations

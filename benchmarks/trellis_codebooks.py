@@ -1,6 +1,6 @@
 """Codebooks of trellis codes: trained on numbers of a normal distribution, and what error they leave.
 
-    python -m benchmarks.trellis_codebooks [--bits 2,3,4,5,6] [--rounds 20] [--write FILE]
+    python -m benchmarks.trellis_codebooks [--bits 2,3,4,5,6] [--rounds 15] [--write FILE]
 
 Lloyd's algorithm with Viterbi's in place of the nearest value: encode random numbers, put every state's value where the
 mean of its numbers lies, and again, from normal quantiles in a random order. Prints the mean squared error times
@@ -74,7 +74,7 @@ def uniform(bits: int, generator: torch.Generator) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=numbers, default=trellis.WIDTHS)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     books = {}

@@ -46,6 +46,8 @@ def gptq_best_rows(
 
     Raises QuantizationError naming the layer without multipliers, and what ``gptq`` raises.
     """
+    if any(choice.trellis for choice in choices):
+        raise QuantizationError(f"{name}: rows of a trellis share streams, so that none can keep a scale of its own")
     if not multipliers or len(scales) != len(choices):
         raise QuantizationError(f"{name}: give at least one multiplier, and one tensor of scales for each choice")
     W = W.to(factor.R.dtype)

@@ -108,7 +108,7 @@ class Rows:
     """How much the squared errors of a row count beside those of others, positive; None: all the same."""
 
     @classmethod
-    def of(cls, W: Float[Tensor, "rows d_in"], rows: Rows | None) -> Rows:
+    def of(cls, W: Float[Tensor, "rows d_in"], rows: Rows | None, *, name: str = "layer") -> Rows:
         """Those of one layer where nothing is said.
 
         Raises:
@@ -116,7 +116,10 @@ class Rows:
         """
         rows = rows if rows is not None else cls(parts=(len(W),))
         if sum(rows.parts) != len(W) or (rows.weights is not None and len(rows.weights) != len(W)):
-            raise QuantizationError(f"{len(W)} rows, and parts of {list(rows.parts)}; they must be of one weight")
+            weighed = "" if rows.weights is None else f" and {len(rows.weights)} weights of rows"
+            raise QuantizationError(
+                f"{name}: {len(W)} rows, parts of {list(rows.parts)}{weighed}; they must be of one weight"
+            )
         return rows
 
     def weights_on(self, W: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows=size"]:
@@ -186,8 +189,8 @@ class Rounding:
         uniform = [i for i, choice in enumerate(choices) if not choice.trellis]
         found = dict(zip(uniform, self._on_grids(Wt, [scales[i] for i in uniform], uniform), strict=True))
         if len(uniform) < len(choices):
-            edges = segment_edges(Rows.of(W, rows).parts, W.device)
-            weights = Rows.of(W, rows).weights_on(W)
+            rows = Rows.of(W, rows, name=name)
+            edges, weights = segment_edges(rows.parts, W.device, name=name), rows.weights_on(W)
             Wt = Wt[factor.order].float()
             for i, choice in enumerate(choices):
                 if choice.trellis:
@@ -201,7 +204,8 @@ class Rounding:
         uniform = [choice for choice in self._choices if not choice.trellis]
         found = iter(search_scales_transposed(Wt, self._importance, uniform, grid=self._grid, name=self._name))
         return [
-            trellis_scales(Wt, self._importance, choice) if choice.trellis else next(found) for choice in self._choices
+            trellis_scales(Wt, self._importance, choice, name=self._name) if choice.trellis else next(found)
+            for choice in self._choices
         ]
 
     def _on_grids(self, Wt: Tensor, scales: Sequence[Tensor], which: Sequence[int]) -> list[QuantizedWeight]:

@@ -122,7 +122,7 @@ class Polisher:
             QuantizationError: as ``polish``; of what waits for the device, where the doubts are settled.
         """
         if any(q.choice.trellis for q in quantized):
-            return [self._polished(T, q, rounds, Rows.of(T, rows)) for q in quantized]
+            return [self._polished(T, q, rounds, Rows.of(T, rows, name=self._name)) for q in quantized]
         found = list(quantized)
         for turn in range(rounds):
             if turn and self._damping > 0:
@@ -139,7 +139,9 @@ class Polisher:
         a column to its best stream at once."""
         if not before.choice.trellis:
             return self(T, [before], rounds=rounds)[0]
-        edges, weights = segment_edges(rows.parts, T.device), rows.weights_on(T)
+        if len(rows.parts) != 1:
+            raise QuantizationError(f"{self._name}: {len(rows.parts)} parts; polish the streams of one part at a time")
+        edges, weights = segment_edges(rows.parts, T.device, name=self._name), rows.weights_on(T)
         T, found = T.to(self._damped.dtype), refit(T, before, self._damped, name=self._name).weight
         for _ in range(rounds):
             found = descend_trellis(T, found, self._damped, weights, edges)

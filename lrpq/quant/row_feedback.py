@@ -66,7 +66,8 @@ class RowBlocks:
     Args:
         T: what the codes should reproduce, float32.
         outputs: G of consecutive chunks of rows, in any unit; rows of different chunks do not see each other.
-        num_blocks: of every chunk, at most: no block has fewer than 48 rows; 1 rounds each row on its own.
+        num_blocks: of every chunk, at most: no block has fewer than 48 rows, but a
+            last one of rows that stay together; 1 rounds each row on its own.
         damping: share of the mean diagonal of G that is added to it.
         together: rows that stay side by side: a trellis's segments; no block cuts them.
         name: module name for errors.
@@ -96,7 +97,7 @@ class RowBlocks:
             if blocks > 1:
                 by_size = together == 1
                 factor = factorize(G, damping=damping, act_order=by_size, name=f"{name}, output gradients")
-            weights = row_weights([G], damping=damping)
+            weights = None if together == 1 else row_weights([G], damping=damping)
             self._chunks.append(_Chunk(T[start : start + len(G)], factor, blocks, together, weights))
             start += len(G)
 
@@ -106,7 +107,8 @@ class RowBlocks:
             own = [chunk for chunk in self._chunks if block < len(chunk.blocks)]
             targets = [chunk.targets(block) for chunk in own]
             parts = [len(rows) for rows in targets]
-            rows = Rows(parts=parts, weights=torch.cat([chunk.weights_of(block) for chunk in own]))
+            weights = [w for chunk in own if (w := chunk.weights_of(chunk.blocks[block])) is not None]
+            rows = Rows(parts=parts, weights=torch.cat(weights) if weights else None)
             found = round_rows(targets[0] if len(own) == 1 else torch.cat(targets), rows)
             for chunk, part in zip(own, found.split(parts), strict=True):
                 chunk.put(block, part)
@@ -203,9 +205,9 @@ class _Chunk:
         factor: Factor | None,
         num_blocks: int,
         together: int,
-        weights: Float[Tensor, "rows=size"],
+        weights: Float[Tensor, "rows=size"] | None,
     ) -> None:
-        self._weights = weights if factor is None else weights[factor.order]
+        self._weights = weights
         self._order = None if factor is None else factor.order
         self._T = T if factor is None else T[factor.order]
         self._errors = None if factor is None else torch.zeros_like(self._T)
@@ -215,9 +217,9 @@ class _Chunk:
         self.blocks = [slice(start, min(start + size, len(T))) for start in range(0, len(T), size)]
         self._pull = None if factor is None else _pull(factor, self.blocks)
 
-    def weights_of(self, block: int) -> Float[Tensor, "rows=size"]:
-        """Damped G_jj of the block's rows."""
-        return self._weights[self.blocks[block]]
+    def weights_of(self, rows: slice) -> Float[Tensor, "rows=size"] | None:
+        """Damped G_jj of some rows, which are in their own order where these count."""
+        return None if self._weights is None else self._weights[rows]
 
     def targets(self, block: int) -> Float[Tensor, "rows d_in"]:
         """What the block should reproduce, now that those before it are rounded."""
@@ -241,7 +243,7 @@ class _Chunk:
         self._found = []
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
-            of_rows = Rows(parts=(len(targets[rows]),), weights=self._weights[rows])
+            of_rows = Rows(parts=(len(targets[rows]),), weights=self.weights_of(rows))
             self._found.append(improve_rows(targets[rows], whole.rows(rows), of_rows))
             if self._errors is not None:
                 torch.sub(self._T[rows], self._found[-1].dequantize(self._T.dtype), out=self._errors[rows])

@@ -56,7 +56,9 @@ def check_width(bits: int, *, name: str = "layer") -> None:
         raise QuantizationError(f"{name}: no trellis of {bits} bits: choose from {list(WIDTHS)}")
 
 
-def segment_edges(parts: Sequence[int], device: torch.device | str = "cpu") -> Int32[Tensor, "edges=size"]:
+def segment_edges(
+    parts: Sequence[int], device: torch.device | str = "cpu", *, name: str = "layer"
+) -> Int32[Tensor, "edges=size"]:
     """First rows of the segments of layers that lie one after the other, and the number of all rows, int32.
 
     Raises:
@@ -66,7 +68,8 @@ def segment_edges(parts: Sequence[int], device: torch.device | str = "cpu") -> I
     for rows in parts:
         if 0 < (rest := rows % SEGMENT_ROWS) < LEAST_ROWS:
             raise QuantizationError(
-                f"{rows} rows leave a trellis's segment of {rest}, at least {LEAST_ROWS} are needed; use uniform codes"
+                f"{name}: {rows} rows leave a trellis's segment of {rest}, at least {LEAST_ROWS} are needed; use"
+                " uniform codes for it"
             )
         start = ends[-1]
         ends += [start + min(first + SEGMENT_ROWS, rows) for first in range(0, rows, SEGMENT_ROWS)]

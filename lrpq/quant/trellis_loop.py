@@ -38,7 +38,7 @@ _LOWEST, _HIGHEST, _STEPS = 0.95, 5.0, 16
 
 
 def trellis_scales(
-    Wt: Float[Tensor, "d_in d_out"], importance: Float[Tensor, "columns=d_in"], choice: Choice
+    Wt: Float[Tensor, "d_in d_out"], importance: Float[Tensor, "columns=d_in"], choice: Choice, *, name: str = "layer"
 ) -> BFloat16[Tensor, "d_out groups"]:
     """Scales for a search that is made before any stream is known, as stored.
 
@@ -51,9 +51,9 @@ def trellis_scales(
     row. The more bits, the more a weight counts that is cut off: on a layer of Gemma 3 this leaves .62 and .32 times
     the error of root mean squares at 5 and 6 bits, of whole rows .19 times at 6 (docs/log.md).
     """
-    check_width(choice.bits)
+    check_width(choice.bits, name=name)
     d_in, d_out = Wt.shape
-    width = group_width(choice, d_in)
+    width = group_width(choice, d_in, name=name)
     groups = Wt.float().view(d_in // width, width, d_out).abs()
     largest = groups.amax(1)
     unit = torch.where(largest > 0, largest, 1.0)
@@ -142,9 +142,7 @@ def _sweep(
     for first, middle, last in halvings(0, len(T), _LEAF_COLUMNS[T.device.type]):
         if middle == last:
             k = slice(first, last)
-            round_segments(
-                T[k], W[k], S, R[k, k], weights, rows_of[k], book, codes[k], edges, bits=choice.bits
-            )  # fmt: skip
+            round_segments(T[k], W[k], S, R[k, k], weights, rows_of[k], book, codes[k], edges, bits=choice.bits)
         else:
             T[middle:last].addmm_(R[first:middle, middle:last].T, T[first:middle])
     return codes

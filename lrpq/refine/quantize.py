@@ -109,7 +109,7 @@ def quantize_refined(
     for rows, prefix, of_rows in zip(cuts, prefixes, chunks, strict=True):
         target = corrected.pop(0)
         if prefix is None or target is None:
-            own = _rows(W[rows], of_rows)
+            own = _rows(W[rows], of_rows, choice)
             weight = gptq(W[rows], factor, [choice], grid=grid, rows=own, name=name)[0]
             rounded = _Rounded(target=W[rows], weight=weight)
         else:
@@ -173,15 +173,16 @@ def _finished(
     if weight is None:
         weight = rounded.weight
         if polish_rounds:
-            own = _rows(W, outputs)
+            own = _rows(W, outputs, choice)
             polished = polish(rounded.target, [weight], C, rounds=polish_rounds, rows=own, name=name)[0].weight
             weight = polished if prefix is None else prefix.lower(polished, weight, outputs)
     return _Part(weight=weight, rejected_rows=rounded.rejected_rows, alone=alone)
 
 
-def _rows(W: Tensor, outputs: Sequence[Tensor] | None, *, times: int = 1) -> Rows:
-    """The rows of a layer's part, so many times over."""
-    return Rows(parts=[len(W)] * times, weights=None if outputs is None else row_weights(outputs).repeat(times))
+def _rows(W: Tensor, outputs: Sequence[Tensor] | None, choice: Choice, *, times: int = 1) -> Rows:
+    """The rows of a layer's part, so many times over; weighed where that counts."""
+    weights = row_weights(outputs).repeat(times) if choice.trellis and outputs is not None else None
+    return Rows(parts=[len(W)] * times, weights=weights)
 
 
 def _together(choice: Choice) -> int:
@@ -200,10 +201,10 @@ def _round_both(
 ) -> tuple[QuantizedWeight, QuantizedWeight]:
     """Codes of the plain and of the corrected weights, in one sweep but where one of them fills a GPU."""
     if W.is_cuda and W.numel() >= ALONE_ELEMENTS:
-        own = _rows(W, outputs)
+        own = _rows(W, outputs, choice)
         plain, with_correction = (gptq(T, factor, [choice], grid=grid, rows=own, name=name)[0] for T in (W, corrected))
     else:
-        own = _rows(W, outputs, times=2)
+        own = _rows(W, outputs, choice, times=2)
         both = gptq(torch.cat([W, corrected]), factor, [choice], grid=grid, rows=own, name=name)[0]
         plain, with_correction = both.split([len(W), len(W)])
     return plain, with_correction
