@@ -1,4 +1,4 @@
-"""The same choices with scales of 16 bits, or on uniform grids, whatever candidates have: what a control has."""
+"""The same choices with scales of 16 bits, whatever candidates have: what a control has."""
 
 from __future__ import annotations
 
@@ -12,14 +12,6 @@ from lrpq.quant.packing import storage_bits
 def with_wide_scales(rows: Sequence[CostRow]) -> list[CostRow]:
     """Rows with 16 bits a scale, and what they then take; costs are those of the given rows."""
     return [_widened(row) for row in rows]
-
-
-def on_uniform_grids(rows: Sequence[CostRow]) -> list[CostRow]:
-    """Rows without trellis codes, which take as many bits; costs are those of the given rows."""
-    return [
-        row if row.choice is None or not row.choice.trellis else replace(row, choice=replace(row.choice, trellis=False))
-        for row in rows
-    ]
 
 
 def _widened(row: CostRow) -> CostRow:

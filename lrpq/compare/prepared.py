@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
-from lrpq.allocate.wide import on_uniform_grids, with_wide_scales
+from lrpq.allocate.trellis import with_trellis_codes
+from lrpq.allocate.wide import with_wide_scales
 from lrpq.checkpoint.plan import planned_size
 from lrpq.compare import allocation
 from lrpq.compare import planned as searching
@@ -67,7 +67,9 @@ class Prepared:
         ours = self.gathered.costs[DEFAULT.allocation]
         match recipe.allocation:
             case FAST.allocation:
-                found = fast_codes(self.bench, partial(allocation.by_costs, budget_bits=budget))
+                found = fast_codes(
+                    self.bench, lambda rows: allocation.by_costs(self._coded(rows, recipe), budget_bits=budget)
+                )
                 return Planned(plan=found.plan, codes=found.codes)
             case searching.REESTIMATED:
                 first = self.plan(DEFAULT.allocation, budget)
@@ -91,7 +93,11 @@ class Prepared:
 
     def _rows(self, name: str, recipe: Recipe) -> list[CostRow]:
         rows = with_wide_scales(self.costs[name]) if recipe.wide_scales else self.costs[name]
-        return on_uniform_grids(rows) if recipe.uniform_codes else rows
+        return self._coded(rows, recipe)
+
+    def _coded(self, rows: Sequence[CostRow], recipe: Recipe) -> list[CostRow]:
+        """Rows of uniform candidates with the recipe's kind of codes."""
+        return with_trellis_codes(rows) if self.bench.terms.trellis and not recipe.uniform_codes else list(rows)
 
     def predicted_nats(self, plan: Plan) -> float:
         """The plan under lrpq's own costs, whatever chose it; those of the same widths where its scales are wider or

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from lrpq.compare.allocation import levels
 from lrpq.compare.memory import peak_memory
 from lrpq.compare.methods import Method
-from lrpq.compare.planned import COOPQ, SWAPS, level_pairs
+from lrpq.compare.planned import COOPQ, REESTIMATED, SWAPS, level_pairs
 from lrpq.compare.prepared import Prepared
 from lrpq.compare.recipes import Recipe
 from lrpq.compare.transforms import DEPENDS_ON_BITS, NONE, TRANSFORMS, TransformInputs
 from lrpq.compare.workbench import Quantized, Workbench
-from lrpq.errors import CalibrationError, LrpqError
+from lrpq.errors import CalibrationError, LrpqError, QuantizationError
 from lrpq.evaluate.divergence import ORIGINAL, VARIANT, WindowScore
 from lrpq.importance.registry import MEASURES
 from lrpq.model.layers import Choice
@@ -91,6 +91,8 @@ class Comparison:
                     raise CalibrationError("swaps are accepted on held-out windows, and there are none")
                 if recipe.allocation == COOPQ:
                     level_pairs(self.bench.terms.bits)
+                if recipe.allocation in (COOPQ, REESTIMATED, SWAPS) and self.bench.terms.trellis:
+                    raise QuantizationError("its plan is found with uniform codes; compare it with those")
             except LrpqError as error:
                 raise type(error)(f"method {name}: {error}") from error
 

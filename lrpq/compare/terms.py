@@ -8,7 +8,6 @@ import torch
 
 from lrpq.model.layers import Choice, all_choices
 from lrpq.quant.grid import Grid
-from lrpq.quant.trellis import WIDTHS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +21,7 @@ class Terms:
     scale_bits: int = 16
     """Of a group's scale: 16 is bfloat16, 8 is float8."""
     trellis: bool = False
-    """Whether codes of the widths that have a codebook are a trellis's (quant/trellis.py), but for the control's."""
+    """Whether a plan's codes, but for the control's, are a trellis's where they can be (lrpq.allocate.trellis)."""
     grid: Grid = Grid.SIGNED
     damping: float = 0.01
     """Of GPTQ, share of the mean diagonal."""
@@ -40,6 +39,5 @@ class Terms:
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """All choices of width and group size."""
-        trellis_bits = WIDTHS if self.trellis else ()
-        return all_choices(self.bits, self.group_sizes, scale_bits=self.scale_bits, trellis_bits=trellis_bits)
+        """All choices of width and group size that candidates are made of, on uniform grids."""
+        return all_choices(self.bits, self.group_sizes, scale_bits=self.scale_bits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lrpq.allocate.problem import CostRow
 from lrpq.compare.codes import Codes, DenseCodes, on_host
-from lrpq.compare.recipes import FAST, TUNINGS, Recipe, Rounding
+from lrpq.compare.recipes import TUNINGS, Recipe, Rounding
 from lrpq.compare.terms import Terms
 from lrpq.errors import CalibrationError, QuantizationError
 from lrpq.evaluate.divergence import VARIANT, WindowScore, score_windows
@@ -229,8 +229,7 @@ class Workbench:
                 yield sweep.gather(block, module, rounded=self._rounded if text_labels else None)
 
     def _rounded(self, spec: LinearSpec, W: Tensor) -> list[QuantizedWeight]:
-        uniform = [replace(choice, trellis=False) for choice in self.fitting(spec)]
-        return [round_to_nearest(W, choice, grid=self.terms.grid, name=spec.name) for choice in uniform]
+        return [round_to_nearest(W, choice, grid=self.terms.grid, name=spec.name) for choice in self.fitting(spec)]
 
     def fitting(self, spec: LinearSpec) -> list[Choice]:
         """Choices whose groups fill the layer's rows."""
@@ -284,8 +283,6 @@ class Workbench:
             CalibrationError: something is to be tuned and no windows are held out to choose by.
             QuantizationError: gains are to be tuned in a model that has biases too, which cannot be evaluated.
         """
-        if self.terms.trellis and recipe.allocation == FAST.allocation:
-            raise QuantizationError("costs of some rows are those of uniform codes; compare fast with uniform codes")
         if recipe.tuning == "none":
             return
         if self.terms.trellis:

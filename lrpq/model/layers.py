@@ -71,17 +71,14 @@ class Choice:
         return f"{self.bits}b/{groups}" + ("/f8" if self.scale_bits == 8 else "") + ("/trellis" if self.trellis else "")
 
 
-def all_choices(
-    bits: Sequence[int], group_sizes: Sequence[int], *, scale_bits: int = 16, trellis_bits: Sequence[int] = ()
-) -> tuple[Choice, ...]:
-    """Every width with every group size. ``scale_bits`` is of groups' scales: one scale a row is so few bytes that it
-    keeps 16. Codes of the widths ``trellis_bits`` are a trellis's."""
+def all_choices(bits: Sequence[int], group_sizes: Sequence[int], *, scale_bits: int = 16) -> tuple[Choice, ...]:
+    """Every width with every group size, on uniform grids. ``scale_bits`` is of groups' scales: one scale a row is so
+    few bytes that it keeps 16."""
     return tuple(
         Choice(
             bits=width,
             group_size=size,
             scale_bits=16 if size == -1 else scale_bits,
-            trellis=width in trellis_bits,
         )
         for width in bits
         for size in group_sizes

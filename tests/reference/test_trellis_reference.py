@@ -8,16 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrpq.allocate.options import CostRow
-from lrpq.allocate.wide import on_uniform_grids
 from lrpq.errors import QuantizationError
 from lrpq.kernels.trellis import round_segments
-from lrpq.model.layers import Choice, LinearSpec
+from lrpq.model.layers import Choice
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import Rows, gptq, loss
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum
-from lrpq.quant.packing import pack, storage_bits
+from lrpq.quant.packing import pack
 from lrpq.quant.polish import polish
 from lrpq.quant.refit import refit
 from lrpq.quant.trellis import SEGMENT_ROWS, STATE_BITS, WIDTHS, codebook, segment_edges, values
@@ -432,18 +430,6 @@ def test_the_better_of_plain_and_corrected_codes_is_kept_by_segments() -> None:
         errors.append(((dW @ H.double() - 2.0 * W.double() @ D.double()) * dW).sum(1))
     assert (by_segment(errors[0]) <= by_segment(errors[1]) + 1e-4).all()
     assert (errors[0] > errors[1]).double().mean() > 0.05
-
-
-def test_controls_have_uniform_grids_of_as_many_bits() -> None:
-    module = LinearSpec(name="w", block=0, d_out=ROWS, d_in=32, input_site="o", fused_group="w")
-    choices = [CHOICE, replace(CHOICE, bits=8, trellis=False), None]
-    rows = [
-        CostRow(module=module, choice=c, storage_bits=storage_bits(ROWS, 32, CHOICE), cost_nats=1.0) for c in choices
-    ]
-    found = on_uniform_grids(rows)
-    assert [row.choice for row in found] == [replace(CHOICE, trellis=False), *choices[1:]]
-    assert [replace(row, choice=None) for row in found] == [replace(row, choice=None) for row in rows]
-    assert storage_bits(ROWS, 32, replace(CHOICE, trellis=False)) == rows[0].storage_bits
 
 
 def test_magnitudes_change_nothing() -> None:

@@ -1,0 +1,62 @@
+"""The same choices with trellis codes, whatever candidates have.
+
+Candidates are rounded on uniform grids: a pass of GPTQ with trellis codes takes hundreds of times as long, and what it
+would find is known. On a layer a trellis leaves the same share of the uniform grid's loss whatever the width, and about
+the same on all layers of a model (`SHARES`), so that the costs of uniform candidates rank layers and widths for trellis
+codes too. What the share depends on is the number of columns under a scale: a uniform grid has to reach a group's
+largest weight, a trellis does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from lrpq.allocate.options import CostRow
+from lrpq.model.layers import HEAD, Choice, LinearSpec
+from lrpq.quant.packing import storage_bits
+from lrpq.quant.trellis import LEAST_ROWS, SEGMENT_ROWS, WIDTHS
+
+SHARES: Mapping[int, Mapping[int, float]] = {
+    32: dict.fromkeys(WIDTHS, 0.58),
+    64: dict.fromkeys(WIDTHS, 0.49),
+    128: dict.fromkeys(WIDTHS, 0.43),
+    -1: {2: 0.44, 3: 0.39, 4: 0.33, 5: 0.32, 6: 0.32},
+}
+"""Group size -> width -> share of the loss. Groups of 64 and whole rows: geometric means over layers of SmolLM2 and
+Gemma 3 270M (.42 to .60 in nine layers of ten; docs/log.md). Groups of 32 and 128: in proportion, as on normal
+numbers."""
+
+
+def takes_trellis(spec: LinearSpec) -> bool:
+    """Whether a layer's rows make segments, in each of its tensors; the head has the codes of its candidates."""
+    rows, parts = spec.d_out // len(spec.stored), len(spec.stored)
+    if spec.input_site == HEAD or (parts > 1 and rows % SEGMENT_ROWS):
+        return False
+    rest = rows % SEGMENT_ROWS
+    return rest == 0 or rest >= LEAST_ROWS
+
+
+def with_trellis(choice: Choice) -> Choice:
+    """The choice with trellis codes, where there are codes of its width and group size; else itself."""
+    return replace(choice, trellis=choice.bits in SHARES.get(choice.group_size, {}))
+
+
+def trellis_share(choice: Choice) -> float:
+    """Of the cost of a uniform candidate of the same width and group size, what is expected of a choice."""
+    return SHARES[choice.group_size][choice.bits] if choice.trellis else 1.0
+
+
+def with_trellis_codes(rows: Iterable[CostRow]) -> list[CostRow]:
+    """Rows of uniform candidates with trellis codes, wherever a layer and a width can have them."""
+    return [_row(row) for row in rows]
+
+
+def _row(row: CostRow) -> CostRow:
+    if row.choice is None or not takes_trellis(row.module):
+        return row
+    choice = with_trellis(row.choice)
+    if not choice.trellis:
+        return row
+    bits = storage_bits(row.module.d_out, row.module.d_in, choice)
+    return replace(row, choice=choice, storage_bits=bits, cost_nats=row.cost_nats * trellis_share(choice))
