@@ -88,6 +88,9 @@ class CompareConfig(Section):
     """What the scales of groups are stored as, as in `lrpq compress`; the controls (uniform GPTQ, rounding to nearest)
     and lrpq without allocation, which then take as many bits, have bfloat16."""
 
+    codes: Annotated[Literal["uniform", "trellis"], Flag("--codes")] = "uniform"
+    """What codes are, as in `lrpq compress`; those of the controls are uniform."""
+
     @field_validator("methods")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -246,6 +249,7 @@ class ComparisonRun:
             bits=self.config.bits,
             group_sizes=self.config.group_sizes,
             scale_bits=self.scale_bits,
+            trellis=self.config.codes == "trellis",
             seed=seed,
             dtype=DTYPES[self.dtype],
             device=self.device,

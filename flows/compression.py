@@ -215,7 +215,7 @@ class Compression:
         self._pose(rows)
 
     def _pose(self, rows: list[CostRow]) -> None:
-        self.planner.pose(rows)
+        self.planner.pose(self.planner.offered(rows))
 
     def _jobs(self, windows: StoredWindows) -> Prepared:
         stream_job = jobs.stream_job(self.context, windows)

@@ -48,10 +48,16 @@ class PlanConfig(Section):
     """PATTERN=BITS: bits of the modules that match; 16 leaves them as they are."""
     target: Annotated[Literal["transformers", "vllm"], Flag("--target")] = "transformers"
     """Runtime that must run the checkpoint."""
-    format: Annotated[Literal["compressed-tensors", "dense", "gptq"], Flag("--format")] = "compressed-tensors"
+    codes: Annotated[Literal["uniform", "trellis"], Flag("--codes")] = "uniform"
+    """What codes are: uniform (steps of a grid, which every kernel reads), or trellis (of 2 to 6 bits: as many bytes,
+    much less error and much more time; lrpq's own loader reads them in transformers; or written with --format
+    dense)."""
+    format: Annotated[Literal["compressed-tensors", "dense", "gptq", "trellis"], Flag("--format")] = (
+        "compressed-tensors"
+    )
     """What quantized weights are stored as: compressed-tensors (packed, for transformers and vLLM); dense (dequantized
     to bfloat16, for any runtime, as large as the original); gptq (packed, 2, 3, 4 and 8 bits, for GPTQModel and
-    vLLM)."""
+    vLLM); trellis (packed, for transformers with lrpq.loading), which --codes trellis has where nothing is given."""
     tensor_parallel: Annotated[Positive, Flag("--tensor-parallel")] = 1
     """GPUs that share a layer (with --target vllm)."""
     solver: Annotated[Literal["exact", "lagrangian"], Flag("--solver")] = "exact"
@@ -76,6 +82,14 @@ class PlanConfig(Section):
     row_blocks: Annotated[int, Field(ge=1, le=64)] = 12
     """Blocks of a layer's rows, of at least 48 each, each of which makes up for the errors of those before it in what
     the loss feels; 1 rounds every row on its own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_of_codes(cls, values: Any) -> Any:
+        """Trellis codes have a format of their own."""
+        if isinstance(values, Mapping) and values.get("codes") == "trellis":
+            return {"format": "trellis", **values}
+        return values
 
     @field_validator("budget_bytes", mode="before")
     @classmethod
@@ -103,7 +117,21 @@ class PlanConfig(Section):
                 "--budget-bytes with --format dense: dense weights take what they took; give --budget BITS"
             )
         check_tensor_parallel(Target(self.target), self.tensor_parallel)
+        self._check_codes()
         return self
+
+    def _check_codes(self) -> None:
+        if self.codes == "uniform":
+            if self.format == "trellis":
+                raise ConfigError("--format trellis: is for --codes trellis; give that too, or leave the format out")
+            return
+        if self.target != Target.TRANSFORMERS.value:
+            raise ConfigError(f"--codes trellis with --target {self.target}: it has no kernels for them; leave one out")
+        if self.format not in ("trellis", "dense"):
+            raise ConfigError(
+                f"--codes trellis with --format {self.format}: its readers would take symbols for steps of a grid; "
+                "leave the format out, or give dense"
+            )
 
 
 class EvaluationConfig(Section):
@@ -223,8 +251,20 @@ class CompressConfig(Section):
                 f"possible is {smallest:g} bits ({min(widths)}-bit codes and their scales); raise --budget "
                 "or allow narrower choices"
             )
+        self._check_candidates()
         self.evaluation_source()
         return self
+
+    def _check_candidates(self) -> None:
+        """Refuse trellis codes where candidates' codes, which are uniform, would have to be those of a plan."""
+        if self.plan.codes == "uniform" or self.run.candidates.cost_rows is not None:
+            return
+        wants = "--refine stitch" if self.plan.refine == "stitch" else "--max-kl" if self.plan.max_kl else None
+        if wants is not None:
+            raise ConfigError(
+                f"{wants} with --codes trellis: takes stored candidates, whose codes are uniform; give --cost-rows "
+                "too, which makes a plan's codes when they are wanted"
+            )
 
     def shares_budget(self) -> bool:
         """Whether weights and activations have one budget: where activations have widths to choose from."""

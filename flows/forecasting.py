@@ -27,9 +27,11 @@ CANDIDATES = "candidates"
 
 def can_forecast(config: CompressConfig) -> bool:
     """Whether a forecast is wanted and its share was measured for what is asked for: candidates that are all in the
-    store, and a refinement with all of its parts. A quantized head is not refined, and images have other shares."""
+    store, and a refinement with all of its parts that leaves their kind of codes. A quantized head is not refined, and
+    images have other shares."""
     run, plan = config.run, config.plan
     refined = plan.refine == "sequential" and plan.correction > 0 and plan.polish > 0 and plan.row_blocks > 1
+    refined = refined and plan.codes == "uniform"
     gathered = run.gradients_every == 1 and run.candidates.cost_rows is None
     of_text = run.images.source is None and run.candidates.quantize_head is None
     return config.evaluation.forecast and refined and gathered and of_text

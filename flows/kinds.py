@@ -22,6 +22,7 @@ OF_TEXT = (
     "run.gradients_every",
     "run.rotate",
     "plan.max_kl",
+    "plan.codes",
     "plan.target",
     "plan.format",
     "plan.tensor_parallel",

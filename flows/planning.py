@@ -13,6 +13,7 @@ from flows.run import Run
 from lrpq.allocate.budget import UNQUANTIZED_BITS, bits_for
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
+from lrpq.allocate.trellis import with_trellis_codes
 from lrpq.allocate.wide import with_wide_scales
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
@@ -29,7 +30,7 @@ class Plans:
 
     ours: Plan
     uniform: Plan | None
-    """The widest uniform one under the same budget: what the result must not be worse than."""
+    """The widest uniform one under the same budget, of candidates: what the result must not be worse than."""
     control: Plan | None
     """The uniform one nearest in size to what is reached, which is measured beside the result: plain GPTQ, scales in
     bfloat16."""
@@ -86,7 +87,11 @@ class Planner:
 
     def cost_rows(self, rows: list[dict[str, Any]]) -> list[CostRow]:
         """Stored costs as the allocation takes them."""
-        return allocate.cost_rows(rows, self.specs)
+        return self.offered(allocate.cost_rows(rows, self.specs))
+
+    def offered(self, candidates: list[CostRow]) -> list[CostRow]:
+        """Rows of candidates with the kind of codes that is asked for."""
+        return candidates if self.wanted.codes == "uniform" else with_trellis_codes(candidates)
 
     def solved(self, rows: list[CostRow]) -> Plan:
         """The plan under the budget, nothing else."""
@@ -102,7 +107,8 @@ class Planner:
             STAGE, inputs={"candidates": candidates_key}, parameters=parameters, code=["tasks.allocate"]
         )
         with run.timed(STAGE, 1, "plan"):
-            posed = self.pose(self.cost_rows(rows))
+            candidates = allocate.cost_rows(rows, self.specs)
+            posed = self.pose(self.offered(candidates))
             problem = posed.problem if self.given is None else posed.problem.with_choices(self.given)
             plan = run.step(STAGE, lambda: allocate.solve(problem, solver=wanted.solver))
             if wanted.budget_bytes is not None:
@@ -114,12 +120,11 @@ class Planner:
                     solver=wanted.solver,
                     format=wanted.format,
                 )
-            uniform = allocate.uniform_within(
-                posed.problem, self.source, total_bytes=wanted.budget_bytes, format=wanted.format
-            )
+            same = posed.problem if wanted.codes == "uniform" else self.pose(candidates).problem
+            uniform = allocate.uniform_within(same, self.source, total_bytes=wanted.budget_bytes, format=wanted.format)
             control = None
             if self.config.evaluation.enabled and self.config.evaluation.control:
-                wide = self.pose(with_wide_scales(self.cost_rows(rows)), budget_bits=UNQUANTIZED_BITS)
+                wide = self.pose(with_wide_scales(candidates), budget_bits=UNQUANTIZED_BITS)
                 control = allocate.control(wide.unlimited, at_bits=self._control_bits(plan))
             run.progress.advance(STAGE)
         for note in posed.notes:

@@ -11,7 +11,9 @@ from typing import Any
 from flows.config import CompressConfig
 from lrpq import __version__
 from lrpq.allocate.plan import Plan
+from lrpq.allocate.trellis import trellis_share
 from lrpq.model.layers import Choice, LinearSpec
+from lrpq.quant.packing import storage_bits
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
 from tasks.store.keys import code_digest
@@ -75,8 +77,12 @@ def model_bytes(folder: Path) -> int:
 
 
 def choices_json(choices: Mapping[str, Choice | None]) -> dict[str, Any]:
-    """Choices as JSON: module -> [bits, group size, bits of a scale] or null."""
-    return {name: None if c is None else [c.bits, c.group_size, c.scale_bits] for name, c in choices.items()}
+    """Choices as JSON: module -> [bits, group size, bits of a scale], of trellis codes also "trellis"; or null."""
+    return {name: None if choice is None else _choice_json(choice) for name, choice in choices.items()}
+
+
+def _choice_json(choice: Choice) -> list[Any]:
+    return [choice.bits, choice.group_size, choice.scale_bits, *(["trellis"] if choice.trellis else [])]
 
 
 def modules_json(
@@ -96,9 +102,12 @@ def modules_json(
                 "bits": 16 if choice is None else choice.bits,
                 "group_size": None if choice is None else choice.group_size,
                 "scale_bits": None if choice is None else choice.scale_bits,
+                "codes": None if choice is None else "trellis" if choice.trellis else "uniform",
                 "num_weights": spec.num_weights,
-                "storage_bits": 16 * spec.num_weights if row is None else row["storage_bits"],
-                "cost_nats": 0.0 if row is None else row["cost_nats"],
+                "storage_bits": 16 * spec.num_weights
+                if choice is None
+                else storage_bits(spec.d_out, spec.d_in, choice),
+                "cost_nats": 0.0 if row is None or choice is None else row["cost_nats"] * trellis_share(choice),
             }
         )
     return found

@@ -36,6 +36,7 @@ def compare(
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     scales: o.Scales = None,
+    codes: o.Codes = None,
     device: o.Device = None,
     output: Annotated[
         Path, typer.Option("--output", help="Folder for compare.json, pareto.csv and pareto.png.", metavar="DIR")
@@ -80,6 +81,7 @@ def compare(
             "bits": o.whole_numbers(bits, flag="--bits"),
             "group_sizes": o.whole_numbers(group_size, flag="--group-size"),
             "scales": scales,
+            "codes": codes,
         }
     )
     config = checked(CompareConfig, given, options=given)
