@@ -18,8 +18,8 @@ from lrpq.quant.packing import storage_bits
 from lrpq.quant.trellis import LEAST_ROWS, SEGMENT_ROWS, WIDTHS
 
 SHARES: Mapping[int, Mapping[int, float]] = {
-    32: dict.fromkeys(WIDTHS, 0.58),
-    64: dict.fromkeys(WIDTHS, 0.49),
+    32: dict.fromkeys(WIDTHS, 0.6),
+    64: dict.fromkeys(WIDTHS, 0.5),
     128: dict.fromkeys(WIDTHS, 0.43),
     -1: {2: 0.44, 3: 0.39, 4: 0.33, 5: 0.32, 6: 0.32},
 }

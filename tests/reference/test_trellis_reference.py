@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from trellis_case import CHOICE, ROWS, any_codes, columns_of, hessian, numbers, rounded
 
 from lrpq.errors import QuantizationError
-from lrpq.kernels.trellis import round_segments
 from lrpq.model.layers import Choice
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import Rows, gptq, loss
@@ -17,51 +17,11 @@ from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum
 from lrpq.quant.packing import pack
 from lrpq.quant.polish import polish
-from lrpq.quant.refit import refit
-from lrpq.quant.trellis import SEGMENT_ROWS, STATE_BITS, WIDTHS, codebook, segment_edges, values
-from lrpq.quant.trellis_loop import descend_trellis
+from lrpq.quant.trellis import SEGMENT_ROWS, STATE_BITS, WIDTHS, codebook, values
 from lrpq.refine.products import SiteProducts
 from lrpq.refine.quantize import quantize_refined
 
-ROWS = 300
-"""Two whole segments and one of 44 rows."""
-CHOICE = Choice(bits=3, group_size=16, trellis=True)
 STATES = 1 << STATE_BITS
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def hessian(d_in: int, seed: int = 0) -> Tensor:
-    """Of correlated inputs."""
-    X = numbers(400, d_in, seed=seed) @ (torch.eye(d_in) + numbers(d_in, d_in, seed=seed + 1) / d_in**0.5)
-    X += numbers(400, 1, seed=seed + 2)
-    H: Tensor = X.T @ X / len(X)
-    return H
-
-
-def edges_of(rows: int) -> Tensor:
-    """Also of fewer rows than a layer may have."""
-    return torch.tensor([*range(0, rows, SEGMENT_ROWS), rows], dtype=torch.int32)
-
-
-def rounded(
-    T: Tensor, bits: int, *, S: Tensor | None = None, weights: Tensor | None = None, W: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Codes and errors W - Q of targets [columns, rows], each column by itself."""
-    columns, rows = T.shape
-    S = torch.ones(columns, rows) if S is None else S.contiguous()
-    weights = torch.ones(rows) if weights is None else weights
-    codes, errors = torch.empty(columns, rows, dtype=torch.int8), T.clone()
-    own, R = torch.arange(columns), torch.eye(columns)
-    W = T if W is None else W
-    round_segments(errors, W, S, R, weights, own, codebook(bits), codes, edges_of(rows), bits=bits)
-    return codes, errors
-
-
-def by_segment(errors: Tensor) -> Tensor:
-    return torch.stack([part.sum() for part in torch.split(errors, SEGMENT_ROWS)])
 
 
 # decoding
@@ -79,12 +39,6 @@ def read_by_bits(codes: Tensor, bits: int) -> Tensor:
                 end = STATE_BITS * len(own) + (row + 1) * bits
                 found[start + row, column] = book[int(stream[end - STATE_BITS : end], 2)]
     return found
-
-
-def any_codes(rows: int, columns: int, bits: int) -> Tensor:
-    bound = 2 ** (bits - 1)
-    g = torch.Generator().manual_seed(bits)
-    return torch.randint(-bound, bound, (rows, columns), generator=g, dtype=torch.int8)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -206,13 +160,6 @@ def test_codebooks_are_for_normal_numbers(bits: int) -> None:
 # GPTQ
 
 
-def columns_of(W: Tensor, q: QuantizedWeight, order: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights, their quantized values (both float64), scales and codes, [columns, rows] in the order of a sweep."""
-    width = W.shape[1] // q.scales.shape[1]
-    Q = (values(q.codes, q.choice.bits) * q.scales.float().repeat_interleave(width, 1)).double()
-    return W.double().T[order], Q.T[order], q.scales.float().T[order // width], q.codes.T[order]
-
-
 @pytest.mark.parametrize("group_size", [16, -1])
 def test_errors_are_fed_back_to_the_later_columns(group_size: int) -> None:
     """Each column's codes are those of t_k = w_k + sum_j (w_j - q_j) R_jk, in float64 from the codes that came out."""
@@ -282,83 +229,6 @@ def test_a_dead_input_is_rounded_to_its_own_weights() -> None:
         assert float(loss(W, weight.dequantize(), H).sum()) < 0.02 * float(loss(W, torch.zeros_like(W), H).sum())
 
 
-# polishing
-
-
-def test_descent_takes_each_column_to_its_best_stream_given_all_others() -> None:
-    """Targets Q_k + (D H)_k / H_kk with the errors D of new codes to the left and of old ones to the right, float64."""
-    d_in, bits = 48, 3
-    T, H, weights = numbers(ROWS, d_in, seed=12), hessian(d_in), numbers(ROWS, seed=13).abs() + 0.1
-    alone = replace(factorize(H), R=torch.eye(d_in))  # codes that leave much to be improved
-    (before,) = gptq(T, alone, [CHOICE], rows=Rows(parts=[ROWS], weights=weights))
-    after = descend_trellis(T, before, H, weights, segment_edges([ROWS]))
-    order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    t, old, S, _ = columns_of(T, before, order)
-    _, new, _, codes = columns_of(T, after, order)
-    wide = H.double()[order][:, order]
-    pull = wide.triu(1).T @ (t - new) + wide.tril(0).T @ (t - old)
-    targets = old + pull / wide.diagonal().unsqueeze(1)
-    expected, _ = rounded(targets.float(), bits, S=S, weights=weights)
-    assert (expected == codes).double().mean() > 0.99
-    assert (after.codes != before.codes).double().mean() > 0.1
-
-
-def test_descent_takes_a_dead_input_to_its_own_weights() -> None:
-    T, H = numbers(ROWS, 32, seed=12), hessian(32)
-    H[7] = H[:, 7] = 0.0
-    q = replace(gptq(T, factorize(hessian(32)), [CHOICE])[0], codes=any_codes(ROWS, 32, 3))
-    found = descend_trellis(T, q, H, torch.ones(ROWS), segment_edges([ROWS]))
-    expected, _ = rounded(T.T[7:8].contiguous(), 3, S=q.scales.T[:1].float())
-    assert (found.codes[:, 7] == expected[0]).double().mean() > 0.99
-
-
-@pytest.mark.parametrize("rounds", [1, 2])
-def test_polish_raises_no_segments_error(rounds: int) -> None:
-    """Rows weighed as they were rounded; restored rows are whole segments."""
-    d_in = 48
-    T, H, weights = numbers(ROWS, d_in, seed=14), hessian(d_in), numbers(ROWS, seed=15).abs() + 0.1
-    rows = Rows(parts=[ROWS], weights=weights)
-    (before,) = gptq(T, factorize(H), [CHOICE], rows=rows)
-    (found,) = polish(T, [before], H, rounds=rounds, rows=rows)
-    sums = [
-        by_segment(loss(T.double(), q.dequantize().double(), H.double()) * weights.double())
-        for q in (found.weight, before)
-    ]
-    assert (sums[0] <= sums[1] * (1 + 1e-5)).all()
-    assert sums[0].sum() < 0.95 * sums[1].sum()
-    assert found.changed_codes > 0.01 * T.numel()
-    assert all(part.all() or not part.any() for part in torch.split(found.restored, SEGMENT_ROWS))
-
-
-def test_polish_restores_whole_segments() -> None:
-    """A damping so large that descent is blind to H, and makes GPTQ's codes worse."""
-    T, H = numbers(ROWS, 48, seed=16), hessian(48)
-    (before,) = gptq(T, factorize(H), [CHOICE])
-    (found,) = polish(T, [before], H, damping=1e4)
-    assert found.restored.all()
-    assert torch.equal(found.weight.codes, before.codes)
-    assert torch.equal(found.weight.scales, before.scales)
-
-
-def test_refit_keeps_codes_and_lowers_every_rows_error() -> None:
-    T, H = numbers(ROWS, 48, seed=17), hessian(48)
-    (q,) = gptq(T, factorize(H), [CHOICE])
-    found = refit(T, q, H)
-    assert torch.equal(found.weight.codes, q.codes)
-    errors = [loss(T.double(), x.dequantize().double(), H.double()) for x in (found.weight, q)]
-    assert (errors[0] <= errors[1] * (1 + 1e-6)).all()
-    assert errors[0].sum() < 0.96 * errors[1].sum()
-    # the best scales of a row by least squares over its groups, in float64, are at most a rounding to bfloat16 better
-    L = torch.linalg.cholesky(H.double())
-    Z = values(q.codes, 3).double()
-    for row in range(0, ROWS, 60):
-        parts = torch.stack([L[g : g + 16].T @ Z[row, g : g + 16] for g in (0, 16, 32)], 1)
-        target = L.T @ T[row].double()
-        best = torch.linalg.lstsq(parts, target.unsqueeze(1)).solution
-        least = (parts @ best - target.unsqueeze(1)).square().sum()
-        assert least * (1 - 1e-9) <= errors[0][row] <= least * 1.01
-
-
 # refused
 
 
@@ -376,60 +246,6 @@ def test_what_would_cut_or_misread_a_stream_is_refused() -> None:
     for bits in (7, 8):
         with pytest.raises(QuantizationError, match=rf"no trellis of {bits} bits: choose from \[2, 3, 4, 5, 6\]"):
             gptq(W, factor, [replace(CHOICE, bits=bits)])
-
-
-# refinement
-
-
-def moments(seed: int) -> Tensor:
-    """Second moments of gradients that share 40 directions."""
-    shared = numbers(4 * ROWS, 40, seed=seed) @ numbers(40, ROWS, seed=seed + 1) / 40**0.5
-    together = shared + 0.3 * numbers(4 * ROWS, ROWS, seed=seed + 2)
-    G: Tensor = together.T @ together / len(together)
-    return G
-
-
-def test_rows_make_up_for_each_others_errors_behind_a_corrected_prefix() -> None:
-    """Excess of the joint error over that of the best real weights, float64; lower than of rows that do not see each
-    other and than of a uniform grid, and as the codes decode."""
-    d_in = 32
-    lost, x = (numbers(400, d_in, seed=s) @ numbers(d_in, d_in, seed=s + 1) / d_in**0.5 for s in (20, 22))
-    W, G = numbers(ROWS, d_in, seed=24), moments(25)
-    D = 0.1 * lost.T @ x
-    sums = HessianSum(xx=(x.T @ x).triu(), weight_sum=float(len(x)), num_tokens=len(x))
-    C, P = (x.T @ x).double() / len(x), W.double() @ D.double() / len(x)
-
-    def excess(choice: Choice, outputs: list[Tensor] | None) -> float:
-        refined = quantize_refined(
-            W, SiteProducts(hessian=sums, shift=D), choice, strength=1.0, outputs=outputs, row_blocks=3, name="w"
-        )
-        assert refined.rows_alone == 0
-        E = refined.weight.dequantize().double() - W.double() - torch.linalg.solve(C, P.T).T
-        return float(torch.trace(G.double() @ E @ C @ E.T))
-
-    found = excess(CHOICE, [G])
-    nothing = W.double() + torch.linalg.solve(C, P.T).T
-    assert found < 0.6 * excess(CHOICE, None)
-    assert found < 0.8 * excess(replace(CHOICE, trellis=False), [G])
-    assert found < 0.01 * float(torch.trace(G.double() @ nothing @ C @ nothing.T))
-
-
-def test_the_better_of_plain_and_corrected_codes_is_kept_by_segments() -> None:
-    """A correction that hardly matters: rows gain and lose side by side, and segments stay whole."""
-    d_in = 32
-    W, H, D = numbers(ROWS, d_in, seed=30), hessian(d_in), 0.002 * numbers(d_in, d_in, seed=34)
-    products = SiteProducts(hessian=HessianSum(xx=H.triu(), weight_sum=1.0, num_tokens=400), shift=D)
-    kept, plain = (
-        quantize_refined(W, products, CHOICE, strength=strength, polish_rounds=0, name="w") for strength in (1.0, 0.0)
-    )
-    same = [part.all() for part in torch.split(kept.weight.codes == plain.weight.codes, SEGMENT_ROWS)]
-    assert kept.rejected_rows == sum(size for size, whole in zip((128, 128, 44), same, strict=True) if whole)
-    errors = []
-    for refined in (kept, plain):
-        dW = refined.weight.dequantize().double() - W.double()
-        errors.append(((dW @ H.double() - 2.0 * W.double() @ D.double()) * dW).sum(1))
-    assert (by_segment(errors[0]) <= by_segment(errors[1]) + 1e-4).all()
-    assert (errors[0] > errors[1]).double().mean() > 0.05
 
 
 def test_magnitudes_change_nothing() -> None:
