@@ -147,7 +147,10 @@ def seventy(options: argparse.Namespace) -> BlockShape:
 
 def refinement(options: argparse.Namespace) -> layers.Refinement:
     return layers.Refinement(
-        group_size=options.group_size, polish_rounds=options.polish_rounds, row_blocks=options.row_blocks
+        group_size=options.group_size,
+        polish_rounds=options.polish_rounds,
+        row_blocks=options.row_blocks,
+        trellis=options.codes == "trellis",
     )
 
 
@@ -205,6 +208,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--polish-rounds", type=int, default=DEFAULT.polish_rounds, help="of quantize")
     parser.add_argument("--row-blocks", type=int, default=DEFAULT.row_blocks, help="of quantize")
+    parser.add_argument("--codes", default="uniform", choices=("uniform", "trellis"), help="of quantize")
     parser.add_argument("--png", type=Path, help="where growth is drawn")
     parser.add_argument("--model", type=Path, help="of end-to-end and gptq: a model folder")
     parser.add_argument("--text", type=Path, help="calibration text for --model; random tokens without it")

@@ -37,6 +37,8 @@ FUNCTIONS = {
     "correction's solve": "lrpq.quant.correction:correct",
     "errors of rows": "lrpq.quant.correction:target_error",
     "descent": "lrpq.quant.descent:descend_checked",
+    "streams, rounded": "lrpq.quant.trellis_loop:gptq_trellis",
+    "streams, polished": "lrpq.quant.trellis_loop:descend_trellis",
     "refit of scales": "lrpq.quant.refit:refit_checked",
     "losses of rows": "lrpq.quant.gptq:loss",
     "losses of codes": "lrpq.quant.gptq:loss_of",
@@ -54,6 +56,8 @@ class Refinement:
     group_size: int
     polish_rounds: int
     row_blocks: int
+    trellis: bool = False
+    """Whether codes are a trellis's."""
     strength: float = 0.5
 
 
@@ -102,7 +106,7 @@ def measure_quantize(report: Report, device: torch.device, shape: BlockShape, op
 
     With timers: the few hundred times that they wait for the device are nothing beside seconds.
     """
-    choice = Choice(bits=BITS, group_size=options.group_size)
+    choice = Choice(bits=BITS, group_size=options.group_size, trellis=options.trellis)
     total, counted = 0.0, 0.0
     timers = Timers(device, FUNCTIONS)
     for site, members in shape.sites.items():
