@@ -5,6 +5,7 @@ With no token weights and no correction this is plain sequential GPTQ: the contr
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 from lrpq.activations.apply import GridActivations
 from lrpq.model.experts import GATE_UP
 from lrpq.model.layers import Choice, LinearSpec
+from lrpq.quant.ahead import compile_trellis_ahead
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.packing import pack, unpack
 from lrpq.quant.starved import Evidence, hessian_of_expert
@@ -98,6 +100,8 @@ def first_block(job: RefineJob, specs: Sequence[Sequence[LinearSpec]]) -> int:
 
 def begin(state: WorkerState, job: RefineJob, block: int) -> None:
     """Open the model and bring this worker's windows in front of a block."""
+    if state.device == "cpu" and any(choice is not None and choice.trellis for choice in job.choices.values()):
+        threading.Thread(target=compile_trellis_ahead, name="lrpq-compile", daemon=True).start()
     stream = open_stream(state, job.stream)
     chosen = job.stream.activations
     shards = {shard.index: shard.tokens for shard in my_shards(state, job.stream)}
@@ -304,8 +308,7 @@ def store_module(state: WorkerState, job: RefineJob, *parts: QuantizedModule) ->
     first = parts[0]
     ordered = sorted(parts, key=lambda part: part.first_row)
     tensors = {name: torch.cat([part.packed[name] for part in ordered]) for name in ("weight_packed", "weight_scale")}
-    d_in = first.packed["weight_shape"][1]
-    tensors["weight_shape"] = torch.stack([torch.tensor(len(tensors["weight_packed"])), d_in])
+    tensors["weight_shape"] = torch.tensor([len(tensors["weight_scale"]), int(first.packed["weight_shape"][1])])
     write_tensors(
         open_store(job.stream.store),
         job.folder.module(first.name),

@@ -48,12 +48,20 @@ def trellis_share(choice: Choice) -> float:
 
 
 def with_trellis_codes(rows: Iterable[CostRow]) -> list[CostRow]:
-    """Rows of uniform candidates with trellis codes, wherever a layer and a width can have them."""
-    return [_row(row) for row in rows]
+    """Rows of uniform candidates with trellis codes, wherever a layer and a width can have them. Experts that share a
+    choice have them all or none."""
+    rows = list(rows)
+    uniform = {_shares(row.module) for row in rows if not takes_trellis(row.module)}
+    return [row if _shares(row.module) in uniform else _row(row) for row in rows]
+
+
+def _shares(spec: LinearSpec) -> str:
+    """What a layer shares its choice with."""
+    return spec.fused_group if spec.routed else spec.name
 
 
 def _row(row: CostRow) -> CostRow:
-    if row.choice is None or not takes_trellis(row.module):
+    if row.choice is None:
         return row
     choice = with_trellis(row.choice)
     if not choice.trellis:

@@ -34,6 +34,8 @@ FORMAT = "pack-quantized"
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 WORD_BITS = 32
 SUPPORTED_BITS = range(2, 9)  # a sign and at least one more bit; the packer's upper limit
+STEPS, SYMBOLS = "int", "trellis"
+"""What codes are, as a group's ``type``; the second is the trellis format's alone."""
 
 
 def check_choice(module: str, choice: Choice, d_in: int) -> None:
@@ -58,6 +60,16 @@ def check_choice(module: str, choice: Choice, d_in: int) -> None:
         )
 
 
+def refuse_symbols(module: str, choice: Choice, format: str) -> None:
+    """Refuse symbols of a trellis, which a format's readers would take for steps of a grid.
+
+    Raises:
+        ConfigError: the module is named.
+    """
+    if choice.trellis:
+        raise ConfigError(f"module {module}: {format} has no place for trellis codes; use --format trellis or dense")
+
+
 def stored_tensors(original: StoredTensor, choice: Choice) -> tuple[StoredTensor, ...]:
     """Names, dtypes and shapes of the tensors that hold a quantized module.
 
@@ -67,6 +79,7 @@ def stored_tensors(original: StoredTensor, choice: Choice) -> tuple[StoredTensor
     module = original.name.removesuffix(WEIGHT)
     d_out, d_in = original.shape
     check_choice(module, choice, d_in)
+    refuse_symbols(module, choice, METHOD)
     words = -(-d_in * choice.bits // WORD_BITS)
     return (
         StoredTensor(name=f"{module}.{PACKED}", dtype=torch.int32, shape=(d_out, words)),
@@ -109,6 +122,32 @@ def quantization_config(
     Raises:
         ConfigError: no module is quantized, one is both quantized and ignored, or its bits cannot be packed.
     """
+    for name, choice in choices.items():
+        refuse_symbols(name, choice, METHOD)
+    groups = described_groups(choices, specs=specs, ignore=ignore, input_bits=input_bits, format=FORMAT)
+    return {"quant_method": METHOD, "format": FORMAT, "quantization_status": "compressed", **groups}
+
+
+def described_groups(
+    choices: Mapping[str, Choice],
+    *,
+    specs: Sequence[LinearSpec],
+    ignore: Iterable[str],
+    input_bits: Mapping[str, int] | None = None,
+    format: str,
+) -> dict[str, Any]:
+    """``ignore`` and ``config_groups`` of a ``quantization_config``: which modules have which choice.
+
+    Args:
+        choices: see ``quantization_config``.
+        specs: the same.
+        ignore: the same.
+        input_bits: the same.
+        format: of the groups.
+
+    Raises:
+        ConfigError: see ``quantization_config``.
+    """
     ignored = sorted(set(ignore), key=natural_key)
     both = [name for name in ignored if name in choices]
     if both:
@@ -122,13 +161,10 @@ def quantization_config(
         group = choices[name], (input_bits or {}).get(name, 0)
         members.setdefault(group, []).append(patterns(name, by_name.get(name)))
     return {
-        "quant_method": METHOD,
-        "format": FORMAT,
-        "quantization_status": "compressed",
         "ignore": ignored,
         "config_groups": {
             f"group_{i}": {
-                "format": FORMAT,
+                "format": format,
                 "targets": [f"re:{pattern}" for pattern in anchored_patterns(members[choice, bits])],
                 "weights": _weights(choice),
                 **({"input_activations": input_arguments(bits)} if bits else {}),
@@ -142,7 +178,7 @@ def _weights(choice: Choice) -> dict[str, Any]:
     by_channel = choice.group_size == -1
     return {
         "num_bits": choice.bits,
-        "type": "int",
+        "type": SYMBOLS if choice.trellis else STEPS,
         "symmetric": True,
         "strategy": "channel" if by_channel else "group",
         "group_size": None if by_channel else choice.group_size,

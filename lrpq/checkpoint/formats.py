@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrpq.checkpoint import compressed_tensors, dense, gptq
+from lrpq.checkpoint import compressed_tensors, dense, gptq, trellis
 from lrpq.checkpoint.layout import StoredTensor
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.notation import BITS_PER_BYTE
@@ -26,6 +26,8 @@ class CheckpointFormat(enum.Enum):
     """Dequantized weights under the original names: runs wherever the original does, and is as large."""
     GPTQ = "gptq"
     """GPTQ's packed layout: GPTQModel, vLLM and their kernels. 2, 3, 4 and 8 bits."""
+    TRELLIS = "trellis"
+    """lrpq's own: trellis codes and uniform ones beside them; transformers reads it with lrpq.loading."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,12 @@ FORMATS: Mapping[CheckpointFormat, WeightFormat] = {
         pack=gptq.packed_tensors,
         dequantize=compressed_tensors.loaded,
         describe=gptq.quantization_config,
+    ),
+    CheckpointFormat.TRELLIS: WeightFormat(
+        stored=trellis.stored_tensors,
+        pack=trellis.packed_tensors,
+        dequantize=trellis.loaded,
+        describe=trellis.quantization_config,
     ),
 }
 NOT_COUNTED = (f".{compressed_tensors.SHAPE}",)

@@ -26,6 +26,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
+from lrpq.checkpoint.compressed_tensors import refuse_symbols
 from lrpq.checkpoint.layout import StoredTensor
 from lrpq.checkpoint.modules import WEIGHT
 from lrpq.checkpoint.patterns import anchored_patterns, natural_key, patterns
@@ -71,6 +72,7 @@ def stored_tensors(original: StoredTensor, choice: Choice) -> tuple[StoredTensor
             f"module {module}: is {d_out} x {d_in}; GPTQ packs multiples of {MULTIPLE}; keep it dense or use another "
             "--format"
         )
+    refuse_symbols(module, choice, "GPTQ's layout")
     groups = choice.groups(d_in)
     return (
         StoredTensor(name=f"{module}.{QWEIGHT}", dtype=torch.int32, shape=(d_in * choice.bits // WORD_BITS, d_out)),

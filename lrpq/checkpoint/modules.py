@@ -11,6 +11,7 @@ from lrpq.errors import ConfigError, ModelError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.trellis import check_parts
 
 WEIGHT = ".weight"
 
@@ -49,7 +50,13 @@ class QuantizedModule:
         return sum(self.rows), self.originals[0].shape[1]
 
     def split(self, weight: QuantizedWeight) -> Iterator[tuple[QuantizedWeight, StoredTensor]]:
-        """Codes of each of the tensors."""
+        """Codes of each of the tensors.
+
+        Raises:
+            QuantizationError: streams of a trellis would be cut.
+        """
+        if weight.choice.trellis:
+            check_parts(self.rows, name=self.name)
         return zip(weight.split(self.rows), self.originals, strict=True)
 
 

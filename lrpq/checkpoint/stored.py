@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lrpq.checkpoint import gptq
+from lrpq.checkpoint import gptq, trellis
 from lrpq.checkpoint.activations import INPUT_SCALE, ZERO_POINT
-from lrpq.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE, SUPPORTED_BITS
+from lrpq.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE, STEPS, SUPPORTED_BITS, SYMBOLS
 from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.layout import INDEX_FILE
 from lrpq.checkpoint.modules import WEIGHT
@@ -35,8 +36,15 @@ DENSE = WEIGHT.removeprefix(".")
 STORED_AS[DENSE], DIMENSIONS[DENSE] = ("BF16", "F16", "F32", "F64"), 2
 STORED_AS |= {INPUT_SCALE: ("BF16", "F16", "F32"), ZERO_POINT: ("I8",)}
 DIMENSIONS |= {INPUT_SCALE: 1, ZERO_POINT: 1}
-CODES = {CheckpointFormat.COMPRESSED_TENSORS: PACKED, CheckpointFormat.GPTQ: gptq.QWEIGHT}
+CODES = {
+    CheckpointFormat.COMPRESSED_TENSORS: PACKED,
+    CheckpointFormat.GPTQ: gptq.QWEIGHT,
+    CheckpointFormat.TRELLIS: PACKED,
+}
 """The part that says that a module is quantized; a dense checkpoint has none."""
+Group = tuple[re.Pattern[str], Choice, Any]
+"""Names of modules, their choice, and ``input_activations``."""
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 MAX_QUANTIFIERS = 3
 """Quantifiers in a pattern: each more multiplies the time of a module that almost matches by the length of its name."""
 
@@ -223,7 +231,7 @@ class StoredCheckpoint:
             raise CheckpointError(f"{path}: missing, truncated or damaged ({one_line(error)})") from error
 
 
-def _description(folder: Path) -> tuple[CheckpointFormat, list[tuple[re.Pattern[str], Choice, Any]]]:
+def _description(folder: Path) -> tuple[CheckpointFormat, list[Group]]:
     path = folder / "config.json"
     try:
         if path.exists() and not path.is_file():
@@ -232,25 +240,46 @@ def _description(folder: Path) -> tuple[CheckpointFormat, list[tuple[re.Pattern[
         if "quantization_config" not in document and (folder / MANIFEST).is_file():
             return CheckpointFormat.DENSE, []
         config = document["quantization_config"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no config.json; expected a folder written by lrpq compress") from error
+    except _DAMAGED as error:
+        raise CheckpointError(f"{path}: not the configuration of a packed checkpoint ({one_line(error)})") from error
+    return described(config, str(path))
+
+
+def described(config: Any, where: str) -> tuple[CheckpointFormat, list[Group]]:
+    """Format, and patterns of the modules with their choices, of a ``quantization_config``.
+
+    Args:
+        config: as it is read.
+        where: it is from, for errors.
+
+    Raises:
+        CheckpointError: it is of no known format or version, or damaged.
+    """
+    try:
         if config.get("quant_method") == gptq.METHOD:
             rules = gptq.stored_choices(config)
             return CheckpointFormat.GPTQ, [(_pattern(pattern), choice, None) for pattern, choice in rules]
-        if config["format"] != "pack-quantized":
-            raise CheckpointError(f"{path}: format {config['format']!r}; expected pack-quantized")
-        groups = []
+        streams = config.get("quant_method") == trellis.METHOD
+        if streams:
+            trellis.check_reader(config)
+        elif config["format"] != "pack-quantized":
+            raise CheckpointError(f"{where}: format {config['format']!r}; expected pack-quantized")
+        groups: list[Group] = []
         for group in config["config_groups"].values():
-            choice = _choice(group["weights"])
+            choice = _choice(group["weights"], symbols=config["codebooks"] if streams else {})
             groups += [(_pattern(target), choice, group.get("input_activations")) for target in group["targets"]]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no config.json; expected a folder written by lrpq compress") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not the configuration of a packed checkpoint ({one_line(error)})") from error
-    return CheckpointFormat.COMPRESSED_TENSORS, groups
+    except _DAMAGED as error:
+        raise CheckpointError(f"{where}: not the configuration of a packed checkpoint ({one_line(error)})") from error
+    return CheckpointFormat.TRELLIS if streams else CheckpointFormat.COMPRESSED_TENSORS, groups
 
 
-def _choice(weights: dict[str, Any]) -> Choice:
-    """Raises ValueError, LookupError, TypeError or AttributeError for what is no symmetric integer grid."""
-    if weights.get("type", "int") != "int" or weights.get("symmetric", True) is not True:
+def _choice(weights: dict[str, Any], *, symbols: Collection[str]) -> Choice:
+    """Widths whose codes may be symbols are given as text. Raises ValueError, LookupError, TypeError or AttributeError
+    for what is neither those nor a symmetric integer grid."""
+    stream = weights.get("type") == SYMBOLS and str(weights["num_bits"]) in symbols
+    if (weights.get("type", STEPS) != STEPS and not stream) or weights.get("symmetric", True) is not True:
         raise ValueError("expected symmetric integers")
     bits, strategy = weights["num_bits"], weights["strategy"]
     size = {"channel": -1, "group": weights.get("group_size")}[strategy]
@@ -261,7 +290,8 @@ def _choice(weights: dict[str, Any]) -> Choice:
     stored_as = weights.get("scale_dtype")
     if stored_as not in (None, str(torch.bfloat16), str(torch.float8_e4m3fn)):
         raise ValueError(f"scales stored as {stored_as!r}")
-    return Choice(bits=bits, group_size=size, scale_bits=8 if stored_as == str(torch.float8_e4m3fn) else 16)
+    scale_bits = 8 if stored_as == str(torch.float8_e4m3fn) else 16
+    return Choice(bits=bits, group_size=size, scale_bits=scale_bits, trellis=stream)
 
 
 def _pattern(target: str) -> re.Pattern[str]:

@@ -17,6 +17,7 @@ from lrpq.checkpoint.formats import FORMATS, CheckpointFormat
 from lrpq.checkpoint.modules import ExpertScope, check_experts
 from lrpq.checkpoint.plan import plan_checkpoint
 from lrpq.errors import ConfigError
+from lrpq.loading import register
 from lrpq.model.experts import loaded_weight
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.names import stored_names
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
 TRANSFORMERS = "transformers"
+WITH_LRPQ = "transformers with lrpq.loading"
 PROBE_TOKENS = 32
 PROBE_STRIDE = 7919  # a prime, so that the probe walks through any vocabulary instead of its first tokens
 
@@ -41,8 +43,8 @@ class Verification:
     """Quantized modules whose weights, decompressed by the loader, are bit for bit those of their codes; where
     nothing was loaded, modules whose codes and scales in the files are."""
     loader: str | None
-    """``transformers``, or None where that does not load it (experts of several choices; the GPTQ format, which takes
-    other packages)."""
+    """``transformers``, of the trellis format with ``lrpq.loading``, or None where that does not load it (experts of
+    several choices or of the trellis format; the GPTQ format, which takes other packages)."""
     num_tokens: int
     """Tokens of the probe; zero without a loader."""
     max_abs_difference: float | None
@@ -99,6 +101,8 @@ def verify_checkpoint(
             tolerance=tolerance,
         )
     num_copied = compare_files(output, source, plan, codes=None)
+    if format is CheckpointFormat.TRELLIS:
+        register()
     ids = probe_ids(source.config.get_text_config().vocab_size) if input_ids is None else input_ids
     arguments = {"input_ids": ids}
     reloaded, dtype = reloaded_logits(AutoModelForCausalLM, output, source, plan, expected, arguments=arguments)
@@ -127,6 +131,9 @@ def _loader(choices: Mapping[str, Choice], specs: Sequence[LinearSpec], format: 
         return TRANSFORMERS
     if format is CheckpointFormat.GPTQ:
         return None
+    if format is CheckpointFormat.TRELLIS:
+        packed_experts = any(spec.routed and spec.name in choices for spec in specs)
+        return None if packed_experts else WITH_LRPQ
     try:
         check_experts(choices, specs, scope=ExpertScope.MODEL, loader=TRANSFORMERS)
     except ConfigError:

@@ -9,6 +9,7 @@ from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
 from lrpq.allocate.trellis import with_trellis_codes
 from lrpq.allocate.wide import with_wide_scales
+from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.plan import planned_size
 from lrpq.compare import allocation
 from lrpq.compare import planned as searching
@@ -115,7 +116,10 @@ class Prepared:
         """Bytes of the weight files of a checkpoint with this plan."""
         chosen = {name: choice for name, choice in plan.choices.items() if choice is not None}
         specs = [row.module for row in self.gathered.costs[DEFAULT.allocation]]
-        return planned_size(self.bench.source, chosen, specs=list(dict.fromkeys(specs))).total_bytes
+        trellis = any(choice.trellis for choice in chosen.values())
+        written_as = CheckpointFormat.TRELLIS if trellis else CheckpointFormat.COMPRESSED_TENSORS
+        size = planned_size(self.bench.source, chosen, specs=list(dict.fromkeys(specs)), format=written_as)
+        return size.total_bytes
 
     def _noise_costs(self) -> list[CostRow]:
         terms = self.bench.terms

@@ -1,4 +1,5 @@
-"""The packed form of codes in a checkpoint (compressed-tensors' ``pack-quantized``) and its exact size."""
+"""The packed form of codes in a checkpoint and its exact size: steps of a grid as compressed-tensors'
+``pack-quantized`` has them, along the rows; symbols of a trellis down the columns (quant/packed_streams.py)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from lrpq.errors import CheckpointError, QuantizationError
 from lrpq.model.layers import Choice
 from lrpq.quant.grid import QuantizedWeight, code_range
+from lrpq.quant.packed_streams import num_words, pack_streams, unpack_streams
 from lrpq.quant.stored_scales import dtype_of
 
 _WORD_BITS = 32
@@ -18,15 +20,13 @@ def pack(quantized: QuantizedWeight) -> dict[str, Tensor]:
     """Tensors of one layer as the checkpoint names them.
 
     ``weight_packed`` int32 [d_out, ceil(d_in bits / 32)]: rows are packed densely, code 0 in the lowest bits,
-    each code stored with an offset of 2^(bits-1); ``weight_scale`` bfloat16 or float8 [d_out, groups]; ``weight_shape``
-    int64 [2].
+    each code stored with an offset of 2^(bits-1), or of a trellis [words, d_in], streams down the columns;
+    ``weight_scale`` bfloat16 or float8 [d_out, groups]; ``weight_shape`` int64 [2].
 
     Raises QuantizationError for an asymmetric grid, which transformers cannot load, and for scales that are no numbers
     of the type that they are to be stored as.
     """
     code_range(quantized.choice.bits)
-    if quantized.choice.trellis:
-        raise QuantizationError("codes of a trellis are not of this format, whose readers would take them for steps")
     scales = quantized.scales.contiguous()
     if quantized.choice.scale_bits != 16:
         scales = scales.to(dtype_of(quantized.choice.scale_bits))
@@ -34,8 +34,10 @@ def pack(quantized: QuantizedWeight) -> dict[str, Tensor]:
             raise QuantizationError(f"scales of a {quantized.choice} layer are no {scales.dtype} numbers; round them")
     if quantized.zero_points is not None:
         raise QuantizationError("zero points cannot be packed: transformers does not load them; use a symmetric grid")
+    bits = quantized.choice.bits
+    stream = quantized.choice.trellis
     return {
-        "weight_packed": pack_to_int32(quantized.codes, quantized.choice.bits),
+        "weight_packed": pack_streams(quantized.codes, bits) if stream else pack_to_int32(quantized.codes, bits),
         "weight_scale": scales,
         "weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64),
     }
@@ -45,7 +47,7 @@ def unpack(tensors: dict[str, Tensor], choice: Choice) -> QuantizedWeight:
     """Inverse of ``pack``. Raises CheckpointError where the tensors' shapes do not belong to the choice."""
     d_out, d_in = (int(n) for n in tensors["weight_shape"])
     packed, scales = tensors["weight_packed"], tensors["weight_scale"]
-    expected = (d_out, _words(d_in, choice.bits)), (d_out, choice.groups(d_in))
+    expected = packed_shape(d_out, d_in, choice), (d_out, choice.groups(d_in))
     if (tuple(packed.shape), tuple(scales.shape)) != expected:
         raise CheckpointError(
             f"packed weight {tuple(packed.shape)} with scales {tuple(scales.shape)} is no {choice} layer of"
@@ -53,14 +55,24 @@ def unpack(tensors: dict[str, Tensor], choice: Choice) -> QuantizedWeight:
         )
     if (scales.dtype == dtype_of(8)) != (choice.scale_bits == 8):
         raise CheckpointError(f"scales are {scales.dtype}, those of a {choice} layer {dtype_of(choice.scale_bits)}")
-    codes = unpack_from_int32(packed, choice.bits, torch.Size((d_out, d_in)))
+    if choice.trellis:
+        codes = unpack_streams(packed, choice.bits, d_out)
+    else:
+        codes = unpack_from_int32(packed, choice.bits, torch.Size((d_out, d_in)))
     scales = scales.bfloat16() if choice.scale_bits == 8 else scales
     return QuantizedWeight(codes=codes.contiguous(), scales=scales, choice=choice)
 
 
 def storage_bits(d_out: int, d_in: int, choice: Choice) -> int:
-    """Bits of ``weight_packed`` and ``weight_scale`` in the file: rows are padded to whole 32-bit words."""
-    return d_out * (_words(d_in, choice.bits) * _WORD_BITS + choice.groups(d_in) * choice.scale_bits)
+    """Bits of ``weight_packed`` and ``weight_scale`` in the file: rows, of a trellis the columns of a segment, are
+    padded to whole 32-bit words."""
+    first, second = packed_shape(d_out, d_in, choice)
+    return first * second * _WORD_BITS + d_out * choice.groups(d_in) * choice.scale_bits
+
+
+def packed_shape(d_out: int, d_in: int, choice: Choice) -> tuple[int, int]:
+    """Of ``weight_packed``."""
+    return (num_words(d_out, choice.bits), d_in) if choice.trellis else (d_out, _words(d_in, choice.bits))
 
 
 def _words(d_in: int, bits: int) -> int:

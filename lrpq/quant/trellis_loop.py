@@ -25,7 +25,7 @@ from lrpq.quant.trellis import LEFT, check_width, codebook
 if TYPE_CHECKING:
     from jaxtyping import BFloat16, Float, Int, Int8, Int32, Int64
 
-_LEAF_COLUMNS = {"cpu": 32, "cuda": 64}
+LEAF_COLUMNS = {"cpu": 32, "cuda": 64}
 """Columns of one call: on a GPU a segment's errors are fed back by one program, beside what its codes take."""
 _SMALLEST, _SMALLEST_UNIT = 2.0**-40, 2.0**-100
 """Scale of a group of zeros, in units of the layer's largest weight, and where all are zero."""
@@ -34,7 +34,9 @@ _LEAST_MEAN = 2.0**-10
 _WITHIN = 2.5
 """Scales that a weight may be large without being cut off. Of 2 to 3 in steps of .25 the best in groups of
 64 of a layer of Gemma 3, at 5 and 6 bits (docs/log.md)."""
-_LOWEST, _HIGHEST, _STEPS = 0.95, 5.0, 16
+_LOWEST, _HIGHEST = 0.95, 5.0
+SCALES_TRIED = 16
+"""Multiples of a root mean square, from the lowest to the highest."""
 
 
 def trellis_scales(
@@ -64,8 +66,8 @@ def trellis_scales(
     # where the weights that count are zeros, the others still need values
     mean = torch.maximum((groups.square() * weights).sum(1), groups.new_tensor(_LEAST_MEAN**2)).sqrt()
     best, least = mean, torch.full_like(mean, torch.inf)
-    for step in range(_STEPS):
-        s = mean * (_LOWEST * (_HIGHEST / _LOWEST) ** (step / (_STEPS - 1)))
+    for step in range(SCALES_TRIED):
+        s = mean * (_LOWEST * (_HIGHEST / _LOWEST) ** (step / (SCALES_TRIED - 1)))
         beyond = (groups - _WITHIN * s.unsqueeze(1)).clamp_(min=0).square_()
         error = LEFT[choice.bits] * s.square() + (beyond * weights).sum(1)
         best = torch.where(error < least, s, best)
@@ -139,7 +141,7 @@ def _sweep(
     book, S, W, R = codebook(choice.bits, T.device), (S / unit).contiguous(), W / unit, R.float()
     T.div_(unit)
     rows_of: Int64[Tensor, columns] = runs.to(torch.int64)
-    for first, middle, last in halvings(0, len(T), _LEAF_COLUMNS[T.device.type]):
+    for first, middle, last in halvings(0, len(T), LEAF_COLUMNS[T.device.type]):
         if middle == last:
             k = slice(first, last)
             round_segments(T[k], W[k], S, R[k, k], weights, rows_of[k], book, codes[k], edges, bits=choice.bits)

@@ -1,0 +1,160 @@
+"""Checkpoints of the trellis format in transformers:
+
+    import lrpq.loading
+    model = AutoModelForCausalLM.from_pretrained(FOLDER)
+
+Importing this makes the format known to transformers. Quantized layers keep their codes and scales packed, as they are
+in the file, and decode their weight in every forward; ``model.dequantize()`` decodes all weights once, into plain
+linear layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lrpq.checkpoint.stored import described
+from lrpq.checkpoint.trellis import METHOD
+from lrpq.errors import CheckpointError
+from lrpq.model.layers import Choice
+from lrpq.quant.packed_streams import decode_streams
+from lrpq.quant.packing import packed_shape, unpack
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight stays packed.
+
+    Args:
+        choice: of its codes.
+        d_out: outputs.
+        d_in: inputs.
+        bias: whether it has one.
+        dtype: of the model.
+    """
+
+    weight_packed: nn.Parameter
+    weight_scale: nn.Parameter
+    weight_shape: nn.Parameter
+
+    def __init__(self, choice: Choice, d_out: int, d_in: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.choice, self.out_features, self.in_features, self.dtype = choice, d_out, d_in, dtype
+        for name, shape, kind in (
+            ("weight_packed", packed_shape(d_out, d_in, choice), torch.int32),
+            ("weight_scale", (d_out, choice.groups(d_in)), torch.bfloat16),
+            ("weight_shape", (2,), torch.int64),
+        ):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind), requires_grad=False))
+        self.bias = nn.Parameter(torch.empty(d_out, dtype=dtype), requires_grad=False) if bias else None
+
+    @property
+    def weight(self) -> Float[Tensor, "d_out d_in"]:
+        """Decoded, in the dtype that the model was loaded in."""
+        return self.decoded(self.dtype)
+
+    def decoded(self, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+        """The weight, bit for bit as `QuantizedWeight.dequantize` gives it."""
+        found: Tensor
+        if self.choice.trellis:
+            found = decode_streams(self.weight_packed, self.weight_scale, self.choice.bits, dtype)
+        else:
+            shape = torch.tensor([self.out_features, self.in_features])
+            scales = self.weight_scale.bfloat16()
+            if self.choice.scale_bits == 8:
+                scales = scales.to(torch.float8_e4m3fn)
+            tensors = {"weight_packed": self.weight_packed.data, "weight_scale": scales, "weight_shape": shape}
+            found = unpack(tensors, self.choice).dequantize(dtype)
+        return found
+
+    def forward(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
+        """As a linear layer with the decoded weight."""
+        return linear(x, self.decoded(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """For ``print``."""
+        return f"{self.in_features}, {self.out_features}, {self.choice}, bias={self.bias is not None}"
+
+
+class TrellisConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of a checkpoint in the trellis format, as config.json has it."""
+
+    def __init__(self, **described: Any) -> None:
+        described["quant_method"] = METHOD
+        for name, value in described.items():
+            setattr(self, name, value)
+
+
+class TrellisQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers calls while it loads such a checkpoint."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        """Put packed layers where the configuration has a choice.
+
+        Raises:
+            CheckpointError: it is of another version, or names what is no linear layer, such as experts.
+        """
+        groups = groups_of(self.quantization_config.to_dict())
+        for name, module in list(model.named_modules()):
+            choice = next((choice for pattern, choice in groups if pattern.fullmatch(name)), None)
+            if choice is None:
+                continue
+            if not isinstance(module, nn.Linear):
+                raise CheckpointError(
+                    f"module {name}: is no linear layer in transformers; use `lrpq evaluate`, or write the checkpoint "
+                    "with --format dense"
+                )
+            d_out, d_in, bias = module.out_features, module.in_features, module.bias is not None
+            with torch.device("meta"):
+                packed = PackedLinear(choice, d_out, d_in, bias=bias, dtype=module.weight.dtype)
+            model.set_submodule(name, packed)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Decode all weights, into plain linear layers: what ``model.dequantize()`` does."""
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+                dense.weight = nn.Parameter(module.decoded(dtype or module.dtype), requires_grad=False)
+                dense.register_parameter("bias", module.bias)
+                model.set_submodule(name, dense)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Not from here: copy the folder."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+
+def groups_of(config: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Choice]]:
+    """Names of modules, as patterns, and their choices.
+
+    Raises:
+        CheckpointError: the configuration is of another version, or damaged.
+    """
+    return [(pattern, choice) for pattern, choice, _ in described(config, "quantization_config")[1]]
+
+
+def register() -> None:
+    """Make the format known to transformers; importing this module has done so."""
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(TrellisConfig)
+        auto.register_quantizer(METHOD)(TrellisQuantizer)
+
+
+register()
