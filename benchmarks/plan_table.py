@@ -20,6 +20,8 @@ from tasks.estimate.machines import known_gpu
 from tasks.estimate.report import Estimate, estimate
 
 CONFIGS = Path(__file__).parents[1] / "docs" / "configs"
+TRELLIS = "llama-3-8b"
+"""The model whose plan with trellis codes has a row."""
 MODELS = ("llama-3-8b", "gemma-3-27b", "llama-3-70b", "qwen2.5-72b", "mixtral-8x22b", "llama-3.1-405b")
 GPUS_A_NODE = 8
 THREADS = 8
@@ -47,12 +49,13 @@ def planned(
     budget: float = 3.25,
     low_memory: bool = False,
     workers: int | None = None,
+    codes: str = "uniform",
 ) -> Estimate:
     source = DescribedModel(CONFIGS / model)
     config = CompressConfig.model_validate(
         {
             "run": {"model": model, "threads": THREADS, "shards": max(8, gpus)},
-            "plan": {"budget_bits": budget},
+            "plan": {"budget_bits": budget, "codes": codes},
             "output": Path("planned"),
             "store": "s3://planned/store",
             "cluster": {"low_memory": low_memory},
@@ -94,6 +97,11 @@ def row(model: str, found: Estimate) -> list[str]:
     return [str(cell) for cell in cells]
 
 
+def trellis_row(*, gpus: int = 8, node_memory: str = "2TB") -> list[str]:
+    found = planned(TRELLIS, gpus=gpus, node_memory=node_memory, codes="trellis")
+    return row(f"{TRELLIS}, `--codes trellis`", found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=8)
@@ -106,6 +114,9 @@ def main() -> None:
         print("| " + " | ".join(row(model, found)) + " |")
         for problem in found.problems:
             print(f"<!-- {model}: {problem} -->")
+        if model == TRELLIS:
+            coded = trellis_row(gpus=arguments.gpus, node_memory=arguments.node_memory)
+            print("| " + " | ".join(coded) + " |")
 
 
 if __name__ == "__main__":

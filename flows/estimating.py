@@ -87,6 +87,7 @@ def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu"
         gradients_every=run.gradients_every,
         cost_rows=run.candidates.cost_rows,
         label_tokens=GPU_CHUNK_TOKENS if device == "cuda" else CHUNK_TOKENS,
+        trellis=plan.codes == "trellis",
         low_memory=config.cluster.low_memory and device == "cuda",
     )
 

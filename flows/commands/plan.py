@@ -36,6 +36,7 @@ def plan(
         bool, typer.Option("--calibrate", help="Measure this machine again (a minute), though it is known.")
     ] = False,
     budget: o.Budget = None,
+    codes: o.Codes = None,
     calibration_windows: o.CalibrationWindows = None,
     length: o.CalibrationLength = None,
     held_out_windows: o.HeldOut = None,
@@ -92,6 +93,7 @@ def plan(
         "run.dtype": dtype,
         "run.threads": threads,
         "plan.budget_bits": budget,
+        "plan.codes": codes,
         "plan.refine": refine,
         "evaluation.num_windows": evaluation_windows,
         "evaluation.length": evaluation_length,

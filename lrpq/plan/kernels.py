@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lrpq.model.layers import Choice
+from lrpq.plan import trellis
 from lrpq.plan.work import COUNTED, NOTHING, Work, matmul, total, work
 from lrpq.quant import column_loop, descent, gptq, halves, hessian, scale_search
 from lrpq.quant import refit as refits
 from lrpq.quant.grid import Grid, group_width
 from lrpq.quant.row_feedback import IMPROVED_ELEMENTS, blocks_of
+from lrpq.quant.trellis import SEGMENT_ROWS, whole_segments
+from lrpq.refine.quantize import ALONE_ELEMENTS
 from lrpq.relevance.outputs import CHUNK_ROWS
 
 FP32, BF16 = "float32", "bfloat16"
@@ -76,8 +80,39 @@ def search_trials(choice: Choice, d_in: int, kind: Grid) -> int:
     return 1 + signs * tried + 2 * scale_search.refits(choice.bits, choice.scale_bits)
 
 
-def quantize(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cpu: bool) -> Work:
-    """``gptq.gptq`` with the search for scales: the column loop's products, its columns, the trials of the search."""
+def quantize(
+    d_out: int,
+    d_in: int,
+    choices: Sequence[Choice],
+    *,
+    kind: Grid,
+    cpu: bool,
+    parts: Sequence[int] | None = None,
+    threads: int = 1,
+) -> Work:
+    """``gptq.gptq`` with the search for scales: on uniform grids the column loop's products, its columns, the trials of
+    the search; of every choice of trellis codes its own sweep.
+
+    Args:
+        d_out: rows, all together.
+        d_in: inputs.
+        choices: all that they are quantized at.
+        kind: of uniform grids.
+        cpu: whether a CPU computes.
+        parts: rows of the layers that are stacked, for trellis codes; None: of one.
+        threads: of a CPU's worker, for trellis codes.
+    """
+    uniform = [choice for choice in choices if not choice.trellis]
+    found = [_on_grids(d_out, d_in, uniform, kind=kind, cpu=cpu)] if uniform else []
+    for choice in choices:
+        if choice.trellis:
+            rows = [d_out] if parts is None else parts
+            found.append(trellis.trellis_scales(d_out, d_in))
+            found.append(trellis.gptq_trellis(rows, d_in, choice.bits, cpu=cpu, threads=threads))
+    return total(found)
+
+
+def _on_grids(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cpu: bool) -> Work:
     trials = sum(search_trials(choice, d_in, kind) for choice in choices)
     stacked = d_out * len(choices)
     propagated = sum(
@@ -109,8 +144,10 @@ def loss(d_out: int, d_in: int, *, cpu: bool) -> Work:
     return precise(flops, width=d_in, cpu=cpu) + work(wide=3 * F32_BYTES * d_out * d_in)
 
 
-def dequantize(d_out: int, d_in: int, *, itemsize: int) -> Work:
-    """``QuantizedWeight.dequantize``: codes widened, then scaled."""
+def dequantize(d_out: int, d_in: int, *, itemsize: int, choice: Choice | None = None) -> Work:
+    """``QuantizedWeight.dequantize``: codes widened, then scaled; those of a choice with a trellis decoded."""
+    if choice is not None and choice.trellis:
+        return trellis.decoded(d_out, d_in, choice.bits)
     return work(wide=2 * itemsize * d_out * d_in)
 
 
@@ -133,7 +170,7 @@ def descend(d_out: int, d_in: int, *, sweeps: int, cpu: bool) -> Work:
 def refit(d_out: int, d_in: int, choice: Choice, *, cpu: bool) -> Work:
     """``refit.refit``: the products of the systems, their factorisations, the elementwise sums over groups.
 
-    A step is a group of a chunk of rows; where one launch does all groups, a chunk.
+    A step is a group of a chunk of rows; where one launch does all groups, a chunk. Trellis codes have no kernels.
     """
     groups = choice.groups(d_in)
     width = d_in // groups
@@ -143,9 +180,11 @@ def refit(d_out: int, d_in: int, choice: Choice, *, cpu: bool) -> Work:
     small = groups**3 // 3 + 2.0 * groups * groups
     elements = sum((groups - g) * width for g in range(groups))
     chunks = -(-d_out // refits.rows_at_once(d_in, groups, cpu=cpu))
-    steps = 1 if not cpu and refits.fills_a_gpu(d_in, groups) else groups
-    if cpu:
+    has_kernel = not cpu and not choice.trellis
+    steps = 1 if has_kernel and refits.fills_a_gpu(d_in, groups) else groups
+    if not has_kernel:
         products = matmul((pulls + systems) * d_out, dtype=FP32, width=width)
+        products += trellis.decoded(d_out, d_in, choice.bits) if choice.trellis else NOTHING
     else:  # codes are bfloat16 numbers, so that a product with H has two halves
         products = precise(pulls * d_out, width=d_in, cpu=cpu) + matmul(2 * systems * d_out, dtype=BF16, width=d_in)
     return products + Work(
@@ -157,11 +196,16 @@ def refit(d_out: int, d_in: int, choice: Choice, *, cpu: bool) -> Work:
     )
 
 
-def polish(d_out: int, d_in: int, choice: Choice, *, rounds: int, sweeps: int, cpu: bool) -> Work:
-    """``polish.polish`` for one choice, its guard included."""
-    one = descend(d_out, d_in, sweeps=sweeps, cpu=cpu) + refit(d_out, d_in, choice, cpu=cpu)
-    guard = loss(d_out, d_in, cpu=cpu) + dequantize(d_out, d_in, itemsize=F32_BYTES)
-    return rounds * one + 2 * guard + work(wide=2 * F32_BYTES * d_in * d_in)
+def polish(d_out: int, d_in: int, choice: Choice, *, rounds: int, sweeps: int, cpu: bool, threads: int = 1) -> Work:
+    """``polish.polish`` for one choice, its guard included; of trellis codes a refit more, and one sweep a round."""
+    refitted = refit(d_out, d_in, choice, cpu=cpu)
+    if choice.trellis:
+        one = trellis.descend_trellis(d_out, d_in, choice.bits, cpu=cpu, threads=threads) + refitted
+        before = refitted
+    else:
+        one, before = descend(d_out, d_in, sweeps=sweeps, cpu=cpu) + refitted, NOTHING
+    guard = loss(d_out, d_in, cpu=cpu) + dequantize(d_out, d_in, itemsize=F32_BYTES, choice=choice)
+    return before + rounds * one + 2 * guard + work(wide=2 * F32_BYTES * d_in * d_in)
 
 
 def target_error(d_out: int, d_in: int, *, cpu: bool) -> Work:
@@ -169,72 +213,102 @@ def target_error(d_out: int, d_in: int, *, cpu: bool) -> Work:
     return loss(d_out, d_in, cpu=cpu) + work(wide=4 * F32_BYTES * d_out * d_in)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refinement:
+    """How layers are refined."""
+
+    corrected: bool
+    polish_rounds: int
+    polish_sweeps: int
+    row_blocks: int
+    kind: Grid
+    cpu: bool
+    threads: int = 1
+    """Of a CPU's worker."""
+
+
 def quantize_refined(
-    d_out: int,
-    d_in: int,
-    choice: Choice,
-    *,
-    corrected: bool,
-    pulled: bool,
-    polish_rounds: int,
-    polish_sweeps: int,
-    row_blocks: int,
-    kind: Grid,
-    cpu: bool,
+    d_out: int, d_in: int, choice: Choice, how: Refinement, *, pulled: bool, parts: Sequence[int] | None = None
 ) -> Work:
-    """``refine.quantize.quantize_refined`` of one layer from the merged sums of its site."""
-    parts = [normalized(d_in), factorize(d_in)]
-    if corrected:
+    """``refine.quantize.quantize_refined`` of one layer from the merged sums of its site.
+
+    Args:
+        d_out: rows.
+        d_in: inputs.
+        choice: bits and group size.
+        how: the layer is refined.
+        pulled: whether what its outputs lack is given.
+        parts: rows of each part that is rounded for itself; None: all together.
+    """
+    found = [normalized(d_in), factorize(d_in)]
+    if how.corrected:
         solve = work(factor=2.0 * d_in * d_in * d_out)
         product = NOTHING if pulled else matmul(2.0 * d_out * d_in * d_in, dtype=FP32, width=d_in)  # W D, or P as it is
-        parts += [factorize(d_in), solve, product, work(wide=4 * F32_BYTES * d_in * d_in)]
-        parts += [quantize(2 * d_out, d_in, [choice], kind=kind, cpu=cpu)]
-        parts += [2 * target_error(d_out, d_in, cpu=cpu), dequantize(2 * d_out, d_in, itemsize=F32_BYTES)]
-    else:
-        parts.append(quantize(d_out, d_in, [choice], kind=kind, cpu=cpu))
-    chunks = output_chunks(d_out)
-    if any(blocks_of(rows, row_blocks) > 1 for rows in chunks):
-        how = {"polish_rounds": polish_rounds, "polish_sweeps": polish_sweeps}
-        parts.append(_in_blocks(chunks, d_in, choice, row_blocks, kind=kind, cpu=cpu, **how))
-    elif polish_rounds:
-        parts.append(polish(d_out, d_in, choice, rounds=polish_rounds, sweeps=polish_sweeps, cpu=cpu))
-        parts += [2 * target_error(d_out, d_in, cpu=cpu)] if corrected else []
-    return total(parts)
+        found += [factorize(d_in), solve, product, work(wide=4 * F32_BYTES * d_in * d_in)]
+    return total([*found, *(_part(rows, d_in, choice, how) for rows in ([d_out] if parts is None else parts))])
 
 
-def _in_blocks(
-    chunks: Sequence[int],
-    d_in: int,
-    choice: Choice,
-    row_blocks: int,
-    *,
-    polish_rounds: int,
-    polish_sweeps: int,
-    kind: Grid,
-    cpu: bool,
-) -> Work:
+def _part(rows: int, d_in: int, choice: Choice, how: Refinement) -> Work:
+    """Rows that are rounded together, plain and corrected, and what follows."""
+    found = [_rounded_once_or_twice(rows, d_in, choice, how)]
+    if how.corrected:
+        errors = 2 * target_error(rows, d_in, cpu=how.cpu)
+        found += [errors, dequantize(2 * rows, d_in, itemsize=F32_BYTES, choice=choice)]
+    chunks = output_chunks(rows)
+    if any(blocks_of(own, how.row_blocks, together=_together(choice)) > 1 for own in chunks):
+        found.append(_in_blocks(chunks, d_in, choice, how))
+    elif how.polish_rounds:
+        found.append(_polished(rows, d_in, choice, how, rounds=how.polish_rounds))
+        found += [2 * target_error(rows, d_in, cpu=how.cpu)] if how.corrected else []
+    return total(found)
+
+
+def _together(choice: Choice) -> int:
+    """Rows that no block cuts."""
+    return SEGMENT_ROWS if choice.trellis else 1
+
+
+def _rounded_once_or_twice(rows: int, d_in: int, choice: Choice, how: Refinement) -> Work:
+    """Plain, and where there is a correction the corrected rows too: of trellis codes one after the other where they
+    fill a GPU."""
+    times = 2 if how.corrected else 1
+    if choice.trellis and not how.cpu and rows * d_in >= ALONE_ELEMENTS:
+        return times * _quantized([rows], d_in, choice, how)
+    return _quantized([rows] * times, d_in, choice, how)
+
+
+def _quantized(parts: Sequence[int], d_in: int, choice: Choice, how: Refinement) -> Work:
+    return quantize(sum(parts), d_in, [choice], kind=how.kind, cpu=how.cpu, parts=parts, threads=how.threads)
+
+
+def _polished(rows: int, d_in: int, choice: Choice, how: Refinement, *, rounds: int) -> Work:
+    return polish(rows, d_in, choice, rounds=rounds, sweeps=how.polish_sweeps, cpu=how.cpu, threads=how.threads)
+
+
+def _in_blocks(chunks: Sequence[int], d_in: int, choice: Choice, how: Refinement) -> Work:
     """``row_feedback.RowBlocks`` of chunks of so many rows, and ``joint_error`` of rows on their own, of what was
     rounded and of every polish."""
     parts: list[Work] = []
-    at_once: dict[int, int] = {}  # number of a block -> its rows in all chunks, which are rounded together
+    at_once: dict[int, list[int]] = {}  # number of a block -> its rows in every chunk, which are rounded together
+    together = _together(choice)
     for rows in chunks:
-        size = -(-rows // blocks_of(rows, row_blocks))
-        joint = precise(2.0 * rows * d_in * (rows + d_in), width=min(rows, d_in), cpu=cpu)
-        errors = (2 + polish_rounds) * (joint + dequantize(rows, d_in, itemsize=F32_BYTES))
-        parts += [factorize(rows), errors]
+        size = -(-rows // (blocks_of(rows, how.row_blocks, together=together) * together)) * together
+        joint = precise(2.0 * rows * d_in * (rows + d_in), width=min(rows, d_in), cpu=how.cpu)
+        decoding = dequantize(rows, d_in, itemsize=F32_BYTES, choice=choice)
+        parts += [factorize(rows), (2 + how.polish_rounds) * (joint + decoding)]
         for block, start in enumerate(range(0, rows, size)):
             own = min(size, rows - start)
-            at_once[block] = at_once.get(block, 0) + own
+            at_once.setdefault(block, []).append(own)
             # once to round, and once for each time that all rows are improved
-            parts.append((1 + polish_rounds) * matmul(2.0 * start * own * d_in, dtype=FP32, width=own))
+            parts.append((1 + how.polish_rounds) * matmul(2.0 * start * own * d_in, dtype=FP32, width=own))
             parts.append(work(factor=float(own * own * start)) if start else NOTHING)
-    parts += [quantize(rows, d_in, [choice], kind=kind, cpu=cpu) for rows in at_once.values()]
-    if polish_rounds:
+    parts += [_quantized(rows, d_in, choice, how) for rows in at_once.values()]
+    if how.polish_rounds:
         for rows in chunks:
-            step = max(1, IMPROVED_ELEMENTS // d_in)
+            step = whole_segments(IMPROVED_ELEMENTS // d_in)
             for start in range(0, rows, step):
                 own = min(step, rows - start)
-                parts.append(polish_rounds * polish(own, d_in, choice, rounds=1, sweeps=polish_sweeps, cpu=cpu))
+                parts.append(how.polish_rounds * _polished(own, d_in, choice, how, rounds=1))
     return total(parts)
 
 

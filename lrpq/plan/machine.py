@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from lrpq.kernels.trellis import round_segments
 from lrpq.model.layers import Choice
+from lrpq.plan import trellis
 from lrpq.plan.kernels import quantize, search_trials
 from lrpq.plan.trace import trace_llama
 from lrpq.plan.work import Work
@@ -29,6 +31,8 @@ from lrpq.quant.hessian import HessianSum, normalized
 from lrpq.quant.packing import pack, unpack
 from lrpq.quant.refit import refit
 from lrpq.quant.scale_search import search_scales_transposed
+from lrpq.quant.trellis import SEGMENT_ROWS, WIDTHS, codebook, segment_edges
+from lrpq.quant.trellis_loop import LEAF_COLUMNS
 from lrpq.relevance.attribute import block_backward
 from lrpq.relevance.composite import Relevance
 from lrpq.relevance.rules import PassSwitch
@@ -199,6 +203,31 @@ def _quantizer(
     visited = sum((groups - g) * d_in // groups for g in range(groups)) + groups**3 / 3
     found["refit"] = visited * large / _seconds(lambda: refit(W, rounded[0], H), where)
     found["refit-steps"] = UNBOUND  # on a CPU its elements take the time; on a GPU give another rate
+    say("trellis codes")
+    return found | trellis_rates(where)
+
+
+def trellis_rates(where: torch.device) -> dict[str, float]:
+    """Rows a second that Viterbi's algorithm goes down one after another, of every width: a leaf of columns and
+    segments for every thread, or as many as a GPU is taken to go down side by side."""
+    cpu = where.type == "cpu"
+    num_columns = LEAF_COLUMNS[where.type]
+    segments = torch.get_num_threads() if cpu else trellis.SEGMENTS_AT_ONCE
+    parts = [SEGMENT_ROWS * segments]
+    T = torch.randn(num_columns, *parts, generator=torch.Generator(device=where).manual_seed(0), device=where)
+    S, weights = torch.ones(1, *parts, device=where), torch.ones(*parts, device=where)
+    R, codes = torch.eye(num_columns, device=where), torch.empty_like(T, dtype=torch.int8)
+    runs = torch.zeros(num_columns, dtype=torch.int64, device=where)
+    edges = segment_edges(parts, where)
+    found: dict[str, float] = {}
+    for bits in WIDTHS:
+        book = codebook(bits, where)
+
+        def down(bits: int = bits, book: Tensor = book) -> None:
+            round_segments(T.clone(), T, S, R, weights, runs, book, codes, edges, bits=bits)
+
+        work = trellis.round_segments(parts, num_columns, bits, cpu=cpu, threads=segments)
+        found |= {kind: steps / _seconds(down, where) for kind, steps in work.amounts.items()}
     return found
 
 

@@ -4,8 +4,10 @@ A kind is a text. ``matmul:bfloat16:2048`` are FLOPs of products whose inner siz
 of Cholesky factorisations; ``vector`` are bytes written by the elementwise operations of a block's passes and by
 softmaxes, ``wide`` those written by plain float32 operations; ``pack`` are codes packed or unpacked. The loops of the
 quantizer are neither: ``search``, ``columns``, ``descent`` and ``refit`` are elements visited, ``column-steps``,
-``descent-steps`` and ``refit-steps`` dependent steps, which cost launches whatever their size. ``disk-read``,
-``disk-write``, ``store-read``, ``store-write``, ``matrix-read`` and ``matrix-write`` are bytes.
+``descent-steps`` and ``refit-steps`` dependent steps, which cost launches whatever their size.
+``trellis-steps:3`` are rows that Viterbi's algorithm goes down one after another, with 3 bits a symbol: on a CPU in one
+thread, on a GPU in as many segments at once as it takes. ``disk-read``, ``disk-write``, ``store-read``,
+``store-write``, ``matrix-read`` and ``matrix-write`` are bytes.
 """
 
 from __future__ import annotations

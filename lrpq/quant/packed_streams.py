@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int8, Int32
 
 WORD_BITS = 32
-_DECODED_ELEMENTS = 2**24
+_DECODED_ELEMENTS = 2**22
 """Weights that are decoded at once."""
 
 
@@ -58,14 +58,19 @@ def decode_streams(
 ) -> Float[Tensor, "rows d_in"]:
     """Weights, bit for bit as `QuantizedWeight.dequantize` gives them: scale times value in float32, then ``dtype``.
 
-    States are read out of the words, of some segments at a time; memory besides the result: 16 bytes for each of
-    2^24 weights.
+    States are read out of the words, on a GPU in one launch, elsewhere of some segments at a time; memory besides the
+    result there: 16 bytes for each of 2^22 weights.
     """
     rows, d_in = len(scales), words.shape[1]
     found = torch.empty(rows, d_in, dtype=dtype, device=words.device)
     book, segment_words = codebook(bits, words.device), num_words(SEGMENT_ROWS, bits)
     whole = rows // SEGMENT_ROWS * SEGMENT_ROWS
-    for start in range(0, whole, step := whole_segments(_DECODED_ELEMENTS // d_in)):
+    if words.is_cuda:
+        from lrpq.kernels.streams_cuda import decode_segments
+
+        decode_segments(words.contiguous(), scales.contiguous(), book, found, bits=bits, rows=SEGMENT_ROWS)
+    step = whole_segments(_DECODED_ELEMENTS // d_in)
+    for start in () if words.is_cuda else range(0, whole, step):
         stop = min(start + step, whole)
         first, last = start // SEGMENT_ROWS * segment_words, stop // SEGMENT_ROWS * segment_words
         states = _states(words[first:last].view(-1, segment_words, d_in), bits)

@@ -49,6 +49,8 @@ class Asked:
     """Rows of a layer that its costs are found from; None quantizes all at every choice."""
     label_tokens: int = CHUNK_TOKENS
     """Rows of logits at a time."""
+    trellis: bool = False
+    """Whether a plan's codes are a trellis's where they can be; candidates' and the control's are uniform."""
     low_memory: bool = False
     """On a GPU, what is not at work waits in host memory."""
 

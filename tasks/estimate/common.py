@@ -6,10 +6,11 @@ from math import ceil
 
 import torch
 
+from lrpq.allocate.trellis import takes_trellis, with_trellis
 from lrpq.model.layers import Choice, LinearSpec
-from lrpq.plan import kernels
+from lrpq.plan import kernels, trellis
 from lrpq.plan.trace import Traced
-from lrpq.plan.work import Work, matmul, work
+from lrpq.plan.work import NOTHING, Work, matmul, work
 from lrpq.quant import halves
 from lrpq.shards import assign
 from tasks.estimate.asked import Asked
@@ -87,9 +88,31 @@ class Common:
         fitting = self.fitting(spec)
         return min(fitting, key=lambda c: abs(c.bits + 16 / (spec.d_in / c.groups(spec.d_in)) - self.asked.budget_bits))
 
+    def planned_choice(self, spec: LinearSpec) -> Choice:
+        """The same with the kind of codes that is asked for."""
+        choice = self.refined_choice(spec)
+        return with_trellis(choice) if self.asked.trellis and takes_trellis(spec) else choice
+
+    def decoding(self) -> Work:
+        """What dequantizing the plan's codes takes beyond that of uniform codes, all layers."""
+        found = NOTHING
+        for kind in self.shape.kinds:
+            for spec in kind.specs if self.asked.trellis else ():
+                choice, size = self.planned_choice(spec), (spec.d_out, spec.d_in)
+                uniform = kernels.dequantize(*size, itemsize=self.shape.itemsize)
+                more = kernels.dequantize(*size, itemsize=self.shape.itemsize, choice=choice) + -1.0 * uniform
+                found += more * kind.count
+        return found
+
     def sweep_bytes(self, d_in: int, stacked: int) -> float:
         """Of the column loop: errors and codes of some rows; on a GPU also errors by halves, and of the factor the part
         that a product takes."""
         if self.cpu:
             return 9.0 * d_in * stacked
         return 11.0 * d_in * stacked + 6.0 * (d_in if d_in <= halves.SPLIT_WHOLE else d_in / 2) ** 2
+
+    def streams_bytes(self, d_in: int, stacked: int, choice: Choice) -> float:
+        """The same of trellis codes, of all rows at once: errors, the weights in another unit, codes, and on a GPU what
+        is noted on the way down."""
+        noted = 0.0 if self.cpu else trellis.workspace_bytes(stacked, choice.bits)
+        return 9.0 * d_in * stacked + noted

@@ -20,7 +20,8 @@ class Finishing(Common):
     """Of scores and assembly."""
 
     def score(self, windows: int, length: int, variants: int, *, held_out: bool) -> Load:
-        """The original and the variants on windows, one at a time; every worker streams all blocks."""
+        """The original and the variants, the first of them the plan, on windows, one at a time; every worker streams
+        all blocks."""
         shape = self.shape
         mine = max(len(r) for r in assign(windows, self.num_workers))
         models = 1 + variants
@@ -33,7 +34,8 @@ class Finishing(Common):
             kernels.dequantize(s.d_out, s.d_in, itemsize=shape.itemsize) * k.count for k in shape.kinds for s in k.specs
         )
         codes = shape.num_weights * self.asked.budget_bits / 8
-        loading = weights * variants + work(
+        loading = weights * variants + self.decoding()
+        loading += work(
             pack=shape.num_weights * variants,
             store_read=codes * variants,
             disk_read=sum(kind.disk_bytes * kind.count for kind in shape.kinds),
@@ -74,7 +76,7 @@ class Finishing(Common):
         probe = 2.0 * 2.0 * PROBE_TOKENS * (num + shape.hidden * shape.vocabulary)
         model = float(shape.num_parameters * shape.itemsize)
         widest = max(spec.num_weights for spec in shape.specs)
-        once += matmul(probe, dtype=self.dtype, width=PROBE_TOKENS)
+        once += self.decoding() + matmul(probe, dtype=self.dtype, width=PROBE_TOKENS)
         return Load(
             work=once,
             busiest=once,

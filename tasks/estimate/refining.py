@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from lrpq.model.layers import LinearSpec
+from lrpq.model.layers import Choice, LinearSpec
 from lrpq.plan import kernels
+from lrpq.plan.trellis import trellis_steps
 from lrpq.plan.work import NOTHING, Work, matmul, total, work
 from lrpq.quant import descent, gptq, halves
 from lrpq.refine import quantize
@@ -19,36 +20,44 @@ from tasks.estimate.objects import codes_bytes, hessian_bytes
 
 POLISH_SWEEPS = 2
 """Default of ``polish``."""
+Choose = Callable[[LinearSpec], Choice]
+"""What a layer is quantized at."""
 
 
 class Refining(Common):
     """Of the refinement."""
 
-    def refine(self, *, corrected: bool, polish_rounds: int, weighted: bool) -> Load:
-        """Both streams through the blocks, a step's products, then its layers shared out over the workers."""
+    def refine(self, *, corrected: bool, polish_rounds: int, weighted: bool, trellis: bool) -> Load:
+        """Both streams through the blocks, a step's products, then its layers shared out over the workers; codes are of
+        the plan's kind or uniform."""
         shape, asked = self.shape, self.asked
         everything, busiest = NOTHING, NOTHING
-        module = partial(self._module, corrected=corrected, polish_rounds=polish_rounds, weighted=weighted)
+        choose = self.planned_choice if trellis else self.refined_choice
+        module = partial(
+            self._module, choose=choose, corrected=corrected, polish_rounds=polish_rounds, weighted=weighted
+        )
         tokens_share = asked.num_windows / self.windows
         peak: dict[str, float] = {}
         steps = 0
         for kind in shape.kinds:
             streaming, quantizing, waited = NOTHING, NOTHING, NOTHING
             for position, step in enumerate(kind.steps):
-                streaming += self._step_forward(kind, position, corrected=corrected)
+                streaming += self._step_forward(kind, position, choose=choose, corrected=corrected)
                 of_worker: list[Work] = [NOTHING] * self.num_workers
                 turn = 0
                 for spec in step:
                     cuts = row_parts(spec.d_out, spec.d_in)
                     whole = self.num_workers == 1 or spec.routed or len(cuts) == 1
-                    for part in [spec] if whole else [replace(spec, d_out=cut.stop - cut.start) for cut in cuts]:
-                        of_worker[turn % self.num_workers] += module(part)
+                    sizes = [cut.stop - cut.start for cut in cuts]
+                    for parts in [sizes] if whole else [[rows] for rows in sizes]:
+                        of_worker[turn % self.num_workers] += module(spec, parts)
                         turn += 1
-                    quantizing += module(spec)
-                waited += max(of_worker, key=lambda found: found.flops)
-                found = self._refine_memory(kind, step, corrected=corrected, polish_rounds=polish_rounds)
+                    quantizing += module(spec, sizes)
+                # of trellis codes most of the time goes into steps, which are no FLOPs
+                waited += max(of_worker, key=lambda found: (trellis_steps(found), found.flops))
+                found = self._refine_memory(kind, step, choose=choose, corrected=corrected, polish_rounds=polish_rounds)
                 peak = max((peak, found), key=lambda memory: sum(memory.values()))
-            streaming += self._step_forward(kind, len(kind.steps), corrected=corrected)
+            streaming += self._step_forward(kind, len(kind.steps), choose=choose, corrected=corrected)
             everything += (streaming * tokens_share + quantizing) * kind.count
             busiest += (streaming + waited + work(disk_read=kind.disk_bytes)) * kind.count
             steps += kind.count
@@ -71,7 +80,7 @@ class Refining(Common):
     def _linear_flops(self, specs: Sequence[LinearSpec], tokens: float) -> float:
         return sum(2.0 * spec.num_weights * tokens * self.shape.share(spec) for spec in specs)
 
-    def _step_forward(self, kind: BlockKind, position: int, *, corrected: bool) -> Work:
+    def _step_forward(self, kind: BlockKind, position: int, *, choose: Choose, corrected: bool) -> Work:
         """Forward of one step's sums (or, behind the last, of moving the streams on), as the sweep stops and continues.
 
         Of a unit whose last layer's input was found in the step before, that layer runs alone, and of others that are
@@ -107,7 +116,9 @@ class Refining(Common):
         streams = 2 if corrected else 1
         one = matmul(flops, dtype=self.dtype, width=self.shape.hidden) + work(vector=vector)
         quantized = order[: order.index(kind.steps[position][0])] if not last else order
-        dense = total(kernels.dequantize(s.d_out, s.d_in, itemsize=self.shape.itemsize) for s in quantized)
+        dense = total(
+            kernels.dequantize(s.d_out, s.d_in, itemsize=self.shape.itemsize, choice=choose(s)) for s in quantized
+        )
         found = one * streams + dense
         if last:
             return found
@@ -131,21 +142,31 @@ class Refining(Common):
         second = spec.num_weights if self._adds(spec) else spec.d_in**2
         return 4.0 * (spec.d_in**2 + (second if corrected else 0))
 
-    def _module(self, spec: LinearSpec, *, corrected: bool, polish_rounds: int, weighted: bool) -> Work:
-        choice = self.refined_choice(spec)
+    def _module(
+        self,
+        spec: LinearSpec,
+        parts: Sequence[int],
+        *,
+        choose: Choose,
+        corrected: bool,
+        polish_rounds: int,
+        weighted: bool,
+    ) -> Work:
+        """Some parts of a layer's rows, of so many rows each."""
+        choice = choose(spec)
+        spec = replace(spec, d_out=sum(parts))
         row_blocks = self.asked.row_blocks if weighted and not spec.routed else 1
-        found = kernels.quantize_refined(
-            spec.d_out,
-            spec.d_in,
-            choice,
+        how = kernels.Refinement(
             corrected=corrected,
-            pulled=self._adds(spec),
             polish_rounds=polish_rounds,
             polish_sweeps=POLISH_SWEEPS,
             row_blocks=row_blocks,
             kind=self.asked.grid,
             cpu=self.cpu,
+            threads=self.asked.threads,
         )
+        apart = parts if choice.trellis else None  # of uniform codes a part is a few steps of the column loop
+        found = kernels.quantize_refined(spec.d_out, spec.d_in, choice, how, pulled=self._adds(spec), parts=apart)
         moved = self._sums_bytes(spec, corrected=corrected)
         reading = work(disk_read=spec.num_weights * self.shape.itemsize, wide=2 * moved, pack=2 * spec.num_weights)
         if row_blocks > 1:
@@ -153,7 +174,7 @@ class Refining(Common):
         return found + reading + work(store_write=codes_bytes(spec, choice))
 
     def _refine_memory(
-        self, kind: BlockKind, step: Sequence[LinearSpec], *, corrected: bool, polish_rounds: int
+        self, kind: BlockKind, step: Sequence[LinearSpec], *, choose: Choose, corrected: bool, polish_rounds: int
     ) -> dict[str, float]:
         shape, asked = self.shape, self.asked
         sites = _by_site(step)
@@ -164,7 +185,11 @@ class Refining(Common):
         stacked = corrected and (self.cpu or widest.num_weights < quantize.ALONE_ELEMENTS)
         part = max(rows.stop - rows.start for rows in row_parts(widest.d_out, widest.d_in))
         rows = (2 if stacked else 1) * part
-        sweep = self.sweep_bytes(widest.d_in, min(gptq.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows))
+        choice = choose(widest)
+        if choice.trellis:
+            sweep = self.streams_bytes(widest.d_in, rows, choice)
+        else:
+            sweep = self.sweep_bytes(widest.d_in, min(gptq.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows))
         # beside the sums C, normalized, and: its permuted copy and factor; two factors, on a CPU a copy of one, and the
         # solution; a factor and the column loop; or a factor, another C for the polish, and some weights
         factoring = 3 * square + weights
@@ -173,6 +198,8 @@ class Refining(Common):
         at_once = widest.d_in if widest.d_in <= halves.SPLIT_WHOLE else descent.GPU_BLOCK_COLUMNS
         halved = 0.0 if self.cpu else 6.0 * widest.d_in * at_once  # of C
         polishing = 3 * square + 4 * weights + halved if polish_rounds else 0.0
+        if choice.trellis and polish_rounds:  # H by its diagonal and put in order; then weights, targets, errors
+            polishing = max(5 * square + 7 * weights, 4 * square + 9 * weights)
         rounding = max(factoring, solving, looping, polishing)
         sets = min(self.levels, 2) if asked.low_memory else self.levels
         summing = sets * squares + batch * widest.d_in * 4.0 * (5 if corrected else 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lrpq.allocate.budget import UNQUANTIZED_BITS
@@ -16,6 +16,7 @@ from tasks.estimate.load import Load
 from tasks.estimate.model import ModelShape, model_shape
 from tasks.estimate.objects import EMPTY, Stored, stored
 from tasks.estimate.stages import loads
+from tasks.estimate.trellis_rates import with_trellis_rates
 from tasks.resources import SHARDS, WorkerShape, object_store_bytes, worker_shape
 
 SPARED = ("profile", "refine", "control")
@@ -138,8 +139,10 @@ def estimate(source: ModelSource, asked: Asked, cluster: Cluster, *, shape: Mode
 
     Raises:
         ModelError: an architecture that lrpq does not know.
-        ConfigError: a choice that does not fit its layer.
+        ConfigError: a choice that does not fit its layer, or trellis codes on a machine without rates of them.
     """
+    if asked.trellis:
+        cluster = replace(cluster, machine=with_trellis_rates(cluster.machine))
     shape = model_shape(source, asked) if shape is None else shape
     cuda = cluster.machine.device == "cuda"
     workers = worker_shape(

@@ -35,11 +35,10 @@ class Rounding(Common):
         """Every layer, or some of its rows, at every choice."""
         return self._over_sites(self._rounded)
 
-    def stitch(self) -> Load:
-        """Every layer at one choice, from the stored Hessians."""
-        return self._over_sites(
-            lambda spec: Rounded(rows=spec.d_out, choices=[self.refined_choice(spec)], costs=False, codes=True)
-        )
+    def stitch(self, *, trellis: bool) -> Load:
+        """Every layer at one choice, from the stored Hessians; with the plan's kind of codes or uniform ones."""
+        chosen = self.planned_choice if trellis else self.refined_choice
+        return self._over_sites(lambda spec: Rounded(rows=spec.d_out, choices=[chosen(spec)], costs=False, codes=True))
 
     def _rounded(self, spec: LinearSpec) -> Rounded:
         rows = self.asked.cost_rows
@@ -92,7 +91,10 @@ class Rounding(Common):
         parts = [kernels.normalized(d_in), kernels.factorize(d_in), work(matrix_read=hessian_bytes(d_in))]
         for spec, how in zip(members, rounded, strict=True):
             num = len(how.choices)
-            parts.append(kernels.quantize(how.rows, d_in, how.choices, kind=self.asked.grid, cpu=self.cpu))
+            threads = self.asked.threads
+            parts.append(
+                kernels.quantize(how.rows, d_in, how.choices, kind=self.asked.grid, cpu=self.cpu, threads=threads)
+            )
             if how.costs:
                 parts.append(kernels.predicted_cost(how.rows, d_in, num, cpu=self.cpu))
             parts.append(work(disk_read=spec.num_weights * self.shape.itemsize))
@@ -105,7 +107,11 @@ class Rounding(Common):
         widest = max(rounded, key=lambda how: how.rows)
         num = len(widest.choices)
         square = 4.0 * d_in * d_in
-        sweep = self.sweep_bytes(d_in, num * min(gptq.rows_at_once(d_in, num, cpu=self.cpu), widest.rows))
+        streams = [choice for choice in widest.choices if choice.trellis]
+        uniform = num - len(streams)
+        stacked = uniform * min(gptq.rows_at_once(d_in, max(1, uniform), cpu=self.cpu), widest.rows)
+        sweeps = [self.streams_bytes(d_in, widest.rows, choice) for choice in streams]
+        sweep = max([self.sweep_bytes(d_in, stacked), *sweeps])
         weights = widest.rows * d_in
         # the column loop: W, its transpose, codes of all choices, one sweep; or the factorisation: four squares
         looping = 3 * square + (4 + 4 + 4 + num) * weights + sweep

@@ -13,7 +13,7 @@ import torch
 from pipeline_case import start_server, write_model
 
 from benchmarks.plan import InlinePool, Stages, counter
-from benchmarks.plan_table import CONFIGS, MODELS, planned, row
+from benchmarks.plan_table import CONFIGS, MODELS, planned, row, trellis_row
 from flows.cli import run
 from flows.commands.options import nested, presets
 from flows.config import CompressConfig
@@ -23,11 +23,15 @@ from lrpq.errors import ConfigError, ModelError
 from lrpq.model.described import DescribedModel, resolve_description
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.plan.machine import Machine
+from lrpq.plan.trellis import STEPS, trellis_steps
 from lrpq.plan.work import COUNTED, Work, nearest
 from tasks import hessian_bands
 from tasks.estimate.asked import Cluster
 from tasks.estimate.machines import known_gpu, read_machine, write_machine
+from tasks.estimate.model import model_shape
 from tasks.estimate.report import estimate
+from tasks.estimate.stages import loads
+from tasks.estimate.trellis_rates import TRELLIS_ASSUMED, with_trellis_rates
 from tasks.hessian_bands import REST
 
 PARAMETERS = {  # billions, as published
@@ -44,7 +48,8 @@ WIDE = 1568
 
 
 def machine(**changes: Any) -> Machine:
-    return replace(known_gpu("h100"), device="cpu", device_bytes=0, process_bytes=600_000_000, **changes)
+    known = with_trellis_rates(known_gpu("h100"))
+    return replace(known, device="cpu", device_bytes=0, process_bytes=600_000_000, **changes)
 
 
 def cluster(**changes: Any) -> Cluster:
@@ -62,7 +67,7 @@ def cluster(**changes: Any) -> Cluster:
     return Cluster(**{**found, **changes})
 
 
-def config_of(model: Path, folder: Path, *, fast: bool = False) -> CompressConfig:
+def config_of(model: Path, folder: Path, *, fast: bool = False, codes: str = "uniform") -> CompressConfig:
     settings = nested(presets(dict.fromkeys(FAST), fast=fast))
     return CompressConfig.model_validate(
         {
@@ -74,7 +79,7 @@ def config_of(model: Path, folder: Path, *, fast: bool = False) -> CompressConfi
                 **settings.get("run", {}),
                 "candidates": {"bits": [3, 4], "group_sizes": [32], **({"cost_rows": 8} if fast else {})},
             },
-            "plan": {"budget_bits": 3.75, **settings.get("plan", {})},
+            "plan": {"budget_bits": 3.75, "codes": codes, **settings.get("plan", {})},
             "evaluation": {"num_windows": 2, "length": 32},
             "cluster": {"workers": 1, "device": "cpu"},
             "output": folder / "output",
@@ -83,9 +88,19 @@ def config_of(model: Path, folder: Path, *, fast: bool = False) -> CompressConfi
     )
 
 
-@pytest.mark.parametrize(("fast", "ffn"), [(False, 128), (True, 128), (False, WIDE)], ids=["default", "fast", "wide"])
+@pytest.mark.parametrize(
+    ("fast", "ffn", "codes"),
+    [
+        (False, 128, "uniform"),
+        (True, 128, "uniform"),
+        (False, WIDE, "uniform"),
+        (False, 128, "trellis"),
+        (True, 128, "trellis"),
+    ],
+    ids=["default", "fast", "wide", "trellis", "fast trellis"],
+)
 def test_what_is_planned_is_what_runs(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, ffn: int
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, ffn: int, codes: str
 ) -> None:
     """A whole compression in this process, every product counted; of a wide site Hessians are in two objects."""
     from flows.compress import run_compress
@@ -96,7 +111,7 @@ def test_what_is_planned_is_what_runs(
     described = tmp_path / "described"
     described.mkdir()
     shutil.copy(model / "config.json", described)
-    config = config_of(model, tmp_path, fast=fast)
+    config = config_of(model, tmp_path, fast=fast, codes=codes)
     source = DescribedModel(described)
     found = estimate(source, asked_of(config, source), cluster())
     counted: dict[str, int] = {}
@@ -114,7 +129,7 @@ def test_what_is_planned_is_what_runs(
             torch.set_num_threads(threads)
     stages = {stage.stage: stage for stage in found.stages}
     assert ("refine" in stages) == ("refine" in counted) == (not fast)
-    assert ("forecast" in stages) == ("forecast" in counted) == (not fast)
+    assert ("forecast" in stages) == ("forecast" in counted) == (not fast and codes == "uniform")
     assert ("stitch" in stages) == ("stitch" in counted) == ("uniform" in stages) == ("uniform" in counted) == fast
     assert manifest["configuration"]["run"]["gradients_every"] == (8 if fast else 1)
     for name in stages.keys() & {
@@ -161,6 +176,41 @@ def test_parameters_of_the_docs_models(name: str) -> None:
 def test_the_docs_table_is_what_is_printed(name: str) -> None:
     text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     assert "| " + " | ".join(row(name, planned(name))) + " |" in text.splitlines()
+
+
+def test_the_docs_table_has_a_row_of_trellis_codes() -> None:
+    text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert "| " + " | ".join(trellis_row()) + " |" in text.splitlines()
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_trellis_codes_take_longer_where_they_are_made(gpus: int) -> None:
+    """By the steps that are counted; candidates and the control are what they were."""
+    uniform, coded = (planned("llama-3-8b", gpus=gpus, codes=codes) for codes in ("uniform", "trellis"))
+    before, after = ({stage.stage: stage for stage in found.stages} for found in (uniform, coded))
+    assert before.keys() - after.keys() == {"forecast"}
+    for name in ("profile", "candidates", "control"):
+        assert after[name] == before[name], name
+    assert before["refine"].seconds * 5 < after["refine"].seconds
+    assert before["refine"].device_bytes <= after["refine"].device_bytes < 1.5 * before["refine"].device_bytes
+    assert [text for text in coded.assumptions if "trellis" in text] == [TRELLIS_ASSUMED]
+    assert not any("trellis" in text for text in uniform.assumptions)
+
+
+def test_a_refinement_with_trellis_codes_is_priced_by_its_steps() -> None:
+    """Twice the rates, as much less time as the steps took."""
+    source = DescribedModel(CONFIGS / "llama-3-8b")
+    asked = replace(asked_of(config_of(CONFIGS / "llama-3-8b", Path("planned"), codes="trellis"), source), threads=1)
+    assert asked.trellis
+    slow, fast = machine(), machine()
+    fast = replace(fast, rates={k: v * (2 if k.startswith(STEPS) else 1) for k, v in fast.rates.items()})
+    shape = model_shape(source, asked)
+    times = [estimate(source, asked, cluster(machine=m), shape=shape) for m in (slow, fast)]
+    slower, faster = (next(s.seconds for s in found.stages if s.stage == "refine") for found in times)
+    load = loads(shape, asked, num_workers=1, cpu=True, kept_bytes=1 << 40)["refine"]
+    steps = {kind: amount for kind, amount in load.busiest.amounts.items() if kind.startswith(STEPS)}
+    assert sum(steps.values()) == trellis_steps(load.busiest) > 0
+    assert slower - faster == pytest.approx(sum(amount / fast.rates[kind] for kind, amount in steps.items()))
 
 
 def test_more_of_everything_takes_more() -> None:
@@ -239,6 +289,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "as many GPUs on every node" in capsys.readouterr().err
     assert run(["plan", str(tmp_path / "nowhere"), "--gpus", "8"]) == 2
     assert "no such folder" in capsys.readouterr().err
+    assert run([*arguments, "--node-memory", "2TB", "--codes", "trellis"]) == 0
+    coded = json.loads(capsys.readouterr().out)
+    assert coded["seconds"] > 2 * document["seconds"]
+    assert any("trellis" in text for text in coded["assumptions"])
+    old = replace(known_gpu("h100"), device="cpu", device_bytes=0)  # as measured before there were such codes
+    write_machine(path, old)
+    small = ["plan", str(config), "--machine", str(path), "--json"]
+    assert run(small) in (0, 2)
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0
+    assert run([*small, "--codes", "trellis"]) == 2
+    assert "lrpq plan --calibrate" in capsys.readouterr().err
     path.write_text("{}", encoding="utf-8")
     assert run(arguments) == 2
     assert "measure again" in capsys.readouterr().err

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lrpq.loading  # noqa: F401 - makes the format known to transformers
 import pytest
 import torch
 from pipeline_case import Job, start_pool, start_server, stored_bits, write_model
@@ -15,6 +14,7 @@ from tiny_models import write_tiny, write_tokenizer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+import lrpq.loading  # noqa: F401 - makes the format known to transformers
 from flows.config import CompressConfig
 from flows.presets import FAST
 from lrpq.checkpoint.stored import StoredCheckpoint

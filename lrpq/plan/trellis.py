@@ -1,0 +1,104 @@
+"""Work of trellis codes from shapes: what goes through Viterbi's algorithm, and what prepares and decodes it.
+
+Every function here is named after the one whose work it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from lrpq.kernels.trellis import EDGE_ROWS
+from lrpq.plan.work import Work, matmul, work
+from lrpq.quant.column_loop import halvings
+from lrpq.quant.trellis import SEGMENT_ROWS, STATE_BITS
+from lrpq.quant.trellis_loop import LEAF_COLUMNS, SCALES_TRIED
+
+STEPS = "trellis-steps"
+"""Kind of work, with the width behind it: ``trellis-steps:3``."""
+SEGMENTS_AT_ONCE = 264
+"""That a GPU goes down side by side: two a multiprocessor of an H100 or H200, as many as were timed together
+(docs/log.md, 2026-11-28)."""
+_FP32 = "float32"
+
+
+def trellis_steps(found: Work) -> float:
+    """Steps of all widths."""
+    return sum(amount for kind, amount in found.amounts.items() if kind.split(":")[0] == STEPS)
+
+
+def segments_of(parts: Sequence[int]) -> list[int]:
+    """Rows of every segment, as ``segment_edges`` cuts layers of so many rows."""
+    return [min(SEGMENT_ROWS, rows - first) for rows in parts for first in range(0, rows, SEGMENT_ROWS)]
+
+
+def round_segments(parts: Sequence[int], columns: int, bits: int, *, cpu: bool, threads: int = 1) -> Work:
+    """``kernels.trellis.round_segments``: rows that are gone down one after another, those around a segment's end twice
+    more.
+
+    On a CPU those of the thread that has most, on a GPU of the longest of the segments that run side by side.
+
+    Args:
+        parts: rows of the layers that lie one after the other.
+        columns: one after another.
+        bits: of a symbol.
+        cpu: whether threads take segments, or one launch all.
+        threads: of the CPU's worker.
+    """
+    steps = [rows + 2 * min(rows, EDGE_ROWS) for rows in segments_of(parts)]
+    if cpu:
+        num = min(threads, len(steps))
+        edges = [len(steps) * i // num for i in range(num + 1)]  # as kernels.threads.in_threads has them
+        dependent = max(sum(steps[begin:end]) for begin, end in pairwise(edges))
+    else:
+        dependent = max(steps) * -(-len(steps) // SEGMENTS_AT_ONCE)
+    return Work(amounts={f"{STEPS}:{bits}": float(columns * dependent)})
+
+
+def trellis_scales(d_out: int, d_in: int) -> Work:
+    """``trellis_loop.trellis_scales``: magnitudes in units of their group's largest, squares, weighed; then what every
+    scale cuts off, squared, weighed."""
+    return work(wide=4.0 * (4 + 4 * SCALES_TRIED) * d_out * d_in)
+
+
+def gptq_trellis(parts: Sequence[int], d_in: int, bits: int, *, cpu: bool, threads: int = 1) -> Work:
+    """``trellis_loop.gptq_trellis`` of layers of so many rows, one after the other: W transposed, in order and copied,
+    and the sweep."""
+    return work(wide=4.0 * 3 * sum(parts) * d_in) + _sweep(parts, d_in, bits, cpu=cpu, threads=threads)
+
+
+def descend_trellis(d_out: int, d_in: int, bits: int, *, cpu: bool, threads: int = 1) -> Work:
+    """``trellis_loop.descend_trellis``: the product with H, the targets, H in order, and the sweep."""
+    return (
+        matmul(2.0 * d_out * d_in * d_in, dtype=_FP32, width=d_in)
+        + decoded(d_out, d_in, bits)
+        + work(wide=4.0 * d_in * (8 * d_out + 3 * d_in))
+        + _sweep([d_out], d_in, bits, cpu=cpu, threads=threads)
+    )
+
+
+def _sweep(parts: Sequence[int], d_in: int, bits: int, *, cpu: bool, threads: int) -> Work:
+    """Products in float32 on every device, targets and weights in another unit, segments."""
+    rows = sum(parts)
+    propagated = sum(
+        2.0 * (last - middle) * (middle - first)
+        for first, middle, last in halvings(0, d_in, LEAF_COLUMNS["cpu" if cpu else "cuda"])
+        if middle < last
+    )
+    return (
+        matmul(propagated * rows, dtype=_FP32, width=max(1, min(d_in // 4, rows)))
+        + work(wide=4.0 * 2 * rows * d_in)
+        + round_segments(parts, d_in, bits, cpu=cpu, threads=threads)
+    )
+
+
+def decoded(d_out: int, d_in: int, bits: int) -> Work:
+    """``trellis.values``, scaled: of every symbol that a state holds its code gathered, widened, counted from zero,
+    shifted and added; then the state's last bits and its value."""
+    symbols = -(-STATE_BITS // bits)
+    return work(wide=float((17 * symbols + 12) * d_out * d_in))
+
+
+def workspace_bytes(rows: int, bits: int) -> float:
+    """What a GPU notes of every row and history of a column on its way down (``kernels.trellis_cuda``)."""
+    return float(-(-rows // SEGMENT_ROWS) * SEGMENT_ROWS * (1 << (STATE_BITS - bits)))
