@@ -4,14 +4,14 @@
     model = AutoModelForCausalLM.from_pretrained(FOLDER)
 
 Importing this makes the format known to transformers. Quantized layers keep their codes and scales packed, as they are
-in the file, and decode their weight in every forward; ``model.dequantize()`` decodes all weights once, into plain
-linear layers.
+in the file, and decode their weight in every forward. ``quantization_config=TrellisConfig(dequantize=True)``, or
+``model.dequantize()`` later, decodes all weights once, into plain linear layers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +77,14 @@ class PackedLinear(nn.Module):
             found = unpack(tensors, self.choice).dequantize(dtype)
         return found
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Move to another device; scales stay what they are where the model is cast, for float16 would lose some."""
+        scales = self.weight_scale.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale.dtype != scales.dtype:
+            self.weight_scale = nn.Parameter(scales.to(self.weight_scale.device), requires_grad=False)
+        return self
+
     def forward(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
         """As a linear layer with the decoded weight."""
         return linear(x, self.decoded(x.dtype), self.bias)
@@ -87,12 +95,22 @@ class PackedLinear(nn.Module):
 
 
 class TrellisConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """``quantization_config`` of a checkpoint in the trellis format, as config.json has it."""
+    """``quantization_config`` of a checkpoint in the trellis format, or how to load one.
 
-    def __init__(self, **described: Any) -> None:
+    Args:
+        dequantize: whether all weights are decoded once, as the model is loaded.
+        described: what config.json has.
+    """
+
+    def __init__(self, *, dequantize: bool = False, **described: Any) -> None:
+        self.dequantize = dequantize
         described["quant_method"] = METHOD
         for name, value in described.items():
             setattr(self, name, value)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a configuration given to ``from_pretrained`` has to say beside that of the checkpoint."""
+        return {"dequantize": self.dequantize}
 
 
 class TrellisQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -104,13 +122,16 @@ class TrellisQuantizer(HfQuantizer):  # type: ignore[misc]
         """Put packed layers where the configuration has a choice.
 
         Raises:
-            CheckpointError: it is of another version, or names what is no linear layer, such as experts.
+            CheckpointError: it is of another version, or names what is no linear layer, such as experts, or nothing
+                in this model.
         """
         groups = groups_of(self.quantization_config.to_dict())
+        unused = {pattern.pattern for pattern, _ in groups}
         for name, module in list(model.named_modules()):
-            choice = next((choice for pattern, choice in groups if pattern.fullmatch(name)), None)
-            if choice is None:
+            pattern, choice = next((group for group in groups if group[0].fullmatch(name)), (None, None))
+            if pattern is None or choice is None:
                 continue
+            unused.discard(pattern.pattern)
             if not isinstance(module, nn.Linear):
                 raise CheckpointError(
                     f"module {name}: is no linear layer in transformers; use `lrpq evaluate`, or write the checkpoint "
@@ -120,6 +141,27 @@ class TrellisQuantizer(HfQuantizer):  # type: ignore[misc]
             with torch.device("meta"):
                 packed = PackedLinear(choice, d_out, d_in, bias=bias, dtype=module.weight.dtype)
             model.set_submodule(name, packed)
+        if unused:
+            raise CheckpointError(
+                f"quantization_config: {type(model).__name__} has no module {min(unused)}; load the checkpoint with "
+                "the class it was made of, such as AutoModelForCausalLM"
+            )
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Compare the shapes in the file with the model's, and decode the weights where that was asked for.
+
+        Raises:
+            CheckpointError: a layer's shape differs.
+        """
+        for name, module in model.named_modules():
+            if not isinstance(module, PackedLinear):
+                continue
+            stored, own = module.weight_shape.tolist(), [module.out_features, module.in_features]
+            if stored != own:
+                raise CheckpointError(
+                    f"module {name}: is {stored} in the file, {own} in the model; fetch the checkpoint again"
+                )
+        return self._dequantize(model) if self.quantization_config.dequantize else model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Decode all weights, into plain linear layers: what ``model.dequantize()`` does."""
@@ -155,6 +197,8 @@ def register() -> None:
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(METHOD)(TrellisConfig)
         auto.register_quantizer(METHOD)(TrellisQuantizer)
+        # of other configurations that are given to from_pretrained beside the checkpoint's own, nothing is taken over
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (TrellisConfig,)
 
 
 register()

@@ -41,7 +41,7 @@ class AssembleJob:
     specs: tuple[LinearSpec, ...]
     manifest: Mapping[str, Any]
     format: str = CheckpointFormat.COMPRESSED_TENSORS.value
-    """What quantized modules are stored as: ``compressed-tensors``, ``dense`` or ``gptq``."""
+    """What quantized modules are stored as: ``compressed-tensors``, ``dense``, ``gptq`` or ``trellis``."""
     target: str = Target.TRANSFORMERS.value
     """What will load it: ``transformers`` or ``vllm``."""
     head: CandidatesJob | None = None

@@ -107,8 +107,8 @@ def write_checkpoint(
         CheckpointError: codes are missing, are not what the choices say, cannot be stored, or writing failed.
     """
     output = check_destination(source, output, overwrite=overwrite)
-    loader = "GPTQ" if format is CheckpointFormat.GPTQ else target.value
-    check_experts(choices, specs, scope=expert_scope(format, target), loader=loader)
+    own = {CheckpointFormat.GPTQ: "GPTQ", CheckpointFormat.TRELLIS: "lrpq"}
+    check_experts(choices, specs, scope=expert_scope(format, target), loader=own.get(format, target.value))
     plan = plan_checkpoint(
         source, choices, specs=specs, format=format, activations=activations, max_shard_bytes=max_shard_bytes
     )

@@ -82,5 +82,9 @@ def check_reader(config: Mapping[str, Any]) -> None:
 
 
 def codebook_digest(bits: int) -> str:
-    """sha256 of a codebook's values as float16, little-endian, in the order of their states."""
+    """sha256 of a codebook's values as float16, little-endian, in the order of their states.
+
+    Of the values, not of lrpq's file of all codebooks: a checkpoint depends on the widths that it uses, whatever is
+    added to others, and another reader may keep the values in a form of its own.
+    """
     return hashlib.sha256(codebook(bits).half().numpy().astype("<f2").tobytes()).hexdigest()

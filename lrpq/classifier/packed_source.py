@@ -33,8 +33,9 @@ class PackedSource(ModelSource):
 
     def __init__(self, folder: Path | str) -> None:
         self.checkpoint = StoredCheckpoint(Path(folder))
-        if self.checkpoint.format is CheckpointFormat.GPTQ:
-            raise CheckpointError(f"{folder}: is a GPTQ checkpoint; expected one of compressed-tensors")
+        if self.checkpoint.format in (CheckpointFormat.GPTQ, CheckpointFormat.TRELLIS):
+            found = self.checkpoint.format.value
+            raise CheckpointError(f"{folder}: is a {found} checkpoint; expected one of compressed-tensors")
         super().__init__(folder)
         self._packed = {module + WEIGHT: module for module in self.checkpoint.modules()}
         parts = {module + part for module in self._packed.values() for part in _PARTS}

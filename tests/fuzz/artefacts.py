@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,15 @@ def writes_checkpoint(
         model = folder.with_name("original")
         LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(model)
         source = ModelSource(model)
+        streams = format is CheckpointFormat.TRELLIS
+        choices = {name: replace(choice, trellis=streams and choice.bits != 8) for name, choice in CHOICES.items()}
         write_checkpoint(
             source,
             folder,
-            quantized=lambda name: round_to_nearest(source.read(f"{name}.weight"), CHOICES[name]),
-            choices=CHOICES,
+            quantized=lambda name: replace(
+                round_to_nearest(source.read(f"{name}.weight"), CHOICES[name]), choice=choices[name]
+            ),
+            choices=choices,
             manifest={},
             format=format,
             max_shard_bytes=max_shard_bytes,

@@ -234,6 +234,13 @@ READERS = (
         links=LINKS,
     ),
     Reader(
+        name="checkpoint-trellis",
+        write=(a.writes_checkpoint(format=CheckpointFormat.TRELLIS),),
+        read=read_checkpoint,
+        roles={"config.json": "json", "model.safetensors": "safetensors"},
+        links=LINKS,
+    ),
+    Reader(
         name="checkpoint-dense",
         write=(a.writes_checkpoint(format=CheckpointFormat.DENSE),),
         read=read_checkpoint,

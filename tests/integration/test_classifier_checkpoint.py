@@ -424,7 +424,7 @@ def test_what_cannot_be_computed_is_not_written(vit: tuple[Quantized, Path], tmp
     with pytest.raises(CheckpointError, match="block 1, qkv: has a step a channel"):
         meant.write(tmp_path / "out", grids=(meant.grids[0], {**meant.grids[1], "qkv": by_channel}))
     activations = stored_activations(meant.stream.specs, meant.grids, packed=meant.choices)
-    for format in (CheckpointFormat.DENSE, CheckpointFormat.GPTQ):
+    for format in (CheckpointFormat.DENSE, CheckpointFormat.GPTQ, CheckpointFormat.TRELLIS):
         with pytest.raises(ConfigError, match="stores no quantized activations"):
             write_checkpoint(
                 meant.stream.source,
