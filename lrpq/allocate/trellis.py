@@ -20,12 +20,12 @@ from lrpq.quant.trellis import LEAST_ROWS, SEGMENT_ROWS, WIDTHS
 SHARES: Mapping[int, Mapping[int, float]] = {
     32: dict.fromkeys(WIDTHS, 0.6),
     64: dict.fromkeys(WIDTHS, 0.5),
-    128: dict.fromkeys(WIDTHS, 0.43),
+    128: dict.fromkeys(WIDTHS, 0.44),
     -1: {2: 0.44, 3: 0.39, 4: 0.33, 5: 0.32, 6: 0.32},
 }
 """Group size -> width -> share of the loss. Groups of 64 and whole rows: geometric means over layers of SmolLM2 and
-Gemma 3 270M (.42 to .60 in nine layers of ten; docs/log.md). Groups of 32 and 128: in proportion, as on normal
-numbers."""
+Gemma 3 270M (8 of 10 values between .41 and .66 in groups of 64; docs/log.md). Groups of 32 and 128: of one block of
+SmolLM2, in proportion."""
 
 
 def takes_trellis(spec: LinearSpec) -> bool:

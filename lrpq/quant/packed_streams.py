@@ -65,7 +65,7 @@ def decode_streams(
     found = torch.empty(rows, d_in, dtype=dtype, device=words.device)
     book, segment_words = codebook(bits, words.device), num_words(SEGMENT_ROWS, bits)
     whole = rows // SEGMENT_ROWS * SEGMENT_ROWS
-    if words.is_cuda:
+    if words.is_cuda and whole:
         from lrpq.kernels.streams_cuda import decode_segments
 
         decode_segments(words.contiguous(), scales.contiguous(), book, found, bits=bits, rows=SEGMENT_ROWS)
