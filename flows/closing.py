@@ -27,6 +27,7 @@ DEGRADATIONS: Mapping[str, str] = {
     "correction_rejected": "corrections made a block worse and were left out",
     "correction_rejected_rows": "rows of weights were left uncorrected, for the correction made them worse",
     "reconstruction_diverged": "blocks stopped being rebuilt early, for their gradients were not finite",
+    "modules_without_streams": "modules have uniform codes, for their rows do not make segments of a trellis",
     "modules_with_rows_alone": "modules were rounded row by row, for making up for each other made the rows worse",
 }
 """Counter of the manifest -> what it counts; others are shown by their names."""

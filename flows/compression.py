@@ -32,6 +32,7 @@ from flows.stitching import Stitching
 from lrpq.allocate.parts import fixed_choice
 from lrpq.allocate.plan import Plan
 from lrpq.allocate.problem import CostRow
+from lrpq.allocate.trellis import check_streams, without_streams
 from lrpq.checkpoint.formats import CheckpointFormat
 from lrpq.checkpoint.plan import planned_size
 from lrpq.checkpoint.publish import check_output
@@ -204,10 +205,12 @@ class Compression:
         """Pose the plan without costs: what is wrong with it shows here, not after the work.
 
         Raises:
-            ConfigError: see ``tasks.allocate.pose``.
+            ConfigError: see ``tasks.allocate.pose``; or trellis codes are asked for, and most weights cannot have them.
             BudgetError: the budget is impossible.
         """
         asked = self.config.run.candidates
+        if self.config.plan.codes == "trellis":
+            check_streams(self.stream.specs)
         rows = allocate.rows_without_costs(self.stream.specs, jobs.asked_choices(asked, self.scale_bits))
         if self.head is not None and asked.quantize_head is not None:
             choice = fixed_choice(asked.quantize_head, asked.group_sizes, self.head.d_in)
@@ -290,6 +293,8 @@ class Compression:
         if kept is uniform:  # what the refinement met is not of the codes that are written
             degraded = count_degradations(rows)
         degraded["kept_uniform"] = int(kept is uniform)
+        if wanted.codes == "trellis" and kept is not uniform:
+            degraded["modules_without_streams"] = without_streams(kept.plan.choices)
         plan, codes, key = kept.plan, kept.codes, self._content_key(kept, head=head)
         quantized = {name: choice for name, choice in plan.choices.items() if choice is not None}
         manifest = manifest_of(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from lrpq.allocate.options import CostRow
+from lrpq.errors import ConfigError
 from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.quant.packing import storage_bits
 from lrpq.quant.trellis import LEAST_ROWS, SEGMENT_ROWS, WIDTHS
@@ -28,6 +29,10 @@ Gemma 3 270M (8 of 10 values between .41 and .66 in groups of 64; docs/log.md). 
 SmolLM2, in proportion."""
 
 
+LARGEST_SHARE_WITHOUT = 0.5
+"""Of the weights, in layers that keep uniform codes where trellis codes are asked for."""
+
+
 def takes_trellis(spec: LinearSpec) -> bool:
     """Whether a layer's rows make segments, in each of its tensors; the head has the codes of its candidates."""
     rows, parts = spec.d_out // len(spec.stored), len(spec.stored)
@@ -35,6 +40,27 @@ def takes_trellis(spec: LinearSpec) -> bool:
         return False
     rest = rows % SEGMENT_ROWS
     return rest == 0 or rest >= LEAST_ROWS
+
+
+def check_streams(specs: Iterable[LinearSpec]) -> None:
+    """Refuse trellis codes for a model most of whose weights could not have them.
+
+    Raises:
+        ConfigError: the first such layer is named.
+    """
+    specs = [spec for spec in specs if spec.input_site != HEAD]
+    without = [spec for spec in specs if not takes_trellis(spec)]
+    share = sum(spec.num_weights for spec in without) / max(1, sum(spec.num_weights for spec in specs))
+    if share > LARGEST_SHARE_WITHOUT:
+        raise ConfigError(
+            f"--codes trellis: {len(without)} of {len(specs)} layers, with {share:.0%} of the weights, have no rows "
+            f"for streams of {SEGMENT_ROWS}, such as {without[0].name} with {without[0].d_out}; leave it out"
+        )
+
+
+def without_streams(choices: Mapping[str, Choice | None]) -> int:
+    """Modules with uniform codes of a width that a trellis has."""
+    return sum(c is not None and not c.trellis and with_trellis(c).trellis for c in choices.values())
 
 
 def with_trellis(choice: Choice) -> Choice:

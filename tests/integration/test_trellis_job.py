@@ -58,6 +58,7 @@ def test_candidates_of_uniform_codes_serve_it(reused: set[str], made: dict[str, 
     assert {"profile", "candidates"} <= reused
     assert "refine" not in reused
     assert made["guard"]["kept"] == "lrpq"
+    assert made["degraded"]["modules_without_streams"] == 0
     assert "forecast" not in made  # no share was measured for these codes
 
 

@@ -7,8 +7,15 @@ from dataclasses import replace
 import pytest
 
 from lrpq.allocate.options import CostRow
-from lrpq.allocate.trellis import SHARES, takes_trellis, trellis_share, with_trellis_codes
-from lrpq.errors import QuantizationError
+from lrpq.allocate.trellis import (
+    SHARES,
+    check_streams,
+    takes_trellis,
+    trellis_share,
+    with_trellis_codes,
+    without_streams,
+)
+from lrpq.errors import ConfigError, QuantizationError
 from lrpq.model.layers import HEAD, Choice, LinearSpec, all_choices
 from lrpq.quant.packing import storage_bits
 from lrpq.quant.trellis import LEFT, WIDTHS, segment_edges
@@ -62,6 +69,15 @@ def test_a_layer_of_several_tensors_has_a_trellis_where_none_is_cut() -> None:
     assert takes_trellis(stacked)
     assert not takes_trellis(replace(stacked, d_out=320))  # 160 rows each: segments of one stack would lie in both
     assert takes_trellis(replace(SPEC, d_out=320))
+
+
+def test_a_model_without_rows_for_streams_is_refused_and_a_few_layers_are_counted() -> None:
+    short = replace(SPEC, name="model.layers.0.self_attn.k_proj", d_out=8)
+    check_streams([SPEC, short])
+    with pytest.raises(ConfigError, match=r"--codes trellis: 1 of 1 layers, with 100% .* such as .*k_proj with 8"):
+        check_streams([short, replace(SPEC, input_site=HEAD)])
+    choices = {"a": Choice(bits=3, group_size=64), "b": Choice(bits=3, group_size=64, trellis=True), "c": None}
+    assert without_streams({**choices, "d": Choice(bits=8, group_size=64)}) == 1
 
 
 def test_the_head_keeps_the_codes_of_its_candidates() -> None:
