@@ -13,11 +13,12 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 
 MODEL = .cache/SmolLM2-135M-Instruct
 BUDGET = 3.25
+CODES = uniform
 N = 16
 
 demo: $(STAMPS)/demo
 	test -f $(MODEL)/config.json || $(BIN)/python -m flows.demo_model --output $(MODEL)
-	$(BIN)/lrpq compress $(MODEL) --budget $(BUDGET) \
+	$(BIN)/lrpq compress $(MODEL) --budget $(BUDGET) --codes $(CODES) \
 		--calibration pydoc:calibrate --calibration-windows $(N) --length 512 \
 		--evaluation pydoc:evaluate --evaluation-windows 16 --evaluation-length 512 \
 		--output .cache/demo --store .cache/store --overwrite

@@ -30,6 +30,7 @@ from prefect.runtime import flow_run
 from flows.closing import (
     activations_line,
     budget_line,
+    codes_line,
     forecast_line,
     guard_line,
     reconstruction_line,
@@ -41,7 +42,7 @@ from flows.progress import Progress, shown_seconds
 UPDATE_SECONDS = 2.0
 """A stage's progress is sent at most this often: an update takes 20 ms, and a stage may have thousands of units."""
 UNREACHABLE = (httpx.HTTPError, PrefectException, OSError, RuntimeError, ValueError)
-COLUMNS = ("name", "bits", "group_size", "num_weights", "cost_nats")
+COLUMNS = ("name", "bits", "group_size", "codes", "num_weights", "cost_nats")
 DOTS_PER_INCH = 110
 
 
@@ -134,7 +135,7 @@ def publish(manifest: Mapping[str, Any]) -> None:
     if flow_run.id is None:
         return
     run_id = manifest["run_id"]
-    table = [{column: module[column] for column in COLUMNS} for module in manifest["modules"]]
+    table = [{column: module.get(column) for column in COLUMNS} for module in manifest["modules"]]
     _attempt(lambda: create_table_artifact(key="bits-per-layer", table=table, description=f"Run {run_id}"))
     if manifest.get("activations"):
         places = [dict(place) for place in manifest["activations"]["places"]]
@@ -149,6 +150,8 @@ def publish(manifest: Mapping[str, Any]) -> None:
 def result_text(manifest: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     lines = [f"# {manifest['model']}", "", budget_line(manifest["budget"]), ""]
+    if line := codes_line(manifest):
+        lines += [line, ""]
     if manifest.get("rotation"):
         lines += [rotation_line(manifest["rotation"]), ""]
     measured = manifest.get("evaluation")

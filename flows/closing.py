@@ -60,6 +60,8 @@ def _closing(manifest: Mapping[str, Any]) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(f"{manifest.get('model', '')}  run {manifest.get('run_id', '')}", style="bold")]
     if budget := manifest.get("budget"):
         parts.append(Text(budget_line(budget)))
+    if line := codes_line(manifest):
+        parts.append(Text(line))
     if rotation := manifest.get("rotation"):
         parts.append(Text(rotation_line(rotation)))
     if quantized := manifest.get("activations"):
@@ -171,6 +173,17 @@ def rotation_line(rotation: Mapping[str, Any]) -> str:
     if rotation["untied_head"]:
         text += f"; the head, tied before, is stored beside the embedding: {shown_bytes(rotation['added_bytes'])} more"
     return text
+
+
+def codes_line(manifest: Mapping[str, Any]) -> str:
+    """What codes are, where some are a trellis's, and what their format wants of a reader; else empty."""
+    modules = manifest.get("modules", ())
+    number = sum(module.get("codes") == "trellis" for module in modules)
+    packed = manifest.get("configuration", {}).get("plan", {}).get("format") == "trellis"
+    parts = [f"trellis codes in {number} of {len(modules)} modules"] if number else []
+    if packed:
+        parts.append("import lrpq.loading before from_pretrained, which else makes random weights")
+    return "; ".join(parts)
 
 
 def bits_table(modules: Sequence[Mapping[str, Any]], *, kept: Sequence[str] = ()) -> Table:

@@ -92,11 +92,12 @@ def run_compress(config: CompressConfig, progress: Progress, *, pool: Pool | Non
 def run_name(config: CompressConfig, run_id: str) -> str:
     """What a flow run is called, such as ``smollm2-0f3a9c11 · 3.25 bits``."""
     plan = config.plan
+    codes = "" if plan.codes == "uniform" else f" · {plan.codes} codes"
     if plan.budget_bits is not None:
-        return f"{run_id} · {plan.budget_bits:g} bits"
+        return f"{run_id} · {plan.budget_bits:g} bits{codes}"
     if plan.budget_bytes is not None:
-        return f"{run_id} · {plan.budget_bytes:,} bytes"
-    return f"{run_id} · KL {plan.max_kl:g}"
+        return f"{run_id} · {plan.budget_bytes:,} bytes{codes}"
+    return f"{run_id} · KL {plan.max_kl:g}{codes}"
 
 
 @flow(name="compress", validate_parameters=False, retries=0, persist_result=False)

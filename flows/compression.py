@@ -219,6 +219,8 @@ class Compression:
 
     def _pose(self, rows: list[CostRow]) -> None:
         self.planner.pose(self.planner.offered(rows))
+        if self.config.plan.codes == "trellis":  # of candidates the guard's and the control's plans are made
+            self.planner.pose(rows)
 
     def _jobs(self, windows: StoredWindows) -> Prepared:
         stream_job = jobs.stream_job(self.context, windows)
@@ -294,7 +296,7 @@ class Compression:
             degraded = count_degradations(rows)
         degraded["kept_uniform"] = int(kept is uniform)
         if wanted.codes == "trellis" and kept is not uniform:
-            degraded["modules_without_streams"] = without_streams(kept.plan.choices)
+            degraded["modules_without_streams"] = without_streams(kept.plan.choices, self.specs)
         plan, codes, key = kept.plan, kept.codes, self._content_key(kept, head=head)
         quantized = {name: choice for name, choice in plan.choices.items() if choice is not None}
         manifest = manifest_of(

@@ -23,6 +23,7 @@ from lrpq.allocate.keep import parse_keep
 from lrpq.allocate.parts import check_parts
 from lrpq.allocate.targets import Target, check_tensor_parallel
 from lrpq.errors import BudgetError, ConfigError
+from lrpq.quant.trellis import WIDTHS
 
 COUNTERPARTS: Mapping[str, str] = {
     "pydoc:calibrate": "pydoc:evaluate",
@@ -50,8 +51,7 @@ class PlanConfig(Section):
     """Runtime that must run the checkpoint."""
     codes: Annotated[Literal["uniform", "trellis"], Flag("--codes")] = "uniform"
     """What codes are: uniform (steps of a grid, which every kernel reads), or trellis (of 2 to 6 bits: as many bytes,
-    much less error and much more time; lrpq's own loader reads them in transformers; or written with --format
-    dense)."""
+    much less error and much more time; transformers reads them after "import lrpq.loading")."""
     format: Annotated[Literal["compressed-tensors", "dense", "gptq", "trellis"], Flag("--format")] = (
         "compressed-tensors"
     )
@@ -256,14 +256,20 @@ class CompressConfig(Section):
         return self
 
     def _check_candidates(self) -> None:
-        """Refuse trellis codes where candidates' codes, which are uniform, would have to be those of a plan."""
-        if self.plan.codes == "uniform" or self.run.candidates.cost_rows is not None:
+        """Refuse trellis codes without a width that has them, and where candidates' codes, which are uniform, would
+        have to be those of a plan."""
+        if self.plan.codes == "uniform":
+            return
+        if not set(self.run.candidates.bits) & set(WIDTHS):
+            asked = ", ".join(map(str, self.run.candidates.bits))
+            raise ConfigError(f"--codes trellis: has 2 to 6 bits, and --bits asks for {asked}; leave one out")
+        if self.run.candidates.cost_rows is not None:
             return
         wants = "--refine stitch" if self.plan.refine == "stitch" else "--max-kl" if self.plan.max_kl else None
         if wants is not None:
             raise ConfigError(
-                f"{wants} with --codes trellis: takes stored candidates, whose codes are uniform; give --cost-rows "
-                "too, which makes a plan's codes when they are wanted"
+                f"{wants} with --codes trellis: takes stored candidates, whose codes are uniform; a run that is "
+                "compressed with --cost-rows makes a plan's codes when they are wanted"
             )
 
     def shares_budget(self) -> bool:

@@ -20,6 +20,7 @@ from flows.jobs import asked_choices
 from flows.progress import shown_seconds
 from flows.scales import stored_scale_bits
 from lrpq.allocate.parts import fixed_choice
+from lrpq.allocate.trellis import check_streams
 from lrpq.model.layers import Choice
 from lrpq.model.safetensors_source import ModelSource
 from lrpq.model.streaming import BlockStream
@@ -39,11 +40,14 @@ def asked_of(config: CompressConfig, source: ModelSource, *, device: str = "cpu"
     """What of a configuration decides its cost on a kind of device, "cpu" or "cuda".
 
     Raises:
-        ConfigError: a head is to be quantized that is the embedding.
+        ConfigError: a head is to be quantized that is the embedding, or trellis codes are asked for and most weights
+            cannot have them.
     """
     run, plan, measured = config.run, config.plan, config.evaluation
     dtype = DTYPES[resolve_dtype(run, source)]
     config.check_parts(tied=bool(source.config.tie_word_embeddings))
+    if plan.codes == "trellis":
+        check_streams(BlockStream(source, dtype=dtype).specs)
     sizes = run.candidates.group_sizes
     head: Choice | None = None
     if run.candidates.quantize_head is not None:

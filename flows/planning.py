@@ -104,7 +104,10 @@ class Planner:
         if self.given is not None:
             parameters["given"] = choices_json(self.given)
         folder = run.folder(
-            STAGE, inputs={"candidates": candidates_key}, parameters=parameters, code=["tasks.allocate"]
+            STAGE,
+            inputs={"candidates": candidates_key},
+            parameters=parameters,
+            code=["tasks.allocate", "lrpq.allocate.trellis"],
         )
         with run.timed(STAGE, 1, "plan"):
             candidates = allocate.cost_rows(rows, self.specs)

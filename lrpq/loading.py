@@ -99,14 +99,16 @@ class TrellisConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         dequantize: whether all weights are decoded once, as the model is loaded.
-        described: what config.json has.
+        config: what config.json has.
     """
 
-    def __init__(self, *, dequantize: bool = False, **described: Any) -> None:
-        self.dequantize = dequantize
-        described["quant_method"] = METHOD
-        for name, value in described.items():
-            setattr(self, name, value)
+    def __init__(self, *, dequantize: bool = False, **config: Any) -> None:
+        self.quant_method, self.dequantize = METHOD, dequantize
+        self.config = config
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json has it."""
+        return {**self.config, "quant_method": METHOD}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a configuration given to ``from_pretrained`` has to say beside that of the checkpoint."""

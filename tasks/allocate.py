@@ -228,6 +228,5 @@ def _fixed_bytes(rows: Sequence[CostRow], unlimited: Problem, source: ModelSourc
     for row in sorted(rows, key=lambda row: row.storage_bits):
         if row.choice is not None and row.module.name not in left:
             widest[row.module.name] = row.choice
-    return (
-        planned_size(source, widest, specs=unlimited.modules).fixed_bytes - unlimited.sizes.left_bits // BITS_PER_BYTE
-    )
+    size = planned_size(source, widest, specs=unlimited.modules, format=format)
+    return size.fixed_bytes - unlimited.sizes.left_bits // BITS_PER_BYTE

@@ -57,6 +57,9 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
 
     from lrpq.evaluate.tasks import TaskSummary, compared
+    from lrpq.loading import register
+
+    register()
 
     found: list[Mapping[str, Mapping[str, list[float]]]] = []
     for folder in (reference, checkpoint):

@@ -294,6 +294,7 @@ def quantize(
         row_blocks=job.row_blocks,
         grid=Grid(job.grid),
         parts=[cut.stop - cut.start for cut in cuts],
+        on_step=state.beat,
         name=spec.name,
     )
     packed = {k: to_host(v) for k, v in pack(refined.weight).items()}  # here: a core takes seconds for a large layer

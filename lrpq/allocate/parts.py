@@ -53,7 +53,7 @@ def check_parts(target: Target, *, format: str, head: bool, embeddings: bool, ti
 
     Args:
         target: the runtime that must load the checkpoint.
-        format: what it is written in, ``compressed-tensors``, ``dense`` or ``gptq``.
+        format: what it is written in, ``compressed-tensors``, ``dense``, ``gptq`` or ``trellis``.
         head: the head is to be quantized.
         embeddings: the embeddings are.
         tied: the model's head has the embedding's weight.

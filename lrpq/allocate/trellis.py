@@ -1,10 +1,10 @@
 """The same choices with trellis codes, whatever candidates have.
 
 Candidates are rounded on uniform grids: a pass of GPTQ with trellis codes takes hundreds of times as long, and what it
-would find is known. On a layer a trellis leaves the same share of the uniform grid's loss whatever the width, and about
-the same on all layers of a model (`SHARES`), so that the costs of uniform candidates rank layers and widths for trellis
-codes too. What the share depends on is the number of columns under a scale: a uniform grid has to reach a group's
-largest weight, a trellis does not.
+would find is known. On a layer a trellis leaves about the same share of the uniform grid's loss at all widths, in whole
+rows a smaller one the wider, and about the same on all layers of a model (`SHARES`), so that the costs of uniform
+candidates rank layers and widths for trellis codes too. What the share depends on is the number of columns under a
+scale: a uniform grid has to reach a group's largest weight, a trellis does not.
 """
 
 from __future__ import annotations
@@ -49,18 +49,22 @@ def check_streams(specs: Iterable[LinearSpec]) -> None:
         ConfigError: the first such layer is named.
     """
     specs = [spec for spec in specs if spec.input_site != HEAD]
-    without = [spec for spec in specs if not takes_trellis(spec)]
+    uniform = _without(specs)
+    without = [spec for spec in specs if _shares(spec) in uniform]
     share = sum(spec.num_weights for spec in without) / max(1, sum(spec.num_weights for spec in specs))
     if share > LARGEST_SHARE_WITHOUT:
+        first = next(spec for spec in without if not takes_trellis(spec))
+        rows = " + ".join([str(first.d_out // len(first.stored))] * len(first.stored))
         raise ConfigError(
             f"--codes trellis: {len(without)} of {len(specs)} layers, with {share:.0%} of the weights, have no rows "
-            f"for streams of {SEGMENT_ROWS}, such as {without[0].name} with {without[0].d_out}; leave it out"
+            f"for streams of {SEGMENT_ROWS}, such as {first.name} with {rows}; leave it out"
         )
 
 
-def without_streams(choices: Mapping[str, Choice | None]) -> int:
-    """Modules with uniform codes of a width that a trellis has."""
-    return sum(c is not None and not c.trellis and with_trellis(c).trellis for c in choices.values())
+def without_streams(choices: Mapping[str, Choice | None], specs: Iterable[LinearSpec]) -> int:
+    """Modules, the head apart, with uniform codes of a width that a trellis has."""
+    found = [choices[spec.name] for spec in specs if spec.input_site != HEAD]
+    return sum(c is not None and not c.trellis and with_trellis(c).trellis for c in found)
 
 
 def with_trellis(choice: Choice) -> Choice:
@@ -77,8 +81,13 @@ def with_trellis_codes(rows: Iterable[CostRow]) -> list[CostRow]:
     """Rows of uniform candidates with trellis codes, wherever a layer and a width can have them. Experts that share a
     choice have them all or none."""
     rows = list(rows)
-    uniform = {_shares(row.module) for row in rows if not takes_trellis(row.module)}
+    uniform = _without(row.module for row in rows)
     return [row if _shares(row.module) in uniform else _row(row) for row in rows]
+
+
+def _without(specs: Iterable[LinearSpec]) -> set[str]:
+    """What shares a choice and cannot have streams."""
+    return {_shares(spec) for spec in specs if not takes_trellis(spec)}
 
 
 def _shares(spec: LinearSpec) -> str:

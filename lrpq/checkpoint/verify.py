@@ -17,7 +17,6 @@ from lrpq.checkpoint.formats import FORMATS, CheckpointFormat
 from lrpq.checkpoint.modules import ExpertScope, check_experts
 from lrpq.checkpoint.plan import plan_checkpoint
 from lrpq.errors import ConfigError
-from lrpq.loading import register
 from lrpq.model.experts import loaded_weight
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.names import stored_names
@@ -102,6 +101,8 @@ def verify_checkpoint(
         )
     num_copied = compare_files(output, source, plan, codes=None)
     if format is CheckpointFormat.TRELLIS:
+        from lrpq.loading import register  # which changes what transformers knows
+
         register()
     ids = probe_ids(source.config.get_text_config().vocab_size) if input_ids is None else input_ids
     arguments = {"input_ids": ids}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lrpq.allocate.trellis import check_streams, takes_trellis, without_streams
 from lrpq.compare.allocation import levels
 from lrpq.compare.memory import peak_memory
 from lrpq.compare.methods import Method
@@ -91,10 +92,21 @@ class Comparison:
                     raise CalibrationError("swaps are accepted on held-out windows, and there are none")
                 if recipe.allocation == COOPQ:
                     level_pairs(self.bench.terms.bits)
-                if recipe.allocation in (COOPQ, REESTIMATED, SWAPS) and self.bench.terms.trellis:
-                    raise QuantizationError("its plan is found with uniform codes; compare it with those")
+                if self.bench.terms.trellis and not recipe.uniform_codes:
+                    self._check_streams(recipe)
             except LrpqError as error:
                 raise type(error)(f"method {name}: {error}") from error
+
+    def _check_streams(self, recipe: Recipe) -> None:
+        specs = self.bench.stream().specs
+        check_streams(specs)
+        if recipe.allocation in (COOPQ, REESTIMATED, SWAPS):
+            raise QuantizationError("its plan is found with uniform codes; compare it with those")
+        short = next((spec.name for spec in specs if not takes_trellis(spec)), None)
+        measure = MEASURES.get(recipe.allocation)
+        one_width = recipe.allocation == "uniform" or (measure is not None and measure.score is not None)
+        if one_width and short is not None:
+            raise QuantizationError(f"{short} has no rows for streams, so that no trellis choice is everybody's")
 
     def rows(self) -> Iterator[Row]:
         """Yield a row as soon as it is measured; methods on one transformed model follow each other."""
@@ -140,6 +152,9 @@ class Comparison:
         seconds = time.monotonic() - started
         scores = prepared.bench.scores(self.windows, quantized, original=self.bench)
         self.original = scores[ORIGINAL]
+        counts = dict(planned.counts)
+        if self.bench.terms.trellis and not recipe.uniform_codes:
+            counts["modules_without_streams"] = without_streams(plan.choices, self.bench.stream().specs)
         return Row(
             method=name,
             budget_bits=budget,
@@ -150,5 +165,5 @@ class Comparison:
             evidence_seconds=evidence_seconds,
             peak_bytes=peak.bytes,
             checkpoint_bytes=prepared.checkpoint_bytes(plan),
-            counts=planned.counts,
+            counts=counts,
         )

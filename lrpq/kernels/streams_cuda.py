@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _COLUMNS = 64
-_WORD_BITS, _STATES = 32, 1 << 12
 
 
 def decode_segments(words: Tensor, scales: Tensor, book: Tensor, out: Tensor, *, bits: int, rows: int) -> None:
@@ -31,7 +30,7 @@ def decode_segments(words: Tensor, scales: Tensor, book: Tensor, out: Tensor, *,
     with on_device_of(words):
         _decode[(len(out) // rows, triton.cdiv(d_in, _COLUMNS))](
             words, scales, book, out, d_in, scales.shape[1], d_in // scales.shape[1],
-            BITS=bits, ROWS=rows, WORDS=rows * bits // _WORD_BITS, COLUMNS=_COLUMNS, STATES=_STATES,
+            BITS=bits, ROWS=rows, WORDS=rows * bits // 32, COLUMNS=_COLUMNS, STATES=len(book),
         )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ last ones, so that no bits are spent on a beginning.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
@@ -48,6 +49,8 @@ WIDTHS = (2, 3, 4, 5, 6)
 LEFT = {2: 1.19 / 4**2, 3: 1.23 / 4**3, 4: 1.30 / 4**4, 5: 1.42 / 4**5, 6: 1.56 / 4**6}
 """Mean squared error that a codebook leaves of normal numbers of variance 1 (``benchmarks.trellis_codebooks``)."""
 _CODEBOOKS = "trellis_codebooks.safetensors"
+_DIGEST = "15601647065d2189ffcbace4676aa5c9190abe39b9cc228867ad6f7558882a63"
+"""sha256 of the file: stored codes are symbols of these values, and a digest in the code is part of their keys."""
 
 
 def check_width(bits: int, *, name: str = "layer") -> None:
@@ -114,7 +117,10 @@ def codebook(bits: int, device: torch.device | str = "cpu") -> Float[Tensor, "st
 @lru_cache(maxsize=64)
 def _on(bits: int, device: torch.device) -> Tensor:
     if device.type == "cpu":
-        books: dict[str, Tensor] = load(files("lrpq.quant").joinpath(_CODEBOOKS).read_bytes())
+        stored = files("lrpq.quant").joinpath(_CODEBOOKS).read_bytes()
+        if hashlib.sha256(stored).hexdigest() != _DIGEST:
+            raise QuantizationError(f"{_CODEBOOKS}: is not that of this version of lrpq; install it again")
+        books: dict[str, Tensor] = load(stored)
         return books[f"bits_{bits}"].float()
     return _on(bits, torch.device("cpu")).to(device)
 

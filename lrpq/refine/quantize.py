@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -60,6 +60,7 @@ def quantize_refined(
     row_blocks: int = DEFAULT_BLOCKS,
     grid: Grid = Grid.SIGNED,
     parts: Sequence[int] | None = None,
+    on_step: Callable[[], None] = lambda: None,
     name: str,
 ) -> Refined:
     """GPTQ on the inputs of the quantized prefix, after a correction towards the original outputs; then polished.
@@ -87,6 +88,7 @@ def quantize_refined(
         parts: rows of each part of W that is rounded for itself, by the site's factors, which they share; by default as
             ``row_parts`` cuts W. Some parts of a layer give the same codes as all of them: W, P and ``outputs`` are
             then of their rows.
+        on_step: called whenever rows have been rounded or polished.
         name: module name for errors.
 
     Raises:
@@ -115,9 +117,9 @@ def quantize_refined(
         else:
             rounded = prefix.better(target, *_round_both(W[rows], target, factor, choice, of_rows, grid, name), of_rows)
         del target
-        found.append(
-            _finished(W[rows], C, prefix, rounded, factor, choice, of_rows, row_blocks, polish_rounds, grid, name)
-        )
+        on_step()
+        feedback = _Feedback(row_blocks=row_blocks, polish_rounds=polish_rounds, grid=grid, on_step=on_step, name=name)
+        found.append(_finished(W[rows], C, prefix, rounded, factor, choice, of_rows, feedback))
     return Refined(
         weight=stacked([part.weight for part in found]),
         rejected_rows=sum(part.rejected_rows for part in found),
@@ -150,6 +152,17 @@ class _Part:
     alone: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Feedback:
+    """How rounded rows are improved."""
+
+    row_blocks: int
+    polish_rounds: int
+    grid: Grid
+    on_step: Callable[[], None]
+    name: str
+
+
 def _finished(
     W: Tensor,
     C: Tensor,
@@ -158,23 +171,20 @@ def _finished(
     factor: Factor,
     choice: Choice,
     outputs: Sequence[Tensor] | None,
-    row_blocks: int,
-    polish_rounds: int,
-    grid: Grid,
-    name: str,
+    how: _Feedback,
 ) -> _Part:
     """Blocks of rows that make up for each other's errors, or polished rows on their own."""
     weight: QuantizedWeight | None = None
-    together = outputs is not None and interacts(outputs, num_blocks=row_blocks, together=_together(choice))
+    together = outputs is not None and interacts(outputs, num_blocks=how.row_blocks, together=_together(choice))
     if outputs is not None and together:
         outputs = [G.to(W.device) for G in outputs]
-        weight = _with_feedback(W, C, prefix, rounded, factor, choice, outputs, row_blocks, polish_rounds, grid, name)
+        weight = _with_feedback(W, C, prefix, rounded, factor, choice, outputs, how)
     alone = together and weight is None
     if weight is None:
         weight = rounded.weight
-        if polish_rounds:
+        if how.polish_rounds:
             own = _rows(W, outputs, choice)
-            polished = polish(rounded.target, [weight], C, rounds=polish_rounds, rows=own, name=name)[0].weight
+            polished = polish(rounded.target, [weight], C, rounds=how.polish_rounds, rows=own, name=how.name)[0].weight
             weight = polished if prefix is None else prefix.lower(polished, weight, outputs)
     return _Part(weight=weight, rejected_rows=rounded.rejected_rows, alone=alone)
 
@@ -218,10 +228,7 @@ def _with_feedback(
     factor: Factor,
     choice: Choice,
     outputs: Sequence[Tensor],
-    row_blocks: int,
-    polish_rounds: int,
-    grid: Grid,
-    name: str,
+    how: _Feedback,
 ) -> QuantizedWeight | None:
     """Blocks of rows that make up for each other's errors, then polished together: what has the lowest joint error on
     the way; None where that is higher than that of ``rounded``.
@@ -230,9 +237,15 @@ def _with_feedback(
     polishing all at once may raise what it lowers row by row.
     """
     doubts = Doubts()
-    rounding = Rounding(factor, [choice], grid=grid, doubts=doubts, name=name)
-    blocks = RowBlocks(rounded.target, outputs, num_blocks=row_blocks, together=_together(choice), name=name)
-    blocks.round(lambda T, rows: rounding(T, rows=rows)[0])
+    rounding = Rounding(factor, [choice], grid=how.grid, doubts=doubts, name=how.name)
+    together_rows = _together(choice)
+    blocks = RowBlocks(rounded.target, outputs, num_blocks=how.row_blocks, together=together_rows, name=how.name)
+
+    def round_rows(T: Tensor, rows: Rows) -> QuantizedWeight:
+        how.on_step()
+        return rounding(T, rows=rows)[0]
+
+    blocks.round(round_rows)
     hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
 
     def error(weight: QuantizedWeight) -> Tensor:
@@ -241,9 +254,10 @@ def _with_feedback(
 
     best = blocks.weight()
     least = error(best)
-    if polish_rounds:
-        polisher = Polisher(C, doubts=doubts, name=name)
-        for _ in range(polish_rounds):
+    if how.polish_rounds:
+        polisher = Polisher(C, doubts=doubts, name=how.name)
+        for _ in range(how.polish_rounds):
+            how.on_step()
             blocks.improve(lambda T, q, rows: polisher(T, [q], rounds=1, rows=rows)[0].weight)
             now = blocks.weight()
             best, least = _lower(now, error(now), best, least)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_case import Job, start_pool, start_server, stored_bits, write_model
+from pipeline_case import Job, file_bytes, start_pool, start_server, stored_bits, write_model
 from tiny_models import write_tiny, write_tokenizer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -160,11 +160,51 @@ def test_fast_makes_a_plans_streams_on_the_original_inputs(job: Job, model: Path
 
 
 def test_experts_are_streams_too_and_compared_in_the_files(job: Job) -> None:
-    model = write_tiny(job.folder / "experts-model", "mixtral")
-    write_tokenizer(model)
     asked: dict[str, Any] = {"plan__codes": "trellis", "evaluation__control": False}
+    narrow = write_tiny(job.folder / "narrow-experts", "mixtral")
+    write_tokenizer(narrow)
+    with pytest.raises(ConfigError, match=r"--codes trellis: 16 of 24 layers.*gate_up_proj with 96 \+ 96"):
+        job(narrow, "narrow", **asked)
+    model = write_tiny(job.folder / "experts-model", "mixtral", intermediate_size=128)
+    write_tokenizer(model)
     found = job(model, "experts", run__candidates={"bits": [2, 3, 4], "group_sizes": [32, -1]}, **asked)
     assert found["verified"]["loader"] is None
+    assert "trellis" in {module["codes"] for module in found["modules"] if "experts" in module["name"]}
+
+
+def test_a_budget_in_bytes_is_one_of_the_formats(job: Job, model: Path) -> None:
+    """Without 8 bits every layer's widest choice is a trellis."""
+    candidates = {"bits": [2, 3, 4], "group_sizes": [64], "scales": "bfloat16"}
+    asked: dict[str, Any] = {"run__candidates": candidates, "plan__codes": "trellis", "evaluation__control": False}
+    found = job(model, "bytes", plan__budget_bytes=290_000, **asked)
+    assert 280_000 < file_bytes(job.folder / "bytes") <= 290_000
+    assert {module["codes"] for module in found["modules"]} == {"trellis"}
+
+
+def test_a_quantized_head_keeps_its_candidate_and_is_no_degradation(job: Job) -> None:
+    model = write_model(job.folder / "untied", hidden=128, ffn=256, tied=False)
+    found = job(
+        model,
+        "head",
+        run__candidates={"bits": [3, 4], "group_sizes": [64], "scales": "bfloat16", "quantize_head": 4},
+        plan__codes="trellis",
+        plan__budget_bits=3.5,
+        evaluation__control=False,
+    )
+    by_name = {module["name"]: module["codes"] for module in found["modules"]}
+    assert by_name.pop("lm_head") == "uniform"
+    assert set(by_name.values()) == {"trellis"}
+    assert found["degraded"]["modules_without_streams"] == 0
+    assert found["verified"]["max_abs_difference"] == 0.0
+
+
+def test_the_smallest_checkpoint_within_a_divergence_is_found_with_streams(job: Job, model: Path) -> None:
+    candidates = {"bits": [2, 3, 4, 5], "group_sizes": [64], "scales": "bfloat16", "cost_rows": 16}
+    found = job(
+        model, "max-kl", run__candidates=candidates, plan__codes="trellis", plan__max_kl=0.05, evaluation__control=False
+    )
+    assert found["budget"]["search"]["max_kl"] == 0.05
+    assert found["guard"]["lrpq"]["kl_nats"] <= 0.05
     assert "trellis" in {module["codes"] for module in found["modules"]}
 
 
@@ -175,8 +215,9 @@ def test_experts_are_streams_too_and_compared_in_the_files(job: Job) -> None:
         ({"plan": {"format": "gptq"}}, r"--codes trellis with --format gptq: its readers would take symbols for steps"),
         ({"plan": {"format": "compressed-tensors"}}, r"--codes trellis with --format compressed-tensors"),
         ({"plan": {"codes": "uniform", "format": "trellis"}}, r"--format trellis: is for --codes trellis"),
-        ({"plan": {"refine": "stitch"}}, r"--refine stitch with --codes trellis.*give --cost-rows"),
-        ({"plan": {"budget_bits": None, "max_kl": 0.1}}, r"--max-kl with --codes trellis.*give --cost-rows"),
+        ({"plan": {"refine": "stitch"}}, r"--refine stitch with --codes trellis.*with --cost-rows"),
+        ({"plan": {"budget_bits": None, "max_kl": 0.1}}, r"--max-kl with --codes trellis.*with --cost-rows"),
+        ({"run": {"candidates": {"bits": [8]}}, "plan": {"budget_bits": 9}}, r"--codes trellis: has 2 to 6 bits"),
         ({"run": {"images": {"source": "folder"}}}, r"--codes with --images: is for language models"),
     ],
 )

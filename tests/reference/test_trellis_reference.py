@@ -15,7 +15,6 @@ from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import Rows, gptq, loss
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.hessian import HessianSum
-from lrpq.quant.packing import pack
 from lrpq.quant.polish import polish
 from lrpq.quant.trellis import SEGMENT_ROWS, STATE_BITS, WIDTHS, codebook, values
 from lrpq.refine.products import SiteProducts
@@ -240,8 +239,6 @@ def test_what_would_cut_or_misread_a_stream_is_refused() -> None:
     for rows, text in [(slice(1, 128), "1 to 128"), (slice(0, 100), "0 to 100"), (slice(250, None), "250 to 300")]:
         with pytest.raises(QuantizationError, match=rf"rows {text} of 300 cut a segment of 128"):
             q.rows(rows)
-    with pytest.raises(QuantizationError, match="trellis"):
-        pack(q)
     W, factor = numbers(150, 32, seed=18), factorize(hessian(32))
     for bits in (7, 8):
         with pytest.raises(QuantizationError, match=rf"no trellis of {bits} bits: choose from \[2, 3, 4, 5, 6\]"):
