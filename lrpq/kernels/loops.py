@@ -321,11 +321,20 @@ def _walk(
                 noted_in[p] = np.uint8(leasts[p] & symbol_of)
                 leasts[p] &= without
         here, by = x[row], weight[row]
+        # few symbols make loops too short for vectors: what histories cost is spread over their states first, in loops
+        # of constant length, and the rest is one long loop
         if bits == 2:
             for p in range(kept):
                 for b in range(4):
-                    d = here - book[4 * p + b]
-                    cost[4 * p + b] = least[p] + by * (d * d)
+                    cost[4 * p + b] = least[p]
+        elif bits == 3:
+            for p in range(kept):
+                for b in range(8):
+                    cost[8 * p + b] = least[p]
+        if bits <= 3:
+            for state in range(len(book)):
+                d = here - book[state]
+                cost[state] += by * (d * d)
         else:
             for p in range(kept):
                 so_far = least[p]

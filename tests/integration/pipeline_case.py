@@ -7,7 +7,7 @@ seconds of starting Ray are paid once. Tests of the command line start their own
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from conftest import write_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, write_tokenizer
+from transformers import AutoModelForCausalLM
 
 from flows.config import CompressConfig
+from lrpq.checkpoint.stored import StoredCheckpoint
 from tasks.cluster import Pool
 from tasks.opening import open_pool
 
@@ -179,6 +181,17 @@ def stored_bits(folder: Path) -> tuple[int, int]:
                     rows, columns = file.get_tensor(name).tolist()
                     weights += rows * columns
     return bits, weights
+
+
+@torch.no_grad()
+def with_codes(original: Path, stored: StoredCheckpoint, modules: Sequence[Mapping[str, Any]]) -> Any:
+    """The original in bfloat16 with the dequantized weights of a checkpoint, by transformers."""
+    dense: Any = AutoModelForCausalLM.from_pretrained(original)
+    for module in modules:
+        weight = stored.codes(module["name"])
+        assert weight is not None
+        dense.get_submodule(module["name"]).weight.copy_(weight.dequantize(torch.bfloat16))
+    return dense
 
 
 def file_bytes(folder: Path) -> int:

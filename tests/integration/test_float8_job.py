@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_case import WORKERS, Job, start_pool, start_server, stored_bits, write_model
+from pipeline_case import WORKERS, Job, start_pool, start_server, stored_bits, with_codes, write_model
 from safetensors import safe_open
 from tiny_models import write_tiny, write_tokenizer
 from torch.nn import functional
@@ -76,12 +76,7 @@ def test_files_hold_float8_scales_within_the_budget(job: Job, made: dict[str, An
 def test_plain_transformers_computes_what_the_codes_say(job: Job, scaled: Path, made: dict[str, Any]) -> None:
     assert made["verified"]["max_abs_difference"] == 0.0
     found: Any = AutoModelForCausalLM.from_pretrained(job.folder / "float8")
-    dense: Any = AutoModelForCausalLM.from_pretrained(scaled)
-    stored = StoredCheckpoint(job.folder / "float8")
-    for module in made["modules"]:
-        weight = stored.codes(module["name"])
-        assert weight is not None
-        dense.get_submodule(module["name"]).weight.copy_(weight.dequantize(torch.bfloat16))
+    dense = with_codes(scaled, StoredCheckpoint(job.folder / "float8"), made["modules"])
     x = torch.arange(40)[None]
     assert torch.equal(found(x).logits, dense(x).logits)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_case import Job, file_bytes, start_pool, start_server, stored_bits, write_model
+from pipeline_case import Job, file_bytes, start_pool, start_server, stored_bits, with_codes, write_model
 from tiny_models import write_tiny, write_tokenizer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -92,12 +92,7 @@ def test_as_many_bits_have_less_divergence(made: dict[str, Any], uniform: dict[s
 def test_transformers_computes_what_the_codes_say(job: Job, model: Path, made: dict[str, Any]) -> None:
     assert made["verified"]["max_abs_difference"] == 0.0
     found: Any = AutoModelForCausalLM.from_pretrained(job.folder / "trellis")
-    dense: Any = AutoModelForCausalLM.from_pretrained(model)
-    stored = StoredCheckpoint(job.folder / "trellis")
-    for module in made["modules"]:
-        weight = stored.codes(module["name"])
-        assert weight is not None
-        dense.get_submodule(module["name"]).weight.copy_(weight.dequantize(torch.bfloat16))
+    dense = with_codes(model, StoredCheckpoint(job.folder / "trellis"), made["modules"])
     x = torch.arange(40)[None]
     assert torch.equal(found(x).logits, dense(x).logits)
 
