@@ -23,7 +23,7 @@ from lrpq.allocate.keep import parse_keep
 from lrpq.allocate.parts import check_parts
 from lrpq.allocate.targets import Target, check_tensor_parallel
 from lrpq.errors import BudgetError, ConfigError
-from lrpq.quant.trellis import WIDTHS
+from lrpq.model.layers import TRELLIS_WIDTHS
 
 COUNTERPARTS: Mapping[str, str] = {
     "pydoc:calibrate": "pydoc:evaluate",
@@ -260,7 +260,7 @@ class CompressConfig(Section):
         have to be those of a plan."""
         if self.plan.codes == "uniform":
             return
-        if not set(self.run.candidates.bits) & set(WIDTHS):
+        if not set(self.run.candidates.bits) & set(TRELLIS_WIDTHS):
             asked = ", ".join(map(str, self.run.candidates.bits))
             raise ConfigError(f"--codes trellis: has 2 to 6 bits, and --bits asks for {asked}; leave one out")
         if self.run.candidates.cost_rows is not None:

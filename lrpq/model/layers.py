@@ -8,6 +8,9 @@ from dataclasses import dataclass
 HEAD = "head"
 """Input site of the language-model head, the one layer that lies in no block."""
 
+TRELLIS_WIDTHS = (2, 3, 4, 5, 6)
+"""Bits of a code that may be a symbol of a trellis: those that have a codebook (quant/trellis.py)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSpec:

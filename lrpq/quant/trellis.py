@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load
 
 from lrpq.errors import QuantizationError
+from lrpq.model.layers import TRELLIS_WIDTHS
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Int8, Int32
@@ -44,8 +45,7 @@ tail to bite."""
 LEAST_ROWS = 16
 """Of a stream: the shorter, the more its tail costs: at 2 bits 1.24, 1.35, 1.96 and 6.3 times the bound with 64, 32, 16
 and 8 rows."""
-WIDTHS = (2, 3, 4, 5, 6)
-"""Bits of a symbol that have a codebook."""
+WIDTHS = TRELLIS_WIDTHS
 LEFT = {2: 1.19 / 4**2, 3: 1.23 / 4**3, 4: 1.30 / 4**4, 5: 1.42 / 4**5, 6: 1.56 / 4**6}
 """Mean squared error that a codebook leaves of normal numbers of variance 1 (``benchmarks.trellis_codebooks``)."""
 _CODEBOOKS = "trellis_codebooks.safetensors"
