@@ -26,13 +26,12 @@ from lrpq.checkpoint.patterns import anchored_patterns, natural_key, patterns
 from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.quant.grid import QuantizedWeight
-from lrpq.quant.packing import pack
+from lrpq.quant.packing import pack, packed_shape
 from lrpq.quant.stored_scales import dtype_of
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
-WORD_BITS = 32
 SUPPORTED_BITS = range(2, 9)  # a sign and at least one more bit; the packer's upper limit
 STEPS, SYMBOLS = "int", "trellis"
 """What codes are, as a group's ``type``; the second is the trellis format's alone."""
@@ -77,12 +76,17 @@ def stored_tensors(original: StoredTensor, choice: Choice) -> tuple[StoredTensor
         ConfigError: the format cannot store the choice.
     """
     module = original.name.removesuffix(WEIGHT)
-    d_out, d_in = original.shape
-    check_choice(module, choice, d_in)
+    check_choice(module, choice, original.shape[1])
     refuse_symbols(module, choice, METHOD)
-    words = -(-d_in * choice.bits // WORD_BITS)
+    return packed_parts(original, choice)
+
+
+def packed_parts(original: StoredTensor, choice: Choice) -> tuple[StoredTensor, ...]:
+    """The tensors of `lrpq.quant.packing.pack`, of any choice."""
+    module = original.name.removesuffix(WEIGHT)
+    d_out, d_in = original.shape
     return (
-        StoredTensor(name=f"{module}.{PACKED}", dtype=torch.int32, shape=(d_out, words)),
+        StoredTensor(name=f"{module}.{PACKED}", dtype=torch.int32, shape=packed_shape(d_out, d_in, choice)),
         StoredTensor(name=f"{module}.{SCALE}", dtype=dtype_of(choice.scale_bits), shape=(d_out, choice.groups(d_in))),
         StoredTensor(name=f"{module}.{SHAPE}", dtype=torch.int64, shape=(2,)),
     )

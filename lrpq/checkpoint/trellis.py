@@ -12,16 +12,12 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from lrpq.checkpoint import compressed_tensors
-from lrpq.checkpoint.compressed_tensors import PACKED, SCALE, SHAPE, check_choice
+from lrpq.checkpoint.compressed_tensors import check_choice, packed_parts
 from lrpq.checkpoint.layout import StoredTensor
 from lrpq.checkpoint.modules import WEIGHT
 from lrpq.errors import ConfigError
 from lrpq.model.layers import Choice, LinearSpec
-from lrpq.quant.packing import packed_shape
-from lrpq.quant.stored_scales import dtype_of
 from lrpq.quant.trellis import LEAST_ROWS, SEGMENT_ROWS, STATE_BITS, WIDTHS, codebook
 
 METHOD, FORMAT, VERSION = "lrpq", "trellis", 1
@@ -40,11 +36,7 @@ def stored_tensors(original: StoredTensor, choice: Choice) -> tuple[StoredTensor
     rest = d_out % SEGMENT_ROWS
     if choice.trellis and (choice.bits not in WIDTHS or 0 < rest < LEAST_ROWS):
         raise ConfigError(f"module {module}: {choice} is no trellis of {d_out} rows; leave its codes uniform")
-    return (
-        StoredTensor(name=f"{module}.{PACKED}", dtype=torch.int32, shape=packed_shape(d_out, d_in, choice)),
-        StoredTensor(name=f"{module}.{SCALE}", dtype=dtype_of(choice.scale_bits), shape=(d_out, choice.groups(d_in))),
-        StoredTensor(name=f"{module}.{SHAPE}", dtype=torch.int64, shape=(2,)),
-    )
+    return packed_parts(original, choice)
 
 
 def quantization_config(

@@ -26,7 +26,7 @@ from lrpq.importance.measured import filled, noise_factors, one_at_a_time, relat
 from lrpq.importance.probe import PROBE_WINDOWS
 from lrpq.importance.registry import MEASURES, Measure
 from lrpq.importance.shapley import Game
-from lrpq.model.layers import Choice
+from lrpq.model.layers import Choice, LinearSpec
 
 MEASURED_BITS = (2, 3, 4)
 """Widths that are measured; wider ones follow the estimate, scaled to meet the widest measured."""
@@ -112,13 +112,17 @@ class Prepared:
         }
         return sum(ours[module, choice] for module, choice in plan.choices.items() if choice is not None)
 
+    @property
+    def specs(self) -> list[LinearSpec]:
+        """The layers that are quantized."""
+        return list(dict.fromkeys(row.module for row in self.gathered.costs[DEFAULT.allocation]))
+
     def checkpoint_bytes(self, plan: Plan) -> int:
         """Bytes of the weight files of a checkpoint with this plan."""
         chosen = {name: choice for name, choice in plan.choices.items() if choice is not None}
-        specs = [row.module for row in self.gathered.costs[DEFAULT.allocation]]
         trellis = any(choice.trellis for choice in chosen.values())
         written_as = CheckpointFormat.TRELLIS if trellis else CheckpointFormat.COMPRESSED_TENSORS
-        size = planned_size(self.bench.source, chosen, specs=list(dict.fromkeys(specs)), format=written_as)
+        size = planned_size(self.bench.source, chosen, specs=self.specs, format=written_as)
         return size.total_bytes
 
     def _noise_costs(self) -> list[CostRow]:

@@ -21,7 +21,7 @@ from lrpq.compare.workbench import Quantized, Workbench
 from lrpq.errors import CalibrationError, LrpqError, QuantizationError
 from lrpq.evaluate.divergence import ORIGINAL, VARIANT, WindowScore
 from lrpq.importance.registry import MEASURES
-from lrpq.model.layers import Choice
+from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.source import open_source
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Comparison:
         Raises:
             LrpqError: a method needs held-out windows, other widths, or a model of another kind; it is named.
         """
+        specs = self.bench.stream().specs if self.bench.terms.trellis else ()
         for name, budget in self.wanted:
             recipe = self.methods[name].recipe
             try:
@@ -93,20 +94,9 @@ class Comparison:
                 if recipe.allocation == COOPQ:
                     level_pairs(self.bench.terms.bits)
                 if self.bench.terms.trellis and not recipe.uniform_codes:
-                    self._check_streams(recipe)
+                    _check_streams(recipe, specs)
             except LrpqError as error:
                 raise type(error)(f"method {name}: {error}") from error
-
-    def _check_streams(self, recipe: Recipe) -> None:
-        specs = self.bench.stream().specs
-        check_streams(specs)
-        if recipe.allocation in (COOPQ, REESTIMATED, SWAPS):
-            raise QuantizationError("its plan is found with uniform codes; compare it with those")
-        short = next((spec.name for spec in specs if not takes_trellis(spec)), None)
-        measure = MEASURES.get(recipe.allocation)
-        one_width = recipe.allocation == "uniform" or (measure is not None and measure.score is not None)
-        if one_width and short is not None:
-            raise QuantizationError(f"{short} has no rows for streams, so that no trellis choice is everybody's")
 
     def rows(self) -> Iterator[Row]:
         """Yield a row as soon as it is measured; methods on one transformed model follow each other."""
@@ -154,7 +144,7 @@ class Comparison:
         self.original = scores[ORIGINAL]
         counts = dict(planned.counts)
         if self.bench.terms.trellis and not recipe.uniform_codes:
-            counts["modules_without_streams"] = without_streams(plan.choices, self.bench.stream().specs)
+            counts["modules_without_streams"] = without_streams(plan.choices, prepared.specs)
         return Row(
             method=name,
             budget_bits=budget,
@@ -166,4 +156,18 @@ class Comparison:
             peak_bytes=peak.bytes,
             checkpoint_bytes=prepared.checkpoint_bytes(plan),
             counts=counts,
+        )
+
+
+def _check_streams(recipe: Recipe, specs: Sequence[LinearSpec]) -> None:
+    """Refuse trellis codes that would not be those of the recipe's plan."""
+    check_streams(specs)
+    if recipe.allocation in (COOPQ, REESTIMATED, SWAPS):
+        raise QuantizationError("its plan is found with uniform codes; compare it with those")
+    short = next((spec.name for spec in specs if not takes_trellis(spec)), None)
+    measure = MEASURES.get(recipe.allocation)
+    one_width = recipe.allocation == "uniform" or (measure is not None and measure.score is not None)
+    if one_width and short is not None:
+        raise QuantizationError(
+            f"{short} has no rows for streams, so that no trellis choice is everybody's; compare it with uniform codes"
         )

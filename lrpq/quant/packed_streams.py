@@ -63,22 +63,28 @@ def decode_streams(
     """
     rows, d_in = len(scales), words.shape[1]
     found = torch.empty(rows, d_in, dtype=dtype, device=words.device)
-    book, segment_words = codebook(bits, words.device), num_words(SEGMENT_ROWS, bits)
+    book = codebook(bits, words.device)
     whole = rows // SEGMENT_ROWS * SEGMENT_ROWS
-    if words.is_cuda and whole:
+    if whole and words.is_cuda:
         from lrpq.kernels.streams_cuda import decode_segments
 
         decode_segments(words.contiguous(), scales.contiguous(), book, found, bits=bits, rows=SEGMENT_ROWS)
-    step = whole_segments(_DECODED_ELEMENTS // d_in)
-    for start in () if words.is_cuda else range(0, whole, step):
-        stop = min(start + step, whole)
-        first, last = start // SEGMENT_ROWS * segment_words, stop // SEGMENT_ROWS * segment_words
-        states = _states(words[first:last].view(-1, segment_words, d_in), bits)
-        _scale(found[start:stop], book[states], scales[start:stop])
+    elif whole:
+        _decode_segments(words, scales, book, found[:whole], bits)
     if whole < rows:
         codes = unpack_streams(words[num_words(whole, bits) :], bits, rows - whole)
         _scale(found[whole:], values(codes, bits), scales[whole:])
     return found
+
+
+def _decode_segments(words: Tensor, scales: Tensor, book: Tensor, out: Tensor, bits: int) -> None:
+    """Whole segments, some at a time."""
+    (whole, d_in), segment_words = out.shape, num_words(SEGMENT_ROWS, bits)
+    for start in range(0, whole, step := whole_segments(_DECODED_ELEMENTS // d_in)):
+        stop = min(start + step, whole)
+        first, last = start // SEGMENT_ROWS * segment_words, stop // SEGMENT_ROWS * segment_words
+        states = _states(words[first:last].view(-1, segment_words, d_in), bits)
+        _scale(out[start:stop], book[states], scales[start:stop])
 
 
 def _scale(out: Tensor, units: Tensor, scales: Tensor) -> None:
