@@ -220,7 +220,10 @@ def round_segments(
     end: int,
     edge_rows: int,
     bits: int,
-    edges: NDArray[np.int32],
+    most_columns: int,
+    firsts: NDArray[np.int32],
+    tops: NDArray[np.int32],
+    bottoms: NDArray[np.int32],
     R: NDArray[np.float32],
     T: NDArray[np.float32],
     W: NDArray[np.float32],
@@ -230,20 +233,21 @@ def round_segments(
     book: NDArray[np.float32],
     codes: NDArray[np.int8],
 ) -> None:
-    """Columns in the order of the sweep; see `lrpq.kernels.trellis.round_segments`."""
-    num_columns = len(T)
-    most_rows = (edges[1:] - edges[:-1]).max()
+    """Segments begin .. end, of the rows tops .. bottoms, from column ``firsts`` on; see
+    `lrpq.kernels.trellis.round_segments`."""
+    most_rows = (bottoms - tops).max()
     kept = len(book) >> bits  # histories: states without their oldest symbol
     cost, least = np.zeros(len(book), np.float32), np.zeros(kept, np.float32)
     back = np.zeros((max(most_rows, 2 * edge_rows), kept), np.uint8)
     x, weight = np.zeros(most_rows, np.float32), np.zeros(most_rows, np.float32)
     for segment in range(begin, end):
-        first = int(edges[segment])
-        rows = int(edges[segment + 1]) - first
+        first = int(tops[segment])
+        rows = int(bottoms[segment]) - first
         edge = min(rows, edge_rows)
-        for k in range(num_columns):
+        begins = int(firsts[segment])
+        for k in range(begins, min(begins + most_columns, len(T))):
             t, w, s, code = T[k, first : first + rows], W[k, first:], S[runs[k], first:], codes[k, first:]
-            for j in range(k):
+            for j in range(begins, k):
                 pull, error = R[k, j], T[j, first : first + rows]
                 for i in range(rows):
                     t[i] += pull * error[i]

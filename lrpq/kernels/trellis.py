@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from lrpq.kernels import loops
 from lrpq.kernels.threads import in_threads
 
@@ -27,8 +29,11 @@ def round_segments(
     edges: Int32[Tensor, "edges=size"],
     *,
     bits: int,
+    firsts: Int32[Tensor, "segments=size"] | None = None,
+    most_columns: int | None = None,
 ) -> None:
-    """Codes of these columns and, in place of their targets in T, their errors W - Q.
+    """Codes of these columns and, in place of their targets in T, their errors W - Q; of some of them where ``firsts``
+    says which.
 
     Of a segment's codes those with the least sum of weights times squared errors, among all whose end and beginning
     meet in the history that the rows around that place prefer on their own. 4,096 states are four operations each:
@@ -46,16 +51,25 @@ def round_segments(
         codes: written, int8: symbols less 2^(bits - 1).
         edges: first row of each segment, and the number of rows; none has more than 128.
         bits: of a symbol.
+        firsts: first column of each segment, which may be at columns of its own; a negative one, or one beyond the last
+            column, is none.
+        most_columns: of a segment from its first one on; by default all that follow.
     """
+    most_columns = len(T) if most_columns is None else most_columns
+    if firsts is None:
+        firsts = torch.zeros(len(edges) - 1, dtype=torch.int32, device=T.device)
     if T.is_cuda:
         from lrpq.kernels import trellis_cuda
 
-        trellis_cuda.round_segments(T, W, S, R, weights, runs, book, codes, edges, bits=bits, edge_rows=EDGE_ROWS)
+        arguments = T, W, S, R, weights, runs, book, codes, edges, firsts
+        trellis_cuda.round_segments(*arguments, most_columns=most_columns, bits=bits, edge_rows=EDGE_ROWS)
         return
+    at_work = ((firsts >= 0) & (firsts < len(T))).nonzero().squeeze(1)
+    of_segments = [x[at_work].numpy() for x in (firsts, edges[:-1], edges[1:])]
     upper = R.T.contiguous().numpy()
-    arrays = [x.numpy() for x in (edges, T, W, S, weights, runs, book, codes)]
+    arrays = [x.numpy() for x in (T, W, S, weights, runs, book, codes)]
 
     def work(begin: int, end: int) -> None:
-        loops.round_segments(begin, end, EDGE_ROWS, bits, arrays[0], upper, *arrays[1:])
+        loops.round_segments(begin, end, EDGE_ROWS, bits, most_columns, *of_segments, upper, *arrays)
 
-    in_threads(work, len(edges) - 1)
+    in_threads(work, len(at_work))

@@ -32,7 +32,9 @@ def round_segments(
     book: Tensor,
     codes: Tensor,
     edges: Tensor,
+    firsts: Tensor,
     *,
+    most_columns: int,
     bits: int,
     edge_rows: int,
 ) -> None:
@@ -45,8 +47,8 @@ def round_segments(
     found = torch.empty(segments, _ROWS, dtype=torch.int32, device=T.device)
     with on_device_of(T):
         _round_segments[(segments,)](
-            T, W, S, R, weights, runs, book, codes, edges, back, x, weight, found,
-            num_columns, rows, R.stride(0), R.stride(1),
+            T, W, S, R, weights, runs, book, codes, edges, firsts, back, x, weight, found,
+            num_columns, most_columns, rows, R.stride(0), R.stride(1),
             BITS=bits, SYMBOLS=1 << bits, KEPT=kept, ROWS=_ROWS, EDGE=edge_rows, FARTHEST=float(FARTHEST),
             num_warps=_WARPS[bits],
         )  # fmt: skip
@@ -54,8 +56,8 @@ def round_segments(
 
 @triton.jit
 def _round_segments(
-    T, W, S, R, weights, runs, book, codes, edges, back, x, weight, found,
-    num_columns, rows, R_row, R_column,
+    T, W, S, R, weights, runs, book, codes, edges, firsts, back, x, weight, found,
+    num_columns, most_columns, rows, R_row, R_column,
     BITS: tl.constexpr, SYMBOLS: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr,
     FARTHEST: tl.constexpr,
 ):  # fmt: skip
@@ -73,12 +75,17 @@ def _round_segments(
     history = tl.arange(0, KEPT)
     values = tl.load(book + history[:, None] * SYMBOLS + tl.arange(0, SYMBOLS)[None, :])
     row_weights = tl.load(weights + own, mask=valid, other=0.0)
-    for k in range(num_columns):
+    begin = tl.load(firsts + segment)
+    end = tl.where(begin < 0, begin, tl.minimum(begin + most_columns, num_columns))
+    for k in range(begin, end):
+        column = tl.cast(k, tl.int64)
+        at = column * rows + own
         run = tl.load(runs + k).to(tl.int32)
         s = tl.load(S + run * rows + own)
-        t = tl.load(T + k * rows + own)
-        for j in range(k):
-            t += tl.load(R + j * R_row + k * R_column) * tl.load(T + j * rows + own)
+        t = tl.load(T + at)
+        for j in range(begin, k):
+            before = tl.cast(j, tl.int64)
+            t += tl.load(R + before * R_row + column * R_column) * tl.load(T + before * rows + own)
         by = row_weights * s * s
         total = tl.sum(by, axis=0)
         by = by * tl.where(total > 0, here / total, 1.0)
@@ -103,9 +110,9 @@ def _round_segments(
         tl.debug_barrier()
         states = tl.load(found + row, mask=valid, other=0)
         value = tl.load(book + states)
-        w = tl.load(W + k * rows + own)
-        tl.store(T + k * rows + own, w - value * s, mask=valid)
-        tl.store(codes + k * rows + own, ((states & (SYMBOLS - 1)) - SYMBOLS // 2).to(tl.int8), mask=valid)
+        w = tl.load(W + at)
+        tl.store(T + at, w - value * s, mask=valid)
+        tl.store(codes + at, ((states & (SYMBOLS - 1)) - SYMBOLS // 2).to(tl.int8), mask=valid)
         tl.debug_barrier()  # the next column reads errors that other threads have written
 
 

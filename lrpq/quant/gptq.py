@@ -50,6 +50,7 @@ from lrpq.quant.residual import has_kernel, write_residual
 from lrpq.quant.scale_search import search_scales_transposed
 from lrpq.quant.trellis import segment_edges, whole_segments
 from lrpq.quant.trellis_loop import gptq_trellis, trellis_scales
+from lrpq.quant.wavefront import Blocks, round_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -198,6 +199,29 @@ class Rounding:
                     codes = codes.index_select(0, self._back).T.contiguous()
                     found[i] = QuantizedWeight(codes=codes, scales=scales[i], choice=choice)
         return [found[i] for i in range(len(choices))]
+
+    def in_blocks(
+        self,
+        W: Float[Tensor, "rows d_in"],
+        scales: Float[Tensor, "rows groups"],
+        rows: Rows,
+        blocks: Sequence[Blocks],
+        *,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> QuantizedWeight:
+        """Codes of rows whose blocks move each other's targets, for one choice, which has a trellis.
+
+        Raises:
+            QuantizationError: as ``gptq``, of the targets as they were moved; of what waits for the device, where the
+                doubts are settled.
+        """
+        factor, (choice,) = self._factor, self._choices
+        Wt, weights = W.T.contiguous()[factor.order].float(), rows.weights_on(W)
+        S = scales.bfloat16().T.float().contiguous()
+        done = round_blocks(Wt, factor, S, choice, weights, blocks, on_step=on_step)
+        self._check(done.targets, [scales])
+        codes = done.codes.index_select(0, self._back).T.contiguous()
+        return QuantizedWeight(codes=codes, scales=scales.bfloat16(), choice=choice)
 
     def _search(self, Wt: Tensor) -> list[Tensor]:
         """Scales of every choice."""

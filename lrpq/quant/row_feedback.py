@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lrpq.errors import QuantizationError
 from lrpq.quant.factor import Factor, factorize
@@ -31,10 +32,10 @@ from lrpq.quant.gptq import Rows
 from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.halves import multiplied
 from lrpq.quant.trellis import whole_segments
+from lrpq.quant.wavefront import Blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
 
 DEFAULT_DAMPING = 0.5
 """Share of the mean diagonal of G. G has one sampled gradient a token, so its small directions are noise: .5 left 1.5%
@@ -49,9 +50,11 @@ IMPROVED_ELEMENTS = 2**27
 """Weights that are improved together, which bounds the memory of temporaries: all rows of a chunk up to 32,768 inputs.
 The descent goes column by column however few rows there are: with 2^25 a 70B block's codes took 16.8 s, with this 8.8
 (docs/gpu.md)."""
-RoundRows = Callable[["Tensor", Rows], QuantizedWeight]
-"""From targets [rows, d_in] to codes and scales."""
-ImproveRows = Callable[["Tensor", QuantizedWeight, Rows], QuantizedWeight]
+RoundRows = Callable[[Tensor, Tensor, Rows], QuantizedWeight]
+"""From targets [rows, d_in] and their scales [rows, groups] to codes."""
+RoundBlocks = Callable[[Tensor, Tensor, Rows, Sequence[Blocks]], QuantizedWeight]
+"""From the targets of all rows, their scales and their blocks to codes."""
+ImproveRows = Callable[[Tensor, QuantizedWeight, Rows], QuantizedWeight]
 """From targets [rows, d_in] and codes of these rows to others."""
 
 
@@ -65,6 +68,8 @@ class RowBlocks:
 
     Args:
         T: what the codes should reproduce, float32.
+        scales: that the codes are rounded with, those that T asks for: what moves a row's target moves its scales by so
+            little that nothing is lost with them as they are (docs/log.md).
         outputs: G of consecutive chunks of rows, in any unit; rows of different chunks do not see each other.
         num_blocks: of every chunk, at most: no block has fewer than 48 rows, but a
             last one of rows that stay together; 1 rounds each row on its own.
@@ -79,6 +84,7 @@ class RowBlocks:
     def __init__(
         self,
         T: Float[Tensor, "d_out d_in"],
+        scales: Float[Tensor, "d_out groups"],
         outputs: Sequence[Float[Tensor, "chunk chunk"]],
         *,
         num_blocks: int,
@@ -86,9 +92,12 @@ class RowBlocks:
         together: int = 1,
         name: str = "layer",
     ) -> None:
-        if sum(len(G) for G in outputs) != len(T):
-            rows = sum(len(G) for G in outputs)
-            raise QuantizationError(f"{name}: {len(T)} rows, and output gradients of {rows}; they must be of one layer")
+        rows = sum(len(G) for G in outputs)
+        if not rows == len(T) == len(scales):
+            raise QuantizationError(
+                f"{name}: {len(T)} rows, scales of {len(scales)} and output gradients of {rows}; they must be of one"
+                " layer"
+            )
         self._chunks: list[_Chunk] = []
         start = 0
         for G in outputs:
@@ -98,7 +107,8 @@ class RowBlocks:
                 by_size = together == 1
                 factor = factorize(G, damping=damping, act_order=by_size, name=f"{name}, output gradients")
             weights = None if together == 1 else row_weights([G], damping=damping)
-            self._chunks.append(_Chunk(T[start : start + len(G)], factor, blocks, together, weights))
+            own = slice(start, start + len(G))
+            self._chunks.append(_Chunk(T[own], scales[own], factor, blocks, together, weights))
             start += len(G)
 
     def round(self, round_rows: RoundRows) -> None:
@@ -106,12 +116,22 @@ class RowBlocks:
         for block in range(max(len(chunk.blocks) for chunk in self._chunks)):
             own = [chunk for chunk in self._chunks if block < len(chunk.blocks)]
             targets = [chunk.targets(block) for chunk in own]
+            scales = [chunk.scales[chunk.blocks[block]] for chunk in own]
             parts = [len(rows) for rows in targets]
-            weights = [w for chunk in own if (w := chunk.weights_of(chunk.blocks[block])) is not None]
-            rows = Rows(parts=parts, weights=torch.cat(weights) if weights else None)
-            found = round_rows(targets[0] if len(own) == 1 else torch.cat(targets), rows)
-            for chunk, part in zip(own, found.split(parts), strict=True):
+            rows = Rows(parts=parts)
+            for chunk, part in zip(own, round_rows(_cat(targets), _cat(scales), rows).split(parts), strict=True):
                 chunk.put(block, part)
+
+    def round_at_once(self, round_blocks: RoundBlocks) -> None:
+        """Round all blocks by something that knows how the earlier ones move the later ones."""
+        chunks = self._chunks
+        weights = [chunk.weights for chunk in chunks if chunk.weights is not None]
+        parts = [len(chunk.T) for chunk in chunks]
+        rows = Rows(parts=parts, weights=_cat(weights) if weights else None)
+        blocks = [Blocks(sizes=[b.stop - b.start for b in chunk.blocks], pull=chunk.pull) for chunk in chunks]
+        found = round_blocks(_cat([chunk.T for chunk in chunks]), _cat([chunk.scales for chunk in chunks]), rows, blocks)
+        for chunk, part in zip(chunks, found.split(parts), strict=True):
+            chunk.put_all(part)
 
     def improve(self, improve_rows: ImproveRows) -> None:
         """Improve the rounded rows, each towards what the others' errors now make of its target."""
@@ -196,57 +216,66 @@ def _joint(errors: Callable[[slice], Tensor], C: Tensor, P: Tensor | None, outpu
     return total
 
 
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 class _Chunk:
     """Rows that see each other, in the order in which they are rounded."""
 
     def __init__(
         self,
         T: Float[Tensor, "rows d_in"],
+        scales: Float[Tensor, "rows groups"],
         factor: Factor | None,
         num_blocks: int,
         together: int,
         weights: Float[Tensor, "rows=size"] | None,
     ) -> None:
-        self._weights = weights
+        self.weights = weights
+        """Damped G_jj; rows are in their own order where these count."""
         self._order = None if factor is None else factor.order
-        self._T = T if factor is None else T[factor.order]
-        self._errors = None if factor is None else torch.zeros_like(self._T)
+        self.T, self.scales = (T, scales) if factor is None else (T[factor.order], scales[factor.order])
+        self._errors = None if factor is None else torch.zeros_like(self.T)
         """T - Q of the rows that are rounded."""
         self._found: list[QuantizedWeight] = []
         size = -(-len(T) // (num_blocks * together)) * together
         self.blocks = [slice(start, min(start + size, len(T))) for start in range(0, len(T), size)]
-        self._pull = None if factor is None else _pull(factor, self.blocks)
-
-    def weights_of(self, rows: slice) -> Float[Tensor, "rows=size"] | None:
-        """Damped G_jj of some rows, which are in their own order where these count."""
-        return None if self._weights is None else self._weights[rows]
+        self.pull = None if factor is None else _pull(factor, self.blocks)
+        """How errors of the rows of earlier blocks (columns) move targets."""
 
     def targets(self, block: int) -> Float[Tensor, "rows d_in"]:
         """What the block should reproduce, now that those before it are rounded."""
         rows = self.blocks[block]
-        if block == 0 or self._pull is None or self._errors is None:
-            return self._T[rows]
-        return multiplied(self._pull[rows, : rows.start], self._errors[: rows.start]).add_(self._T[rows])
+        if block == 0 or self.pull is None or self._errors is None:
+            return self.T[rows]
+        return multiplied(self.pull[rows, : rows.start], self._errors[: rows.start]).add_(self.T[rows])
 
     def put(self, block: int, found: QuantizedWeight) -> None:
         """The block, rounded."""
         rows = self.blocks[block]
         self._found.append(found)
         if self._errors is not None:
-            torch.sub(self._T[rows], found.dequantize(self._T.dtype), out=self._errors[rows])
+            torch.sub(self.T[rows], found.dequantize(self.T.dtype), out=self._errors[rows])
+
+    def put_all(self, found: QuantizedWeight) -> None:
+        """All blocks, rounded."""
+        self._found = [found]
+        if self._errors is not None:
+            torch.sub(self.T, found.dequantize(self.T.dtype), out=self._errors)
 
     def improve(self, improve_rows: ImproveRows) -> None:
         """Better codes for all rows, some at a time."""
         whole = stacked(self._found)
-        targets = self._T if self._errors is None else self._targets()
-        step = whole_segments(IMPROVED_ELEMENTS // self._T.shape[1])
+        targets = self.T if self._errors is None else self._targets()
+        step = whole_segments(IMPROVED_ELEMENTS // self.T.shape[1])
         self._found = []
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
-            of_rows = Rows(parts=(len(targets[rows]),), weights=self.weights_of(rows))
+            of_rows = Rows(parts=(len(targets[rows]),), weights=None if self.weights is None else self.weights[rows])
             self._found.append(improve_rows(targets[rows], whole.rows(rows), of_rows))
             if self._errors is not None:
-                torch.sub(self._T[rows], self._found[-1].dequantize(self._T.dtype), out=self._errors[rows])
+                torch.sub(self.T[rows], self._found[-1].dequantize(self.T.dtype), out=self._errors[rows])
 
     def _targets(self) -> Float[Tensor, "rows d_in"]:
         """Those of all rows, in the memory of the errors: later rows, which pull at none before them, first."""

@@ -238,14 +238,19 @@ def _with_feedback(
     """
     doubts = Doubts()
     rounding = Rounding(factor, [choice], grid=how.grid, doubts=doubts, name=how.name)
-    together_rows = _together(choice)
-    blocks = RowBlocks(rounded.target, outputs, num_blocks=how.row_blocks, together=together_rows, name=how.name)
-
-    def round_rows(T: Tensor, rows: Rows) -> QuantizedWeight:
+    blocks = RowBlocks(
+        rounded.target,
+        rounded.weight.scales,
+        outputs,
+        num_blocks=how.row_blocks,
+        together=_together(choice),
+        name=how.name,
+    )
+    if choice.trellis:
+        blocks.round_at_once(lambda T, S, rows, cuts: rounding.in_blocks(T, S, rows, cuts, on_step=how.on_step))
+    else:
+        blocks.round(lambda T, S, rows: rounding(T, [S], rows)[0])
         how.on_step()
-        return rounding(T, rows=rows)[0]
-
-    blocks.round(round_rows)
     hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
 
     def error(weight: QuantizedWeight) -> Tensor:

@@ -41,15 +41,19 @@ def weights(seed: int, rows: int = ROWS) -> Tensor:
     return torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def nearest(T: Tensor, _: Rows | None = None) -> QuantizedWeight:
-    return round_to_nearest(T, CHOICE)
+def nearest(T: Tensor, scales: Tensor | None = None, _: Rows | None = None) -> QuantizedWeight:
+    """With scales of its own or these, one a row."""
+    if scales is None:
+        return round_to_nearest(T, CHOICE)
+    codes = (T / scales.to(T.dtype)).round().clamp(-4, 3).to(torch.int8)
+    return QuantizedWeight(codes=codes, scales=scales, choice=CHOICE)
 
 
 def quantize_in_blocks(
     T: Tensor, outputs: list[Tensor], round_rows: RoundRows, *, num_blocks: int, damping: float = 0.5
 ) -> QuantizedWeight:
     """Rounded, and nothing improved."""
-    blocks = RowBlocks(T, outputs, num_blocks=num_blocks, damping=damping)
+    blocks = RowBlocks(T, nearest(T).scales, outputs, num_blocks=num_blocks, damping=damping)
     blocks.round(round_rows)
     return blocks.weight()
 
@@ -62,15 +66,15 @@ def test_targets_are_those_of_explicit_inverses(num_blocks: int) -> None:
     damped = G + damping * G.diagonal().mean() * torch.eye(ROWS, dtype=torch.float64)
     order = torch.argsort(G.diagonal(), descending=True, stable=True)
     D = torch.zeros_like(T)
-    codes, scales = torch.empty_like(found.codes), torch.empty_like(found.scales)
+    codes, scales = torch.empty_like(found.codes), nearest(T).scales
     for block in order.split(-(-ROWS // num_blocks)):
         done = order[: int((order == block[0]).nonzero())]
         left = order[len(done) :]
         # the best errors of the rows that are left: G_LL D_L = - G_LA D_A
         best = torch.zeros_like(T)
         best[left] = torch.linalg.inv(damped[left][:, left]) @ damped[left][:, done] @ D[done]
-        q = nearest((T + best)[block])
-        codes[block], scales[block] = q.codes, q.scales
+        q = nearest((T + best)[block], scales[block])
+        codes[block] = q.codes
         D[block] = T[block] - q.dequantize(torch.float64)
     assert torch.equal(found.codes, codes)
     assert torch.equal(found.scales, scales)
@@ -92,7 +96,7 @@ def test_improved_rows_see_the_errors_that_the_others_had(monkeypatch: pytest.Mo
         seen.append(targets.clone())
         return nearest(0.9 * targets)
 
-    blocks = RowBlocks(T, [G], num_blocks=num_blocks, damping=damping)
+    blocks = RowBlocks(T, nearest(T).scales, [G], num_blocks=num_blocks, damping=damping)
     blocks.round(nearest)
     for _ in range(2):
         D = T - blocks.weight().dequantize(torch.float64)
@@ -153,8 +157,8 @@ def test_a_polish_that_raises_the_joint_error_is_given_up() -> None:
     assert torch.equal(kept.weight.codes, plain.weight.codes)
 
     rounding, polisher = Rounding(factorize(C), [CHOICE], grid=Grid.SIGNED), Polisher(C)
-    blocks = RowBlocks(W, [G], num_blocks=8)
-    blocks.round(lambda T, rows: rounding(T, rows=rows)[0])
+    blocks = RowBlocks(W, rounding(W)[0].scales, [G], num_blocks=8)
+    blocks.round(lambda T, scales, rows: rounding(T, [scales], rows)[0])
     blocks.improve(lambda T, q, rows: polisher(T, [q], rounds=1, rows=rows)[0].weight)
     polished, before = (
         float(joint_error(q.dequantize(torch.float32) - W, C, None, [G])) for q in (blocks.weight(), plain.weight)
@@ -198,10 +202,10 @@ def test_chunks_of_other_numbers_of_blocks_go_side_by_side() -> None:
     T, G = weights(3, sum(sizes)), [moments(seed, size) for seed, size in enumerate(sizes)]
     rounded: list[int] = []
 
-    def counted(T: torch.Tensor, rows: Rows) -> QuantizedWeight:
-        assert sum(rows.parts) == len(T)
+    def counted(T: Tensor, scales: Tensor, rows: Rows) -> QuantizedWeight:
+        assert sum(rows.parts) == len(T) == len(scales)
         rounded.append(len(T))
-        return nearest(T)
+        return nearest(T, scales)
 
     found = quantize_in_blocks(T, G, counted, num_blocks=3)
     assert rounded == [56 + 64 + 128, 56 + 128, 128]
@@ -309,5 +313,5 @@ def test_wide_layers_are_cut_into_chunks() -> None:
 
 
 def test_moments_of_another_layer_are_refused() -> None:
-    with pytest.raises(QuantizationError, match=r"layer: 512 rows, and output gradients of 256"):
+    with pytest.raises(QuantizationError, match=r"layer: 512 rows, scales of 512 and output gradients of 256"):
         quantize_in_blocks(weights(0), [moments(0, 256)], nearest, num_blocks=2)

@@ -1,0 +1,94 @@
+"""Blocks of rows with trellis codes side by side, against explicit inverses column by column, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from trellis_case import CHOICE, columns_of, hessian, numbers, rounded
+
+from lrpq.quant import wavefront
+from lrpq.quant.factor import factorize
+from lrpq.quant.gptq import Rounding, Rows
+from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.row_feedback import RowBlocks
+from lrpq.quant.trellis import SEGMENT_ROWS
+
+D_IN = 48
+CHUNKS = (256, 300)
+"""Two blocks, and two with a third of 44 rows."""
+DAMPING = 0.2
+
+
+def moments(rows: int, seed: int) -> Tensor:
+    """Second moments of gradients that share 20 directions."""
+    shared = numbers(4 * rows, 20, seed=seed) @ numbers(20, rows, seed=seed + 1) / 20**0.5
+    together = shared + 0.5 * numbers(4 * rows, rows, seed=seed + 2)
+    G: Tensor = together.T @ together / len(together)
+    return G
+
+
+def rounded_in_blocks(
+    T: Tensor, H: Tensor, outputs: list[Tensor], scales: Tensor, steps: list[None] | None = None
+) -> QuantizedWeight:
+    rounding = Rounding(factorize(H), [CHOICE])
+    blocks = RowBlocks(T, scales, outputs, num_blocks=8, damping=DAMPING, together=SEGMENT_ROWS)
+    count = (lambda: None) if steps is None else (lambda: steps.append(None))
+    blocks.round_at_once(lambda T, S, rows, cuts: rounding.in_blocks(T, S, rows, cuts, on_step=count))
+    found = blocks.weight()
+    assert torch.equal(found.scales, scales)
+    return found
+
+
+def scales_of(T: Tensor, H: Tensor) -> Tensor:
+    (found,) = Rounding(factorize(H), [CHOICE])(T, rows=Rows(parts=[len(T)]))
+    return found.scales
+
+
+@pytest.mark.parametrize("width", [7, 16, 48])
+def test_each_column_of_a_block_sees_all_errors_before_it(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Those of its own rows in the columns before, and of the blocks before in its own column, and no others: targets
+    by the inverse of G and the factor of H, in float64, from the codes that were found."""
+    monkeypatch.setitem(wavefront.COLUMNS, "cpu", width)
+    T, H, steps = numbers(sum(CHUNKS), D_IN, seed=1), hessian(D_IN, seed=2), []
+    outputs = [moments(rows, seed) for rows, seed in zip(CHUNKS, (4, 7), strict=True)]
+    found = rounded_in_blocks(T, H, outputs, scales_of(T, H), steps)
+    assert len(steps) == -(-D_IN // width) + 2
+
+    factor, start = factorize(H), 0
+    R = factor.R.double()
+    t, q, S, codes = columns_of(T, found, factor.order)
+    for G in outputs:
+        damped = (G + DAMPING * G.diagonal().mean() * torch.eye(len(G))).double()
+        lost = (t - q)[:, start : start + len(G)]
+        for top in range(0, len(G), SEGMENT_ROWS):
+            own, left = slice(top, min(top + SEGMENT_ROWS, len(G))), slice(top, None)
+            # G_LL E_L = - G_LA E_A: the best errors of the rows that are left
+            best = -torch.linalg.solve(damped[left, left], damped[left, :top] @ lost[:, :top].T)
+            rows = slice(start + own.start, start + own.stop)
+            wanted = t[:, rows] - best[: own.stop - top].T
+            targets = wanted + (R.triu(1) / R.diagonal()).T @ (wanted - q[:, rows])
+            weights = damped.diagonal()[own].float()
+            expected, _ = rounded(targets.float(), CHOICE.bits, S=S[:, rows].float(), weights=weights)
+            assert (expected == codes[:, rows]).double().mean() > 0.99
+        start += len(G)
+
+
+def test_rows_that_do_not_work_together_are_rounded_as_ever() -> None:
+    T, H = numbers(300, D_IN, seed=1), hessian(D_IN, seed=2)
+    weights = numbers(300, seed=3).abs() + 0.1
+    scales = scales_of(T, H)
+    found = rounded_in_blocks(T, H, [torch.diag(weights)], scales)
+    damped = weights + DAMPING * weights.mean()
+    (alone,) = Rounding(factorize(H), [CHOICE])(T, [scales], Rows(parts=[300], weights=damped))
+    assert (found.codes == alone.codes).double().mean() > 0.99
+
+
+def test_chunks_do_not_see_each_other() -> None:
+    T, H = numbers(sum(CHUNKS), D_IN, seed=1), hessian(D_IN, seed=2)
+    outputs = [moments(rows, seed) for rows, seed in zip(CHUNKS, (4, 7), strict=True)]
+    scales = scales_of(T, H)
+    found = rounded_in_blocks(T, H, outputs, scales)
+    parts = zip(T.split(CHUNKS), outputs, scales.split(CHUNKS), strict=True)
+    alone = [rounded_in_blocks(own, H, [G], S).codes for own, G, S in parts]
+    assert torch.equal(found.codes, torch.cat(alone))
