@@ -79,10 +79,10 @@ def _round_segments(
     end = tl.where(begin < 0, begin, tl.minimum(begin + most_columns, num_columns))
     for k in range(begin, end):
         column = tl.cast(k, tl.int64)
-        at = column * rows + own
+        place = column * rows + own
         run = tl.load(runs + k).to(tl.int32)
         s = tl.load(S + run * rows + own)
-        t = tl.load(T + at)
+        t = tl.load(T + place)
         for j in range(begin, k):
             before = tl.cast(j, tl.int64)
             t += tl.load(R + before * R_row + column * R_column) * tl.load(T + before * rows + own)
@@ -110,9 +110,9 @@ def _round_segments(
         tl.debug_barrier()
         states = tl.load(found + row, mask=valid, other=0)
         value = tl.load(book + states)
-        w = tl.load(W + at)
-        tl.store(T + at, w - value * s, mask=valid)
-        tl.store(codes + at, ((states & (SYMBOLS - 1)) - SYMBOLS // 2).to(tl.int8), mask=valid)
+        w = tl.load(W + place)
+        tl.store(T + place, w - value * s, mask=valid)
+        tl.store(codes + place, ((states & (SYMBOLS - 1)) - SYMBOLS // 2).to(tl.int8), mask=valid)
         tl.debug_barrier()  # the next column reads errors that other threads have written
 
 

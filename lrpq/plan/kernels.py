@@ -89,8 +89,9 @@ def quantize(
     cpu: bool,
     parts: Sequence[int] | None = None,
     threads: int = 1,
+    searched: bool = True,
 ) -> Work:
-    """``gptq.gptq`` with the search for scales: on uniform grids the column loop's products, its columns, the trials of
+    """``gptq.gptq``, with the search for scales unless they are given: on uniform grids the column loop's products, its columns, the trials of
     the search; of every choice of trellis codes its own sweep.
 
     Args:
@@ -101,19 +102,20 @@ def quantize(
         cpu: whether a CPU computes.
         parts: rows of the layers that are stacked, for trellis codes; None: of one.
         threads: of a CPU's worker, for trellis codes.
+        searched: whether scales are found.
     """
     uniform = [choice for choice in choices if not choice.trellis]
-    found = [_on_grids(d_out, d_in, uniform, kind=kind, cpu=cpu)] if uniform else []
+    found = [_on_grids(d_out, d_in, uniform, kind=kind, cpu=cpu, searched=searched)] if uniform else []
     for choice in choices:
         if choice.trellis:
             rows = [d_out] if parts is None else parts
-            found.append(trellis.trellis_scales(d_out, d_in))
+            found += [trellis.trellis_scales(d_out, d_in)] if searched else []
             found.append(trellis.gptq_trellis(rows, d_in, choice.bits, cpu=cpu, threads=threads))
     return total(found)
 
 
-def _on_grids(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cpu: bool) -> Work:
-    trials = sum(search_trials(choice, d_in, kind) for choice in choices)
+def _on_grids(d_out: int, d_in: int, choices: Sequence[Choice], *, kind: Grid, cpu: bool, searched: bool) -> Work:
+    trials = sum(search_trials(choice, d_in, kind) for choice in choices) if searched else 0
     stacked = d_out * len(choices)
     propagated = sum(
         2.0 * (last - middle) * (middle - first)
@@ -302,7 +304,13 @@ def _in_blocks(chunks: Sequence[int], d_in: int, choice: Choice, how: Refinement
             # once to round, and once for each time that all rows are improved
             parts.append((1 + how.polish_rounds) * matmul(2.0 * start * own * d_in, dtype=FP32, width=own))
             parts.append(work(factor=float(own * own * start)) if start else NOTHING)
-    parts += [_quantized(rows, d_in, choice, how) for rows in at_once.values()]
+    if choice.trellis:
+        sizes = [[rows[i] for rows in at_once.values() if i < len(rows)] for i in range(len(chunks))]
+        parts.append(trellis.round_blocks(sizes, d_in, choice.bits, cpu=how.cpu, threads=how.threads))
+    else:
+        parts += [
+            quantize(sum(rows), d_in, [choice], kind=how.kind, cpu=how.cpu, searched=False) for rows in at_once.values()
+        ]
     if how.polish_rounds:
         for rows in chunks:
             step = whole_segments(IMPROVED_ELEMENTS // d_in)

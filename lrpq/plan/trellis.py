@@ -5,6 +5,7 @@ Every function here is named after the one whose work it counts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from lrpq.plan.work import Work, matmul, work
 from lrpq.quant.column_loop import halvings
 from lrpq.quant.trellis import SEGMENT_ROWS, STATE_BITS
 from lrpq.quant.trellis_loop import LEAF_COLUMNS, SCALES_TRIED
+from lrpq.quant.wavefront import COLUMNS
 
 STEPS = "trellis-steps"
 """Kind of work, with the width behind it: ``trellis-steps:3``."""
@@ -45,14 +47,18 @@ def round_segments(parts: Sequence[int], columns: int, bits: int, *, cpu: bool, 
         cpu: whether threads take segments, or one launch all.
         threads: of the CPU's worker.
     """
-    steps = [rows + 2 * min(rows, EDGE_ROWS) for rows in segments_of(parts)]
-    if cpu:
-        num = min(threads, len(steps))
-        edges = [len(steps) * i // num for i in range(num + 1)]  # as kernels.threads.in_threads has them
-        dependent = max(sum(steps[begin:end]) for begin, end in pairwise(edges))
-    else:
-        dependent = max(steps) * -(-len(steps) // SEGMENTS_AT_ONCE)
-    return Work(amounts={f"{STEPS}:{bits}": float(columns * dependent)})
+    dependent = _dependent([(rows, columns) for rows in segments_of(parts)], cpu=cpu, threads=threads)
+    return Work(amounts={f"{STEPS}:{bits}": float(dependent)})
+
+
+def _dependent(segments: Sequence[tuple[int, int]], *, cpu: bool, threads: int) -> int:
+    """Rows that are gone down one after another for segments of so many rows and columns."""
+    steps = [columns * (rows + 2 * min(rows, EDGE_ROWS)) for rows, columns in segments]
+    if not cpu:
+        return max(steps) * -(-len(steps) // SEGMENTS_AT_ONCE)
+    num = min(threads, len(steps))
+    edges = [len(steps) * i // num for i in range(num + 1)]  # as kernels.threads.in_threads has them
+    return max(sum(steps[begin:end]) for begin, end in pairwise(edges))
 
 
 def trellis_scales(d_out: int, d_in: int) -> Work:
@@ -89,6 +95,34 @@ def _sweep(parts: Sequence[int], d_in: int, bits: int, *, cpu: bool, threads: in
         matmul(propagated * rows, dtype=_FP32, width=max(1, min(d_in // 4, rows)))
         + work(wide=4.0 * 2 * rows * d_in)
         + round_segments(parts, d_in, bits, cpu=cpu, threads=threads)
+    )
+
+
+def round_blocks(chunks: Sequence[Sequence[int]], d_in: int, bits: int, *, cpu: bool, threads: int = 1) -> Work:
+    """``wavefront.round_blocks`` of chunks of blocks of so many rows, but for how blocks move each other: products to
+    the right of every columns that are rounded, and segments of the blocks that are at work in a step."""
+    rows = sum(sum(sizes) for sizes in chunks)
+    width = COLUMNS["cpu" if cpu else "cuda"]
+    starts = range(0, d_in, width)
+    propagated = sum(2.0 * max(0, d_in - first - width) * width for first in starts)
+    places = [(size, behind) for sizes in chunks for behind, size in enumerate(sizes)]
+    # in most steps all blocks are at work, so that few are unlike the others
+    at_work = Counter(
+        tuple(
+            (size, min(width, d_in - (step - behind) * width))
+            for size, behind in places
+            if 0 <= step - behind < len(starts)
+        )
+        for step in range(len(starts) + max(behind for _, behind in places))
+    )
+    dependent = sum(
+        times * _dependent([(r, k) for size, k in own for r in segments_of([size])], cpu=cpu, threads=threads)
+        for own, times in at_work.items()
+    )
+    return (
+        matmul(propagated * rows, dtype=_FP32, width=min(width, rows))
+        + work(wide=4.0 * 8 * rows * d_in)
+        + Work(amounts={f"{STEPS}:{bits}": float(dependent)})
     )
 
 

@@ -17,7 +17,7 @@ from lrpq.model.layers import Choice
 from lrpq.plan import kernels, trellis
 from lrpq.plan.machine import trellis_rates
 from lrpq.plan.work import Work
-from lrpq.quant import column_loop, trellis_loop
+from lrpq.quant import column_loop, trellis_loop, wavefront
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import Rows, gptq
 from lrpq.quant.grid import Grid
@@ -30,9 +30,9 @@ from lrpq.relevance import outputs
 from tasks.estimate.machines import known_gpu
 from tasks.estimate.trellis_rates import TRELLIS_ASSUMED, TRELLIS_RATES, with_trellis_rates
 
-D_IN = 96
-"""Three leaves of columns."""
-CHOICE = Choice(bits=3, group_size=32, trellis=True)
+D_IN = 100
+"""Four leaves of columns, and three steps of blocks and a part of one."""
+CHOICE = Choice(bits=3, group_size=20, trellis=True)
 UNIFORM = replace(CHOICE, trellis=False)
 EDGE = 16
 """Rows on either side of a segment's end."""
@@ -44,22 +44,39 @@ class Calls:
     def __init__(self, threads: int) -> None:
         self.threads, self.visited, self.dependent = threads, 0, 0
 
-    def __call__(self, T: Tensor, W: Tensor, S: Tensor, *rest: Any, bits: int) -> None:
+    def __call__(
+        self,
+        T: Tensor,
+        W: Tensor,
+        S: Tensor,
+        *rest: Any,
+        bits: int,
+        firsts: Tensor | None = None,
+        most_columns: int | None = None,
+    ) -> None:
         codes, edges = rest[4], rest[5].tolist()
-        segments = [end - first for first, end in pairwise(edges)]
-        self.visited += len(T) * sum(segments)
+        begins = [0] * (len(edges) - 1) if firsts is None else firsts.tolist()
+        most = len(T) if most_columns is None else most_columns
+        segments = [
+            (first, end, begin, min(begin + most, len(T)))
+            for (first, end), begin in zip(pairwise(edges), begins, strict=True)
+            if 0 <= begin < len(T)
+        ]
+        self.visited += sum((last - begin) * (end - first) for first, end, begin, last in segments)
         num = min(self.threads, len(segments))
         cuts = [len(segments) * i // num for i in range(num + 1)]
-        shares = [segments[begin:end] for begin, end in pairwise(cuts)]
-        self.dependent += len(T) * max(sum(rows + 2 * min(EDGE, rows) for rows in share) for share in shares)
-        T.copy_(W)
-        codes.zero_()
+        gone = [(last - begin) * (end - first + 2 * min(EDGE, end - first)) for first, end, begin, last in segments]
+        self.dependent += max(sum(gone[begin:end]) for begin, end in pairwise(cuts))
+        for first, end, begin, last in segments:
+            T[begin:last, first:end] = W[begin:last, first:end]
+            codes[begin:last, first:end] = 0
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Calls:
     found = Calls(request.param)
     monkeypatch.setattr(trellis_loop, "round_segments", found)
+    monkeypatch.setattr(wavefront, "round_segments", found)
     return found
 
 
