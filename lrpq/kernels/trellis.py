@@ -65,11 +65,10 @@ def round_segments(
         trellis_cuda.round_segments(*arguments, most_columns=most_columns, bits=bits, edge_rows=EDGE_ROWS)
         return
     at_work = ((firsts >= 0) & (firsts < len(T))).nonzero().squeeze(1)
-    of_segments = [x[at_work].numpy() for x in (firsts, edges[:-1], edges[1:])]
-    upper = R.T.contiguous().numpy()
-    arrays = [x.numpy() for x in (T, W, S, weights, runs, book, codes)]
+    of_segments = [x[at_work] for x in (firsts, edges[:-1], edges[1:])]
+    arrays = [x.numpy() for x in (*of_segments, R.T.contiguous(), T, W, S, weights, runs, book, codes)]
 
     def work(begin: int, end: int) -> None:
-        loops.round_segments(begin, end, EDGE_ROWS, bits, most_columns, *of_segments, upper, *arrays)
+        loops.round_segments(begin, end, EDGE_ROWS, bits, most_columns, *arrays)
 
     in_threads(work, len(at_work))

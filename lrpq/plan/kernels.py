@@ -15,7 +15,7 @@ from lrpq.plan.work import COUNTED, NOTHING, Work, matmul, total, work
 from lrpq.quant import column_loop, descent, gptq, halves, hessian, scale_search
 from lrpq.quant import refit as refits
 from lrpq.quant.grid import Grid, group_width
-from lrpq.quant.row_feedback import IMPROVED_ELEMENTS, blocks_of
+from lrpq.quant.row_feedback import IMPROVED_ELEMENTS, MOVED_AT_ONCE, blocks_of
 from lrpq.quant.trellis import SEGMENT_ROWS, whole_segments
 from lrpq.refine.quantize import ALONE_ELEMENTS
 from lrpq.relevance.outputs import CHUNK_ROWS
@@ -91,8 +91,8 @@ def quantize(
     threads: int = 1,
     searched: bool = True,
 ) -> Work:
-    """``gptq.gptq``, with the search for scales unless they are given: on uniform grids the column loop's products, its columns, the trials of
-    the search; of every choice of trellis codes its own sweep.
+    """``gptq.gptq``, with the search for scales unless they are given: on uniform grids the column loop's products, its
+    columns, the trials of the search; of every choice of trellis codes its own sweep.
 
     Args:
         d_out: rows, all together.
@@ -295,15 +295,18 @@ def _in_blocks(chunks: Sequence[int], d_in: int, choice: Choice, how: Refinement
     together = _together(choice)
     for rows in chunks:
         size = -(-rows // (blocks_of(rows, how.row_blocks, together=together) * together)) * together
+        all_move = rows * d_in <= MOVED_AT_ONCE  # whenever they are improved, by one product
         joint = precise(2.0 * rows * d_in * (rows + d_in), width=min(rows, d_in), cpu=how.cpu)
         decoding = dequantize(rows, d_in, itemsize=F32_BYTES, choice=choice)
         parts += [factorize(rows), (2 + how.polish_rounds) * (joint + decoding)]
         for block, start in enumerate(range(0, rows, size)):
             own = min(size, rows - start)
             at_once.setdefault(block, []).append(own)
-            # once to round, and once for each time that all rows are improved
-            parts.append((1 + how.polish_rounds) * matmul(2.0 * start * own * d_in, dtype=FP32, width=own))
+            moved = matmul(2.0 * start * own * d_in, dtype=FP32, width=own)
+            parts += [moved, NOTHING if all_move else how.polish_rounds * moved]
             parts.append(work(factor=float(own * own * start)) if start else NOTHING)
+        if all_move:
+            parts.append(how.polish_rounds * matmul(2.0 * rows * rows * d_in, dtype=FP32, width=rows))
     if choice.trellis:
         sizes = [[rows[i] for rows in at_once.values() if i < len(rows)] for i in range(len(chunks))]
         parts.append(trellis.round_blocks(sizes, d_in, choice.bits, cpu=how.cpu, threads=how.threads))

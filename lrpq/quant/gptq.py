@@ -50,7 +50,7 @@ from lrpq.quant.residual import has_kernel, write_residual
 from lrpq.quant.scale_search import search_scales_transposed
 from lrpq.quant.trellis import segment_edges, whole_segments
 from lrpq.quant.trellis_loop import gptq_trellis, trellis_scales
-from lrpq.quant.wavefront import Blocks, round_blocks
+from lrpq.quant.wavefront import Blocks, round_grid_blocks, round_stream_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -209,19 +209,23 @@ class Rounding:
         *,
         on_step: Callable[[], None] = lambda: None,
     ) -> QuantizedWeight:
-        """Codes of rows whose blocks move each other's targets, for one choice, which has a trellis.
+        """Codes of rows whose blocks move each other's targets, for one choice without zero points.
 
         Raises:
             QuantizationError: as ``gptq``, of the targets as they were moved; of what waits for the device, where the
                 doubts are settled.
         """
         factor, (choice,) = self._factor, self._choices
-        Wt, weights = W.T.contiguous()[factor.order].float(), rows.weights_on(W)
-        S = scales.bfloat16().T.float().contiguous()
-        done = round_blocks(Wt, factor, S, choice, weights, blocks, on_step=on_step)
+        scales = scales.bfloat16()
+        Wt, S = W.T.to(factor.R.dtype).contiguous()[factor.order], scales.T.to(factor.R.dtype)
+        if choice.trellis:
+            weights = rows.weights_on(W)
+            done = round_stream_blocks(Wt.float(), factor, S.float(), choice, weights, blocks, on_step=on_step)
+        else:
+            done = round_grid_blocks(Wt, factor, S, choice, blocks)
         self._check(done.targets, [scales])
         codes = done.codes.index_select(0, self._back).T.contiguous()
-        return QuantizedWeight(codes=codes, scales=scales.bfloat16(), choice=choice)
+        return QuantizedWeight(codes=codes, scales=scales, choice=choice)
 
     def _search(self, Wt: Tensor) -> list[Tensor]:
         """Scales of every choice."""

@@ -50,6 +50,10 @@ IMPROVED_ELEMENTS = 2**27
 """Weights that are improved together, which bounds the memory of temporaries: all rows of a chunk up to 32,768 inputs.
 The descent goes column by column however few rows there are: with 2^25 a 70B block's codes took 16.8 s, with this 8.8
 (docs/gpu.md)."""
+_SOLVED_AT_ONCE = 2048
+"""Rows of a chunk up to which one call solves for all blocks, with as much again to multiply."""
+MOVED_AT_ONCE = 2**22
+"""Weights of a chunk up to which one product moves all targets."""
 RoundRows = Callable[[Tensor, Tensor, Rows], QuantizedWeight]
 """From targets [rows, d_in] and their scales [rows, groups] to codes."""
 RoundBlocks = Callable[[Tensor, Tensor, Rows, Sequence[Blocks]], QuantizedWeight]
@@ -129,7 +133,8 @@ class RowBlocks:
         parts = [len(chunk.T) for chunk in chunks]
         rows = Rows(parts=parts, weights=_cat(weights) if weights else None)
         blocks = [Blocks(sizes=[b.stop - b.start for b in chunk.blocks], pull=chunk.pull) for chunk in chunks]
-        found = round_blocks(_cat([chunk.T for chunk in chunks]), _cat([chunk.scales for chunk in chunks]), rows, blocks)
+        targets, scales = _cat([chunk.T for chunk in chunks]), _cat([chunk.scales for chunk in chunks])
+        found = round_blocks(targets, scales, rows, blocks)
         for chunk, part in zip(chunks, found.split(parts), strict=True):
             chunk.put_all(part)
 
@@ -236,8 +241,8 @@ class _Chunk:
         """Damped G_jj; rows are in their own order where these count."""
         self._order = None if factor is None else factor.order
         self.T, self.scales = (T, scales) if factor is None else (T[factor.order], scales[factor.order])
-        self._errors = None if factor is None else torch.zeros_like(self.T)
-        """T - Q of the rows that are rounded."""
+        self._errors: Tensor | None = None
+        """T - Q of the rows that are rounded, where they move others."""
         self._found: list[QuantizedWeight] = []
         size = -(-len(T) // (num_blocks * together)) * together
         self.blocks = [slice(start, min(start + size, len(T))) for start in range(0, len(T), size)]
@@ -247,7 +252,7 @@ class _Chunk:
     def targets(self, block: int) -> Float[Tensor, "rows d_in"]:
         """What the block should reproduce, now that those before it are rounded."""
         rows = self.blocks[block]
-        if block == 0 or self.pull is None or self._errors is None:
+        if self.pull is None or self._errors is None:
             return self.T[rows]
         return multiplied(self.pull[rows, : rows.start], self._errors[: rows.start]).add_(self.T[rows])
 
@@ -255,14 +260,15 @@ class _Chunk:
         """The block, rounded."""
         rows = self.blocks[block]
         self._found.append(found)
-        if self._errors is not None:
+        if self.pull is not None:
+            self._errors = torch.zeros_like(self.T) if self._errors is None else self._errors
             torch.sub(self.T[rows], found.dequantize(self.T.dtype), out=self._errors[rows])
 
     def put_all(self, found: QuantizedWeight) -> None:
         """All blocks, rounded."""
         self._found = [found]
-        if self._errors is not None:
-            torch.sub(self.T, found.dequantize(self.T.dtype), out=self._errors)
+        if self.pull is not None:
+            self._errors = found.dequantize(self.T.dtype).neg_().add_(self.T)
 
     def improve(self, improve_rows: ImproveRows) -> None:
         """Better codes for all rows, some at a time."""
@@ -280,6 +286,8 @@ class _Chunk:
     def _targets(self) -> Float[Tensor, "rows d_in"]:
         """Those of all rows, in the memory of the errors: later rows, which pull at none before them, first."""
         assert self._errors is not None
+        if self.pull is not None and self.T.numel() <= MOVED_AT_ONCE:
+            return torch.addmm(self.T, self.pull, self._errors)
         for block in reversed(range(len(self.blocks))):
             self._errors[self.blocks[block]] = self.targets(block)
         return self._errors
@@ -297,6 +305,14 @@ class _Chunk:
 def _pull(factor: Factor, blocks: Sequence[slice]) -> Float[Tensor, "rows rows"]:
     """R_BB^-T R_AB^T for each block B and all rows A before it; zero elsewhere. R's unit columns cancel in it: R_BB and
     R_AB are scaled alike."""
+    count, size = len(blocks), blocks[0].stop
+    if len(factor.R) == count * size and len(factor.R) <= _SOLVED_AT_ONCE:
+        lower = factor.R.T.reshape(count, size, count, size)
+        own = lower.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        before = lower.new_ones(count, count).tril(-1).view(count, 1, count, 1)
+        all_rows = (lower * before).reshape(count, size, count * size)
+        solved = torch.linalg.solve_triangular(own, all_rows, upper=False, unitriangular=True)
+        return solved.reshape(count * size, count * size)
     pull = torch.zeros_like(factor.R)
     for rows in blocks[1:]:
         own, before = factor.R[rows, rows], factor.R[: rows.start, rows]

@@ -1,10 +1,12 @@
-"""Blocks of rows with trellis codes, rounded side by side: each is a few columns behind the one before it.
+"""Blocks of rows that move each other's targets (quant/row_feedback.py), rounded where all of them are at hand.
 
-A column of a block (quant/row_feedback.py) needs that column's errors in the blocks before it, and the errors of its own
-rows in the columns before it. So block b may round columns j .. j + w as soon as block b - 1 has: with n blocks and d_in
-columns that takes d_in + (n - 1) w columns one after the other, where block after block takes n d_in. A stream is found
-row by row, which no GPU can hurry, and one block's segments are few: this is what keeps it busy. Scales have to be known
-before, and can be: those of the targets that nothing has moved yet are as good (docs/log.md).
+Of trellis codes each block is a few columns behind the one before it. A column of a block needs that column's errors in
+the blocks before it, and the errors of its own rows in the columns before it. So block b may round w columns as soon as
+block b - 1 has: with n blocks and d_in columns that takes d_in + (n - 1) w columns one after the other, where block
+after block takes n d_in. A stream is found row by row, which no GPU can hurry, and one block's segments are few: this
+is what keeps it busy.
+
+Scales have to be known before, and can be: those of the targets that nothing has moved yet are as good (docs/log.md).
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ from torch import Tensor
 
 from lrpq.kernels.trellis import round_segments
 from lrpq.model.layers import Choice
+from lrpq.quant.column_loop import sweep
 from lrpq.quant.factor import Factor
-from lrpq.quant.grid import power_of_two
+from lrpq.quant.grid import code_ranges, power_of_two
 from lrpq.quant.trellis import codebook, segment_edges
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int8, Int32
 
 COLUMNS = {"cpu": 32, "cuda": 16}
-"""That a block is behind the one before it."""
+"""That a block of streams is behind the one before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +37,7 @@ class Blocks:
     """Consecutive rows of which the earlier blocks move the later ones."""
 
     sizes: Sequence[int]
-    """Rows of each block, whole segments but for the last one."""
+    """Rows of each block; of streams whole segments, but for the last one."""
     pull: Float[Tensor, "rows rows"] | None
     """How the errors of a row (column) move the target of a row of a later block (row); None: not at all."""
 
@@ -47,7 +50,38 @@ class Rounded(NamedTuple):
     """What the rows were rounded to reproduce: as errors of earlier blocks have moved it."""
 
 
-def round_blocks(
+def round_grid_blocks(
+    Tt: Float[Tensor, "d_in rows"],
+    factor: Factor,
+    S: Float[Tensor, "runs rows"],
+    choice: Choice,
+    chunks: Sequence[Blocks],
+) -> Rounded:
+    """Codes of a uniform grid, block by block; chunks do not see each other. Memory: three times the targets.
+
+    Args:
+        Tt: targets, columns in the order of the sweep, in the factor's dtype.
+        factor: of the site.
+        S: scales, of every run of columns that share one.
+        choice: of all rows.
+        chunks: that make up the rows.
+    """
+    codes = torch.empty(Tt.shape, dtype=torch.int8, device=Tt.device)
+    bounds, run = code_ranges((choice.bits,), Tt.dtype, Tt.device), len(Tt) // len(S)
+    S = S.unsqueeze(1)
+
+    def rounded(_: int, W: Tensor, at_work: Sequence[tuple[_Place, slice]]) -> list[Tensor]:
+        found = []
+        for place, _columns in at_work:
+            done = sweep(W[:, place.rows], factor, S[:, :, place.rows], bounds, run, Z=None)
+            codes[:, place.rows] = done.codes[:, 0]
+            found.append(done.errors[:, 0])
+        return found
+
+    return Rounded(codes=codes, targets=_in_turn(Tt, _places(chunks), len(Tt), rounded))
+
+
+def round_stream_blocks(
     Tt: Float[Tensor, "d_in rows"],
     factor: Factor,
     S: Float[Tensor, "runs rows"],
@@ -57,7 +91,7 @@ def round_blocks(
     *,
     on_step: Callable[[], None] = lambda: None,
 ) -> Rounded:
-    """Codes of rows that lie one chunk after the other; chunks do not see each other.
+    """Trellis codes, all blocks side by side; chunks do not see each other.
 
     FLOPs: those of `lrpq.quant.trellis_loop.gptq_trellis`, and rows d_in for every row of a chunk. Memory: four times
     the targets.
@@ -74,31 +108,49 @@ def round_blocks(
     d_in, width = len(Tt), COLUMNS[Tt.device.type]
     unit = power_of_two(S.abs().amax())
     wanted, S = Tt / unit, (S / unit).contiguous()
-    W = wanted.clone()
     # of a column that is not rounded yet what the errors of earlier ones add to its target, then its own errors W - Q
-    T = torch.zeros_like(W)
+    T = torch.zeros_like(wanted)
     upper = factor.R.float().T.contiguous()
     runs = (factor.order // (d_in // len(S))).to(torch.int64)
-    codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
-    edges = segment_edges([size for chunk in chunks for size in chunk.sizes], W.device)
-    book, places = codebook(choice.bits, W.device), _places(chunks)
-    for step, firsts in enumerate(_firsts(places, d_in, width, W.device)):
-        first_of = {place: (step - place.behind) * width for place in places}
-        at_work = [(place, slice(k, min(k + width, d_in))) for place, k in first_of.items() if 0 <= k < d_in]
+    codes = torch.empty(T.shape, dtype=torch.int8, device=T.device)
+    edges = segment_edges([size for chunk in chunks for size in chunk.sizes], T.device)
+    book, places = codebook(choice.bits, T.device), _places(chunks)
+    firsts = _firsts(places, d_in, width, T.device)
+
+    def rounded(step: int, W: Tensor, at_work: Sequence[tuple[_Place, slice]]) -> list[Tensor]:
         for place, k in at_work:
             T[k, place.rows] += W[k, place.rows]
-        round_segments(
-            T, W, S, upper.T, weights, runs, book, codes, edges, firsts=firsts, most_columns=width, bits=choice.bits
-        )
+        arguments = T, W, S, upper.T, weights, runs, book, codes, edges
+        round_segments(*arguments, bits=choice.bits, firsts=firsts[step], most_columns=width)
         for place, k in at_work:
-            errors = T[k, place.rows]
             if k.stop < d_in:
-                T[k.stop :, place.rows].addmm_(upper[k.stop :, k], errors)
-            if place.pull is not None:
-                lost = errors - W[k, place.rows] + wanted[k, place.rows]
-                W[k, place.later].addmm_(lost, place.pull.T)
+                T[k.stop :, place.rows].addmm_(upper[k.stop :, k], T[k, place.rows])
         on_step()
-    return Rounded(codes=codes, targets=W.mul_(unit))
+        return [T[k, place.rows] for place, k in at_work]
+
+    return Rounded(codes=codes, targets=_in_turn(wanted, places, width, rounded).mul_(unit))
+
+
+def _in_turn(
+    wanted: Tensor,
+    places: Sequence[_Place],
+    width: int,
+    rounded: Callable[[int, Tensor, Sequence[tuple[_Place, slice]]], Sequence[Tensor]],
+) -> Float[Tensor, "d_in rows"]:
+    """Every block ``width`` columns behind the one before it. Returns what each column was to reproduce when its turn
+    came; ``rounded`` gives the errors in that of the columns at work."""
+    W, d_in = wanted.clone(), len(wanted)
+    for step in range(_num_steps(places, d_in, width)):
+        first_of = {place: (step - place.behind) * width for place in places}
+        at_work = [(place, slice(k, min(k + width, d_in))) for place, k in first_of.items() if 0 <= k < d_in]
+        for (place, k), errors in zip(at_work, rounded(step, W, at_work), strict=True):
+            if place.pull is not None:
+                W[k, place.later].addmm_(errors - W[k, place.rows] + wanted[k, place.rows], place.pull.T)
+    return W
+
+
+def _num_steps(places: Sequence[_Place], d_in: int, width: int) -> int:
+    return -(-d_in // width) + max(place.behind for place in places)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +182,5 @@ def _places(chunks: Sequence[Blocks]) -> list[_Place]:
 def _firsts(places: Sequence[_Place], d_in: int, width: int, device: torch.device) -> Int32[Tensor, "steps segments"]:
     """First column of each segment in each step; outside of all columns where it rounds none."""
     behind = [place.behind for place in places for _ in segment_edges([place.rows.stop - place.rows.start])[1:]]
-    steps = -(-d_in // width) + max(behind)
-    firsts = (torch.arange(steps).unsqueeze(1) - torch.tensor(behind)) * width
+    firsts = (torch.arange(_num_steps(places, d_in, width)).unsqueeze(1) - torch.tensor(behind)) * width
     return firsts.to(torch.int32).to(device)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 ALONE_ELEMENTS = 2**27
 """Weights that are swept alone on a GPU: stacked with others they would not be faster, and take twice the memory."""
+AT_ONCE_ELEMENTS = 2**24
+"""Weights of a layer up to which all blocks of uniform codes are at hand at once: what that takes in memory is nothing
+then, and a small layer waits for its launches, which are fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,11 +249,11 @@ def _with_feedback(
         together=_together(choice),
         name=how.name,
     )
-    if choice.trellis:
+    if choice.trellis or W.numel() <= AT_ONCE_ELEMENTS:
         blocks.round_at_once(lambda T, S, rows, cuts: rounding.in_blocks(T, S, rows, cuts, on_step=how.on_step))
     else:
         blocks.round(lambda T, S, rows: rounding(T, [S], rows)[0])
-        how.on_step()
+    how.on_step()
     hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
 
     def error(weight: QuantizedWeight) -> Tensor:

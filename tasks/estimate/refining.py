@@ -200,7 +200,14 @@ class Refining(Common):
         polishing = 3 * square + 4 * weights + halved if polish_rounds else 0.0
         if choice.trellis and polish_rounds:  # H by its diagonal and put in order; then weights, targets, errors
             polishing = max(5 * square + 7 * weights, 4 * square + 9 * weights)
-        rounding = max(factoring, solving, looping, polishing)
+        blocks = 0.0
+        if (
+            choice.trellis
+        ):  # of a part's rows targets in order, transposed, in another unit, moved, and errors; a factor
+            blocks = (
+                3 * square + 3 * weights + 20.0 * widest.d_in * part + self.streams_bytes(widest.d_in, part, choice)
+            )
+        rounding = max(factoring, solving, looping, blocks, polishing)
         sets = min(self.levels, 2) if asked.low_memory else self.levels
         summing = sets * squares + batch * widest.d_in * 4.0 * (5 if corrected else 3)
         tokens = self.windows * asked.length
