@@ -12,7 +12,7 @@ Scales have to be known before, and can be: those of the targets that nothing ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -69,6 +69,7 @@ def round_grid_blocks(
     codes = torch.empty(Tt.shape, dtype=torch.int8, device=Tt.device)
     bounds, run = code_ranges((choice.bits,), Tt.dtype, Tt.device), len(Tt) // len(S)
     S = S.unsqueeze(1)
+    factor = replace(factor, R=factor.R.T.contiguous().T)  # as kernels want it, once
 
     def rounded(_: int, W: Tensor, at_work: Sequence[tuple[_Place, slice]]) -> list[Tensor]:
         found = []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from trellis_case import CHOICE, columns_of, hessian, numbers, rounded
 
+from lrpq.errors import QuantizationError
 from lrpq.quant import wavefront
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import Rounding, Rows
-from lrpq.quant.grid import QuantizedWeight
+from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.row_feedback import RowBlocks
 from lrpq.quant.trellis import SEGMENT_ROWS
+from lrpq.quant.wavefront import Blocks
 
 D_IN = 48
 CHUNKS = (256, 300)
@@ -92,3 +96,34 @@ def test_chunks_do_not_see_each_other() -> None:
     parts = zip(T.split(CHUNKS), outputs, scales.split(CHUNKS), strict=True)
     alone = [rounded_in_blocks(own, H, [G], S).codes for own, G, S in parts]
     assert torch.equal(found.codes, torch.cat(alone))
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+def test_blocks_of_a_uniform_grid_are_those_that_are_rounded_one_by_one(blocks: int) -> None:
+    """In float64 to the last code: targets made anew for every block, by another product."""
+    choice = replace(CHOICE, trellis=False)
+    T, H = numbers(sum(CHUNKS), D_IN, seed=1).double(), hessian(D_IN, seed=2).double()
+    outputs = [moments(rows, seed).double() for rows, seed in zip(CHUNKS, (4, 7), strict=True)]
+    rounding = Rounding(factorize(H), [choice], grid=Grid.SIGNED)
+    scales = rounding(T)[0].scales
+    found = []
+    for at_once in (True, False):
+        rows = RowBlocks(T, scales, outputs, num_blocks=blocks, damping=DAMPING)
+        if at_once:
+            rows.round_at_once(rounding.in_blocks)
+        else:
+            rows.round(lambda T, S, rows: rounding(T, [S], rows)[0])
+        found.append(rows.weight())
+    assert torch.equal(found[0].codes, found[1].codes)
+    assert torch.equal(found[0].scales, found[1].scales)
+    assert (found[0].codes == rounding(T)[0].codes).all() == (blocks == 1)
+
+
+def test_targets_that_overflow_are_refused() -> None:
+    """Errors of the first block that the second one cannot make up for: its targets end beyond float32."""
+    T, H = numbers(256, D_IN, seed=1), hessian(D_IN, seed=2)
+    scales = scales_of(T, H)
+    rounding = Rounding(factorize(H), [CHOICE], name="a.b")
+    blocks = [Blocks(sizes=[128, 128], pull=torch.full((256, 256), 1e38))]
+    with pytest.raises(QuantizationError, match=r"a\.b: weights up to"):
+        rounding.in_blocks(T, scales, Rows(parts=[256]), blocks)
