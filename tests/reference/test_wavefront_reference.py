@@ -125,5 +125,5 @@ def test_targets_that_overflow_are_refused() -> None:
     scales = scales_of(T, H)
     rounding = Rounding(factorize(H), [CHOICE], name="a.b")
     blocks = [Blocks(sizes=[128, 128], pull=torch.full((256, 256), 1e38))]
-    with pytest.raises(QuantizationError, match=r"a\.b: weights up to"):
+    with pytest.raises(QuantizationError, match=r"a\.b: "):
         rounding.in_blocks(T, scales, Rows(parts=[256]), blocks)
