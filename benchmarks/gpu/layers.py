@@ -44,6 +44,9 @@ FUNCTIONS = {
     "losses of codes": "lrpq.quant.gptq:loss_of",
     "polish, the rest": "lrpq.quant.polish:Polisher.__call__",
     "rounding in blocks, the rest": "lrpq.quant.row_feedback:RowBlocks.round",
+    "rounding in blocks at once, the rest": "lrpq.quant.row_feedback:RowBlocks.round_at_once",
+    "streams of all blocks": "lrpq.quant.gptq:round_stream_blocks",
+    "small blocks": "lrpq.quant.gptq:round_grid_blocks",
     "improving blocks, the rest": "lrpq.quant.row_feedback:RowBlocks.improve",
     "joint errors": "lrpq.quant.row_feedback:joint_error_of",
 }

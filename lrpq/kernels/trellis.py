@@ -71,4 +71,5 @@ def round_segments(
     def work(begin: int, end: int) -> None:
         loops.round_segments(begin, end, EDGE_ROWS, bits, most_columns, *arrays)
 
-    in_threads(work, len(at_work))
+    if len(at_work):
+        in_threads(work, len(at_work))

@@ -293,7 +293,9 @@ def _in_blocks(chunks: Sequence[int], d_in: int, choice: Choice, how: Refinement
     parts: list[Work] = []
     at_once: dict[int, list[int]] = {}  # number of a block -> its rows in every chunk, which are rounded together
     together = _together(choice)
+    blocks: list[list[int]] = []  # of every chunk
     for rows in chunks:
+        blocks.append([])
         size = -(-rows // (blocks_of(rows, how.row_blocks, together=together) * together)) * together
         all_move = rows * d_in <= MOVED_AT_ONCE  # whenever they are improved, by one product
         joint = precise(2.0 * rows * d_in * (rows + d_in), width=min(rows, d_in), cpu=how.cpu)
@@ -302,14 +304,14 @@ def _in_blocks(chunks: Sequence[int], d_in: int, choice: Choice, how: Refinement
         for block, start in enumerate(range(0, rows, size)):
             own = min(size, rows - start)
             at_once.setdefault(block, []).append(own)
+            blocks[-1].append(own)
             moved = matmul(2.0 * start * own * d_in, dtype=FP32, width=own)
             parts += [moved, NOTHING if all_move else how.polish_rounds * moved]
             parts.append(work(factor=float(own * own * start)) if start else NOTHING)
         if all_move:
             parts.append(how.polish_rounds * matmul(2.0 * rows * rows * d_in, dtype=FP32, width=rows))
     if choice.trellis:
-        sizes = [[rows[i] for rows in at_once.values() if i < len(rows)] for i in range(len(chunks))]
-        parts.append(trellis.round_blocks(sizes, d_in, choice.bits, cpu=how.cpu, threads=how.threads))
+        parts.append(trellis.round_stream_blocks(blocks, d_in, choice.bits, cpu=how.cpu, threads=how.threads))
     else:
         parts += [
             quantize(sum(rows), d_in, [choice], kind=how.kind, cpu=how.cpu, searched=False) for rows in at_once.values()

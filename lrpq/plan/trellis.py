@@ -98,9 +98,9 @@ def _sweep(parts: Sequence[int], d_in: int, bits: int, *, cpu: bool, threads: in
     )
 
 
-def round_blocks(chunks: Sequence[Sequence[int]], d_in: int, bits: int, *, cpu: bool, threads: int = 1) -> Work:
-    """``wavefront.round_blocks`` of chunks of blocks of so many rows, but for how blocks move each other: products to
-    the right of every columns that are rounded, and segments of the blocks that are at work in a step."""
+def round_stream_blocks(chunks: Sequence[Sequence[int]], d_in: int, bits: int, *, cpu: bool, threads: int = 1) -> Work:
+    """``wavefront.round_stream_blocks`` of chunks of blocks of so many rows, but for how blocks move each other:
+    products to the right of all columns that are rounded, and segments of the blocks that are at work in a step."""
     rows = sum(sum(sizes) for sizes in chunks)
     width = COLUMNS["cpu" if cpu else "cuda"]
     starts = range(0, d_in, width)
@@ -121,7 +121,7 @@ def round_blocks(chunks: Sequence[Sequence[int]], d_in: int, bits: int, *, cpu: 
     )
     return (
         matmul(propagated * rows, dtype=_FP32, width=min(width, rows))
-        + work(wide=4.0 * 8 * rows * d_in)
+        + work(wide=4.0 * rows * d_in * (8 + len(starts)))  # every step's errors go to all columns to the right
         + Work(amounts={f"{STEPS}:{bits}": float(dependent)})
     )
 

@@ -204,12 +204,19 @@ class Rounding:
         self,
         W: Float[Tensor, "rows d_in"],
         scales: Float[Tensor, "rows groups"],
-        rows: Rows,
+        weights: Float[Tensor, "rows=size"] | None,
         blocks: Sequence[Blocks],
         *,
         on_step: Callable[[], None] = lambda: None,
     ) -> QuantizedWeight:
         """Codes of rows whose blocks move each other's targets, for one choice without zero points.
+
+        Args:
+            W: targets of all blocks.
+            scales: of W.
+            weights: of the rows of trellis codes, as `Rows` has them.
+            blocks: that make up the rows.
+            on_step: called about as often as there are blocks.
 
         Raises:
             QuantizationError: as ``gptq``, of the targets as they were moved; of what waits for the device, where the
@@ -219,10 +226,11 @@ class Rounding:
         scales = scales.bfloat16()
         Wt, S = W.T.to(factor.R.dtype).contiguous()[factor.order], scales.T.to(factor.R.dtype)
         if choice.trellis:
-            weights = rows.weights_on(W)
-            done = round_stream_blocks(Wt.float(), factor, S.float(), choice, weights, blocks, on_step=on_step)
+            weights = Rows(parts=[len(W)], weights=weights).weights_on(W)
+            targets = Wt.float(), factor, S.float(), choice
+            done = round_stream_blocks(*targets, weights=weights, chunks=blocks, on_step=on_step)
         else:
-            done = round_grid_blocks(Wt, factor, S, choice, blocks)
+            done = round_grid_blocks(Wt, factor, S, choice, chunks=blocks, on_step=on_step)
         self._check(done.targets, [scales])
         codes = done.codes.index_select(0, self._back).T.contiguous()
         return QuantizedWeight(codes=codes, scales=scales, choice=choice)

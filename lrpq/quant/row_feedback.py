@@ -51,13 +51,13 @@ IMPROVED_ELEMENTS = 2**27
 The descent goes column by column however few rows there are: with 2^25 a 70B block's codes took 16.8 s, with this 8.8
 (docs/gpu.md)."""
 _SOLVED_AT_ONCE = 2048
-"""Rows of a chunk up to which one call solves for all blocks, with as much again to multiply."""
+"""Rows of a chunk up to which one call solves for all blocks, with as much again to multiply; not swept."""
 MOVED_AT_ONCE = 2**22
-"""Weights of a chunk up to which one product moves all targets."""
-RoundRows = Callable[[Tensor, Tensor, Rows], QuantizedWeight]
+"""Weights of a chunk up to which one product moves all targets: more arithmetic in fewer launches, 16 MB; not swept."""
+RoundRows = Callable[[Tensor, Tensor], QuantizedWeight]
 """From targets [rows, d_in] and their scales [rows, groups] to codes."""
-RoundBlocks = Callable[[Tensor, Tensor, Rows, Sequence[Blocks]], QuantizedWeight]
-"""From the targets of all rows, their scales and their blocks to codes."""
+RoundBlocks = Callable[[Tensor, Tensor, Tensor | None, Sequence[Blocks]], QuantizedWeight]
+"""From the targets of all rows, their scales, weights of rows that stay together, and their blocks to codes."""
 ImproveRows = Callable[[Tensor, QuantizedWeight, Rows], QuantizedWeight]
 """From targets [rows, d_in] and codes of these rows to others."""
 
@@ -67,8 +67,8 @@ class RowBlocks:
     where rows have to stay together.
 
     FLOPs besides those of what rounds and improves: about c^3 / 2 for every chunk of c rows, and c^2 d_in for its
-    rounding and for each improvement. Memory: T twice over, a block's targets, and of every chunk two matrices like
-    its G.
+    rounding and for each improvement, twice that where one product moves all targets. Memory: T twice over, a block's
+    targets (all, for what rounds all blocks at once), and of every chunk two matrices like its G.
 
     Args:
         T: what the codes should reproduce, float32.
@@ -116,14 +116,14 @@ class RowBlocks:
             start += len(G)
 
     def round(self, round_rows: RoundRows) -> None:
-        """Round block by block; chunks do not see each other, so that one call rounds the same block of all."""
+        """Round uniform codes block by block; chunks do not see each other, so that one call rounds the same block of
+        all."""
         for block in range(max(len(chunk.blocks) for chunk in self._chunks)):
             own = [chunk for chunk in self._chunks if block < len(chunk.blocks)]
             targets = [chunk.targets(block) for chunk in own]
             scales = [chunk.scales[chunk.blocks[block]] for chunk in own]
             parts = [len(rows) for rows in targets]
-            rows = Rows(parts=parts)
-            for chunk, part in zip(own, round_rows(_cat(targets), _cat(scales), rows).split(parts), strict=True):
+            for chunk, part in zip(own, round_rows(_cat(targets), _cat(scales)).split(parts), strict=True):
                 chunk.put(block, part)
 
     def round_at_once(self, round_blocks: RoundBlocks) -> None:
@@ -131,10 +131,9 @@ class RowBlocks:
         chunks = self._chunks
         weights = [chunk.weights for chunk in chunks if chunk.weights is not None]
         parts = [len(chunk.T) for chunk in chunks]
-        rows = Rows(parts=parts, weights=_cat(weights) if weights else None)
         blocks = [Blocks(sizes=[b.stop - b.start for b in chunk.blocks], pull=chunk.pull) for chunk in chunks]
         targets, scales = _cat([chunk.T for chunk in chunks]), _cat([chunk.scales for chunk in chunks])
-        found = round_blocks(targets, scales, rows, blocks)
+        found = round_blocks(targets, scales, _cat(weights) if weights else None, blocks)
         for chunk, part in zip(chunks, found.split(parts), strict=True):
             chunk.put_all(part)
 
@@ -252,7 +251,7 @@ class _Chunk:
     def targets(self, block: int) -> Float[Tensor, "rows d_in"]:
         """What the block should reproduce, now that those before it are rounded."""
         rows = self.blocks[block]
-        if self.pull is None or self._errors is None:
+        if block == 0 or self.pull is None or self._errors is None:
             return self.T[rows]
         return multiplied(self.pull[rows, : rows.start], self._errors[: rows.start]).add_(self.T[rows])
 
@@ -284,7 +283,8 @@ class _Chunk:
                 torch.sub(self.T[rows], self._found[-1].dequantize(self.T.dtype), out=self._errors[rows])
 
     def _targets(self) -> Float[Tensor, "rows d_in"]:
-        """Those of all rows, in the memory of the errors: later rows, which pull at none before them, first."""
+        """Those of all rows; of a large chunk in the memory of the errors: later rows, which pull at none before them,
+        first."""
         assert self._errors is not None
         if self.pull is not None and self.T.numel() <= MOVED_AT_ONCE:
             return torch.addmm(self.T, self.pull, self._errors)

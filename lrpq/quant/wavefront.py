@@ -55,9 +55,12 @@ def round_grid_blocks(
     factor: Factor,
     S: Float[Tensor, "runs rows"],
     choice: Choice,
+    *,
     chunks: Sequence[Blocks],
+    on_step: Callable[[], None] = lambda: None,
 ) -> Rounded:
-    """Codes of a uniform grid, block by block; chunks do not see each other. Memory: three times the targets.
+    """Codes of a uniform grid, block by block; chunks do not see each other. Memory besides: three times the targets,
+    and the factor once.
 
     Args:
         Tt: targets, columns in the order of the sweep, in the factor's dtype.
@@ -65,21 +68,27 @@ def round_grid_blocks(
         S: scales, of every run of columns that share one.
         choice: of all rows.
         chunks: that make up the rows.
+        on_step: called whenever a block of each chunk has been rounded.
     """
     codes = torch.empty(Tt.shape, dtype=torch.int8, device=Tt.device)
     bounds, run = code_ranges((choice.bits,), Tt.dtype, Tt.device), len(Tt) // len(S)
     S = S.unsqueeze(1)
     factor = replace(factor, R=factor.R.T.contiguous().T)  # as kernels want it, once
 
-    def rounded(_: int, W: Tensor, at_work: Sequence[tuple[_Place, slice]]) -> list[Tensor]:
-        found = []
-        for place, _columns in at_work:
-            done = sweep(W[:, place.rows], factor, S[:, :, place.rows], bounds, run, Z=None)
-            codes[:, place.rows] = done.codes[:, 0]
-            found.append(done.errors[:, 0])
-        return found
+    def rounded(_: int, W: Tensor, at_work: Sequence[tuple[_Place, slice]]) -> Sequence[Tensor]:
+        own = [place.rows for place, _columns in at_work]
+        targets, scales = (_side_by_side([x[..., rows] for rows in own]) for x in (W, S))
+        done = sweep(targets, factor, scales, bounds, run, Z=None)
+        sizes = [rows.stop - rows.start for rows in own]
+        for rows, found in zip(own, torch.split(done.codes[:, 0], sizes, 1), strict=True):
+            codes[:, rows] = found
+        return list(torch.split(done.errors[:, 0], sizes, 1))
 
-    return Rounded(codes=codes, targets=_in_turn(Tt, _places(chunks), len(Tt), rounded))
+    return Rounded(codes=codes, targets=_in_turn(Tt, _places(chunks), len(Tt), rounded, on_step))
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
 def round_stream_blocks(
@@ -87,15 +96,15 @@ def round_stream_blocks(
     factor: Factor,
     S: Float[Tensor, "runs rows"],
     choice: Choice,
+    *,
     weights: Float[Tensor, "rows=size"],
     chunks: Sequence[Blocks],
-    *,
     on_step: Callable[[], None] = lambda: None,
 ) -> Rounded:
     """Trellis codes, all blocks side by side; chunks do not see each other.
 
-    FLOPs: those of `lrpq.quant.trellis_loop.gptq_trellis`, and rows d_in for every row of a chunk. Memory: four times
-    the targets.
+    FLOPs: those of `lrpq.quant.trellis_loop.gptq_trellis`, and rows d_in for every row of a chunk. Memory besides:
+    three and a quarter times the targets, and the factor once.
 
     Args:
         Tt: targets, float32, columns in the order of the sweep.
@@ -104,7 +113,7 @@ def round_stream_blocks(
         choice: of all rows.
         weights: of the rows, as `lrpq.kernels.trellis.round_segments` takes them.
         chunks: that make up the rows.
-        on_step: called whenever columns have been rounded.
+        on_step: called about as often as there are blocks.
     """
     d_in, width = len(Tt), COLUMNS[Tt.device.type]
     unit = power_of_two(S.abs().amax())
@@ -126,10 +135,9 @@ def round_stream_blocks(
         for place, k in at_work:
             if k.stop < d_in:
                 T[k.stop :, place.rows].addmm_(upper[k.stop :, k], T[k, place.rows])
-        on_step()
         return [T[k, place.rows] for place, k in at_work]
 
-    return Rounded(codes=codes, targets=_in_turn(wanted, places, width, rounded).mul_(unit))
+    return Rounded(codes=codes, targets=_in_turn(wanted, places, width, rounded, on_step).mul_(unit))
 
 
 def _in_turn(
@@ -137,16 +145,21 @@ def _in_turn(
     places: Sequence[_Place],
     width: int,
     rounded: Callable[[int, Tensor, Sequence[tuple[_Place, slice]]], Sequence[Tensor]],
+    on_step: Callable[[], None],
 ) -> Float[Tensor, "d_in rows"]:
     """Every block ``width`` columns behind the one before it. Returns what each column was to reproduce when its turn
     came; ``rounded`` gives the errors in that of the columns at work."""
     W, d_in = wanted.clone(), len(wanted)
-    for step in range(_num_steps(places, d_in, width)):
+    num_steps = _num_steps(places, d_in, width)
+    seldom = max(1, num_steps // (1 + max(place.behind for place in places)))
+    for step in range(num_steps):
         first_of = {place: (step - place.behind) * width for place in places}
         at_work = [(place, slice(k, min(k + width, d_in))) for place, k in first_of.items() if 0 <= k < d_in]
         for (place, k), errors in zip(at_work, rounded(step, W, at_work), strict=True):
             if place.pull is not None:
                 W[k, place.later].addmm_(errors - W[k, place.rows] + wanted[k, place.rows], place.pull.T)
+        if step % seldom == 0:
+            on_step()
     return W
 
 
@@ -154,7 +167,7 @@ def _num_steps(places: Sequence[_Place], d_in: int, width: int) -> int:
     return -(-d_in // width) + max(place.behind for place in places)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class _Place:
     """A block among all rows."""
 
@@ -174,7 +187,8 @@ def _places(chunks: Sequence[Blocks]) -> list[_Place]:
         for behind, size in enumerate(chunk.sizes):
             bottom = top + size
             pull = None if chunk.pull is None or bottom == end else chunk.pull[bottom:, top:bottom]
-            found.append(_Place(slice(start + top, start + bottom), behind, slice(start + bottom, start + end), pull))
+            rows, later = slice(start + top, start + bottom), slice(start + bottom, start + end)
+            found.append(_Place(rows=rows, behind=behind, later=later, pull=pull))
             top = bottom
         start += end
     return found

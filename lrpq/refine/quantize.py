@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 ALONE_ELEMENTS = 2**27
 """Weights that are swept alone on a GPU: stacked with others they would not be faster, and take twice the memory."""
 AT_ONCE_ELEMENTS = 2**24
-"""Weights of a layer up to which all blocks of uniform codes are at hand at once: what that takes in memory is nothing
-then, and a small layer waits for its launches, which are fewer."""
+"""Weights of a layer up to which all blocks of uniform codes are at hand at once: 64 MB a copy, and a small layer waits
+for its launches, which are fewer. As in quant/side_by_side.py; not swept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def quantize_refined(
         parts: rows of each part of W that is rounded for itself, by the site's factors, which they share; by default as
             ``row_parts`` cuts W. Some parts of a layer give the same codes as all of them: W, P and ``outputs`` are
             then of their rows.
-        on_step: called whenever rows have been rounded or polished.
+        on_step: called whenever rows have been rounded or polished; about once for each block of them.
         name: module name for errors.
 
     Raises:
@@ -250,10 +250,14 @@ def _with_feedback(
         name=how.name,
     )
     if choice.trellis or W.numel() <= AT_ONCE_ELEMENTS:
-        blocks.round_at_once(lambda T, S, rows, cuts: rounding.in_blocks(T, S, rows, cuts, on_step=how.on_step))
+        blocks.round_at_once(lambda T, S, weights, cuts: rounding.in_blocks(T, S, weights, cuts, on_step=how.on_step))
     else:
-        blocks.round(lambda T, S, rows: rounding(T, [S], rows)[0])
-    how.on_step()
+
+        def round_rows(T: Tensor, S: Tensor) -> QuantizedWeight:
+            how.on_step()
+            return rounding(T, [S])[0]
+
+        blocks.round(round_rows)
     hessian, P = (C, None) if prefix is None else (prefix.C, prefix.pull)
 
     def error(weight: QuantizedWeight) -> Tensor:

@@ -201,9 +201,8 @@ class Refining(Common):
         if choice.trellis and polish_rounds:  # H by its diagonal and put in order; then weights, targets, errors
             polishing = max(5 * square + 7 * weights, 4 * square + 9 * weights)
         blocks = 0.0
-        if (
-            choice.trellis
-        ):  # of a part's rows targets in order, transposed, in another unit, moved, and errors; a factor
+        # of a part's rows: targets in order, transposed, in another unit, moved, and errors; the factor twice
+        if choice.trellis and asked.row_blocks > 1:
             blocks = (
                 3 * square + 3 * weights + 20.0 * widest.d_in * part + self.streams_bytes(widest.d_in, part, choice)
             )

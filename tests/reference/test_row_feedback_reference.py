@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def weights(seed: int, rows: int = ROWS) -> Tensor:
     return torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def nearest(T: Tensor, scales: Tensor | None = None, _: Rows | None = None) -> QuantizedWeight:
+def nearest(T: Tensor, scales: Tensor | None = None) -> QuantizedWeight:
     """With scales of its own or these, one a row."""
     if scales is None:
         return round_to_nearest(T, CHOICE)
@@ -80,9 +81,13 @@ def test_targets_are_those_of_explicit_inverses(num_blocks: int) -> None:
     assert torch.equal(found.scales, scales)
 
 
+@pytest.mark.parametrize("moved_at_once", [0, ROWS * COLUMNS])
 @pytest.mark.parametrize("at_once", [None, 100 * COLUMNS])
-def test_improved_rows_see_the_errors_that_the_others_had(monkeypatch: pytest.MonkeyPatch, at_once: int | None) -> None:
+def test_improved_rows_see_the_errors_that_the_others_had(
+    monkeypatch: pytest.MonkeyPatch, at_once: int | None, moved_at_once: int
+) -> None:
     """Targets by explicit inverses, all rows at once or some at a time; twice, so that errors are those of the last."""
+    monkeypatch.setattr("lrpq.quant.row_feedback.MOVED_AT_ONCE", moved_at_once)
     if at_once is not None:
         monkeypatch.setattr("lrpq.quant.row_feedback.IMPROVED_ELEMENTS", at_once)
     T, G, damping, num_blocks = weights(0), moments(1), 0.05, 4
@@ -158,7 +163,7 @@ def test_a_polish_that_raises_the_joint_error_is_given_up() -> None:
 
     rounding, polisher = Rounding(factorize(C), [CHOICE], grid=Grid.SIGNED), Polisher(C)
     blocks = RowBlocks(W, rounding(W)[0].scales, [G], num_blocks=8)
-    blocks.round(lambda T, scales, rows: rounding(T, [scales], rows)[0])
+    blocks.round(lambda T, scales: rounding(T, [scales])[0])
     blocks.improve(lambda T, q, rows: polisher(T, [q], rounds=1, rows=rows)[0].weight)
     polished, before = (
         float(joint_error(q.dequantize(torch.float32) - W, C, None, [G])) for q in (blocks.weight(), plain.weight)
@@ -202,8 +207,8 @@ def test_chunks_of_other_numbers_of_blocks_go_side_by_side() -> None:
     T, G = weights(3, sum(sizes)), [moments(seed, size) for seed, size in enumerate(sizes)]
     rounded: list[int] = []
 
-    def counted(T: Tensor, scales: Tensor, rows: Rows) -> QuantizedWeight:
-        assert sum(rows.parts) == len(T) == len(scales)
+    def counted(T: Tensor, scales: Tensor) -> QuantizedWeight:
+        assert len(T) == len(scales)
         rounded.append(len(T))
         return nearest(T, scales)
 
@@ -233,6 +238,21 @@ def test_joint_error_is_that_of_the_tokens() -> None:
         some = [float(joint_error(Q - W, C, W @ D, G)) for Q in (first, second)]
     assert some == pytest.approx(found, rel=1e-9)
     assert found[0] - found[1] == pytest.approx(by_tokens(first) - by_tokens(second), rel=1e-9)
+
+
+def test_large_layers_are_rounded_as_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block as all at once, and with a sign of life for each block."""
+    x, W, G = inputs(0), weights(0).float(), mildly_together(10)
+    found, beats = [], []
+    for elements in (ROWS * COLUMNS, 0):
+        monkeypatch.setattr("lrpq.refine.quantize.AT_ONCE_ELEMENTS", elements)
+        steps: list[None] = []
+        how = {"strength": 0.0, "outputs": [G], "row_blocks": 8, "polish_rounds": 0, "name": "w"}
+        found.append(quantize_refined(W, sums_of(x), CHOICE, on_step=partial(steps.append, None), **how).weight)
+        beats.append(len(steps))
+    assert (found[0].codes == found[1].codes).double().mean() > 0.999
+    assert torch.equal(found[0].scales, found[1].scales)
+    assert beats == [9, 9]
 
 
 @pytest.mark.parametrize("seed", range(6))
