@@ -10,12 +10,13 @@ from torch import Tensor
 from trellis_case import CHOICE, columns_of, hessian, numbers, rounded
 
 from lrpq.errors import QuantizationError
+from lrpq.kernels.trellis import round_segments
 from lrpq.quant import wavefront
 from lrpq.quant.factor import factorize
 from lrpq.quant.gptq import Rounding, Rows
 from lrpq.quant.grid import Grid, QuantizedWeight
 from lrpq.quant.row_feedback import RowBlocks
-from lrpq.quant.trellis import SEGMENT_ROWS
+from lrpq.quant.trellis import SEGMENT_ROWS, codebook, segment_edges
 from lrpq.quant.wavefront import Blocks
 
 D_IN = 48
@@ -127,3 +128,12 @@ def test_targets_that_overflow_are_refused() -> None:
     blocks = [Blocks(sizes=[128, 128], pull=torch.full((256, 256), 1e38))]
     with pytest.raises(QuantizationError, match=r"a\.b: "):
         rounding.in_blocks(T, scales, None, blocks)
+
+
+def test_segments_with_no_columns_are_left_alone() -> None:
+    T, codes = numbers(3, 150, seed=1), torch.full((3, 150), 99, dtype=torch.int8)
+    before, ones, runs = T.clone(), torch.ones(1, 150), torch.zeros(3, dtype=torch.int64)
+    edges, firsts = segment_edges([150]), torch.tensor([-2, 3], dtype=torch.int32)
+    round_segments(T, T, ones, torch.eye(3), ones[0], runs, codebook(3), codes, edges, bits=3, firsts=firsts)
+    assert torch.equal(T, before)
+    assert (codes == 99).all()
