@@ -73,3 +73,43 @@ def round_segments(
 
     if len(at_work):
         in_threads(work, len(at_work))
+
+
+def round_blocks(
+    W: Float[Tensor, "columns rows"],
+    S: Float[Tensor, "runs rows"],
+    R: Float[Tensor, "columns columns"],
+    weights: Float[Tensor, "rows=size"],
+    runs: Int64[Tensor, "columns=size"],
+    book: Float[Tensor, "states=size"],
+    codes: Int8[Tensor, "columns rows"],
+    edges: Int32[Tensor, "edges=size"],
+    pulls: Float[Tensor, "pulls=size"],
+    places: Int64[Tensor, "segments 6"],
+    *,
+    bits: int,
+) -> None:
+    """Codes of all columns of segments that move each other's targets, in one launch: for CUDA devices.
+
+    Sixteen columns of a segment wait for those of the segments that move it. FLOPs besides those of ``round_segments``:
+    two a row and column for every earlier column, and for every row that moves it.
+
+    Args:
+        W: targets, float32, contiguous; in their place what each was when its turn came.
+        S: as for ``round_segments``, as are R, weights, runs, book, codes, edges and bits.
+        R: how the error of an earlier column (row) moves the target of a later one (column).
+        weights: of the rows.
+        runs: row of S for each column.
+        book: value of each state.
+        codes: written.
+        edges: first row of each segment, and the number of rows.
+        pulls: of each chunk of rows, one after the other, how what became of a row (row) moves the target of another
+            (column).
+        places: of each segment: its chunk's first row; how many rows of the chunk come before its block; the first
+            segment of those and the one behind the last; where in ``pulls`` its chunk begins; the chunk's rows.
+        bits: of a symbol.
+    """
+    from lrpq.kernels import trellis_cuda
+
+    arguments = W, S, R, weights, runs, book, codes, edges, pulls, places
+    trellis_cuda.round_blocks(*arguments, bits=bits, edge_rows=EDGE_ROWS)

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from jaxtyping import BFloat16, Float, Int, Int8, Int32, Int64
 
 LEAF_COLUMNS = {"cpu": 32, "cuda": 64}
-"""Columns of one call: on a GPU a segment's errors are fed back by one program, beside what its codes take."""
+"""Columns of one call of a large layer: on a GPU a segment's errors are fed back by one program, beside what its codes
+take."""
+MOST_COLUMNS = 2048
+"""That one launch on a GPU goes through, of a layer of at most ``AT_ONCE_ELEMENTS`` weights. Not swept."""
+AT_ONCE_ELEMENTS = 2**24
 _SMALLEST, _SMALLEST_UNIT = 2.0**-40, 2.0**-100
 """Scale of a group of zeros, in units of the layer's largest weight, and where all are zero."""
 _LEAST_MEAN = 2.0**-10
@@ -76,6 +80,18 @@ def trellis_scales(
     none = torch.clamp(_SMALLEST * largest.amax(), min=_SMALLEST_UNIT)
     scales = torch.where(largest > 0, best * unit, none)
     return storable(scales.T.contiguous(), 3, choice.scale_bits).bfloat16()
+
+
+def at_once(d_in: int, rows: int) -> bool:
+    """Whether a GPU goes through all columns of a layer in one launch."""
+    return d_in <= MOST_COLUMNS and d_in * rows <= AT_ONCE_ELEMENTS
+
+
+def leaf_columns(d_in: int, rows: int, *, cpu: bool) -> int:
+    """Columns of one call of ``round_segments``."""
+    if cpu:
+        return LEAF_COLUMNS["cpu"]
+    return d_in if at_once(d_in, rows) else LEAF_COLUMNS["cuda"]
 
 
 def gptq_trellis(
@@ -141,7 +157,7 @@ def _sweep(
     book, S, W, R = codebook(choice.bits, T.device), (S / unit).contiguous(), W / unit, R.float()
     T.div_(unit)
     rows_of: Int64[Tensor, columns] = runs.to(torch.int64)
-    for first, middle, last in halvings(0, len(T), LEAF_COLUMNS[T.device.type]):
+    for first, middle, last in halvings(0, len(T), leaf_columns(*T.shape, cpu=not T.is_cuda)):
         if middle == last:
             k = slice(first, last)
             round_segments(T[k], W[k], S, R[k, k], weights, rows_of[k], book, codes[k], edges, bits=choice.bits)

@@ -4,7 +4,8 @@ Of trellis codes each block is a few columns behind the one before it. A column 
 the blocks before it, and the errors of its own rows in the columns before it. So block b may round w columns as soon as
 block b - 1 has: with n blocks and d_in columns that takes d_in + (n - 1) w columns one after the other, where block
 after block takes n d_in. A stream is found row by row, which no GPU can hurry, and one block's segments are few: this
-is what keeps it busy.
+is what keeps it busy. Of a small layer one launch on a GPU does all of it; of others w columns are a launch, and what
+errors move is made by matrix products.
 
 Scales have to be known before, and can be: those of the targets that nothing has moved yet are as good (docs/log.md).
 """
@@ -13,23 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrpq.kernels.trellis import round_segments
+from lrpq.kernels.trellis import round_blocks, round_segments
 from lrpq.model.layers import Choice
 from lrpq.quant.column_loop import sweep
 from lrpq.quant.factor import Factor
 from lrpq.quant.grid import code_ranges, power_of_two
-from lrpq.quant.trellis import codebook, segment_edges
+from lrpq.quant.trellis import SEGMENT_ROWS, codebook, segment_edges
+from lrpq.quant.trellis_loop import at_once
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int8, Int32
+    from jaxtyping import Float, Int8, Int32, Int64
 
 COLUMNS = {"cpu": 32, "cuda": 16}
-"""That a block of streams is behind the one before it."""
+"""That a block of streams is behind the one before it, where a launch does not take all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,8 @@ def round_stream_blocks(
     d_in, width = len(Tt), COLUMNS[Tt.device.type]
     unit = power_of_two(S.abs().amax())
     wanted, S = Tt / unit, (S / unit).contiguous()
+    if wanted.is_cuda and at_once(*wanted.shape):
+        return _streams_at_once(wanted, unit, factor, S, choice, weights, chunks)
     # of a column that is not rounded yet what the errors of earlier ones add to its target, then its own errors W - Q
     T = torch.zeros_like(wanted)
     upper = factor.R.float().T.contiguous()
@@ -138,6 +143,37 @@ def round_stream_blocks(
         return [T[k, place.rows] for place, k in at_work]
 
     return Rounded(codes=codes, targets=_in_turn(wanted, places, width, rounded, on_step).mul_(unit))
+
+
+def _streams_at_once(
+    W: Tensor, unit: Tensor, factor: Factor, S: Tensor, choice: Choice, weights: Tensor, chunks: Sequence[Blocks]
+) -> Rounded:
+    codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
+    runs = (factor.order // (len(W) // len(S))).to(torch.int64)
+    upper = factor.R.float().T.contiguous()  # what moves a column, side by side
+    edges, places = _geometry(tuple(tuple(chunk.sizes) for chunk in chunks), W.device)
+    pulls = [W.new_zeros(sum(c.sizes), sum(c.sizes)) if c.pull is None else c.pull.T.contiguous() for c in chunks]
+    flat = torch.cat([pull.flatten().to(W.dtype) for pull in pulls])
+    book = codebook(choice.bits, W.device)
+    round_blocks(W, S, upper.T, weights, runs, book, codes, edges, flat, places, bits=choice.bits)
+    return Rounded(codes=codes, targets=W.mul_(unit))
+
+
+@lru_cache(maxsize=256)
+def _geometry(
+    chunks: tuple[tuple[int, ...], ...], device: torch.device
+) -> tuple[Int32[Tensor, "edges=size"], Int64[Tensor, "segments 6"]]:
+    """Edges and places of segments as ``round_blocks`` takes them, on the device."""
+    found, segment, top, offset = [], 0, 0, 0
+    for sizes in chunks:
+        rows, first, before = sum(sizes), segment, 0
+        for size in sizes:
+            own = -(-size // SEGMENT_ROWS)
+            found += [(top, before, first, segment, offset, rows)] * own
+            segment, before = segment + own, before + size
+        top, offset = top + rows, offset + rows * rows
+    edges = segment_edges([size for sizes in chunks for size in sizes], device)
+    return edges, torch.tensor(found, dtype=torch.int64, device=device)
 
 
 def _in_turn(

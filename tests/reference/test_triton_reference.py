@@ -306,37 +306,6 @@ def test_equations_of_rows_are_solved(groups: int, device: str) -> None:
     assert torch.allclose(ds.cpu()[fine], exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:Conversion of an array")  # by the interpreter, of the length of a loop
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("bits", [2, 5])
-@pytest.mark.parametrize("firsts", [[0, 0], [1, 0], [-2, 1], [2, 3]])
-def test_the_streams_of_a_gpu_are_those_of_a_cpu(firsts: list[int], bits: int, device: str) -> None:
-    """Nearly all symbols, whole segments and a short one at columns of their own, errors fed back, nothing else
-    written; and errors as good where some differ."""
-    from lrpq.kernels.trellis import EDGE_ROWS, round_segments
-    from lrpq.kernels.trellis_cuda import round_segments as on_gpu
-    from lrpq.quant.trellis import codebook, segment_edges
-
-    columns, rows = 3, 150
-    W, R = numbers(columns, rows, seed=1), 0.2 * numbers(columns, columns, seed=2)
-    S, weights = numbers(1, rows, seed=3).abs() + 0.5, numbers(rows, seed=4).abs() + 0.1
-    runs, codes = torch.zeros(columns, dtype=torch.int64), torch.full((columns, rows), 99, dtype=torch.int8)
-    begins = torch.tensor(firsts, dtype=torch.int32)
-    given = W.clone(), W, S, R, weights, runs, codebook(bits), codes, segment_edges([rows]), begins
-    there = [x.to(device, copy=True) for x in given]
-    most = columns if firsts == [0, 0] else 2
-    round_segments(*given[:-1], firsts=None if most == columns else begins, most_columns=most, bits=bits)
-    on_gpu(*there, most_columns=most, bits=bits, edge_rows=EDGE_ROWS)
-    written = torch.zeros(columns, rows, dtype=torch.bool)
-    for rows_of, begin in zip((slice(0, 128), slice(128, rows)), firsts, strict=True):
-        written[max(begin, 0) if begin >= 0 else columns : begin + most, rows_of] = True
-    assert torch.equal(codes != 99, written)
-    assert torch.equal(there[7].cpu() != 99, written)
-    assert torch.equal(there[0].cpu()[~written], W[~written])
-    assert (there[7].cpu() == codes).double().mean() > 0.98
-    torch.testing.assert_close(there[0].cpu().square().mean(), given[0].square().mean(), rtol=0.01, atol=0)
-
-
 @pytest.mark.filterwarnings("ignore:Conversion of an array")  # by the interpreter
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])

@@ -1,0 +1,75 @@
+"""CUDA C++ compiled where it runs, by NVIDIA's compiler and driver through `cuda.bindings`, which PyTorch's builds for
+CUDA require. For what Triton does not give: a multiprocessor's memory read at a place that is found while running, and
+programs that wait for each other."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from cuda.bindings import driver, nvrtc
+from torch import Tensor
+
+
+class CudaError(RuntimeError):
+    """The compiler or the driver refused; says what and why."""
+
+
+@lru_cache(maxsize=256)
+def compiled(source: str, name: str, defines: tuple[tuple[str, str], ...], device: int) -> Any:
+    """A function of the source, for one device; a second call compiles nothing.
+
+    Args:
+        source: CUDA C++ without includes; the function is ``extern "C"``.
+        name: of the function.
+        defines: macros and their values.
+        device: index of the GPU.
+
+    Raises:
+        CudaError: the source does not compile (with the compiler's log), or the driver does not load it.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{key}={value}" for key, value in defines)]
+    program = _done(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), name)
+    status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if int(status[0]):
+        log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program), name)
+        _done(nvrtc.nvrtcGetProgramLog(program, log), name)
+        raise CudaError(f"{name} does not compile with {' '.join(options)}:\n{log.decode(errors='replace')}")
+    binary = b" " * _done(nvrtc.nvrtcGetCUBINSize(program), name)
+    _done(nvrtc.nvrtcGetCUBIN(program, binary), name)
+    _done(nvrtc.nvrtcDestroyProgram(program), name)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # PyTorch's context, made where nothing has made it yet
+        module = _done(driver.cuModuleLoadData(np.frombuffer(binary, dtype=np.uint8).ctypes.data), name)
+        return _done(driver.cuModuleGetFunction(module, name.encode()), name)
+
+
+def launch(function: Any, blocks: int, threads: int, arguments: Sequence[Tensor | int | None]) -> None:
+    """Put a launch into the current stream of the current device.
+
+    Args:
+        function: from ``compiled``.
+        blocks: of the grid.
+        threads: of a block.
+        arguments: pointers, ``nullptr`` for None, and whole numbers, ``long long`` all of them.
+
+    Raises:
+        CudaError: the driver refused it.
+    """
+    values = tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments)
+    kinds = tuple(ctypes.c_longlong if isinstance(x, int) else ctypes.c_void_p for x in arguments)
+    stream = torch.cuda.current_stream().cuda_stream
+    _done(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, (values, kinds), 0), "launch")
+
+
+def _done(found: tuple[Any, ...], name: str) -> Any:
+    """What a call gives beside its status."""
+    status, *rest = found
+    if int(status):
+        raise CudaError(f"{name}: {status!r}")
+    return rest[0] if rest else None
