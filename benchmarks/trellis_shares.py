@@ -1,4 +1,4 @@
-"""What share of a uniform grid's loss a trellis leaves, layer by layer: where `lrpq.allocate.trellis.SHARES` is from.
+"""What share of a uniform grid's loss a trellis leaves, layer by layer: where `lrpq.quant.trellis.SHARES` is from.
 
     python -m benchmarks.trellis_shares MODEL --calibration FILE [--blocks 4,20] [--windows 16] [--length 512]
         [--scale-bits 8] [--group-sizes 64,-1] [--device cpu]

@@ -11,9 +11,9 @@ from typing import Any
 from flows.config import CompressConfig
 from lrpq import __version__
 from lrpq.allocate.plan import Plan
-from lrpq.allocate.trellis import trellis_share
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.quant.packing import storage_bits
+from lrpq.quant.trellis import share_of_grid
 from tasks.artifacts import StageFolder
 from tasks.candidates import CandidatesJob
 from tasks.store.keys import code_digest
@@ -107,7 +107,7 @@ def modules_json(
                 "storage_bits": 16 * spec.num_weights
                 if choice is None
                 else storage_bits(spec.d_out, spec.d_in, choice),
-                "cost_nats": 0.0 if row is None or choice is None else row["cost_nats"] * trellis_share(choice),
+                "cost_nats": 0.0 if row is None or choice is None else row["cost_nats"] * share_of_grid(choice),
             }
         )
     return found

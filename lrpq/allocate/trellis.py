@@ -2,9 +2,9 @@
 
 Candidates are rounded on uniform grids: a pass of GPTQ with trellis codes takes hundreds of times as long, and what it
 would find is known. On a layer a trellis leaves about the same share of the uniform grid's loss at all widths, in whole
-rows a smaller one the wider, and about the same on all layers of a model (`SHARES`), so that the costs of uniform
-candidates rank layers and widths for trellis codes too. What the share depends on is the number of columns under a
-scale: a uniform grid has to reach a group's largest weight, a trellis does not.
+rows a smaller one the wider, and about the same on all layers of a model (`lrpq.quant.trellis.SHARES`), so that the
+costs of uniform candidates rank layers and widths for trellis codes too. What the share depends on is the number of
+columns under a scale: a uniform grid has to reach a group's largest weight, a trellis does not.
 """
 
 from __future__ import annotations
@@ -16,18 +16,7 @@ from lrpq.allocate.options import CostRow
 from lrpq.errors import ConfigError
 from lrpq.model.layers import HEAD, Choice, LinearSpec
 from lrpq.quant.packing import storage_bits
-from lrpq.quant.trellis import LEAST_ROWS, SEGMENT_ROWS, WIDTHS
-
-SHARES: Mapping[int, Mapping[int, float]] = {
-    32: dict.fromkeys(WIDTHS, 0.6),
-    64: dict.fromkeys(WIDTHS, 0.5),
-    128: dict.fromkeys(WIDTHS, 0.44),
-    -1: {2: 0.44, 3: 0.39, 4: 0.33, 5: 0.32, 6: 0.32},
-}
-"""Group size -> width -> share of the loss. Groups of 64 and whole rows: geometric means over layers of SmolLM2 and
-Gemma 3 270M (8 of 10 values between .41 and .66 in groups of 64; docs/log.md). Groups of 32 and 128: of one block of
-SmolLM2, in proportion."""
-
+from lrpq.quant.trellis import LEAST_ROWS, SEGMENT_ROWS, SHARES, share_of_grid
 
 LARGEST_SHARE_WITHOUT = 0.5
 """Of the weights, in layers that keep uniform codes where trellis codes are asked for."""
@@ -72,11 +61,6 @@ def with_trellis(choice: Choice) -> Choice:
     return replace(choice, trellis=choice.bits in SHARES.get(choice.group_size, {}))
 
 
-def trellis_share(choice: Choice) -> float:
-    """Of the cost of a uniform candidate of the same width and group size, what is expected of a choice."""
-    return SHARES[choice.group_size][choice.bits] if choice.trellis else 1.0
-
-
 def with_trellis_codes(rows: Iterable[CostRow]) -> list[CostRow]:
     """Rows of uniform candidates with trellis codes, wherever a layer and a width can have them. Experts that share a
     choice have them all or none."""
@@ -102,4 +86,4 @@ def _row(row: CostRow) -> CostRow:
     if not choice.trellis:
         return row
     bits = storage_bits(row.module.d_out, row.module.d_in, choice)
-    return replace(row, choice=choice, storage_bits=bits, cost_nats=row.cost_nats * trellis_share(choice))
+    return replace(row, choice=choice, storage_bits=bits, cost_nats=row.cost_nats * share_of_grid(choice))

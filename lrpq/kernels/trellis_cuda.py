@@ -14,8 +14,8 @@ from lrpq.kernels.trellis_source import SOURCE
 if TYPE_CHECKING:
     from torch import Tensor
 
-_THREADS = {2: 128, 3: 128, 4: 128, 5: 128, 6: 64}
-"""By width. 64 take 1.5 to 1.6 times as long at 2 to 5 bits; at 6 bits there are 64 histories (docs/log.md)."""
+_THREADS = 128
+"""Of a block. 64 take 1.5 to 1.6 times as long at 2 to 5 bits (docs/log.md)."""
 
 _LEAF_COLUMNS = 16
 """As in the source."""
@@ -42,7 +42,7 @@ def round_segments(
     pointers = T, W, S, R, weights, runs, book, codes, edges, firsts
     with on_device_of(T):
         function = _function("round_segments", T, bits, edge_rows)
-        launch(function, len(edges) - 1, _THREADS[bits], [*pointers, columns, most_columns, rows, *R.stride()])
+        launch(function, len(edges) - 1, _THREADS, [*pointers, columns, most_columns, rows, *R.stride()])
 
 
 def round_blocks(
@@ -69,9 +69,9 @@ def round_blocks(
     pointers = W, moved, errors, S, R, weights, runs, book, codes, edges, pulls, places, done
     with on_device_of(W):
         function = _function("round_blocks", W, bits, edge_rows)
-        launch(function, segments, _THREADS[bits], [*pointers, columns, segments, rows, pitch, *R.stride()])
+        launch(function, segments, _THREADS, [*pointers, columns, segments, rows, pitch, *R.stride()])
 
 
 def _function(name: str, like: Tensor, bits: int, edge_rows: int) -> Any:
-    macros = {"BITS": bits, "EDGE": edge_rows, "THREADS": _THREADS[bits], "FARTHEST": f"{float(FARTHEST)!r}f"}
+    macros = {"BITS": bits, "EDGE": edge_rows, "THREADS": _THREADS, "FARTHEST": f"{float(FARTHEST)!r}f"}
     return compiled(SOURCE, name, tuple((key, str(value)) for key, value in macros.items()), like.device.index)

@@ -1,22 +1,27 @@
 """CUDA C++ of `lrpq.kernels.trellis_cuda`: a block of threads goes down a segment, column after column.
 
-A thread has ``EACH`` histories, and of each the ``SYMBOLS`` states that become it: their values stay in its registers,
-and from row to row it reads what the histories that lead to them cost. Those, and which symbol left each history, are
-in the multiprocessor's shared memory, which makes the way back, a read for every row that waits for the one before it,
-short. (x - v)^2 w is w v^2 - 2 w x v + w x^2: two operations a state, and one a history.
+A thread has ``EACH`` histories, and of each the ``SYMBOLS`` states that become it, or half of them: their values stay
+in its registers, and from row to row it reads what the histories that lead to them cost. Those, and which symbol left
+each history, are in the multiprocessor's shared memory, which makes the way back, a read for every row that waits for
+the one before it, short. (x - v)^2 w is w v^2 - 2 w x v + w x^2: two operations a state, and one a history.
+
+Outside of that a thread has a row. Errors go to the columns to the right sixteen at a time, as do those of other blocks
+of rows: what is read for one column serves all sixteen.
 """
 
 SOURCE = r"""
 constexpr int STATES = 4096;
-constexpr int ROWS = 128;                                     // of a segment, at most
+constexpr int ROWS = THREADS;                                 // of a segment, at most
 constexpr int SYMBOLS = 1 << BITS;
 constexpr int KEPT = STATES >> BITS;                          // histories: states without their oldest symbol
 constexpr int MIDDLES = KEPT >> BITS;                         // histories without their own oldest symbol
-constexpr int EACH = KEPT / THREADS;
+constexpr int PARTS = THREADS > KEPT ? THREADS / KEPT : 1;    // threads that share a history, by its oldest symbols
+constexpr int EACH = KEPT * PARTS / THREADS;
+constexpr int OLDEST = SYMBOLS / PARTS;
 constexpr int OWN_MIDDLES = EACH > SYMBOLS ? EACH / SYMBOLS : 1;
-constexpr int SHARE = ROWS / THREADS;                         // rows of a thread
 constexpr int WARPS = THREADS / 32;
 constexpr int LEAF = 16;                                      // columns whose errors go to all later ones at once
+constexpr int TILE = THREADS * 4 / LEAF;                      // rows of other blocks that are read at once
 constexpr unsigned ALL = 0xffffffffu;
 #if BITS < 4
 typedef unsigned short Note;                                  // the symbols that leave a thread's histories
@@ -24,64 +29,80 @@ typedef unsigned short Note;                                  // the symbols tha
 typedef unsigned char Note;
 #endif
 typedef unsigned long long Key;
-static_assert(EACH * THREADS == KEPT && EACH * BITS <= 8 * sizeof(Note) && SHARE * THREADS == ROWS, "threads");
+static_assert(EACH * THREADS == KEPT * PARTS && PARTS <= 2 && EACH * BITS <= 8 * sizeof(Note), "threads");
 
 struct Shared {
     float cost[2][KEPT];
-    Note back[ROWS][THREADS];
+    Note back[ROWS][THREADS / PARTS];
     float4 terms[ROWS];                                       // w, -2 w x, w x^2
+    float4 others[THREADS];                                   // a leaf of TILE rows of other blocks
     short found[ROWS];
     Key least[WARPS];
     float sums[WARPS];
+    int mask[32];                                             // -SYMBOLS, which the compiler must not know
 };
+
+// A constant in every lane's own register: with another one that an instruction holds, one operation clears a cost's
+// last bits and notes a symbol there. Two constants make it two.
+__device__ __forceinline__ void prepare(Shared& shared)
+{
+    if (threadIdx.x < 32) *(volatile int*)&shared.mask[threadIdx.x] = -SYMBOLS;
+    __syncthreads();
+}
 
 // Down some rows from `start`, around the end; the state of least cost, among those of the history `meet` where that is
 // none of -1, with which it then began, too.
-__device__ __forceinline__ int walk(Shared& shared, const float (&value)[EACH][SYMBOLS], int start, int steps, int rows,
+__device__ __forceinline__ int walk(Shared& shared, const float (&value)[EACH][OLDEST], int start, int steps, int rows,
                                     int meet)
 {
-    const int thread = threadIdx.x, first = thread * EACH, middle = first / SYMBOLS;
+    const int thread = threadIdx.x, first = thread / PARTS * EACH, middle = first / SYMBOLS;
+    const int part = PARTS > 1 ? thread % PARTS * OLDEST : 0;     // its first oldest symbol
     for (int history = thread; history < KEPT; history += THREADS)
         shared.cost[0][history] = meet < 0 || history == meet ? 0.f : 1e30f;
-    int at = start, now = 0;
+    const int mask = shared.mask[thread % 32];
+    int at = start + mask + SYMBOLS, now = 0;
     __syncthreads();
     float4 here = shared.terms[at];
     for (int i = 1; i < steps; ++i) {
         at = at + 1 == rows ? 0 : at + 1;
-        float before[OWN_MIDDLES][SYMBOLS];
+        float before[OWN_MIDDLES][OLDEST];
         #pragma unroll
-        for (int oldest = 0; oldest < SYMBOLS; ++oldest)
+        for (int o = 0; o < OLDEST; ++o)
             #pragma unroll
             for (int m = 0; m < OWN_MIDDLES; ++m)
-                before[m][oldest] = shared.cost[now][oldest * MIDDLES + middle + m] + here.z;
+                before[m][o] = shared.cost[now][(part + o) * MIDDLES + middle + m] + here.z;
         float least_of[EACH];
         unsigned note = 0;
         #pragma unroll
         for (int e = 0; e < EACH; ++e) {
             int least = 0x7fffffff;                           // floats that are not negative compare as their bits do
             #pragma unroll
-            for (int oldest = 0; oldest < SYMBOLS; ++oldest) {
-                const float v = value[e][oldest];
-                const float cost = fmaf(v, fmaf(here.x, v, here.y), before[OWN_MIDDLES > 1 ? e / SYMBOLS : 0][oldest]);
-                least = min(least, (__float_as_int(cost) & -SYMBOLS) | oldest);
+            for (int o = 0; o < OLDEST; ++o) {
+                const float v = value[e][o];
+                const float cost = fmaf(v, fmaf(here.x, v, here.y), before[OWN_MIDDLES > 1 ? e / SYMBOLS : 0][o]);
+                least = min(least, (__float_as_int(cost) & mask) | o);
             }
-            least_of[e] = __int_as_float(least & -SYMBOLS);
+            if (PARTS > 1) {
+                least += part;                                // below the mask, where there is room for it
+                least = min(least, __shfl_xor_sync(ALL, least, 1));
+            }
+            least_of[e] = __int_as_float(least & mask);
             note |= (unsigned)(least & (SYMBOLS - 1)) << (BITS * e);
         }
         here = shared.terms[at];
         now ^= 1;
         #pragma unroll
         for (int e = 0; e < EACH; ++e) shared.cost[now][first + e] = least_of[e];
-        shared.back[i][thread] = (Note)note;
+        shared.back[i][thread / PARTS] = (Note)note;
         __syncthreads();
     }
     Key least = ~0ull;
     #pragma unroll
     for (int e = 0; e < EACH; ++e)
         #pragma unroll
-        for (int oldest = 0; oldest < SYMBOLS; ++oldest) {
-            const float v = value[e][oldest];
-            const int history = oldest * MIDDLES + middle + (OWN_MIDDLES > 1 ? e / SYMBOLS : 0);
+        for (int o = 0; o < OLDEST; ++o) {
+            const float v = value[e][o];
+            const int oldest = part + o, history = oldest * MIDDLES + middle + (OWN_MIDDLES > 1 ? e / SYMBOLS : 0);
             const float cost = fmaf(v, fmaf(here.x, v, here.y), shared.cost[now][history] + here.z);
             const Key key = (Key)__float_as_uint(fmaxf(cost, 0.f)) << 32 | (unsigned)(oldest * KEPT + first + e);
             if ((meet < 0 || first + e == meet) && key < least) least = key;
@@ -106,14 +127,12 @@ __device__ __forceinline__ int above(int state, const Note* back)
     return shared + KEPT * ((back[shared / EACH] >> (BITS * (shared % EACH))) & (SYMBOLS - 1));
 }
 
-// x and its weight are those of the thread's rows; the states that are found are left in shared memory.
-__device__ __forceinline__ void round_column(Shared& shared, const float (&value)[EACH][SYMBOLS],
-                                             const float (&x)[SHARE], const float (&weight)[SHARE], int rows, int edge)
+// The state of the thread's row, which is to be x and has a weight of its own; rows behind the last one have none.
+__device__ __forceinline__ int round_column(Shared& shared, const float (&value)[EACH][OLDEST], float x, float weight,
+                                            int rows, int edge)
 {
     const int thread = threadIdx.x;
-    float sum = 0.f;
-    #pragma unroll
-    for (int p = 0; p < SHARE; ++p) sum += weight[p];
+    float sum = weight;
     #pragma unroll
     for (int other = 16; other; other >>= 1) sum += __shfl_xor_sync(ALL, sum, other);
     if (thread % 32 == 0) shared.sums[thread / 32] = sum;
@@ -121,12 +140,8 @@ __device__ __forceinline__ void round_column(Shared& shared, const float (&value
     float total = 0.f;
     #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) total += shared.sums[warp];
-    const float share = total > 0.f ? rows / total : 1.f;
-    #pragma unroll
-    for (int p = 0; p < SHARE; ++p) {
-        const float w = weight[p] * share;
-        shared.terms[thread + p * THREADS] = make_float4(w, -2.f * w * x[p], w * x[p] * x[p], 0.f);
-    }
+    const float w = total > 0.f ? weight * (rows / total) : weight;
+    shared.terms[thread] = make_float4(w, -2.f * w * x, w * x * x, 0.f);
     __syncthreads();
     // where the end meets the beginning, without a constraint: the history that both agree on
     int state = walk(shared, value, rows - edge, 2 * edge, rows, -1);
@@ -140,6 +155,7 @@ __device__ __forceinline__ void round_column(Shared& shared, const float (&value
             if (row) state = above(state, shared.back[row]);
         }
     __syncthreads();
+    return shared.found[min(thread, rows - 1)];
 }
 
 // What errors of the columns `from` to `to` of one row add to the target of column k: R[j, k] errors[j].
@@ -183,16 +199,47 @@ __device__ __forceinline__ void feed(const float* R, long long R_row, long long 
     }
 }
 
-__device__ __forceinline__ void load(float (&value)[EACH][SYMBOLS], const float* book)
+// What other blocks' rows add to a leaf of targets of the thread's row: pull[r, row] others[r].
+__device__ __forceinline__ void add_others(Shared& shared, float (&target)[LEAF], const float* pull,
+                                           long long chunk_rows, const float* others, long long pitch, int count,
+                                           bool has_row)
 {
+    for (int first = 0; first < count; first += TILE) {
+        const int own = first + threadIdx.x / (LEAF / 4);
+        float4 leaf = make_float4(0.f, 0.f, 0.f, 0.f);
+        // past this multiprocessor's cache: others have written it
+        if (own < count) leaf = __ldcg((const float4*)(others + own * pitch) + threadIdx.x % (LEAF / 4));
+        float by[TILE];
+        #pragma unroll
+        for (int r = 0; r < TILE; ++r) by[r] = has_row && first + r < count ? pull[(first + r) * chunk_rows] : 0.f;
+        __syncthreads();
+        shared.others[threadIdx.x] = leaf;
+        __syncthreads();
+        #pragma unroll
+        for (int r = 0; r < TILE; ++r)
+            #pragma unroll
+            for (int i = 0; i < LEAF; i += 4) {
+                const float4 m = shared.others[r * (LEAF / 4) + i / 4];
+                target[i] = fmaf(by[r], m.x, target[i]);
+                target[i + 1] = fmaf(by[r], m.y, target[i + 1]);
+                target[i + 2] = fmaf(by[r], m.z, target[i + 2]);
+                target[i + 3] = fmaf(by[r], m.w, target[i + 3]);
+            }
+    }
+}
+
+__device__ __forceinline__ void load(float (&value)[EACH][OLDEST], const float* book)
+{
+    const int part = PARTS > 1 ? threadIdx.x % PARTS * OLDEST : 0, first = threadIdx.x / PARTS * EACH;
     #pragma unroll
     for (int e = 0; e < EACH; ++e)
         #pragma unroll
-        for (int oldest = 0; oldest < SYMBOLS; ++oldest)
-            value[e][oldest] = book[oldest * KEPT + threadIdx.x * EACH + e];
+        for (int o = 0; o < OLDEST; ++o) value[e][o] = book[(part + o) * KEPT + first + e];
 }
 
 __device__ __forceinline__ float clamped(float x) { return fminf(fmaxf(x, -FARTHEST), FARTHEST); }
+
+__device__ __forceinline__ signed char code(int state) { return (signed char)((state & (SYMBOLS - 1)) - SYMBOLS / 2); }
 
 // Some columns of every segment; errors of those before its first one are in T already.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -205,48 +252,34 @@ round_segments(float* T, const float* W, const float* S, const float* R, const f
     if (begin < 0 || begin >= columns) return;
     const int end = begin + most_columns < columns ? begin + most_columns : columns;
     const int top = edges[segment], here = edges[segment + 1] - top, edge = min(here, EDGE);
-    float value[EACH][SYMBOLS];
+    const bool has_row = threadIdx.x < here;
+    const long long row = top + threadIdx.x;
+    float value[EACH][OLDEST];
+    prepare(shared);
     load(value, book);
     for (int leaf = begin; leaf < end; leaf += LEAF) {
-    const int leaf_end = min(leaf + LEAF, end);
-    for (int k = leaf; k < leaf_end; ++k) {
-        float x[SHARE], weight[SHARE], s[SHARE];
-        #pragma unroll
-        for (int p = 0; p < SHARE; ++p) {
-            const int row = threadIdx.x + p * THREADS;
-            x[p] = weight[p] = s[p] = 0.f;
-            if (row < here) {
-                const float* own = T + top + row;
-                const float target = own[k * rows] + fed(R, R_row, R_column, own, rows, leaf, k, k);
-                s[p] = S[runs[k] * rows + top + row];
-                weight[p] = weights[top + row] * s[p] * s[p];
-                x[p] = clamped(target / s[p]);
+        const int leaf_end = min(leaf + LEAF, end);
+        for (int k = leaf; k < leaf_end; ++k) {
+            const long long place = k * rows + row;
+            float x = 0.f, weight = 0.f, s = 0.f;
+            if (has_row) {
+                s = S[runs[k] * rows + row];
+                weight = weights[row] * s * s;
+                x = clamped((T[place] + fed(R, R_row, R_column, T + row, rows, leaf, k, k)) / s);
+            }
+            const int state = round_column(shared, value, x, weight, here, edge);
+            if (has_row) {
+                T[place] = fmaf(-book[state], s, W[place]);
+                codes[place] = code(state);
             }
         }
-        round_column(shared, value, x, weight, here, edge);
-        #pragma unroll
-        for (int p = 0; p < SHARE; ++p) {
-            const int row = threadIdx.x + p * THREADS;
-            if (row < here) {
-                const int state = shared.found[row];
-                const long long place = k * rows + top + row;
-                T[place] = fmaf(-book[state], s[p], W[place]);
-                codes[place] = (signed char)((state & (SYMBOLS - 1)) - SYMBOLS / 2);
-            }
-        }
-    }
-    if (leaf_end == leaf + LEAF)
-        #pragma unroll
-        for (int p = 0; p < SHARE; ++p) {
-            const int row = threadIdx.x + p * THREADS;
-            if (row < here) feed(R, R_row, R_column, T + top + row, rows, leaf, end);
-        }
+        if (has_row && leaf_end == leaf + LEAF) feed(R, R_row, R_column, T + row, rows, leaf, end);
     }
 }
 
-// All columns of all segments, whose blocks of rows move the later ones' targets, a leaf behind each other. A
-// segment takes a number when it begins, and waits for such as have taken theirs before it alone: they are running or
-// done. `moved` has a row's columns side by side, `pitch` for each row.
+// All columns of all segments, whose blocks of rows move the later ones' targets, a leaf behind each other. A segment
+// takes a number when it begins, and waits for such as have taken theirs before it alone: they are running or done.
+// `moved` has a row's columns side by side, `pitch` for each row.
 extern "C" __global__ void __launch_bounds__(THREADS)
 round_blocks(float* W, float* moved, float* errors, const float* S, const float* R, const float* weights,
              const long long* runs, const float* book, signed char* codes, const int* edges, const float* pulls,
@@ -263,8 +296,12 @@ round_blocks(float* W, float* moved, float* errors, const float* S, const float*
     const int chunk = place_of[0], rows_before = place_of[1];     // first row of its chunk, and rows of earlier blocks
     const int waits_from = place_of[2], waits_to = place_of[3];   // segments of these
     const long long chunk_rows = place_of[5];
-    const float* pull = pulls + place_of[4] + (top - chunk);      // [rows that move, rows that are moved]
-    float value[EACH][SYMBOLS];
+    const bool has_row = threadIdx.x < here;
+    const long long row = top + threadIdx.x;
+    const float* pull = pulls + place_of[4] + (row - chunk);      // [rows that move, rows that are moved]
+    float* own = moved + row * pitch;
+    float value[EACH][OLDEST];
+    prepare(shared);
     load(value, book);
     for (int leaf = 0; leaf < columns; leaf += LEAF) {
         const int leaf_end = leaf + LEAF < columns ? leaf + LEAF : (int)columns;
@@ -274,73 +311,38 @@ round_blocks(float* W, float* moved, float* errors, const float* S, const float*
             while (columns_done < leaf_end);
         }
         __syncthreads();
+        float target[LEAF];
         #pragma unroll
-        for (int p = 0; p < SHARE; ++p) {
-            const int row = threadIdx.x + p * THREADS;
-            if (row < here && rows_before) {
-                float pulled[LEAF];
-                #pragma unroll
-                for (int i = 0; i < LEAF; ++i) pulled[i] = 0.f;
-                const float* others = moved + (long long)chunk * pitch + leaf;
-                #pragma unroll 8
-                for (int r = 0; r < rows_before; ++r) {
-                    const float by = pull[r * chunk_rows + row];
-                    #pragma unroll
-                    for (int i = 0; i < LEAF; i += 4) {  // past this multiprocessor's cache: others have written them
-                        const float4 m = __ldcg((const float4*)(others + r * pitch + i));
-                        pulled[i] = fmaf(by, m.x, pulled[i]);
-                        pulled[i + 1] = fmaf(by, m.y, pulled[i + 1]);
-                        pulled[i + 2] = fmaf(by, m.z, pulled[i + 2]);
-                        pulled[i + 3] = fmaf(by, m.w, pulled[i + 3]);
-                    }
-                }
-                #pragma unroll
-                for (int i = 0; i < LEAF; ++i) if (leaf + i < columns) {
-                    const long long place = (leaf + i) * rows + top + row;
-                    moved[(top + row) * pitch + leaf + i] = W[place];
-                    W[place] += pulled[i];
-                }
-            } else if (row < here)
-                for (int k = leaf; k < leaf_end; ++k) moved[(top + row) * pitch + k] = W[k * rows + top + row];
+        for (int i = 0; i < LEAF; ++i) {
+            target[i] = has_row && leaf + i < columns ? W[(leaf + i) * rows + row] : 0.f;
+            if (has_row && leaf + i < columns) own[leaf + i] = target[i];
+        }
+        if (rows_before) {
+            add_others(shared, target, pull, chunk_rows, moved + chunk * pitch + leaf, pitch, rows_before, has_row);
+            #pragma unroll
+            for (int i = 0; i < LEAF; ++i)
+                if (has_row && leaf + i < columns) W[(leaf + i) * rows + row] = target[i];
         }
         for (int k = leaf; k < leaf_end; ++k) {
-            float x[SHARE], weight[SHARE], s[SHARE];
-            #pragma unroll
-            for (int p = 0; p < SHARE; ++p) {
-                const int row = threadIdx.x + p * THREADS;
-                x[p] = weight[p] = s[p] = 0.f;
-                if (row < here) {
-                    const long long own = top + row;
-                    const float target = W[k * rows + own] + errors[k * rows + own]
-                        + fed(R, R_row, R_column, errors + own, rows, leaf, k, k);
-                    s[p] = S[runs[k] * rows + own];
-                    weight[p] = weights[own] * s[p] * s[p];
-                    x[p] = clamped(target / s[p]);
-                }
+            const long long place = k * rows + row;
+            float x = 0.f, weight = 0.f, s = 0.f;
+            if (has_row) {
+                s = S[runs[k] * rows + row];
+                weight = weights[row] * s * s;
+                x = clamped((W[place] + errors[place] + fed(R, R_row, R_column, errors + row, rows, leaf, k, k)) / s);
             }
-            round_column(shared, value, x, weight, here, edge);
-            #pragma unroll
-            for (int p = 0; p < SHARE; ++p) {
-                const int row = threadIdx.x + p * THREADS;
-                if (row < here) {
-                    const int state = shared.found[row];
-                    const long long place = k * rows + top + row, in_row = (top + row) * pitch + k;
-                    errors[place] = fmaf(-book[state], s[p], W[place]);
-                    moved[in_row] = fmaf(-book[state], s[p], moved[in_row]);
-                    codes[place] = (signed char)((state & (SYMBOLS - 1)) - SYMBOLS / 2);
-                }
+            const int state = round_column(shared, value, x, weight, here, edge);
+            if (has_row) {
+                errors[place] = fmaf(-book[state], s, W[place]);
+                own[k] = fmaf(-book[state], s, own[k]);
+                codes[place] = code(state);
             }
         }
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0)
             asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(done + segment), "r"(leaf_end) : "memory");
-        if (leaf_end == leaf + LEAF)
-            #pragma unroll
-            for (int p = 0; p < SHARE; ++p) {
-                const int row = threadIdx.x + p * THREADS;
-                if (row < here) feed(R, R_row, R_column, errors + top + row, rows, leaf, columns);
-            }
+        if (has_row && leaf_end == leaf + LEAF) feed(R, R_row, R_column, errors + row, rows, leaf, columns);
     }
 }
 """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lrpq.model.layers import Choice
 from lrpq.plan import trellis
@@ -15,6 +15,7 @@ from lrpq.plan.work import COUNTED, NOTHING, Work, matmul, total, work
 from lrpq.quant import column_loop, descent, gptq, halves, hessian, scale_search
 from lrpq.quant import refit as refits
 from lrpq.quant.grid import Grid, group_width
+from lrpq.quant.polish import rounds_of
 from lrpq.quant.row_feedback import IMPROVED_ELEMENTS, MOVED_AT_ONCE, blocks_of
 from lrpq.quant.trellis import SEGMENT_ROWS, whole_segments
 from lrpq.refine.quantize import ALONE_ELEMENTS
@@ -252,12 +253,14 @@ def quantize_refined(
 
 def _part(rows: int, d_in: int, choice: Choice, how: Refinement) -> Work:
     """Rows that are rounded together, plain and corrected, and what follows."""
-    found = [_rounded_once_or_twice(rows, d_in, choice, how)]
+    chunks, how = output_chunks(rows), replace(how, polish_rounds=rounds_of(choice, how.polish_rounds))
+    in_blocks = any(blocks_of(own, how.row_blocks, together=_together(choice)) > 1 for own in chunks)
+    first = replace(choice, trellis=False) if in_blocks else choice
+    found = [_rounded_once_or_twice(rows, d_in, first, how)]
     if how.corrected:
         errors = 2 * target_error(rows, d_in, cpu=how.cpu)
-        found += [errors, dequantize(2 * rows, d_in, itemsize=F32_BYTES, choice=choice)]
-    chunks = output_chunks(rows)
-    if any(blocks_of(own, how.row_blocks, together=_together(choice)) > 1 for own in chunks):
+        found += [errors, dequantize(2 * rows, d_in, itemsize=F32_BYTES, choice=first)]
+    if in_blocks:
         found.append(_in_blocks(chunks, d_in, choice, how))
     elif how.polish_rounds:
         found.append(_polished(rows, d_in, choice, how, rounds=how.polish_rounds))
@@ -311,6 +314,7 @@ def _in_blocks(chunks: Sequence[int], d_in: int, choice: Choice, how: Refinement
         if all_move:
             parts.append(how.polish_rounds * matmul(2.0 * rows * rows * d_in, dtype=FP32, width=rows))
     if choice.trellis:
+        parts.append(trellis.trellis_scales(sum(chunks), d_in))
         parts.append(trellis.round_stream_blocks(blocks, d_in, choice.bits, cpu=how.cpu, threads=how.threads))
     else:
         parts += [

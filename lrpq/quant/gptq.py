@@ -235,8 +235,11 @@ class Rounding:
         codes = done.codes.index_select(0, self._back).T.contiguous()
         return QuantizedWeight(codes=codes, scales=scales, choice=choice)
 
+    def scales(self, W: Float[Tensor, "rows d_in"]) -> list[Float[Tensor, "rows groups"]]:
+        """What is searched where no scales are given, of every choice."""
+        return self._search(W.T.to(self._factor.R.dtype).contiguous())
+
     def _search(self, Wt: Tensor) -> list[Tensor]:
-        """Scales of every choice."""
         uniform = [choice for choice in self._choices if not choice.trellis]
         found = iter(search_scales_transposed(Wt, self._importance, uniform, grid=self._grid, name=self._name))
         return [

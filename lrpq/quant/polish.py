@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrpq.errors import QuantizationError
+from lrpq.model.layers import Choice
 from lrpq.quant.descent import descend, descend_checked
 from lrpq.quant.doubts import Doubts
 from lrpq.quant.gptq import Rows, loss_of
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 # Ten times GPTQ's, as for the correction. With 32,768 tokens .03 and .1 are equal on held-out tokens (within .3% at
 # every width), with 8,192 .1 is 1 to 2% better, and with 256 it is 1 to 5% (docs/log.md).
 DEFAULT_DAMPING = 0.1
+_TRELLIS_ROUNDS = 1
+"""A second one takes as long and left KL as it was (docs/log.md)."""
+
+
+def rounds_of(choice: Choice, rounds: int) -> int:
+    """Of so many rounds those that are worth their time."""
+    return min(rounds, _TRELLIS_ROUNDS) if choice.trellis else rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ last ones, so that no bits are spent on a beginning.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load
 
 from lrpq.errors import QuantizationError
-from lrpq.model.layers import TRELLIS_WIDTHS
+from lrpq.model.layers import TRELLIS_WIDTHS, Choice
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Int8, Int32
@@ -48,6 +48,15 @@ and 8 rows."""
 WIDTHS = TRELLIS_WIDTHS
 LEFT = {2: 1.19 / 4**2, 3: 1.23 / 4**3, 4: 1.30 / 4**4, 5: 1.42 / 4**5, 6: 1.56 / 4**6}
 """Mean squared error that a codebook leaves of normal numbers of variance 1 (``benchmarks.trellis_codebooks``)."""
+SHARES: Mapping[int, Mapping[int, float]] = {
+    32: dict.fromkeys(WIDTHS, 0.6),
+    64: dict.fromkeys(WIDTHS, 0.5),
+    128: dict.fromkeys(WIDTHS, 0.44),
+    -1: {2: 0.44, 3: 0.39, 4: 0.33, 5: 0.32, 6: 0.32},
+}
+"""Group size -> width -> share of the loss. Groups of 64 and whole rows: geometric means over layers of SmolLM2 and
+Gemma 3 270M (8 of 10 values between .41 and .66 in groups of 64; docs/log.md). Groups of 32 and 128: of one block of
+SmolLM2, in proportion."""
 _CODEBOOKS = "trellis_codebooks.safetensors"
 _DIGEST = "15601647065d2189ffcbace4676aa5c9190abe39b9cc228867ad6f7558882a63"
 """sha256 of the file: stored codes are symbols of these values, and a digest in the code is part of their keys."""
@@ -57,6 +66,12 @@ def check_width(bits: int, *, name: str = "layer") -> None:
     """Raise QuantizationError where no codebook has the width."""
     if bits not in WIDTHS:
         raise QuantizationError(f"{name}: no trellis of {bits} bits: choose from {list(WIDTHS)}")
+
+
+def share_of_grid(choice: Choice) -> float:
+    """Of the loss that uniform codes of the same width and group size leave, about what the choice leaves; 1 where that
+    was not measured."""
+    return SHARES.get(choice.group_size, {}).get(choice.bits, 1.0) if choice.trellis else 1.0
 
 
 def segment_edges(

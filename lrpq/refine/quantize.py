@@ -17,9 +17,17 @@ from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import Rounding, Rows, gptq, row_chunks
 from lrpq.quant.grid import Grid, QuantizedWeight, fetch, power_of_two
 from lrpq.quant.hessian import factor_damped, normalized
-from lrpq.quant.polish import Polisher, polish
-from lrpq.quant.row_feedback import DEFAULT_BLOCKS, RowBlocks, interacts, joint_error_of, row_weights, stacked
-from lrpq.quant.trellis import SEGMENT_ROWS, check_parts, summed
+from lrpq.quant.polish import Polisher, polish, rounds_of
+from lrpq.quant.row_feedback import (
+    DEFAULT_BLOCKS,
+    RowBlocks,
+    interacts,
+    joint_error,
+    joint_error_of,
+    row_weights,
+    stacked,
+)
+from lrpq.quant.trellis import SEGMENT_ROWS, check_parts, share_of_grid, summed
 from lrpq.refine.products import SiteProducts
 from lrpq.refine.row_parts import row_parts
 
@@ -71,7 +79,9 @@ def quantize_refined(
     The corrected target is W + a W D (C + damping)^-1, with P for W D where there is one. A row's calibration error is
     the weighted distance between the output that is wanted (quant/correction.py) and its quantized output on the real
     inputs; each row keeps the better of the corrected and the plain codes. Rows do not interact in GPTQ, so this guard
-    can act on each; of a trellis it acts on segments.
+    can act on each; of a trellis it acts on segments. Where streams are then rounded in blocks, uniform codes of as
+    many bits stand in for them here, and nowhere else: they take a small part of the time, and choose as well
+    (docs/log.md).
 
     Args:
         W: original weights, float32.
@@ -83,7 +93,7 @@ def quantize_refined(
             calibration tokens, and a held-out text pays for what it fits of their noise (docs/log.md).
         polish_rounds: rounds of coordinate descent on the codes and a refit of the scales (quant/polish.py), towards
             what each row was rounded from, or what the errors of other rows then make of it; rows whose calibration
-            error that raises stay as rounded; 0 is none.
+            error that raises stay as rounded; 0 is none. Of trellis codes one round at most.
         outputs: second moments of the gradients at its outputs (relevance/outputs.py), with which blocks of rows make
             up for the errors of the blocks before them (quant/row_feedback.py); None rounds each row on its own.
         row_blocks: how many such blocks, at most; 1 rounds each row on its own.
@@ -113,15 +123,23 @@ def quantize_refined(
     found: list[_Part] = []
     for rows, prefix, of_rows in zip(cuts, prefixes, chunks, strict=True):
         target = corrected.pop(0)
+        feedback = _Feedback(
+            row_blocks=row_blocks if of_rows is not None else 1,
+            polish_rounds=rounds_of(choice, polish_rounds),
+            grid=grid,
+            on_step=on_step,
+            name=name,
+        )
+        first = replace(choice, trellis=False) if _in_blocks(of_rows, choice, feedback) else choice
         if prefix is None or target is None:
-            own = _rows(W[rows], of_rows, choice)
-            weight = gptq(W[rows], factor, [choice], grid=grid, rows=own, name=name)[0]
+            own = _rows(W[rows], of_rows, first)
+            weight = gptq(W[rows], factor, [first], grid=grid, rows=own, name=name)[0]
             rounded = _Rounded(target=W[rows], weight=weight)
         else:
-            rounded = prefix.better(target, *_round_both(W[rows], target, factor, choice, of_rows, grid, name), of_rows)
+            both = _round_both(W[rows], target, factor, first, of_rows, grid, name)
+            rounded = prefix.better(target, *both, of_rows, choice)
         del target
         on_step()
-        feedback = _Feedback(row_blocks=row_blocks, polish_rounds=polish_rounds, grid=grid, on_step=on_step, name=name)
         found.append(_finished(W[rows], C, prefix, rounded, factor, choice, of_rows, feedback))
     return Refined(
         weight=stacked([part.weight for part in found]),
@@ -178,15 +196,15 @@ def _finished(
 ) -> _Part:
     """Blocks of rows that make up for each other's errors, or polished rows on their own."""
     weight: QuantizedWeight | None = None
-    together = outputs is not None and interacts(outputs, num_blocks=how.row_blocks, together=_together(choice))
+    together = _in_blocks(outputs, choice, how)
     if outputs is not None and together:
         outputs = [G.to(W.device) for G in outputs]
         weight = _with_feedback(W, C, prefix, rounded, factor, choice, outputs, how)
     alone = together and weight is None
     if weight is None:
+        own = _rows(W, outputs, choice)
         weight = rounded.weight
         if how.polish_rounds:
-            own = _rows(W, outputs, choice)
             polished = polish(rounded.target, [weight], C, rounds=how.polish_rounds, rows=own, name=how.name)[0].weight
             weight = polished if prefix is None else prefix.lower(polished, weight, outputs)
     return _Part(weight=weight, rejected_rows=rounded.rejected_rows, alone=alone)
@@ -196,6 +214,11 @@ def _rows(W: Tensor, outputs: Sequence[Tensor] | None, choice: Choice, *, times:
     """The rows of a layer's part, so many times over; weighed where that counts."""
     weights = row_weights(outputs).repeat(times) if choice.trellis and outputs is not None else None
     return Rows(parts=[len(W)] * times, weights=weights)
+
+
+def _in_blocks(outputs: Sequence[Tensor] | None, choice: Choice, how: _Feedback) -> bool:
+    """Whether blocks of rows make up for each other's errors."""
+    return outputs is not None and interacts(outputs, num_blocks=how.row_blocks, together=_together(choice))
 
 
 def _together(choice: Choice) -> int:
@@ -234,16 +257,18 @@ def _with_feedback(
     how: _Feedback,
 ) -> QuantizedWeight | None:
     """Blocks of rows that make up for each other's errors, then polished together: what has the lowest joint error on
-    the way; None where that is higher than that of ``rounded``.
+    the way; None where that is higher than that of ``rounded``. Where uniform codes stand in for that, what streams
+    would leave is taken to be the usual share of their errors; they are made, for ``rounded``, where that is lower.
 
     Each row is polished against the errors that the others had before, so that where outputs depend on each other much,
     polishing all at once may raise what it lowers row by row.
     """
     doubts = Doubts()
     rounding = Rounding(factor, [choice], grid=how.grid, doubts=doubts, name=how.name)
+    scales = rounded.weight.scales if rounded.weight.choice == choice else rounding.scales(rounded.target)[0]
     blocks = RowBlocks(
         rounded.target,
-        rounded.weight.scales,
+        scales,
         outputs,
         num_blocks=how.row_blocks,
         together=_together(choice),
@@ -276,8 +301,16 @@ def _with_feedback(
         del polisher
     del blocks
     doubts.settle()
-    together, apart = fetch(least, error(rounded.weight))
-    return best if together <= apart else None
+    apart, share = error(rounded.weight), share_of_grid(choice)
+    if rounded.weight.choice != choice:
+        unrounded = joint_error(rounded.target - W, hessian, P, outputs)
+        apart = unrounded + share * (apart - unrounded)
+    together, limit = fetch(least, apart)
+    if together > limit and rounded.weight.choice != choice:
+        rows = _rows(W, outputs, choice)
+        rounded.weight = gptq(rounded.target, factor, [choice], grid=how.grid, rows=rows, name=how.name)[0]
+        (limit,) = fetch(error(rounded.weight))
+    return best if together <= limit else None
 
 
 def _lower(
@@ -354,9 +387,11 @@ class _Prefix:
         plain: QuantizedWeight,
         with_correction: QuantizedWeight,
         outputs: Sequence[Tensor] | None,
+        choice: Choice,
     ) -> _Rounded:
-        """Of every row the better of the plain codes and those of the corrected weights."""
-        kept = ~_is_more(self.error(with_correction), self.error(plain), plain.choice, outputs)
+        """Of every row the better of the plain codes and those of the corrected weights: of all rows that stay
+        together with the choice."""
+        kept = ~_is_more(self.error(with_correction), self.error(plain), choice, outputs)
         row = kept.unsqueeze(1)
         return _Rounded(
             target=torch.where(row, corrected, self.W),

@@ -8,17 +8,15 @@ import pytest
 
 from lrpq.allocate.options import CostRow
 from lrpq.allocate.trellis import (
-    SHARES,
     check_streams,
     takes_trellis,
-    trellis_share,
     with_trellis_codes,
     without_streams,
 )
 from lrpq.errors import ConfigError, QuantizationError
 from lrpq.model.layers import HEAD, Choice, LinearSpec, all_choices
 from lrpq.quant.packing import storage_bits
-from lrpq.quant.trellis import LEFT, WIDTHS, segment_edges
+from lrpq.quant.trellis import LEFT, SHARES, WIDTHS, segment_edges, share_of_grid
 
 SPEC = LinearSpec(name="model.layers.0.mlp.up_proj", block=0, d_out=256, d_in=128, input_site="up", fused_group="up")
 CHOICES = all_choices((2, 3, 4, 5, 6, 8), (32, 64, 128, -1), scale_bits=8)
@@ -48,8 +46,8 @@ def test_a_trellis_takes_as_many_bits_and_costs_its_share() -> None:
         assert after.storage_bits == before.storage_bits
         share = 1.0 if before.choice.bits == 8 else SHARES[before.choice.group_size][before.choice.bits]
         assert after.cost_nats == pytest.approx(share * before.cost_nats, rel=1e-12)
-        assert trellis_share(after.choice) == share
-        assert trellis_share(before.choice) == 1.0
+        assert share_of_grid(after.choice) == share
+        assert share_of_grid(before.choice) == 1.0
 
 
 @pytest.mark.parametrize("d_out", [1, 15, 16, 127, 128, 129, 143, 144, 1000, 4096])
