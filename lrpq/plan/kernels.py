@@ -304,6 +304,7 @@ def _in_blocks(chunks: Sequence[int], d_in: int, choice: Choice, how: Refinement
         joint = precise(2.0 * rows * d_in * (rows + d_in), width=min(rows, d_in), cpu=how.cpu)
         decoding = dequantize(rows, d_in, itemsize=F32_BYTES, choice=choice)
         parts += [factorize(rows), (2 + how.polish_rounds) * (joint + decoding)]
+        parts += [joint] if choice.trellis else []  # of what is not rounded, beside what stands in for streams
         for block, start in enumerate(range(0, rows, size)):
             own = min(size, rows - start)
             at_once.setdefault(block, []).append(own)

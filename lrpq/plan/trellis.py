@@ -13,7 +13,7 @@ from lrpq.kernels.trellis import EDGE_ROWS
 from lrpq.plan.work import Work, matmul, work
 from lrpq.quant.column_loop import halvings
 from lrpq.quant.trellis import SEGMENT_ROWS, STATE_BITS
-from lrpq.quant.trellis_loop import LEAF_COLUMNS, SCALES_TRIED
+from lrpq.quant.trellis_loop import SCALES_TRIED, at_once, leaf_columns
 from lrpq.quant.wavefront import COLUMNS
 
 STEPS = "trellis-steps"
@@ -84,11 +84,12 @@ def descend_trellis(d_out: int, d_in: int, bits: int, *, cpu: bool, threads: int
 
 
 def _sweep(parts: Sequence[int], d_in: int, bits: int, *, cpu: bool, threads: int) -> Work:
-    """Products in float32 on every device, targets and weights in another unit, segments."""
+    """Products in float32 on every device, those of one launch not counted, targets and weights in another unit,
+    segments."""
     rows = sum(parts)
     propagated = sum(
         2.0 * (last - middle) * (middle - first)
-        for first, middle, last in halvings(0, d_in, LEAF_COLUMNS["cpu" if cpu else "cuda"])
+        for first, middle, last in halvings(0, d_in, leaf_columns(d_in, rows, cpu=cpu))
         if middle < last
     )
     return (
@@ -100,7 +101,8 @@ def _sweep(parts: Sequence[int], d_in: int, bits: int, *, cpu: bool, threads: in
 
 def round_stream_blocks(chunks: Sequence[Sequence[int]], d_in: int, bits: int, *, cpu: bool, threads: int = 1) -> Work:
     """``wavefront.round_stream_blocks`` of chunks of blocks of so many rows, but for how blocks move each other:
-    products to the right of all columns that are rounded, and segments of the blocks that are at work in a step."""
+    products to the right of all columns that are rounded, those of one launch not counted, and segments of the blocks
+    that are at work in a step."""
     rows = sum(sum(sizes) for sizes in chunks)
     width = COLUMNS["cpu" if cpu else "cuda"]
     starts = range(0, d_in, width)
@@ -119,11 +121,11 @@ def round_stream_blocks(chunks: Sequence[Sequence[int]], d_in: int, bits: int, *
         times * _dependent([(r, k) for size, k in own for r in segments_of([size])], cpu=cpu, threads=threads)
         for own, times in at_work.items()
     )
-    return (
-        matmul(propagated * rows, dtype=_FP32, width=min(width, rows))
-        + work(wide=4.0 * rows * d_in * (8 + len(starts)))  # every step's errors go to all columns to the right
-        + Work(amounts={f"{STEPS}:{bits}": float(dependent)})
-    )
+    found = work(wide=4.0 * rows * d_in * 8) + Work(amounts={f"{STEPS}:{bits}": float(dependent)})
+    if not cpu and at_once(d_in, rows):
+        return found
+    passed_on = work(wide=4.0 * rows * d_in * len(starts))  # every step's errors go to all columns to the right
+    return found + passed_on + matmul(propagated * rows, dtype=_FP32, width=min(width, rows))
 
 
 def decoded(d_out: int, d_in: int, bits: int) -> Work:
@@ -131,8 +133,3 @@ def decoded(d_out: int, d_in: int, bits: int) -> Work:
     shifted and added; then the state's last bits and its value."""
     symbols = -(-STATE_BITS // bits)
     return work(wide=float((17 * symbols + 12) * d_out * d_in))
-
-
-def workspace_bytes(rows: int, bits: int) -> float:
-    """What a GPU notes of every row and history of a column on its way down (``kernels.trellis_cuda``)."""
-    return float(-(-rows // SEGMENT_ROWS) * SEGMENT_ROWS * (1 << (STATE_BITS - bits)))

@@ -8,7 +8,7 @@ import torch
 
 from lrpq.allocate.trellis import takes_trellis, with_trellis
 from lrpq.model.layers import Choice, LinearSpec
-from lrpq.plan import kernels, trellis
+from lrpq.plan import kernels
 from lrpq.plan.trace import Traced
 from lrpq.plan.work import NOTHING, Work, matmul, work
 from lrpq.quant import halves
@@ -111,8 +111,6 @@ class Common:
             return 9.0 * d_in * stacked
         return 11.0 * d_in * stacked + 6.0 * (d_in if d_in <= halves.SPLIT_WHOLE else d_in / 2) ** 2
 
-    def streams_bytes(self, d_in: int, stacked: int, choice: Choice) -> float:
-        """The same of trellis codes, of all rows at once: errors, the weights in another unit, codes, and on a GPU what
-        is noted on the way down."""
-        noted = 0.0 if self.cpu else trellis.workspace_bytes(stacked, choice.bits)
-        return 9.0 * d_in * stacked + noted
+    def streams_bytes(self, d_in: int, stacked: int) -> float:
+        """The same of trellis codes, of all rows at once: errors, the weights in another unit, codes."""
+        return 9.0 * d_in * stacked

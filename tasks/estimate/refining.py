@@ -187,7 +187,7 @@ class Refining(Common):
         rows = (2 if stacked else 1) * part
         choice = choose(widest)
         if choice.trellis:
-            sweep = self.streams_bytes(widest.d_in, rows, choice)
+            sweep = self.streams_bytes(widest.d_in, rows)
         else:
             sweep = self.sweep_bytes(widest.d_in, min(gptq.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows))
         # beside the sums C, normalized, and: its permuted copy and factor; two factors, on a CPU a copy of one, and the
@@ -203,9 +203,7 @@ class Refining(Common):
         blocks = 0.0
         # of a part's rows: targets in order, transposed, in another unit, moved, and errors; the factor twice
         if choice.trellis and asked.row_blocks > 1:
-            blocks = (
-                3 * square + 3 * weights + 20.0 * widest.d_in * part + self.streams_bytes(widest.d_in, part, choice)
-            )
+            blocks = 3 * square + 3 * weights + 20.0 * widest.d_in * part + self.streams_bytes(widest.d_in, part)
         rounding = max(factoring, solving, looping, blocks, polishing)
         sets = min(self.levels, 2) if asked.low_memory else self.levels
         summing = sets * squares + batch * widest.d_in * 4.0 * (5 if corrected else 3)

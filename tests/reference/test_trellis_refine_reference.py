@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ from torch import Tensor
 from trellis_case import CHOICE, ROWS, any_codes, by_segment, columns_of, hessian, numbers, rounded
 
 from lrpq.model.layers import Choice
-from lrpq.quant.factor import factorize
+from lrpq.quant.factor import Factor, factorize
 from lrpq.quant.gptq import Rows, gptq, loss
+from lrpq.quant.grid import QuantizedWeight
 from lrpq.quant.hessian import HessianSum
 from lrpq.quant.polish import polish
 from lrpq.quant.refit import refit
+from lrpq.quant.row_feedback import row_weights
 from lrpq.quant.trellis import SEGMENT_ROWS, segment_edges, values
 from lrpq.quant.trellis_loop import descend_trellis
+from lrpq.refine import quantize
 from lrpq.refine.products import SiteProducts
 from lrpq.refine.quantize import quantize_refined
 
@@ -147,3 +151,41 @@ def test_the_better_of_plain_and_corrected_codes_is_kept_by_segments() -> None:
         errors.append(((dW @ H.double() - 2.0 * W.double() @ D.double()) * dW).sum(1))
     assert (by_segment(errors[0]) <= by_segment(errors[1]) + 1e-4).all()
     assert (errors[0] > errors[1]).double().mean() > 0.05
+
+
+@pytest.mark.parametrize("in_doubt", [False, True])
+def test_rows_on_their_own_are_rounded_where_blocks_may_be_worse(
+    in_doubt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uniform codes stand in for them; streams are made where those leave it open, and kept where they are better."""
+    H, G = hessian(32), moments(40)
+    W, sums = numbers(ROWS, 32, seed=41), HessianSum(xx=H.triu(), weight_sum=1.0, num_tokens=400)
+    rounded: list[Choice] = []
+
+    def noting(W: Tensor, factor: Factor, choices: list[Choice], **options: Any) -> list[QuantizedWeight]:
+        rounded.extend(choices)
+        return gptq(W, factor, choices, **options)
+
+    monkeypatch.setattr(quantize, "gptq", noting)
+    if in_doubt:
+        monkeypatch.setattr(quantize, "share_of_grid", lambda _: 0.0)
+    products = SiteProducts(hessian=sums, shift=None)
+    refined = quantize_refined(W, products, CHOICE, strength=0.0, outputs=[G], row_blocks=3, name="w")
+    assert rounded == [replace(CHOICE, trellis=False)] + [CHOICE] * in_doubt
+    assert refined.rows_alone == 0
+    (alone,) = gptq(W, factorize(H), [CHOICE], rows=Rows(parts=[ROWS], weights=row_weights([G])))
+
+    def joint(q: QuantizedWeight) -> float:
+        dW = (W - q.dequantize(torch.float32)).double()
+        return float(torch.trace(G.double() @ dW @ H.double() @ dW.T))
+
+    assert joint(refined.weight) < 0.8 * joint(alone)
+    if in_doubt:  # blocks that are worse: rounded without what they do to each other, and far off
+        monkeypatch.setattr(quantize.Rounding, "in_blocks", lambda self, T, S, *_, **__: _off(T, S))
+        kept = quantize_refined(W, products, CHOICE, strength=0.0, outputs=[G], row_blocks=3, polish_rounds=0, name="w")
+        assert kept.rows_alone == 1
+        assert torch.equal(kept.weight.codes, alone.codes)
+
+
+def _off(T: Tensor, scales: Tensor) -> QuantizedWeight:
+    return QuantizedWeight(codes=any_codes(len(T), T.shape[1], CHOICE.bits), scales=scales.bfloat16(), choice=CHOICE)
