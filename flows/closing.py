@@ -182,7 +182,7 @@ def codes_line(manifest: Mapping[str, Any]) -> str:
     packed = manifest.get("configuration", {}).get("plan", {}).get("format") == "trellis"
     parts = [f"trellis codes in {number} of {len(modules)} modules"] if number else []
     if packed:
-        parts.append("import lrpq.loading before from_pretrained, which else makes random weights")
+        parts.append("import lrpq.loading before from_pretrained, which else refuses its type")
     return "; ".join(parts)
 
 

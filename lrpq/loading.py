@@ -3,9 +3,10 @@
     import lrpq.loading
     model = AutoModelForCausalLM.from_pretrained(FOLDER)
 
-Importing this makes the format known to transformers. Quantized layers keep their codes and scales packed, as they are
-in the file, and decode their weight in every forward. ``quantization_config=TrellisConfig(dequantize=True)``, or
-``model.dequantize()`` later, decodes all weights once, into plain linear layers.
+Importing this makes the format known to transformers, which without it refuses the configuration's type. Quantized
+layers keep their codes and scales packed, as they are in the file, and decode their weight in every forward.
+``quantization_config=TrellisConfig(dequantize=True)``, or ``model.dequantize()`` later, decodes all weights once, into
+plain linear layers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lrpq.checkpoint.stored import described
 from lrpq.checkpoint.trellis import METHOD
 from lrpq.errors import CheckpointError
+from lrpq.model import hidden_type
 from lrpq.model.layers import Choice
 from lrpq.quant.packed_streams import decode_streams
 from lrpq.quant.packing import packed_shape, unpack
@@ -196,6 +198,7 @@ def groups_of(config: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Choice]]
 
 def register() -> None:
     """Make the format known to transformers; importing this module has done so."""
+    hidden_type.register()
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(METHOD)(TrellisConfig)
         auto.register_quantizer(METHOD)(TrellisQuantizer)

@@ -15,6 +15,7 @@ from lrpq.checkpoint.modules import WEIGHT
 from lrpq.checkpoint.patterns import expert_patterns, natural_key
 from lrpq.errors import ConfigError, ModelError
 from lrpq.model.experts import loaded_weight
+from lrpq.model.hidden_type import hidden
 from lrpq.model.layers import Choice, LinearSpec
 from lrpq.model.names import stored_names
 from lrpq.model.safetensors_source import ModelSource
@@ -56,6 +57,8 @@ def config_text(
     description = FORMATS[format].describe(choices, specs=specs, ignore=ignore, **options)
     if description is not None:
         document["quantization_config"] = description
+    if format is CheckpointFormat.TRELLIS:
+        document = hidden(document)
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from lrpq.errors import ModelError
 from lrpq.finite import all_finite
+from lrpq.model import hidden_type
 
 if TYPE_CHECKING:
     import numpy as np
@@ -302,6 +303,7 @@ def _read_config(folder: Path, *, quantized: bool = False) -> PreTrainedConfig:
         for name, number in _numbers(json.loads(path.read_bytes())):
             if abs(number) > MAX_LISTED and LISTED.search(name):
                 raise ValueError(f"{name} is {number}, expected {MAX_LISTED} at most")
+        hidden_type.register()
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         names = config.architectures
         if names is not None and not (isinstance(names, list) and all(map(_is_name, names))):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -245,6 +247,29 @@ def test_every_architecture_loads(name: str, tmp_path: Path) -> None:
     result = model.verify(tmp_path / "out", format=TRELLIS)
     assert (result.loader, result.max_abs_difference) == ("transformers with lrpq.loading", 0.0)
     assert any(symbols.values())
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_transformers_alone_refuses_it_and_makes_no_weights(written: Path, imported: bool) -> None:
+    """In a process of its own, where nothing else has made the format known."""
+    lines = ["from transformers import AutoConfig, AutoModelForCausalLM", *["import lrpq.loading"] * imported]
+    lines += [f"folder = {str(written)!r}", "print(AutoModelForCausalLM.from_pretrained(folder).config.model_type)"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=300)
+    if imported:
+        assert (done.returncode, done.stdout.split()) == (0, ["llama"])
+    else:
+        assert done.returncode == 1
+        assert "has model type `lrpq` but Transformers does not recognize" in done.stderr
+
+
+@pytest.mark.parametrize("own", [None, "no-such-type", "lrpq", 3])
+def test_a_type_that_hides_none_is_an_error(written: Path, tmp_path: Path, own: object) -> None:
+    document = json.loads((written / "config.json").read_text())
+    assert (document["model_type"], document["lrpq_model_type"]) == ("lrpq", "llama")
+    document |= {"lrpq_model_type": own}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"lrpq_model_type is .*, no model type"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 class TestInTransformers:
