@@ -21,7 +21,7 @@ class CudaError(RuntimeError):
 
 @lru_cache(maxsize=256)
 def compiled(source: str, name: str, defines: tuple[tuple[str, str], ...], device: int) -> Any:
-    """A function of the source, for one device; a second call compiles nothing.
+    """A function of the source, for one device; other functions of the same source and macros compile nothing again.
 
     Args:
         source: CUDA C++ without includes; the function is ``extern "C"``.
@@ -32,21 +32,41 @@ def compiled(source: str, name: str, defines: tuple[tuple[str, str], ...], devic
     Raises:
         CudaError: the source does not compile (with the compiler's log), or the driver does not load it.
     """
+    with torch.cuda.device(device):
+        return _done(driver.cuModuleGetFunction(_module(source, defines, device), name.encode()), name)
+
+
+@lru_cache(maxsize=64)
+def _module(source: str, defines: tuple[tuple[str, str], ...], device: int) -> Any:
+    """The source, loaded into the context that PyTorch has on the current device, which is this one."""
+    torch.cuda.current_stream()  # makes the context where nothing has made it yet
     major, minor = torch.cuda.get_device_capability(device)
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{key}={value}" for key, value in defines)]
-    program = _done(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []), name)
+    binary = np.frombuffer(cubin(source, defines, f"sm_{major}{minor}"), dtype=np.uint8)
+    return _done(driver.cuModuleLoadData(binary.ctypes.data), "module")
+
+
+def cubin(source: str, defines: Sequence[tuple[str, str]], architecture: str) -> bytes:
+    """Machine code of the source; needs no GPU.
+
+    Args:
+        source: as for ``compiled``, as are the macros.
+        defines: macros and their values.
+        architecture: such as ``sm_90``.
+
+    Raises:
+        CudaError: it does not compile.
+    """
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{key}={value}" for key, value in defines)]
+    program = _done(nvrtc.nvrtcCreateProgram(source.encode(), b"source.cu", 0, [], []), "source")
     status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status[0]):
-        log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program), name)
-        _done(nvrtc.nvrtcGetProgramLog(program, log), name)
-        raise CudaError(f"{name} does not compile with {' '.join(options)}:\n{log.decode(errors='replace')}")
-    binary = b" " * _done(nvrtc.nvrtcGetCUBINSize(program), name)
-    _done(nvrtc.nvrtcGetCUBIN(program, binary), name)
-    _done(nvrtc.nvrtcDestroyProgram(program), name)
-    with torch.cuda.device(device):
-        torch.cuda.current_stream()  # PyTorch's context, made where nothing has made it yet
-        module = _done(driver.cuModuleLoadData(np.frombuffer(binary, dtype=np.uint8).ctypes.data), name)
-        return _done(driver.cuModuleGetFunction(module, name.encode()), name)
+        log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program), "log")
+        _done(nvrtc.nvrtcGetProgramLog(program, log), "log")
+        raise CudaError(f"does not compile with {' '.join(options)}:\n{log.decode(errors='replace')}")
+    binary: bytes = b" " * _done(nvrtc.nvrtcGetCUBINSize(program), "size of the binary")
+    _done(nvrtc.nvrtcGetCUBIN(program, binary), "binary")
+    _done(nvrtc.nvrtcDestroyProgram(program), "source")
+    return binary
 
 
 def launch(function: Any, blocks: int, threads: int, arguments: Sequence[Tensor | int | None]) -> None:
@@ -67,9 +87,9 @@ def launch(function: Any, blocks: int, threads: int, arguments: Sequence[Tensor 
     _done(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, (values, kinds), 0), "launch")
 
 
-def _done(found: tuple[Any, ...], name: str) -> Any:
+def _done(found: tuple[Any, ...], what: str) -> Any:
     """What a call gives beside its status."""
     status, *rest = found
     if int(status):
-        raise CudaError(f"{name}: {status!r}")
+        raise CudaError(f"{what}: {status!r}")
     return rest[0] if rest else None

@@ -20,7 +20,7 @@ STEPS = "trellis-steps"
 """Kind of work, with the width behind it: ``trellis-steps:3``."""
 SEGMENTS_AT_ONCE = 264
 """That a GPU goes down side by side: two a multiprocessor of an H100 or H200, as many as were timed together
-(docs/log.md, 2026-11-28)."""
+(docs/log.md)."""
 _FP32 = "float32"
 
 

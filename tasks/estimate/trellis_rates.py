@@ -10,12 +10,12 @@ from lrpq.plan.trellis import SEGMENTS_AT_ONCE, STEPS
 
 TRELLIS_RATES = {
     f"{STEPS}:{bits}": 1e6 / microseconds
-    for bits, microseconds in {2: 0.45, 3: 0.41, 4: 0.42, 5: 0.60, 6: 0.59}.items()
+    for bits, microseconds in {2: 0.33, 3: 0.31, 4: 0.29, 5: 0.30, 6: 0.39}.items()
 }
-"""Of 264 segments at once on an H200, by the number of warps that each width has (docs/log.md, 2026-11-28)."""
+"""Of 264 segments at once on an H200 (docs/log.md, 2026-11-29)."""
 TRELLIS_ASSUMED = (
-    f"trellis codes: .41 to .60 us for a row of the segments of a column, up to {SEGMENTS_AT_ONCE} segments at once, as"
-    " on an H200 (docs/log.md, 2026-11-28); not measured on this GPU"
+    f"trellis codes: .29 to .39 us for a row of the segments of a column, up to {SEGMENTS_AT_ONCE} segments at once, as"
+    " on an H200 (docs/log.md, 2026-11-29); not measured on this GPU"
 )
 
 

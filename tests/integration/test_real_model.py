@@ -36,7 +36,7 @@ def smollm2() -> Path:
 
 @pytest.mark.slow
 def test_smollm2_to_a_budget(smollm2: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Three to four minutes. Buys: the whole job on real weights, where GPTQ, allocation and refinement must earn
+    """Three to six minutes. Buys: the whole job on real weights, where GPTQ, allocation and refinement must earn
     something (a random model has nothing to lose).
 
     At equal bits lrpq is better than the uniform control, and far better than round-to-nearest, which it would not be
@@ -46,8 +46,8 @@ def test_smollm2_to_a_budget(smollm2: Path, tmp_path: Path, request: pytest.Fixt
     output = tmp_path / "out"
     command = [
         *(sys.executable, "-m", "flows.cli", "compress", str(smollm2), "--budget", str(BUDGET_BITS)),
-        *("--calibration", "pydoc:calibrate", "--calibration-windows", "8", "--length", "256"),
-        *("--evaluation-windows", "8", "--evaluation-length", "128", "--bits", "2,3,4,5"),
+        *("--calibration", "pydoc:calibrate", "--calibration-windows", "4", "--length", "256"),
+        *("--evaluation-windows", "8", "--evaluation-length", "128", "--bits", "2,3,4", "--no-forecast"),
         *("--output", str(output), "--store", str(tmp_path / "store"), "--workers", "2", "--json"),
     ]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=540, cwd=tmp_path)
@@ -58,8 +58,8 @@ def test_smollm2_to_a_budget(smollm2: Path, tmp_path: Path, request: pytest.Fixt
     assert (output / "generation_config.json").is_file()
     found, control = manifest["evaluation"]["lrpq"], manifest["evaluation"]["control"]
     assert control["all_in_bits"] == pytest.approx(3.25)
-    # .94 to .96 of the control's in what was seen; a rounding error anywhere moves it by a hundredth
-    assert found["kl_nats"] < 0.98 * control["kl_nats"]
+    # .80 of the control's in what was seen; a rounding error anywhere moves it by a hundredth
+    assert found["kl_nats"] < 0.9 * control["kl_nats"]
     rounded_kl = _rounded_kl(smollm2, manifest["evaluation"]["reference"]["perplexity"])
     assert found["kl_nats"] < 0.5 * rounded_kl
 
