@@ -31,11 +31,13 @@ def code_digest(*modules: str, packages: Sequence[str] = FIRST_PARTY) -> str:
         ConfigError: a named module that is in none of the packages, or a file that is not Python.
     """
     parsed: dict[str, _Module] = {}
+    looked_at: set[str] = set()  # most names are imported many times over, and attributes are no files
     pending = [name for module in modules for name in _with_parents(module)]
     while pending:
         name = pending.pop()
-        if name in parsed or name.partition(".")[0] not in packages:
+        if name in looked_at or name.partition(".")[0] not in packages:
             continue
+        looked_at.add(name)
         path = _file_of(name)
         if path is None:  # an attribute: `from lrpq.errors import StoreError`
             continue
@@ -81,38 +83,38 @@ def _parse(source: bytes, name: str, is_package: bool) -> _Module:
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"module {name} is not Python: {error}") from None
     package = name if is_package else name.rpartition(".")[0]
-    digest = hashlib.sha256()
-    for piece in _dump(tree):
-        digest.update(piece.encode("utf-8", errors="surrogatepass"))
+    pieces: list[str] = []
+    _dump(tree, pieces)
+    digest = hashlib.sha256("".join(pieces).encode("utf-8", errors="surrogatepass"))
     return _Module(digest=digest.hexdigest(), imports=frozenset(_imports(tree, package)))
 
 
-def _dump(node: object) -> Iterator[str]:
-    """Text of a syntax tree.
+def _dump(node: object, pieces: list[str]) -> None:
+    """Add the text of a syntax tree.
 
     Unlike ast.dump it leaves out empty fields, which come and go with Python versions, and strings that stand
     as statements: docstrings of modules, classes, functions and fields.
     """
     if isinstance(node, ast.Constant):
         # Type and repr tell 1, 1.0 and True apart; the kind (the u of u"text") changes nothing.
-        yield f"{type(node.value).__name__}:{node.value!r}"
+        pieces.append(f"{type(node.value).__name__}:{node.value!r}")
     elif isinstance(node, ast.AST):
-        yield f"{type(node).__name__}("
+        pieces.append(f"{type(node).__name__}(")
         for name, value in ast.iter_fields(node):
             if value is not None and value != []:
-                yield f"{name}="
-                yield from _dump(value)
-                yield ","
-        yield ")"
+                pieces.append(f"{name}=")
+                _dump(value, pieces)
+                pieces.append(",")
+        pieces.append(")")
     elif isinstance(node, list):
-        yield "["
+        pieces.append("[")
         for item in node:
             if not _is_docstring(item):
-                yield from _dump(item)
-                yield ","
-        yield "]"
+                _dump(item, pieces)
+                pieces.append(",")
+        pieces.append("]")
     else:
-        yield repr(node)
+        pieces.append(repr(node))
 
 
 def _is_docstring(node: object) -> bool:
