@@ -78,7 +78,8 @@ class PlanConfig(Section):
     """Added to the diagonal of the matrix the correction inverts (share of the diagonal's mean)."""
 
     polish: Annotated[int, Field(ge=0, le=20)] = 2
-    """Rounds of coordinate descent on the codes and a refit of the scales after rounding; 0 is none."""
+    """Rounds of coordinate descent on the codes and a refit of the scales after rounding; 0 is none. Of trellis codes
+    one at most, which takes every column to its best stream given the others."""
     row_blocks: Annotated[int, Field(ge=1, le=64)] = 12
     """Blocks of a layer's rows, of at least 48 each, each of which makes up for the errors of those before it in what
     the loss feels; 1 rounds every row on its own."""

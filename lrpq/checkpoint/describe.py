@@ -58,7 +58,7 @@ def config_text(
     if description is not None:
         document["quantization_config"] = description
     if format is CheckpointFormat.TRELLIS:
-        document = hidden(document)
+        document = hidden(document, source.config.model_type)
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -1,6 +1,5 @@
 """CUDA C++ compiled where it runs, by NVIDIA's compiler and driver through `cuda.bindings`, which PyTorch's builds for
-CUDA require. For what Triton does not give: a multiprocessor's memory read at a place that is found while running, and
-programs that wait for each other."""
+CUDA require. For what Triton does not give: a multiprocessor's memory, read at a place that is found while running."""
 
 from __future__ import annotations
 
@@ -11,12 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from cuda.bindings import driver, nvrtc
 from torch import Tensor
+
+from lrpq.errors import ConfigError
+
+try:
+    from cuda.bindings import driver, nvrtc
+except ImportError as error:
+    raise ConfigError(
+        "trellis codes on a GPU: no module cuda.bindings, which PyTorch's builds for CUDA bring along; "
+        "install PyTorch with pip for CUDA, or cuda-bindings and nvidia-cuda-nvrtc of its CUDA's version"
+    ) from error
 
 
 class CudaError(RuntimeError):
-    """The compiler or the driver refused; says what and why."""
+    """The compiler or the driver refused, which is a mistake of the source or of the installation; says what and why,
+    in the compiler's words."""
 
 
 @lru_cache(maxsize=256)
@@ -60,8 +69,9 @@ def cubin(source: str, defines: Sequence[tuple[str, str]], architecture: str) ->
     program = _done(nvrtc.nvrtcCreateProgram(source.encode(), b"source.cu", 0, [], []), "source")
     status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status[0]):
-        log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program), "log")
+        log = b" " * max(2, _done(nvrtc.nvrtcGetProgramLogSize(program), "log"))  # one byte is CPython's, shared
         _done(nvrtc.nvrtcGetProgramLog(program, log), "log")
+        _done(nvrtc.nvrtcDestroyProgram(program), "source")
         raise CudaError(f"does not compile with {' '.join(options)}:\n{log.decode(errors='replace')}")
     binary: bytes = b" " * _done(nvrtc.nvrtcGetCUBINSize(program), "size of the binary")
     _done(nvrtc.nvrtcGetCUBIN(program, binary), "binary")
@@ -69,19 +79,19 @@ def cubin(source: str, defines: Sequence[tuple[str, str]], architecture: str) ->
     return binary
 
 
-def launch(function: Any, blocks: int, threads: int, arguments: Sequence[Tensor | int | None]) -> None:
+def launch(function: Any, blocks: int, threads: int, arguments: Sequence[Tensor | int]) -> None:
     """Put a launch into the current stream of the current device.
 
     Args:
         function: from ``compiled``.
         blocks: of the grid.
         threads: of a block.
-        arguments: pointers, ``nullptr`` for None, and whole numbers, ``long long`` all of them.
+        arguments: pointers, and whole numbers, ``long long`` all of them.
 
     Raises:
         CudaError: the driver refused it.
     """
-    values = tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments)
+    values = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
     kinds = tuple(ctypes.c_longlong if isinstance(x, int) else ctypes.c_void_p for x in arguments)
     stream = torch.cuda.current_stream().cuda_stream
     _done(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, (values, kinds), 0), "launch")

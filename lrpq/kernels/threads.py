@@ -26,7 +26,7 @@ def usable(tensor: Tensor) -> bool:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    """Makes the tensor's GPU the current one, which is where Triton launches; does nothing for a CPU's."""
+    """Makes the tensor's GPU the current one, which is where kernels are launched; does nothing for a CPU's."""
     context: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
     return context
 

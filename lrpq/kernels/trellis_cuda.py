@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 _THREADS = 128
 """Of a block. 64 take 1.5 to 1.6 times as long at 2 to 5 bits (docs/log.md)."""
 
+_ROWS = 128
+"""Of a segment, at most: each has a thread."""
 _LEAF_COLUMNS = 16
-"""As in the source."""
+"""Whose errors go to all later columns at once."""
 
 
 def round_segments(
@@ -73,5 +75,17 @@ def round_blocks(
 
 
 def _function(name: str, like: Tensor, bits: int, edge_rows: int) -> Any:
-    macros = {"BITS": bits, "EDGE": edge_rows, "THREADS": _THREADS, "FARTHEST": f"{float(FARTHEST)!r}f"}
-    return compiled(SOURCE, name, tuple((key, str(value)) for key, value in macros.items()), like.device.index)
+    return compiled(SOURCE, name, macros(bits, edge_rows), like.device.index)
+
+
+def macros(bits: int, edge_rows: int) -> tuple[tuple[str, str], ...]:
+    """Of the source, for a width."""
+    found = {
+        "BITS": bits,
+        "EDGE": edge_rows,
+        "THREADS": _THREADS,
+        "ROWS": _ROWS,
+        "LEAF": _LEAF_COLUMNS,
+        "FARTHEST": f"{float(FARTHEST)!r}f",
+    }
+    return tuple((key, str(value)) for key, value in found.items())

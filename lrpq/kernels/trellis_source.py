@@ -10,8 +10,9 @@ of rows: what is read for one column serves all sixteen.
 """
 
 SOURCE = r"""
+// Macros: BITS; THREADS of a block; ROWS of a segment, at most; EDGE, rows on either side of its end; LEAF, columns
+// whose errors go to all later ones at once; FARTHEST, where a target is cut.
 constexpr int STATES = 4096;
-constexpr int ROWS = THREADS;                                 // of a segment, at most
 constexpr int SYMBOLS = 1 << BITS;
 constexpr int KEPT = STATES >> BITS;                          // histories: states without their oldest symbol
 constexpr int MIDDLES = KEPT >> BITS;                         // histories without their own oldest symbol
@@ -20,7 +21,6 @@ constexpr int EACH = KEPT * PARTS / THREADS;
 constexpr int OLDEST = SYMBOLS / PARTS;
 constexpr int OWN_MIDDLES = EACH > SYMBOLS ? EACH / SYMBOLS : 1;
 constexpr int WARPS = THREADS / 32;
-constexpr int LEAF = 16;                                      // columns whose errors go to all later ones at once
 constexpr int TILE = THREADS * 4 / LEAF;                      // rows of other blocks that are read at once
 constexpr unsigned ALL = 0xffffffffu;
 #if BITS < 4
@@ -30,6 +30,7 @@ typedef unsigned char Note;
 #endif
 typedef unsigned long long Key;
 static_assert(EACH * THREADS == KEPT * PARTS && PARTS <= 2 && EACH * BITS <= 8 * sizeof(Note), "threads");
+static_assert(THREADS == ROWS && LEAF % 4 == 0 && THREADS * 4 % LEAF == 0, "rows and leaves");
 
 struct Shared {
     float cost[2][KEPT];
@@ -50,8 +51,8 @@ __device__ __forceinline__ void prepare(Shared& shared)
     __syncthreads();
 }
 
-// Down some rows from `start`, around the end; the state of least cost, among those of the history `meet` where that is
-// none of -1, with which it then began, too.
+// Down some rows from `start`, around the end; the state of least cost. Where `meet` is not -1, among those of that
+// history, with which it also begins.
 __device__ __forceinline__ int walk(Shared& shared, const float (&value)[EACH][OLDEST], int start, int steps, int rows,
                                     int meet)
 {
@@ -123,8 +124,8 @@ __device__ __forceinline__ int walk(Shared& shared, const float (&value)[EACH][O
 // The state of the row above: what the state holds of it, and its oldest symbol as noted.
 __device__ __forceinline__ int above(int state, const Note* back)
 {
-    const int shared = state >> BITS;
-    return shared + KEPT * ((back[shared / EACH] >> (BITS * (shared % EACH))) & (SYMBOLS - 1));
+    const int history = state >> BITS;
+    return history + KEPT * ((back[history / EACH] >> (BITS * (history % EACH))) & (SYMBOLS - 1));
 }
 
 // The state of the thread's row, which is to be x and has a weight of its own; rows behind the last one have none.

@@ -16,9 +16,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 MODEL_TYPE, OWN = "lrpq", "lrpq_model_type"
 
 
-def hidden(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with its type in another place."""
-    return {**document, "model_type": MODEL_TYPE, OWN: document["model_type"]}
+def hidden(document: Mapping[str, Any], own: str) -> dict[str, Any]:
+    """The configuration with its type in another place.
+
+    Args:
+        document: what ``config.json`` would have.
+        own: type of the model that transformers makes of it, which need not be the one that the document names.
+    """
+    return {**document, "model_type": MODEL_TYPE, OWN: own}
 
 
 class HiddenConfig(PreTrainedConfig):  # type: ignore[misc]

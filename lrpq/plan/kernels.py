@@ -303,8 +303,10 @@ def _in_blocks(chunks: Sequence[int], d_in: int, choice: Choice, how: Refinement
         all_move = rows * d_in <= MOVED_AT_ONCE  # whenever they are improved, by one product
         joint = precise(2.0 * rows * d_in * (rows + d_in), width=min(rows, d_in), cpu=how.cpu)
         decoding = dequantize(rows, d_in, itemsize=F32_BYTES, choice=choice)
-        parts += [factorize(rows), (2 + how.polish_rounds) * (joint + decoding)]
-        parts += [joint] if choice.trellis else []  # of what is not rounded, beside what stands in for streams
+        parts += [factorize(rows), (1 + how.polish_rounds) * (joint + decoding)]
+        # of rows on their own: uniform codes, and where those stand in for streams of what is not rounded
+        uniform = dequantize(rows, d_in, itemsize=F32_BYTES, choice=replace(choice, trellis=False))
+        parts += [joint + uniform, joint if choice.trellis else NOTHING]
         for block, start in enumerate(range(0, rows, size)):
             own = min(size, rows - start)
             at_once.setdefault(block, []).append(own)

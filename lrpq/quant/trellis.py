@@ -69,9 +69,12 @@ def check_width(bits: int, *, name: str = "layer") -> None:
 
 
 def share_of_grid(choice: Choice) -> float:
-    """Of the loss that uniform codes of the same width and group size leave, about what the choice leaves; 1 where that
-    was not measured."""
-    return SHARES.get(choice.group_size, {}).get(choice.bits, 1.0) if choice.trellis else 1.0
+    """Of the loss that uniform codes of the same width and group size leave, about what the choice leaves.
+
+    Raises:
+        KeyError: that is not known of its group size and width.
+    """
+    return SHARES[choice.group_size][choice.bits] if choice.trellis else 1.0
 
 
 def segment_edges(

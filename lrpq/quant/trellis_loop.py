@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 LEAF_COLUMNS = {"cpu": 32, "cuda": 64}
 """Columns of one call of a large layer: on a GPU a segment's errors are fed back by one program, beside what its codes
 take."""
-MOST_COLUMNS = 2048
-"""That one launch on a GPU goes through, of a layer of at most ``AT_ONCE_ELEMENTS`` weights. Not swept."""
-AT_ONCE_ELEMENTS = 2**24
+MOST_COLUMNS, MOST_WEIGHTS = 2048, 2**24
+"""Of a layer that one launch on a GPU goes through; not swept. The more there are, the more a segment waits for what
+its errors, and those of other rows, do to its targets."""
 _SMALLEST, _SMALLEST_UNIT = 2.0**-40, 2.0**-100
 """Scale of a group of zeros, in units of the layer's largest weight, and where all are zero."""
 _LEAST_MEAN = 2.0**-10
@@ -84,7 +84,7 @@ def trellis_scales(
 
 def at_once(d_in: int, rows: int) -> bool:
     """Whether a GPU goes through all columns of a layer in one launch."""
-    return d_in <= MOST_COLUMNS and d_in * rows <= AT_ONCE_ELEMENTS
+    return d_in <= MOST_COLUMNS and d_in * rows <= MOST_WEIGHTS
 
 
 def leaf_columns(d_in: int, rows: int, *, cpu: bool) -> int:

@@ -107,7 +107,7 @@ def round_stream_blocks(
     """Trellis codes, all blocks side by side; chunks do not see each other.
 
     FLOPs: those of `lrpq.quant.trellis_loop.gptq_trellis`, and rows d_in for every row of a chunk. Memory besides:
-    three and a quarter times the targets, and the factor once.
+    three and a quarter times the targets, and the factor once; in one launch also what blocks move each other by.
 
     Args:
         Tt: targets, float32, columns in the order of the sweep.
@@ -116,13 +116,15 @@ def round_stream_blocks(
         choice: of all rows.
         weights: of the rows, as `lrpq.kernels.trellis.round_segments` takes them.
         chunks: that make up the rows.
-        on_step: called about as often as there are blocks.
+        on_step: called about as often as there are blocks; once behind one launch of all.
     """
     d_in, width = len(Tt), COLUMNS[Tt.device.type]
     unit = power_of_two(S.abs().amax())
     wanted, S = Tt / unit, (S / unit).contiguous()
     if wanted.is_cuda and at_once(*wanted.shape):
-        return _streams_at_once(wanted, unit, factor, S, choice, weights, chunks)
+        done = _streams_at_once(wanted, unit, factor, S, choice, weights, chunks)
+        on_step()
+        return done
     # of a column that is not rounded yet what the errors of earlier ones add to its target, then its own errors W - Q
     T = torch.zeros_like(wanted)
     upper = factor.R.float().T.contiguous()
@@ -151,28 +153,40 @@ def _streams_at_once(
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
     runs = (factor.order // (len(W) // len(S))).to(torch.int64)
     upper = factor.R.float().T.contiguous()  # what moves a column, side by side
-    edges, places = _geometry(tuple(tuple(chunk.sizes) for chunk in chunks), W.device)
-    pulls = [W.new_zeros(sum(c.sizes), sum(c.sizes)) if c.pull is None else c.pull.T.contiguous() for c in chunks]
-    flat = torch.cat([pull.flatten().to(W.dtype) for pull in pulls])
-    book = codebook(choice.bits, W.device)
-    round_blocks(W, S, upper.T, weights, runs, book, codes, edges, flat, places, bits=choice.bits)
+    edges, places = _geometry(tuple((tuple(c.sizes), c.pull is not None) for c in chunks), W.device)
+    book, pulls = codebook(choice.bits, W.device), _pulls(chunks, W)
+    round_blocks(W, S, upper.T, weights, runs, book, codes, edges, pulls, places, bits=choice.bits)
     return Rounded(codes=codes, targets=W.mul_(unit))
+
+
+def _pulls(chunks: Sequence[Blocks], like: Tensor) -> Float[Tensor, "pulls=size"]:
+    """Of all chunks, each transposed, one after the other; none of a chunk of one block, which nothing moves."""
+    squares = [0 if chunk.pull is None else sum(chunk.sizes) ** 2 for chunk in chunks]
+    found, start = like.new_empty(sum(squares)), 0
+    for chunk, square in zip(chunks, squares, strict=True):
+        if chunk.pull is not None:
+            found[start : start + square].view(chunk.pull.shape).copy_(chunk.pull.T)
+        start += square
+    return found
 
 
 @lru_cache(maxsize=256)
 def _geometry(
-    chunks: tuple[tuple[int, ...], ...], device: torch.device
+    chunks: tuple[tuple[tuple[int, ...], bool], ...], device: torch.device
 ) -> tuple[Int32[Tensor, "edges=size"], Int64[Tensor, "segments 6"]]:
-    """Edges and places of segments as ``round_blocks`` takes them, on the device."""
+    """Edges and places of segments as ``round_blocks`` takes them, on the device: of blocks of so many rows in every
+    chunk, and whether they move each other."""
     found, segment, top, offset = [], 0, 0, 0
-    for sizes in chunks:
+    for sizes, move in chunks:
         rows, first, before = sum(sizes), segment, 0
         for size in sizes:
             own = -(-size // SEGMENT_ROWS)
-            found += [(top, before, first, segment, offset, rows)] * own
+            found += [
+                (top, before, first, segment, offset, rows) if move else (top, 0, segment, segment, 0, rows)
+            ] * own
             segment, before = segment + own, before + size
-        top, offset = top + rows, offset + rows * rows
-    edges = segment_edges([size for sizes in chunks for size in sizes], device)
+        top, offset = top + rows, offset + rows * rows * move
+    edges = segment_edges([size for sizes, _ in chunks for size in sizes], device)
     return edges, torch.tensor(found, dtype=torch.int64, device=device)
 
 

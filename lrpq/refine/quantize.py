@@ -27,7 +27,7 @@ from lrpq.quant.row_feedback import (
     row_weights,
     stacked,
 )
-from lrpq.quant.trellis import SEGMENT_ROWS, check_parts, share_of_grid, summed
+from lrpq.quant.trellis import SEGMENT_ROWS, SHARES, check_parts, share_of_grid, summed
 from lrpq.refine.products import SiteProducts
 from lrpq.refine.row_parts import row_parts
 
@@ -93,7 +93,7 @@ def quantize_refined(
             calibration tokens, and a held-out text pays for what it fits of their noise (docs/log.md).
         polish_rounds: rounds of coordinate descent on the codes and a refit of the scales (quant/polish.py), towards
             what each row was rounded from, or what the errors of other rows then make of it; rows whose calibration
-            error that raises stay as rounded; 0 is none. Of trellis codes one round at most.
+            error that raises stay as rounded; 0 is none. Of trellis codes one round at most (`rounds_of`).
         outputs: second moments of the gradients at its outputs (relevance/outputs.py), with which blocks of rows make
             up for the errors of the blocks before them (quant/row_feedback.py); None rounds each row on its own.
         row_blocks: how many such blocks, at most; 1 rounds each row on its own.
@@ -124,8 +124,8 @@ def quantize_refined(
     for rows, prefix, of_rows in zip(cuts, prefixes, chunks, strict=True):
         target = corrected.pop(0)
         feedback = _Feedback(
-            row_blocks=row_blocks if of_rows is not None else 1,
-            polish_rounds=rounds_of(choice, polish_rounds),
+            row_blocks=row_blocks,
+            polish_rounds=polish_rounds,
             grid=grid,
             on_step=on_step,
             name=name,
@@ -197,7 +197,8 @@ def _finished(
     """Blocks of rows that make up for each other's errors, or polished rows on their own."""
     weight: QuantizedWeight | None = None
     together = _in_blocks(outputs, choice, how)
-    if outputs is not None and together:
+    if together:
+        assert outputs is not None
         outputs = [G.to(W.device) for G in outputs]
         weight = _with_feedback(W, C, prefix, rounded, factor, choice, outputs, how)
     alone = together and weight is None
@@ -205,8 +206,10 @@ def _finished(
         own = _rows(W, outputs, choice)
         weight = rounded.weight
         if how.polish_rounds:
-            polished = polish(rounded.target, [weight], C, rounds=how.polish_rounds, rows=own, name=how.name)[0].weight
+            rounds = rounds_of(choice, how.polish_rounds)
+            polished = polish(rounded.target, [weight], C, rounds=rounds, rows=own, name=how.name)[0].weight
             weight = polished if prefix is None else prefix.lower(polished, weight, outputs)
+    assert weight.choice == choice  # what stood in for streams goes nowhere
     return _Part(weight=weight, rejected_rows=rounded.rejected_rows, alone=alone)
 
 
@@ -293,7 +296,7 @@ def _with_feedback(
     least = error(best)
     if how.polish_rounds:
         polisher = Polisher(C, doubts=doubts, name=how.name)
-        for _ in range(how.polish_rounds):
+        for _ in range(rounds_of(choice, how.polish_rounds)):
             how.on_step()
             blocks.improve(lambda T, q, rows: polisher(T, [q], rounds=1, rows=rows)[0].weight)
             now = blocks.weight()
@@ -301,16 +304,23 @@ def _with_feedback(
         del polisher
     del blocks
     doubts.settle()
-    apart, share = error(rounded.weight), share_of_grid(choice)
+    apart = error(rounded.weight)
     if rounded.weight.choice != choice:
         unrounded = joint_error(rounded.target - W, hessian, P, outputs)
-        apart = unrounded + share * (apart - unrounded)
+        apart = unrounded + _share(choice) * (apart - unrounded)
     together, limit = fetch(least, apart)
-    if together > limit and rounded.weight.choice != choice:
+    if not together <= limit and rounded.weight.choice != choice:  # also where one of them is not finite
+        how.on_step()
         rows = _rows(W, outputs, choice)
         rounded.weight = gptq(rounded.target, factor, [choice], grid=how.grid, rows=rows, name=how.name)[0]
         (limit,) = fetch(error(rounded.weight))
     return best if together <= limit else None
+
+
+def _share(choice: Choice) -> float:
+    """Of the error of uniform codes, what streams are taken to leave: nothing where it was not measured, so that they
+    are made and compared."""
+    return share_of_grid(choice) if choice.group_size in SHARES else 0.0
 
 
 def _lower(

@@ -186,10 +186,9 @@ class Refining(Common):
         part = max(rows.stop - rows.start for rows in row_parts(widest.d_out, widest.d_in))
         rows = (2 if stacked else 1) * part
         choice = choose(widest)
-        if choice.trellis:
-            sweep = self.streams_bytes(widest.d_in, rows)
-        else:
-            sweep = self.sweep_bytes(widest.d_in, min(gptq.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows))
+        sweep = self.sweep_bytes(widest.d_in, min(gptq.rows_at_once(widest.d_in, 1, cpu=self.cpu), rows))
+        if choice.trellis:  # or uniform codes, which stand in for streams
+            sweep = max(sweep, self.streams_bytes(widest.d_in, rows))
         # beside the sums C, normalized, and: its permuted copy and factor; two factors, on a CPU a copy of one, and the
         # solution; a factor and the column loop; or a factor, another C for the polish, and some weights
         factoring = 3 * square + weights

@@ -110,7 +110,7 @@ class Rounding(Common):
         streams = [choice for choice in widest.choices if choice.trellis]
         uniform = num - len(streams)
         stacked = uniform * min(gptq.rows_at_once(d_in, max(1, uniform), cpu=self.cpu), widest.rows)
-        sweeps = [self.streams_bytes(d_in, widest.rows)] * len(streams)
+        sweeps = [self.streams_bytes(d_in, widest.rows)] if streams else []
         sweep = max([self.sweep_bytes(d_in, stacked), *sweeps])
         weights = widest.rows * d_in
         # the column loop: W, its transpose, codes of all choices, one sweep; or the factorisation: four squares

@@ -24,7 +24,7 @@ __all__ = ["FIRST_PARTY", "artifact_key", "code_digest", "environment_fingerprin
 
 _FORMAT = "lrpq artefact key 1"
 _FLOAT = "$float"
-# those that compute; the others only carry bytes. Triton comes with its torch
+# those that compute; the others only carry bytes. Triton and CUDA's compiler come with torch
 _LIBRARIES = ("torch", "transformers", "numpy", "numba", "llvmlite", "highspy")
 _LOOP_SETTINGS = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_DISABLE_JIT")
 """What makes numba compile for another processor than this one."""

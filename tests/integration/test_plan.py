@@ -191,7 +191,7 @@ def test_trellis_codes_take_longer_where_they_are_made(gpus: int) -> None:
     assert before.keys() - after.keys() == {"forecast"}
     for name in ("profile", "candidates", "control"):
         assert after[name] == before[name], name
-    assert before["refine"].seconds * 5 < after["refine"].seconds
+    assert before["refine"].seconds * 2 < after["refine"].seconds
     assert before["refine"].device_bytes <= after["refine"].device_bytes < 1.5 * before["refine"].device_bytes
     assert [text for text in coded.assumptions if "trellis" in text] == [TRELLIS_ASSUMED]
     assert not any("trellis" in text for text in uniform.assumptions)
@@ -291,7 +291,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "no such folder" in capsys.readouterr().err
     assert run([*arguments, "--node-memory", "2TB", "--codes", "trellis"]) == 0
     coded = json.loads(capsys.readouterr().out)
-    assert coded["seconds"] > 2 * document["seconds"]
+    assert coded["seconds"] > 1.3 * document["seconds"]
     assert any("trellis" in text for text in coded["assumptions"])
     old = replace(known_gpu("h100"), device="cpu", device_bytes=0)  # as measured before there were such codes
     write_machine(path, old)

@@ -59,13 +59,15 @@ def moved(rows: int, seed: int, sizes: list[int]) -> Tensor:
 @pytest.mark.parametrize(
     "sizes", [[[128] * 4 + [40]], [[256, 256], [128, 16]], [[300]]], ids=["blocks", "chunks", "alone"]
 )
+@pytest.mark.parametrize("d_in", [96, 90])
 def test_blocks_of_a_gpu_are_those_of_a_cpu(
-    sizes: list[list[int]], one_launch: bool, bits: int, monkeypatch: pytest.MonkeyPatch
+    sizes: list[list[int]], d_in: int, one_launch: bool, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one launch, and some columns after the other: nearly all codes, and a loss as low."""
+    """In one launch, and some columns after the other, the last ones no whole leaf too: nearly all codes, and a loss as
+    low."""
     monkeypatch.setattr(trellis_loop, "MOST_COLUMNS", 2048 if one_launch else 0)
-    rows, d_in = sum(map(sum, sizes)), 96
-    choice = Choice(bits=bits, group_size=32, scale_bits=16, trellis=True)
+    rows = sum(map(sum, sizes))
+    choice = Choice(bits=bits, group_size=d_in // 3, scale_bits=16, trellis=True)
     W, H = 0.1 * numbers(rows, d_in, seed=1), hessian(d_in, seed=2)
     weights = numbers(rows, seed=3).abs() + 0.1
     chunks = [
@@ -114,3 +116,23 @@ def test_polished_streams_of_a_gpu_are_those_of_a_cpu(one_launch: bool, monkeypa
     assert (found["cuda"].codes.cpu() == found["cpu"].codes).double().mean() > 0.95
     lost = [float((x @ H * x).sum()) for x in (W - q.dequantize(torch.float32).cpu() for q in found.values())]
     assert lost[1] == pytest.approx(lost[0], rel=0.01)
+
+
+def test_more_segments_than_a_gpu_runs_at_once_repeat_bit_for_bit() -> None:
+    """Thirteen blocks in each of 60 chunks: more than wait at once, and the same whichever came first."""
+    sizes, d_in = [128] * 13, 40
+    rows = sum(sizes) * 60
+    W, H = 0.1 * numbers(rows, d_in, seed=1).cuda(), hessian(d_in, seed=2).cuda()
+    choice = Choice(bits=3, group_size=20, scale_bits=16, trellis=True)
+    rounding = Rounding(factorize(H), [choice])
+    chunks = [Blocks(sizes=sizes, pull=moved(sum(sizes), 5, sizes).cuda())] * 60
+    scales = rounding.scales(W)[0]
+    assert trellis_loop.at_once(d_in, rows)
+    first = rounding.in_blocks(W, scales, None, chunks).codes
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        again = rounding.in_blocks(W, scales, None, chunks).codes
+    torch.cuda.synchronize()
+    assert torch.equal(first, again)
+    one = rounding.in_blocks(W[: sum(sizes)], scales[: sum(sizes)], None, chunks[:1]).codes
+    assert (first[: sum(sizes)] == one).all()

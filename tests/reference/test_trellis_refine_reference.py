@@ -167,8 +167,7 @@ def test_rows_on_their_own_are_rounded_where_blocks_may_be_worse(
         return gptq(W, factor, choices, **options)
 
     monkeypatch.setattr(quantize, "gptq", noting)
-    if in_doubt:
-        monkeypatch.setattr(quantize, "share_of_grid", lambda _: 0.0)
+    monkeypatch.setattr(quantize, "_share", lambda _: 0.0 if in_doubt else 0.6)
     products = SiteProducts(hessian=sums, shift=None)
     refined = quantize_refined(W, products, CHOICE, strength=0.0, outputs=[G], row_blocks=3, name="w")
     assert rounded == [replace(CHOICE, trellis=False)] + [CHOICE] * in_doubt
@@ -189,3 +188,31 @@ def test_rows_on_their_own_are_rounded_where_blocks_may_be_worse(
 
 def _off(T: Tensor, scales: Tensor) -> QuantizedWeight:
     return QuantizedWeight(codes=any_codes(len(T), T.shape[1], CHOICE.bits), scales=scales.bfloat16(), choice=CHOICE)
+
+
+def test_an_error_that_is_no_number_leaves_no_uniform_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in for streams is not what a caller gets, who would read it as streams."""
+    monkeypatch.setattr(quantize, "joint_error", lambda *_: torch.tensor(torch.nan, dtype=torch.float64))
+    products = SiteProducts(hessian=HessianSum(xx=hessian(32).triu(), weight_sum=1.0, num_tokens=400), shift=None)
+    W, outputs = numbers(ROWS, 32, seed=41), [moments(40)]
+    refined = quantize_refined(W, products, CHOICE, strength=0.0, outputs=outputs, row_blocks=3, name="w")
+    assert refined.weight.choice == CHOICE
+
+
+def test_stand_ins_choose_by_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A correction that hardly matters, as above: of a segment all rows are corrected or none."""
+    d_in, targets = 32, []
+    W, H, D = numbers(ROWS, d_in, seed=30), hessian(d_in), 0.002 * numbers(d_in, d_in, seed=34)
+    blocks = quantize.RowBlocks
+
+    def noting(T: Tensor, *arguments: Any, **options: Any) -> Any:
+        targets.append(T)
+        return blocks(T, *arguments, **options)
+
+    monkeypatch.setattr(quantize, "RowBlocks", noting)
+    products = SiteProducts(hessian=HessianSum(xx=H.triu(), weight_sum=1.0, num_tokens=400), shift=D)
+    quantize_refined(W, products, CHOICE, strength=1.0, outputs=[moments(40)], row_blocks=3, name="w")
+    (target,) = targets
+    plain = (target == W).all(1)
+    assert 0 < int(plain.sum()) < ROWS
+    assert all(part.all() or not part.any() for part in torch.split(plain, SEGMENT_ROWS))

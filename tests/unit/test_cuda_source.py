@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from lrpq.kernels.loops import FARTHEST
 from lrpq.kernels.trellis import EDGE_ROWS
 from lrpq.kernels.trellis_source import SOURCE
 from lrpq.quant.trellis import WIDTHS
 
 pytest.importorskip("cuda.bindings", reason="no CUDA bindings")
-THREADS = 128
 
 
 def compiled(bits: int, architecture: str) -> bytes:
     from lrpq.kernels.nvrtc import cubin
+    from lrpq.kernels.trellis_cuda import macros
 
-    macros = {"BITS": bits, "EDGE": EDGE_ROWS, "THREADS": THREADS, "FARTHEST": f"{float(FARTHEST)!r}f"}
-    return cubin(SOURCE, [(key, str(value)) for key, value in macros.items()], architecture)
+    return cubin(SOURCE, macros(bits, EDGE_ROWS), architecture)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

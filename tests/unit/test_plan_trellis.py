@@ -138,7 +138,7 @@ def test_refined_layers(
 ) -> None:
     """Chunks of 512 outputs: of 640 rows, blocks of two chunks are rounded at once. That rows on their own are better
     is not planned for."""
-    monkeypatch.setattr(quantize, "share_of_grid", lambda _: 1e6)
+    monkeypatch.setattr(quantize, "_share", lambda _: 1e6)
     monkeypatch.setattr(outputs, "CHUNK_ROWS", 512)
     monkeypatch.setattr(kernels, "CHUNK_ROWS", 512)
     W, H = numbers(rows, D_IN, seed=3), hessian(D_IN)
