@@ -78,8 +78,9 @@ def test_segments_are_those_of_the_loops(kernels: Any, bits: int, firsts: list[i
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_blocks_in_one_launch_are_those_of_the_loops(kernels: Any, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of which one moves nothing, a last segment of 16 rows, and two columns beyond a leaf."""
-    d_in, sizes = 18, [[128, 16], [16]]
+    """Chunks of which one moves nothing, a last segment of 16 rows, and two columns beyond a leaf; at 3 bits a block
+    that is moved and moves another."""
+    d_in, sizes = 18, [[128, 128, 16] if bits == 3 else [128, 16], [16]]
     rows = sum(map(sum, sizes))
     choice = Choice(bits=bits, group_size=6, trellis=True)
     W, factor, weights = (
@@ -89,7 +90,7 @@ def test_blocks_in_one_launch_are_those_of_the_loops(kernels: Any, bits: int, mo
     )
     weights += 0.1
     (plain,) = gptq(W, factor, [choice], rows=Rows(parts=[rows], weights=weights))
-    own = torch.arange(2).repeat_interleave(torch.tensor(sizes[0]))
+    own = torch.arange(len(sizes[0])).repeat_interleave(torch.tensor(sizes[0]))
     pull = torch.where(own[:, None] > own[None, :], numbers(len(own), len(own), seed=4) / len(own) ** 0.5, 0.0)
     chunks = [Blocks(sizes=sizes[0], pull=pull), Blocks(sizes=sizes[1], pull=None)]
     targets = W.T.contiguous()[factor.order], factor, plain.scales.T.float(), choice
