@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from trellis_case import hessian, numbers
 
+import lrpq.kernels
 from lrpq.kernels.trellis import EDGE_ROWS, round_segments
 from lrpq.model.layers import Choice
 from lrpq.quant import wavefront
@@ -32,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def kernels(folder: Path) -> Iterator[Any]:
     """`lrpq.kernels.trellis_cuda` with threads in place of NVRTC and the driver."""
 
     def compiled(source: str, name: str, defines: tuple[tuple[str, str], ...], device: int | None) -> Any:
@@ -43,12 +45,14 @@ def kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     stand_in = ModuleType("lrpq.kernels.nvrtc")
     vars(stand_in).update(compiled=compiled, launch=launch)
-    monkeypatch.setitem(sys.modules, "lrpq.kernels.nvrtc", stand_in)
-    monkeypatch.delitem(sys.modules, "lrpq.kernels.trellis_cuda", raising=False)
-    from lrpq.kernels import trellis_cuda
-
-    yield trellis_cuda
-    monkeypatch.delitem(sys.modules, "lrpq.kernels.trellis_cuda", raising=False)
+    name = "lrpq.kernels.trellis_cuda"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "lrpq.kernels.nvrtc", stand_in)
+        patch.delitem(sys.modules, name, raising=False)
+        patch.delattr(lrpq.kernels, "trellis_cuda", raising=False)
+        yield importlib.import_module(name)
+        # nobody else is to find it: what was there before comes back
+        del sys.modules[name], lrpq.kernels.trellis_cuda
 
 
 @pytest.mark.parametrize(
