@@ -2,7 +2,7 @@
 
 What transformers has no quantizer for it loads with random weights, after a warning. A configuration of a type that it
 does not know is an error, which names the type. So ``config.json`` of the trellis format has this type, and the model's
-own beside it; where this module is imported, ``AutoConfig`` reads it as the model's.
+own beside it; once it is registered, ``AutoConfig`` reads it as the model's.
 """
 
 from __future__ import annotations
@@ -47,8 +47,5 @@ class HiddenConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Make the type known to ``AutoConfig``; importing this module has done so."""
+    """Make the type known to ``AutoConfig``."""
     AutoConfig.register(MODEL_TYPE, HiddenConfig, exist_ok=True)
-
-
-register()

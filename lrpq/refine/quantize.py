@@ -203,9 +203,9 @@ def _finished(
         weight = _with_feedback(W, C, prefix, rounded, factor, choice, outputs, how)
     alone = together and weight is None
     if weight is None:
-        own = _rows(W, outputs, choice)
         weight = rounded.weight
         if how.polish_rounds:
+            own = _rows(W, outputs, choice)
             rounds = rounds_of(choice, how.polish_rounds)
             polished = polish(rounded.target, [weight], C, rounds=rounds, rows=own, name=how.name)[0].weight
             weight = polished if prefix is None else prefix.lower(polished, weight, outputs)
